@@ -1,0 +1,177 @@
+"""What an op is: the contract that every file in this folder fills in, and the registry they fill.
+
+An op kind is declared once, here in ``labinfer/ops``: its operands, weights and attributes, its shape rule, what it
+costs, whether it may write over an input, and a numpy reference. Compiler, backends, drawings and docs read this one
+truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from labinfer.errors import InvalidFile, did_you_mean
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Dim = int | Literal["T", "R"]
+"""A dimension: a number, ``T`` (tokens in this step) or ``R`` (rows of logits in this step)."""
+
+Shape = tuple[Dim, ...]
+
+ITEM_SIZE = {"f32": 4, "f16": 2, "bf16": 2, "i32": 4}
+"""Bytes of one element of an activation, by dtype."""
+
+
+def dim(value: Dim, tokens: int, rows: int) -> int:
+    """The number a dimension stands for in a step of ``tokens`` tokens and ``rows`` rows of logits."""
+    return tokens if value == "T" else rows if value == "R" else int(value)
+
+
+def elements(shape: Shape, tokens: int, rows: int) -> int:
+    """The number of elements of ``shape`` in a step of ``tokens`` tokens and ``rows`` rows of logits."""
+    count = 1
+    for size in shape:
+        count *= dim(size, tokens, rows)
+    return count
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """Shape and dtype of a value; activations are row-major ``[T, ...]`` or ``[R, ...]``."""
+
+    shape: Shape
+    dtype: str = "f32"
+
+    def nbytes(self, tokens: int, rows: int) -> int:
+        """Bytes in a step of ``tokens`` tokens and ``rows`` rows of logits."""
+        return elements(self.shape, tokens, rows) * ITEM_SIZE[self.dtype]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSlot:
+    """A weight operand: its name in the map and in the reference, and whether an op can do without it."""
+
+    name: str
+    optional: bool = False
+
+
+class OpAttrs(BaseModel):
+    """Base of every op's attributes: known names only, never changed after the map is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ShapeMismatch(Exception):
+    """Raised by a shape rule; the compiler adds the place and the producers of ``inputs`` (operand indices)."""
+
+    def __init__(self, message: str, inputs: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.inputs = tuple(inputs)
+
+
+@dataclass(slots=True)
+class Step:
+    """The runtime input of one step, as the kernels see it: flat over all sequences. All arrays are int32.
+
+    ``positions[T]``; ``query_start[S+1]`` bounds each sequence's tokens; ``context_len[S]`` counts a sequence's tokens
+    up to and with this step; ``total_len[S]`` counts all its tokens known so far (prompt and generated), which
+    length-dependent rope looks at; ``block_table[S, B]`` lists its cache blocks in order; ``slot_mapping[T]`` says
+    where each token's keys and values go; ``logits_rows[R]`` picks the tokens whose logits are wanted.
+    """
+
+    token_ids: np.ndarray
+    positions: np.ndarray
+    query_start: np.ndarray
+    context_len: np.ndarray
+    total_len: np.ndarray
+    block_table: np.ndarray
+    slot_mapping: np.ndarray
+    logits_rows: np.ndarray
+    block_size: int = 16
+
+
+@dataclass(slots=True)
+class Call:
+    """One op with everything resolved to arrays: what a kernel gets.
+
+    ``cache`` holds the op's state by part name (``k``, ``v``), each ``[slots, width]``; slot ``b * block_size + j`` is
+    token ``j`` of cache block ``b``.
+    """
+
+    attrs: Any
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...] = ()
+    weights: Mapping[str, Any] = field(default_factory=dict)
+    cache: Mapping[str, Any] = field(default_factory=dict)
+    step: Step | None = None
+
+
+class OpSpec:
+    """One op kind. A subclass in this folder declares it; ``register`` makes it known under ``kind``.
+
+    ``inputs`` names the operands in order, ``outputs`` the results. ``inplace`` maps an output index to the input
+    indices it may be written over, when shapes are equal and the input dies there. ``view`` says that outputs are
+    column windows of input 0, side by side, and no kernel runs. ``state`` says that the op uses the map's cache.
+    """
+
+    kind: ClassVar[str]
+    inputs: ClassVar[tuple[str, ...]] = ("x",)
+    outputs: ClassVar[tuple[str, ...]] = ("y",)
+    weights: ClassVar[tuple[WeightSlot, ...]] = ()
+    inplace: ClassVar[Mapping[int, tuple[int, ...]]] = {}
+    view: ClassVar[bool] = False
+    state: ClassVar[bool] = False
+
+    class Attrs(OpAttrs):
+        """No attributes."""
+
+    def infer(self, attrs: Any, inputs: Sequence[TensorType]) -> list[TensorType]:
+        """Types of the outputs; raises ``ShapeMismatch`` when the inputs do not fit."""
+        raise NotImplementedError
+
+    def weight_shapes(self, attrs: Any, inputs: Sequence[TensorType]) -> dict[str, tuple[int, ...]]:
+        """Shape of each weight slot, in the checkpoint's row-major order."""
+        return {}
+
+    def flops(self, attrs: Any, inputs: Sequence[TensorType], tokens: int, rows: int, context: int) -> int:
+        """Floating point operations of one step over ``tokens`` tokens that see ``context`` tokens each."""
+        return 2 * sum(elements(x.shape, tokens, rows) for x in inputs)
+
+    def reference(self, call: Call) -> Sequence[np.ndarray]:
+        """The op in plain numpy, float32: the oracle that every kernel is compared with. Returns the outputs."""
+        raise NotImplementedError
+
+
+OPS: dict[str, OpSpec] = {}
+"""Every op kind by name, filled by ``register`` when ``labinfer.ops`` is imported."""
+
+
+def register(spec: type[OpSpec]) -> type[OpSpec]:
+    """Class decorator: make an op kind known under ``spec.kind``."""
+    if spec.kind in OPS:
+        raise ValueError(f"op '{spec.kind}' is declared twice")
+    OPS[spec.kind] = spec()
+    return spec
+
+
+def spec_of(kind: str) -> OpSpec:
+    """The declaration of ``kind``; an unknown kind is an ``InvalidFile`` error with the closest known name."""
+    try:
+        return OPS[kind]
+    except KeyError:
+        raise InvalidFile("map.unknown-op", f"there is no op '{kind}'", remedy=did_you_mean(kind, OPS)) from None
+
+
+def last_dim(x: TensorType, operand: int = 0) -> int:
+    """The feature size of an activation ``[T, features]``; raises ``ShapeMismatch`` when it is not a number."""
+    if len(x.shape) != 2 or not isinstance(x.shape[-1], int):
+        raise ShapeMismatch(f"expected an activation [T, features], got {x}", [operand])
+    return x.shape[-1]
