@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,7 @@ from labinfer.runtime.weights.gguf_file import read_gguf, split_number
 from labinfer.runtime.weights.json_text import read_json_object
 from labinfer.runtime.weights.mapped_file import map_file
 from labinfer.runtime.weights.safetensors_file import read_safetensors, read_sharded
-from labinfer.runtime.weights.tensor_info import TensorInfo
+from labinfer.runtime.weights.tensor_info import TensorInfo, quoted
 
 Kind = Literal["safetensors", "gguf"]
 
@@ -47,7 +48,7 @@ class Checkpoint:
         info = self.tensors.get(name)
         if info is None:
             remedy = did_you_mean(name, islice(self.tensors, 2000))
-            message = f"the checkpoint has no tensor '{name}'"
+            message = f"the checkpoint has no tensor {quoted(name)}"
             raise WeightsError("weights.missing-tensor", message, place=Place(str(self.path)), remedy=remedy)
         data = self._maps.get(info.file)
         if data is None:
@@ -82,21 +83,21 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     (split or not), looked for in this order. Only headers are read. Raises WeightsError, or Errors with every fault.
     """
     path = Path(path)
-    file = _find_weights(path) if path.is_dir() else path
-    if not file.exists():
-        raise WeightsError("weights.missing-file", "no such file or directory", place=Place(str(path)))
+    file = _find_weights(path) if os.path.isdir(path) else path
+    if not os.path.exists(file):
+        raise WeightsError("weights.missing-file", "no such file or directory", place=Place(str(file)))
     if file.suffix == ".gguf":
         metadata, tensors = read_gguf(file)
         return Checkpoint(path, "gguf", metadata, tensors)
     if file.suffix == ".safetensors":
         tensors = read_safetensors(file)
-    elif file.name.endswith(".safetensors.index.json"):
+    elif file.name.endswith(_INDEX_SUFFIX):
         tensors = read_sharded(file)
     else:
         message = f"'{file.suffix}' files are not read as weights"
         raise WeightsError("weights.unsupported-format", message, place=Place(str(path)), remedy=_CONVERT)
     config = file.with_name("config.json")
-    return Checkpoint(path, "safetensors", _read_json_config(config) if config.exists() else {}, tensors)
+    return Checkpoint(path, "safetensors", _read_json(config) if os.path.exists(config) else {}, tensors)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -104,37 +105,45 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
     Raises WeightsError when there is none, InvalidFile when config.json is not a JSON object.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "config.json" if (path / "config.json").exists() else _find_weights(path)
-    if path.suffix == ".gguf":
-        return read_gguf(path)[0]
-    if path.suffix != ".json":
-        path = path.with_name("config.json")
-    if path.exists() and not path.name.endswith(".index.json"):
-        return _read_json_config(path)
-    remedy = "put the model's config.json beside its weights"
-    raise WeightsError("weights.missing-file", "there is no config.json", place=Place(str(path)), remedy=remedy)
+    file = Path(path)
+    if os.path.isdir(file):
+        config = file / "config.json"
+        file = config if os.path.exists(config) else _only_file(file, ".gguf") or config
+    if file.suffix == ".gguf":
+        return read_gguf(file)[0]
+    if file.name.endswith((".safetensors", _INDEX_SUFFIX)):
+        file = file.with_name("config.json")
+    if file.suffix == ".json" and os.path.exists(file):
+        return _read_json(file)
+    remedy = "give a model directory with a config.json, a config.json, or a .gguf file"
+    raise WeightsError("weights.missing-file", "there is no config here", place=Place(str(file)), remedy=remedy)
 
 
+_INDEX_SUFFIX = ".safetensors.index.json"
 _CONVERT = "use a .safetensors or .gguf version of the model (pickle files can run code and are never opened)"
 
 
-def _read_json_config(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     return read_json_object(path, InvalidFile)
 
 
 def _find_weights(directory: Path) -> Path:
     """The file to open in a model directory: an index, a .safetensors file, or the (first part of the) GGUF model."""
-    for name in ("model.safetensors", "model.safetensors.index.json"):
-        if (directory / name).exists():
+    for name in ("model.safetensors", "model" + _INDEX_SUFFIX):
+        if os.path.exists(directory / name):
             return directory / name
-    place = Place(str(directory))
-    for suffix in (".safetensors", ".gguf"):
-        found = sorted(file for file in directory.glob("*" + suffix) if split_number(file) <= 1)
-        if len(found) == 1:
-            return found[0]
-        if found:
-            message = f"{len(found)} {suffix} files and no index: " + ", ".join(file.name for file in found[:8])
-            raise WeightsError("weights.ambiguous", message, place=place, remedy="give the path of one of them")
-    raise WeightsError("weights.missing-file", "no weights in this directory", place=place, remedy=_CONVERT)
+    found = _only_file(directory, ".safetensors") or _only_file(directory, ".gguf")
+    if found is None:
+        message = "no weights in this directory"
+        raise WeightsError("weights.missing-file", message, place=Place(str(directory)), remedy=_CONVERT)
+    return found
+
+
+def _only_file(directory: Path, suffix: str) -> Path | None:
+    """The one file with ``suffix``, counting a split GGUF model as its first part; None when there is none."""
+    found = sorted(file for file in directory.glob("*" + suffix) if split_number(file) <= 1)
+    if len(found) > 1:
+        message = f"{len(found)} {suffix} files and no index: " + ", ".join(quoted(file.name) for file in found[:8])
+        remedy = "give the path of one of them"
+        raise WeightsError("weights.ambiguous", message, place=Place(str(directory)), remedy=remedy)
+    return found[0] if found else None

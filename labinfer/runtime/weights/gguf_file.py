@@ -14,14 +14,13 @@ from typing import Any
 from labinfer.errors import ErrorSink, LabinferError, Place, WeightsError
 from labinfer.runtime.weights.formats import FORMATS, stored_bytes
 from labinfer.runtime.weights.mapped_file import map_file
-from labinfer.runtime.weights.tensor_info import TensorInfo, check_extents, check_shape, quoted
+from labinfer.runtime.weights.tensor_info import TensorInfo, check_extents, check_tensor, quoted
 
 MAX_METADATA_BYTES = 32 << 20  # Gemma 3, the largest vocabulary in use, needs about 16 MB
 MAX_ARRAY_ELEMENTS = 2_000_000  # over all arrays of a file
 MAX_METADATA_KEYS = 65_536
-MAX_TENSORS = 250_000
+MAX_TENSORS = 65_536
 MAX_NAME_BYTES = 65_535
-MAX_ARRAY_DEPTH = 4
 MAX_GGML_DIMS = 4
 MAX_ALIGNMENT = 1 << 20
 DEFAULT_ALIGNMENT = 32
@@ -104,18 +103,16 @@ class _Cursor:
         self.position = position
         return values
 
-    def value(self, kind: int, what: str, depth: int = 0) -> Any:
+    def value(self, kind: int, what: str) -> Any:
         """One metadata value; arrays come as lists."""
         if kind == _STRING:
             return self.strings(1, what)[0]
         if kind == _ARRAY:
-            return self.array(what, depth + 1)
+            return self.array(what)
         return self.scalars(kind, 1, what)[0]
 
-    def array(self, what: str, depth: int) -> list[Any]:
-        """An array value: element type, count, elements."""
-        if depth > MAX_ARRAY_DEPTH:
-            raise self.fail("weights.corrupt", f"{what} nests arrays more than {MAX_ARRAY_DEPTH} deep")
+    def array(self, what: str) -> list[Any]:
+        """An array value: element type, count, elements. Arrays of arrays are refused, as llama.cpp does."""
         kind, count = self.u32(what), self.u64(what)
         self.array_elements += count
         if self.array_elements > MAX_ARRAY_ELEMENTS:
@@ -123,16 +120,14 @@ class _Cursor:
             raise self.fail("weights.too-large", message)
         if kind == _STRING:
             return self.strings(count, what)
-        if kind == _ARRAY:
-            self.need(12 * count, what)
-            return [self.array(what, depth + 1) for _ in range(count)]
         return self.scalars(kind, count, what)
 
     def scalars(self, kind: int, count: int, what: str) -> list[Any]:
         """``count`` numbers or booleans of metadata type ``kind``."""
         code = _SCALARS.get(kind)
         if code is None:
-            raise self.fail("weights.corrupt", f"{what} has unknown metadata type {kind}")
+            kind_name = "an array inside an array" if kind == _ARRAY else f"unknown metadata type {kind}"
+            raise self.fail("weights.corrupt", f"{what} is {kind_name}")
         size = struct.calcsize("<" + code)
         self.need(size * count, what)
         start, self.position = self.position, self.position + size * count
@@ -250,7 +245,7 @@ def _read_tensors(cursor: _Cursor, path: Path, count: int, alignment: int) -> li
             sink.add(cursor.fail("weights.duplicate-tensor", f"{where} appears twice"))
         if offset % alignment:
             sink.add(cursor.fail("weights.corrupt", f"{where} starts at {offset}, not a multiple of {alignment}"))
-        if problem := check_shape(shape):
+        if problem := check_tensor(name, shape):
             sink.add(cursor.fail("weights.corrupt", f"{where} has {problem}"))
             continue
         format = _GGML_TYPES.get(kind, f"unknown ({kind})").lower()

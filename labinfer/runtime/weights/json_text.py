@@ -29,26 +29,29 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def parse_json_object(data: bytes, what: str, file: Path, error: type[LabinferError]) -> dict[str, Any]:
     """The JSON object in ``data``; anything else raises ``error`` naming ``what`` and ``file``."""
 
+    remedy = "correct the file or download it again"
+
     def fail(code: str, message: str, place: Place | None = None) -> LabinferError:
-        return error(code, f"{what} {message}", place=place or Place(str(file)), remedy="download the file again")
+        return error(code, f"{what} {message}", place=place or Place(str(file)), remedy=remedy)
 
     if len(data) > MAX_JSON_BYTES or sum(data.count(sign) for sign in b"[{,:") > MAX_JSON_TOKENS:
-        raise fail("weights.too-large", f"is too large: over {MAX_JSON_BYTES >> 20} MiB or {MAX_JSON_TOKENS} values")
+        raise fail("json.too-large", f"is too large: over {MAX_JSON_BYTES >> 20} MiB or {MAX_JSON_TOKENS} values")
     try:
         value = json.loads(data.decode(), object_pairs_hook=_without_repeats)
     except json.JSONDecodeError as problem:
-        place = Place(str(file), problem.lineno, problem.colno)
-        raise fail("weights.bad-json", f"is not valid JSON: {problem.msg}", place) from None
+        line = problem.doc.split("\n")[problem.lineno - 1]
+        place = Place(str(file), problem.lineno, problem.colno, line if line.isprintable() else None)
+        raise fail("json.invalid", f"is not valid JSON: {problem.msg}", place) from None
     except _RepeatedKeyError as problem:
-        raise fail("weights.bad-json", f"has the key {str(problem)[:120]!r} twice in one object") from None
+        raise fail("json.repeated-key", f"has the key {str(problem)[:120]!r} twice in one object") from None
     except UnicodeDecodeError as problem:
-        raise fail("weights.bad-json", f"is not UTF-8 at byte {problem.start}") from None
+        raise fail("json.invalid", f"is not UTF-8 at byte {problem.start}") from None
     except ValueError:  # an integer of thousands of digits
-        raise fail("weights.bad-json", "holds a number that is too long") from None
+        raise fail("json.invalid", "holds a number that is too long") from None
     except RecursionError:
-        raise fail("weights.bad-json", "is nested too deeply") from None
+        raise fail("json.invalid", "is nested too deeply") from None
     if not isinstance(value, dict):
-        raise fail("weights.bad-json", "is not a JSON object")
+        raise fail("json.invalid", "is not a JSON object")
     return value
 
 

@@ -6,6 +6,7 @@ header is parsed here, from a memory map, so that every fault of a file is found
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from labinfer.errors import Errors, ErrorSink, Place, WeightsError
 from labinfer.runtime.weights.formats import FORMATS, stored_bytes
 from labinfer.runtime.weights.json_text import MAX_JSON_BYTES, parse_json_object, read_json_object
 from labinfer.runtime.weights.mapped_file import map_file
-from labinfer.runtime.weights.tensor_info import TensorInfo, check_extents, check_shape, quoted
+from labinfer.runtime.weights.tensor_info import TensorInfo, check_extents, check_tensor, quoted
 
 _REMEDY = "the file is corrupt: download or convert it again"
 _DTYPES = {name.upper(): name for name, stored in FORMATS.items() if stored.block_size == 1}
@@ -73,7 +74,7 @@ def _read_entry(name: str, entry: Any, path: Path, data_start: int) -> TensorInf
     if not isinstance(dtype, str) or (format := _DTYPES.get(dtype)) is None:
         remedy = "use a checkpoint stored as " + ", ".join(_DTYPES)
         raise fail(f"has dtype {str(dtype)[:40]!r}, which LABInfer cannot read", "weights.unsupported-format", remedy)
-    if problem := check_shape(tuple(shape)):
+    if problem := check_tensor(name, tuple(shape)):
         raise fail(f"has {problem}")
     nbytes = stored_bytes(format, shape)
     if offsets[1] - offsets[0] != nbytes:
@@ -114,7 +115,7 @@ def read_sharded(index: Path) -> list[TensorInfo]:
             message = f"shard name {quoted(shard)} {problem}"
             remedy = "do not trust this checkpoint: an index may only name files beside it"
             sink.add(WeightsError("weights.unsafe-path", message, place=place, remedy=remedy))
-        elif not (index.parent / shard).exists():
+        elif not os.path.exists(index.parent / shard):  # unlike Path.exists, never raises (name too long, ...)
             remedy = "download the missing shard"
             sink.add(
                 WeightsError("weights.missing-file", f"shard {quoted(shard)} is missing", place=place, remedy=remedy)

@@ -33,8 +33,10 @@ def quoted(name: str) -> str:
     return repr(name if len(name) <= 120 else name[:117] + "...")
 
 
-def check_shape(shape: tuple[int, ...]) -> str | None:
-    """What is wrong with ``shape``, or None; afterwards every size product fits 64 bits."""
+def check_tensor(name: str, shape: tuple[int, ...]) -> str | None:
+    """What is wrong with a name or shape from a file, or None; afterwards every size product fits 64 bits."""
+    if not name.isprintable():
+        return "a name with unprintable characters"
     if len(shape) > MAX_DIMS:
         return f"{len(shape)} dimensions, at most {MAX_DIMS} are allowed"
     # Zero is counted as one: a tensor without elements must not hide an absurd dimension.
