@@ -55,6 +55,13 @@ class TensorType:
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
 
 
+OVER_FIRST: Mapping[int, tuple[int, ...]] = {0: (0,)}
+"""``OpSpec.inplace`` of an op whose result may be written over its first input."""
+
+OVER_EITHER: Mapping[int, tuple[int, ...]] = {0: (0, 1)}
+"""``OpSpec.inplace`` of an op whose result may be written over its first or second input."""
+
+
 @dataclass(frozen=True, slots=True)
 class WeightSlot:
     """A weight operand: its name in the map and in the reference, and whether an op can do without it."""
@@ -66,7 +73,7 @@ class WeightSlot:
 class OpAttrs(BaseModel):
     """Base of every op's attributes: known names only, never changed after the map is read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ShapeMismatch(Exception):
@@ -117,13 +124,16 @@ class Call:
 class OpSpec:
     """One op kind. A subclass in this folder declares it; ``register`` makes it known under ``kind``.
 
-    ``inputs`` names the operands in order, ``outputs`` the results. ``inplace`` maps an output index to the input
-    indices it may be written over, when shapes are equal and the input dies there. ``view`` says that outputs are
-    column windows of input 0, side by side, and no kernel runs. ``state`` says that the op uses the map's cache.
+    ``inputs`` names the operands in order, ``outputs`` the results; the last ``optional_inputs`` operands may be left
+    out, and an output name with a star (``*parts``) stands for as many outputs as ``infer`` returns. ``inplace`` maps
+    an output index to the input indices it may be written over, when shapes are equal and the input dies there.
+    ``view`` says that outputs are column windows of input 0, side by side, and no kernel runs. ``state`` says that the
+    op uses the map's cache.
     """
 
     kind: ClassVar[str]
     inputs: ClassVar[tuple[str, ...]] = ("x",)
+    optional_inputs: ClassVar[int] = 0
     outputs: ClassVar[tuple[str, ...]] = ("y",)
     weights: ClassVar[tuple[WeightSlot, ...]] = ()
     inplace: ClassVar[Mapping[int, tuple[int, ...]]] = {}
@@ -175,3 +185,9 @@ def last_dim(x: TensorType, operand: int = 0) -> int:
     if len(x.shape) != 2 or not isinstance(x.shape[-1], int):
         raise ShapeMismatch(f"expected an activation [T, features], got {x}", [operand])
     return x.shape[-1]
+
+
+def expect_features(x: TensorType, expected: int, meaning: str, operand: int = 0) -> None:
+    """Raises ``ShapeMismatch`` unless ``x`` is ``[T, expected]``; ``meaning`` says where the number comes from."""
+    if (features := last_dim(x, operand)) != expected:
+        raise ShapeMismatch(f"expected {expected} features ({meaning}), got {features}", [operand])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pydantic import PositiveInt
+
 from labinfer.ops.base import Call, OpAttrs, OpSpec, ShapeMismatch, TensorType, WeightSlot, elements, last_dim, register
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ class Linear(OpSpec):
     class Attrs(OpAttrs):
         """``out_features``: columns of the result; the rows of ``weight``."""
 
-        out_features: int
+        out_features: PositiveInt
 
     def infer(self, attrs: Any, inputs: Sequence[TensorType]) -> list[TensorType]:
         """``[T, in_features] -> [T, out_features]``."""
@@ -53,8 +55,8 @@ class Embedding(OpSpec):
     class Attrs(OpAttrs):
         """``num_embeddings`` rows of ``embedding_dim`` each."""
 
-        num_embeddings: int
-        embedding_dim: int
+        num_embeddings: PositiveInt
+        embedding_dim: PositiveInt
 
     def infer(self, attrs: Any, inputs: Sequence[TensorType]) -> list[TensorType]:
         """``i32 [T] -> f32 [T, embedding_dim]``."""
