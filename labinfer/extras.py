@@ -1,4 +1,4 @@
-"""Optional dependencies: which extra of ``pip install 'labinfer[...]'`` brings a module, and the sentence that says so."""
+"""Optional dependencies: which extra of ``pip install labinfer`` brings a module, and the sentence that says so."""
 
 from __future__ import annotations
 

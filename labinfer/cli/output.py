@@ -7,12 +7,11 @@ and ``CI`` is not set. ``--quiet`` leaves data and errors.
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
@@ -21,8 +20,7 @@ from labinfer.errors import Errors, LabinferError
 if TYPE_CHECKING:
     from rich.console import Console
 
-Progress = Callable[[str, int, int | None], None]
-"""Called as ``progress(phase, bytes_done, bytes_total or None)``."""
+    from labinfer.progress import Progress
 
 
 @dataclass
@@ -75,23 +73,14 @@ class Output:
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:
-        """A progress bar on stderr with bytes, rate and time left; on no terminal, calls to it show nothing."""
-        if self.quiet or os.environ.get("CI") or not sys.stderr.isatty():
-            yield lambda phase, done, total: None
+        """A progress bar on stderr; nothing with ``--quiet`` or where stderr is no terminal."""
+        from labinfer.progress import bar, silent
+
+        if self.quiet:
+            yield silent
             return
-        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-        from rich.progress import Progress as Bar
-
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        with Bar(*columns, TimeRemainingColumn(), console=self.console(sys.stderr), transient=True) as bar:
-            tasks: dict[str, Any] = {}
-
-            def update(phase: str, done: int, total: int | None) -> None:
-                if phase not in tasks:
-                    tasks[phase] = bar.add_task(phase, total=total)
-                bar.update(tasks[phase], completed=done, total=total)
-
-            yield update
+        with bar(color=self.color) as progress:
+            yield progress
 
     def error(self, error: LabinferError, as_json: bool) -> None:
         """Report a failure: text on stderr, or with ``--json`` one document on stdout so that stdout always parses."""
