@@ -1,0 +1,617 @@
+"""The map language's expressions: a small, safe subset of Python, evaluated lazily by name.
+
+Literals, names, arithmetic, comparisons, ``and``/``or``/``not``, ``a if c else b``, subscripts and calls to a fixed
+table of functions. Nothing here runs Python code: the syntax tree is checked and turned into closures once, and every
+operation bounds its result, so hostile text costs microseconds. Integers stay exact; ``/`` gives a float; arithmetic
+that leaves 64 bits or the finite floats is an error.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+import re
+import reprlib
+import struct
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+from labinfer.errors import InvalidFile, Place, did_you_mean
+
+Value: TypeAlias = "bool | int | float | str | list[Value] | dict[str, Value] | None"
+_Run: TypeAlias = Callable[[Mapping[str, Value]], Any]
+
+MAX_LENGTH = 2000  # characters of an expression
+MAX_NESTING = 50  # levels of its syntax tree
+MAX_INTEGER = 1 << 63
+MAX_ITEMS = 100_000  # characters and elements, counted through nested lists, of a built string, list or mapping
+MAX_CHAIN = 100  # definitions that wait for one another
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+
+
+class UndefinedName(InvalidFile, KeyError):
+    """An expression uses a name that nothing defines; a ``KeyError`` too, as mappings promise."""
+
+
+def undefined_name(name: str, known: Iterable[str], place: Place | None = None) -> UndefinedName:
+    """The error for ``name``, with the closest of the ``known`` names as its remedy."""
+    return UndefinedName(
+        "map.undefined-name", f"'{name}' is not defined", place=place, remedy=did_you_mean(name, known)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Expression:
+    """A checked expression: its text, the names it reads, and where it stands."""
+
+    source: str
+    names: frozenset[str]
+    place: Place | None
+    run: _Run = field(repr=False, compare=False)
+
+    def evaluate(self, scope: Mapping[str, Value]) -> Value:
+        """The value under ``scope``.
+
+        Raises ``InvalidFile`` with code ``map.expression``, ``map.undefined-name`` or ``map.cycle``.
+        """
+        try:
+            result: Value = self.run(scope)
+        except InvalidFile as error:
+            error.place = error.place or self.place
+            raise
+        except KeyError as error:
+            raise undefined_name(str(error.args[0]), scope, self.place) from None
+        except (ArithmeticError, TypeError, ValueError) as error:
+            raise self._failure(error, scope) from None
+        except RecursionError:
+            raise InvalidFile("map.expression", "definitions nest too deeply", place=self.place) from None
+        return result
+
+    def _failure(self, error: Exception, scope: Mapping[str, Value]) -> InvalidFile:
+        seen = _Recorder(scope)
+        with suppress(ArithmeticError, TypeError, ValueError, RecursionError):
+            self.run(seen)  # once more, to tell the names that were read
+        values = ", ".join(f"{name} = {_show(value)}" for name, value in seen.items())
+        problem = "division by zero" if isinstance(error, ZeroDivisionError) else str(error)
+        where = f" where {values}" if values else ""
+        return InvalidFile("map.expression", f"{problem} in '{_shorten(self.source)}'{where}", place=self.place)
+
+
+class _Recorder(dict[str, Value]):
+    """A view of a scope that keeps what was read from it."""
+
+    def __init__(self, scope: Mapping[str, Value]) -> None:
+        super().__init__()
+        self.scope = scope
+
+    def __missing__(self, name: str) -> Value:
+        value = self[name] = self.scope[name]
+        return value
+
+
+def parse_expression(text: str | int | float | bool | None, place: Place | None = None) -> Expression:
+    """Check ``text`` and make it ready to evaluate; ``${...}`` means its inside, numbers, booleans and None themselves.
+
+    Raises ``InvalidFile`` (``map.expression``) with the place of the offending part.
+    """
+    if text is None or isinstance(text, (bool, int, float)):
+        return Expression(_show(text), frozenset(), place, lambda scope: text)
+    if not isinstance(text, str):
+        raise InvalidFile("map.expression", f"expected an expression, not {_kind(text)}", place=place)
+    try:
+        run, names = _parse(text)
+    except _Refused as error:
+        message = f"{error.message} in '{_shorten(text)}'"
+        raise InvalidFile(
+            "map.expression", message, place=_inside(place, text, error.offset), remedy=error.remedy
+        ) from None
+    return Expression(text, names, place, run)
+
+
+class Scope(Mapping[str, Value]):
+    """Named definitions, each evaluated when first read and once only.
+
+    ``definitions`` are expressions, which may read one another, or values; ``values`` are further names, read when no
+    definition has them. ``scope[name]`` raises ``InvalidFile`` as ``Expression.evaluate`` does.
+    """
+
+    def __init__(
+        self, definitions: Mapping[str, Expression | Value], values: Mapping[str, Value] | None = None
+    ) -> None:
+        self._expressions: dict[str, Expression] = {}
+        self._values: dict[str, Value] = dict(values or {})
+        for name, definition in definitions.items():
+            if isinstance(definition, Expression):
+                self._expressions[name] = definition
+                self._values.pop(name, None)
+            else:
+                self._values[name] = definition
+        self._parent: Scope | None = None
+        self._dependents: frozenset[str] = frozenset(self._expressions)  # what this scope evaluates itself
+        self._in_progress: dict[str, None] = {}
+        self._dependents_of: dict[frozenset[str], frozenset[str]] = {}
+
+    def derive(self, variables: Mapping[str, Value]) -> Scope:
+        """A scope with more ``variables`` (a layer's ``i``); only what depends on them is evaluated again."""
+        child = Scope.__new__(Scope)
+        child._expressions = self._expressions
+        child._values = dict(variables)
+        child._parent = self
+        child._dependents = self.dependents(variables)
+        child._in_progress = self._in_progress
+        child._dependents_of = self._dependents_of
+        return child
+
+    def dependents(self, variables: Iterable[str]) -> frozenset[str]:
+        """The definitions that read one of ``variables``, directly or through others; known without evaluating."""
+        key = frozenset(variables)
+        if key not in self._dependents_of:
+            readers: dict[str, list[str]] = {}
+            for name, expression in self._expressions.items():
+                for read in expression.names:
+                    readers.setdefault(read, []).append(name)
+            found: set[str] = set()
+            waiting = list(key)
+            while waiting:
+                new = [name for name in readers.get(waiting.pop(), ()) if name not in found and name not in key]
+                found.update(new)
+                waiting.extend(new)
+            self._dependents_of[key] = frozenset(found)
+        return self._dependents_of[key]
+
+    def __getitem__(self, name: str) -> Value:
+        if name in self._values:
+            return self._values[name]
+        if name in self._dependents:
+            value = self._values[name] = self._evaluate(name)
+            return value
+        if self._parent is None:
+            raise undefined_name(name, self)
+        return self._parent[name]
+
+    def _evaluate(self, name: str) -> Value:
+        progress = self._in_progress
+        if name in progress:
+            names = list(progress)
+            chain = " -> ".join(_shorten(part) for part in [*names[names.index(name) :], name])
+            place = self._expressions[name].place
+            raise InvalidFile("map.cycle", f"'{name}' is defined by itself: {chain}", place=place)
+        if len(progress) >= MAX_CHAIN:
+            message = f"more than {MAX_CHAIN} definitions wait for one another"
+            raise InvalidFile("map.expression", message, place=self._expressions[name].place)
+        progress[name] = None
+        try:
+            return self._expressions[name].evaluate(self)
+        finally:
+            del progress[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values or name in self._expressions or (self._parent is not None and name in self._parent)
+
+    def __iter__(self) -> Iterator[str]:
+        inherited = self._parent if self._parent is not None else self._expressions
+        return iter(dict.fromkeys([*inherited, *self._values]))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+# Text to closures
+
+
+class _Refused(Exception):
+    """Why a text is no expression; ``offset`` counts characters from the start of the text."""
+
+    def __init__(self, message: str, offset: int = 0, remedy: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.offset, self.remedy = message, offset, remedy
+
+
+@lru_cache(maxsize=4096)
+def _parse(text: str) -> tuple[_Run, frozenset[str]]:
+    if len(text) > MAX_LENGTH:
+        raise _Refused(f"more than {MAX_LENGTH} characters")
+    bare = text.strip()
+    if bare.startswith("${") and bare.endswith("}"):
+        bare = bare[2:-1].strip()
+    if not bare:
+        raise _Refused("an expression is missing")
+    start = text.index(bare)
+    _check_text(bare, start)
+    compiler = _Compiler()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # '1if x' and the like are syntax errors here
+            tree = ast.parse(bare.replace("\n", " "), mode="eval")
+        run = compiler.compile(tree.body, 1)
+    except SyntaxError as error:
+        raise _Refused(error.msg, start + max(0, (error.offset or 1) - 1)) from None
+    except (RecursionError, MemoryError, ValueError) as error:
+        raise _Refused("nested too deeply" if not isinstance(error, ValueError) else str(error), start) from None
+    except _Refused as error:
+        before = bare.encode()[: error.offset]  # ast counts bytes
+        error.offset = start + len(before.decode(errors="ignore"))
+        raise
+    return run, frozenset(compiler.names)
+
+
+def _check_text(text: str, start: int) -> None:
+    """Bound nesting before Python's parser sees the text, and refuse comments, which would hide what follows."""
+    depth = 0
+    unquoted = _QUOTED.sub(lambda found: "_" * len(found.group()), text)
+    for found in re.finditer(r"[#()\[\]{}]", unquoted):
+        if found.group() == "#":
+            raise _Refused("a comment is not allowed", start + found.start())
+        depth += 1 if found.group() in "([{" else -1
+        if depth > MAX_NESTING:
+            raise _Refused(f"nested deeper than {MAX_NESTING} levels", start + found.start())
+
+
+def _inside(place: Place | None, text: str, offset: int) -> Place | None:
+    """The place ``offset`` characters into ``text``, when the text stands as it is on the line of ``place``."""
+    if place is None or place.text is None:
+        return place
+    for quote in (0, 1):
+        start = place.column - 1 + quote
+        if place.text.startswith(text, start):
+            return Place(place.file, place.line, start + offset + 1, place.text)
+    return place
+
+
+class _Compiler:
+    """Turns syntax trees into closures over a scope and gathers the names they read."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def compile(self, node: ast.AST, depth: int) -> _Run:
+        rule = _RULES.get(type(node))
+        offset = getattr(node, "col_offset", 0)
+        if rule is None:
+            raise _Refused(f"{_SYNTAX_NAMES.get(type(node), type(node).__name__.lower())} is not allowed", offset)
+        if depth > MAX_NESTING:
+            raise _Refused(f"nested deeper than {MAX_NESTING} levels", offset)
+        return rule(self, node, depth + 1)
+
+    def constant(self, node: ast.Constant, depth: int) -> _Run:
+        value = node.value
+        if not (value is None or isinstance(value, (bool, int, float, str))):
+            raise _Refused(f"{type(value).__name__} is not allowed", node.col_offset)
+        if (type(value) is int and value > MAX_INTEGER) or (type(value) is float and math.isinf(value)):
+            raise _Refused("a number is out of range", node.col_offset)
+        return lambda scope: value
+
+    def name(self, node: ast.Name, depth: int) -> _Run:
+        name = node.id
+        if name in _LITERALS:
+            literal = _LITERALS[name]
+            return lambda scope: literal
+        self.names.add(name)
+        return operator.itemgetter(name)
+
+    def binary(self, node: ast.BinOp, depth: int) -> _Run:
+        operation = _lookup(_BINARY, node.op, node)
+        left, right = self.compile(node.left, depth), self.compile(node.right, depth)
+        return lambda scope: operation(left(scope), right(scope))
+
+    def unary(self, node: ast.UnaryOp, depth: int) -> _Run:
+        operation = _lookup(_UNARY, node.op, node)
+        operand = self.compile(node.operand, depth)
+        return lambda scope: operation(operand(scope))
+
+    def boolean(self, node: ast.BoolOp, depth: int) -> _Run:
+        operands = [self.compile(operand, depth) for operand in node.values]
+        stops_at = isinstance(node.op, ast.Or)
+
+        def run(scope: Mapping[str, Value]) -> Value:
+            value: Value = None
+            for operand in operands:
+                value = operand(scope)
+                if bool(value) is stops_at:
+                    break
+            return value
+
+        return run
+
+    def compare(self, node: ast.Compare, depth: int) -> _Run:
+        first = self.compile(node.left, depth)
+        operations = [_lookup(_COMPARE, op, node) for op in node.ops]
+        steps = list(zip(operations, [self.compile(right, depth) for right in node.comparators], strict=True))
+
+        def run(scope: Mapping[str, Value]) -> bool:
+            left = first(scope)
+            for operation, operand in steps:
+                right = operand(scope)
+                if not operation(left, right):
+                    return False
+                left = right
+            return True
+
+        return run
+
+    def ternary(self, node: ast.IfExp, depth: int) -> _Run:
+        condition, value, otherwise = (self.compile(part, depth) for part in (node.test, node.body, node.orelse))
+        return lambda scope: value(scope) if condition(scope) else otherwise(scope)
+
+    def subscript(self, node: ast.Subscript, depth: int) -> _Run:
+        container, key = self.compile(node.value, depth), self.compile(node.slice, depth)
+        return lambda scope: _subscript(container(scope), key(scope))
+
+    def list_display(self, node: ast.List, depth: int) -> _Run:
+        items = [self.compile(item, depth) for item in node.elts]
+        return lambda scope: _bounded([item(scope) for item in items])
+
+    def dict_display(self, node: ast.Dict, depth: int) -> _Run:
+        keys: list[str] = []
+        for key in node.keys:
+            if not (isinstance(key, ast.Constant) and isinstance(key.value, str)):
+                raise _Refused("a key that is not a quoted string is not allowed", node.col_offset)
+            keys.append(key.value)
+        values = [self.compile(value, depth) for value in node.values]
+        return lambda scope: _bounded({key: value(scope) for key, value in zip(keys, values, strict=True)})
+
+    def call(self, node: ast.Call, depth: int) -> _Run:
+        if not isinstance(node.func, ast.Name):
+            raise _Refused("a call of anything but a named function is not allowed", node.col_offset)
+        name = node.func.id
+        if name not in _FUNCTIONS:
+            raise _Refused(f"there is no function '{name}'", node.col_offset, did_you_mean(name, _FUNCTIONS))
+        if node.keywords:
+            raise _Refused("a keyword argument is not allowed", node.col_offset)
+        function, least, most = _FUNCTIONS[name]
+        if not least <= len(node.args) <= most:
+            count = str(least) if least == most else f"{least} to {most}"
+            raise _Refused(f"{name}() takes {count} arguments, not {len(node.args)}", node.col_offset)
+        arguments = [self.compile(argument, depth) for argument in node.args]
+        if len(arguments) == 1:
+            (only,) = arguments
+            return lambda scope: function(only(scope))
+        return lambda scope: function(*[argument(scope) for argument in arguments])
+
+
+def _lookup(table: Mapping[type[ast.AST], Callable[..., Any]], op: ast.AST, node: ast.expr) -> Callable[..., Any]:
+    if type(op) not in table:
+        name = type(op).__name__
+        remedy = "compare with == or !=" if name in ("Is", "IsNot") else None
+        raise _Refused(f"the operator '{_OPERATORS.get(name, name)}' is not allowed", node.col_offset, remedy)
+    return table[type(op)]
+
+
+_LITERALS = {"none": None, "true": True, "false": False}
+_OPERATORS = {
+    "BitOr": "|", "BitAnd": "&", "BitXor": "^", "LShift": "<<", "RShift": ">>", "MatMult": "@", "Invert": "~",
+    "Is": "is", "IsNot": "is not",
+}  # fmt: skip
+_SYNTAX_NAMES: dict[type[ast.AST], str] = {
+    ast.Attribute: "an attribute ('a.b')", ast.Lambda: "lambda", ast.JoinedStr: "an f-string", ast.Tuple: "a tuple",
+    ast.Set: "a set", ast.Starred: "'*'", ast.NamedExpr: "':='", ast.Slice: "a slice", ast.ListComp: "a comprehension",
+    ast.SetComp: "a comprehension", ast.DictComp: "a comprehension", ast.GeneratorExp: "a comprehension",
+}  # fmt: skip
+_RULES: dict[type[ast.AST], Callable[[_Compiler, Any, int], _Run]] = {
+    ast.Constant: _Compiler.constant, ast.Name: _Compiler.name, ast.BinOp: _Compiler.binary,
+    ast.UnaryOp: _Compiler.unary, ast.BoolOp: _Compiler.boolean, ast.Compare: _Compiler.compare,
+    ast.IfExp: _Compiler.ternary, ast.Subscript: _Compiler.subscript, ast.List: _Compiler.list_display,
+    ast.Dict: _Compiler.dict_display, ast.Call: _Compiler.call,
+}  # fmt: skip
+
+
+# Operations: the TypeError, ValueError or ArithmeticError they raise becomes a map.expression error
+
+
+def _show(value: object) -> str:
+    """A value as a message shows it."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return reprlib.repr(value)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _kind(value: object) -> str:
+    return _KINDS.get(type(value), type(value).__name__)
+
+
+_KINDS: dict[type, str] = {
+    type(None): "none", bool: "a boolean", int: "an integer", float: "a float", str: "a string", list: "a list",
+    dict: "a mapping",
+}  # fmt: skip
+
+
+def _number(result: Any) -> Any:
+    """``result`` when it is an integer of 64 bits or a finite float."""
+    if isinstance(result, int) and abs(result) <= MAX_INTEGER:
+        return result
+    if isinstance(result, float) and math.isfinite(result):
+        return result
+    raise OverflowError(
+        "the result is not a real number" if isinstance(result, complex) else "the result is out of range"
+    )
+
+
+def _bounded(value: Any) -> Any:
+    """``value`` when it holds at most ``MAX_ITEMS`` characters and elements, however nested or shared."""
+    size, waiting = 0, [value]
+    while waiting:
+        item = waiting.pop()
+        size += len(item) if isinstance(item, (str, list, dict)) else 0
+        if size > MAX_ITEMS:
+            raise OverflowError(f"the result holds more than {MAX_ITEMS:,} items")
+        if isinstance(item, (list, dict)):
+            waiting.extend(item if isinstance(item, list) else item.values())
+    return value
+
+
+def _are_numbers(left: Any, right: Any) -> bool:
+    return isinstance(left, (int, float)) and isinstance(right, (int, float))
+
+
+def _numeric(symbol: str, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """A binary operation on two numbers."""
+
+    def operation(left: Any, right: Any) -> Any:
+        if _are_numbers(left, right):
+            return _number(function(left, right))
+        raise TypeError(f"'{symbol}' cannot join {_kind(left)} and {_kind(right)}")
+
+    return operation
+
+
+_add_numbers, _multiply_numbers = _numeric("+", operator.add), _numeric("*", operator.mul)
+
+
+def _add(left: Any, right: Any) -> Any:
+    if type(left) is type(right) and isinstance(left, (str, list)):
+        return _bounded(left + right)
+    return _add_numbers(left, right)
+
+
+def _multiply(left: Any, right: Any) -> Any:
+    if isinstance(left, int) and isinstance(right, (str, list)):
+        left, right = right, left
+    if isinstance(left, (str, list)) and isinstance(right, int):
+        if len(left) * right > MAX_ITEMS:
+            raise OverflowError(f"the result holds more than {MAX_ITEMS:,} items")
+        return _bounded(left * right)
+    return _multiply_numbers(left, right)
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    if isinstance(base, int) and isinstance(exponent, int) and exponent * (base.bit_length() - 1) > 64:
+        raise OverflowError("the result is out of range")
+    return base**exponent
+
+
+def _ordered(symbol: str, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """An order comparison: numbers with numbers, strings with strings."""
+
+    def operation(left: Any, right: Any) -> Any:
+        if _are_numbers(left, right) or (isinstance(left, str) and isinstance(right, str)):
+            return function(left, right)
+        hint = "; compare with == or != only" if left is None or right is None else ""
+        raise TypeError(f"'{symbol}' cannot compare {_kind(left)} with {_kind(right)}{hint}")
+
+    return operation
+
+
+def _contains(item: Any, container: Any) -> bool:
+    if isinstance(container, list):
+        return item in container
+    if isinstance(container, (str, dict)) and isinstance(item, str):
+        return item in container
+    raise TypeError(f"'in' cannot look for {_kind(item)} in {_kind(container)}")
+
+
+def _subscript(container: Any, key: Any) -> Any:
+    if isinstance(container, list) and type(key) is int:
+        if -len(container) <= key < len(container):
+            return container[key]
+        raise ValueError(f"index {key} is outside a list of {len(container)}")
+    if isinstance(container, dict) and isinstance(key, str):
+        if key in container:
+            return container[key]
+        hint = did_you_mean(key, container)
+        raise ValueError(f"there is no key {_show(key)}" + (f" ({hint})" if hint else ""))
+    hint = "; get(mapping, key, default) works on none too" if container is None else ""
+    raise TypeError(f"{_kind(container)} has no element {_show(key)}{hint}")
+
+
+def _sign(symbol: str, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def operation(operand: Any) -> Any:
+        if isinstance(operand, (int, float)):
+            return _number(function(operand))
+        raise TypeError(f"'{symbol}' does not apply to {_kind(operand)}")
+
+    return operation
+
+
+_BINARY: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
+    ast.Add: _add, ast.Sub: _numeric("-", operator.sub), ast.Mult: _multiply, ast.Div: _numeric("/", operator.truediv),
+    ast.FloorDiv: _numeric("//", operator.floordiv), ast.Mod: _numeric("%", operator.mod),
+    ast.Pow: _numeric("**", _power),
+}  # fmt: skip
+_UNARY: dict[type[ast.AST], Callable[[Any], Any]] = {
+    ast.Not: operator.not_, ast.USub: _sign("-", operator.neg), ast.UAdd: _sign("+", operator.pos),
+}  # fmt: skip
+_COMPARE: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: _ordered("<", operator.lt),
+    ast.LtE: _ordered("<=", operator.le), ast.Gt: _ordered(">", operator.gt), ast.GtE: _ordered(">=", operator.ge),
+    ast.In: _contains, ast.NotIn: lambda item, container: not _contains(item, container),
+}  # fmt: skip
+
+
+# Functions
+
+
+def _bf16(x: Any) -> float:
+    """``x`` rounded to float32 and then to bfloat16, both to nearest even, as torch and ml_dtypes convert a double."""
+    (bits,) = struct.unpack("<I", struct.pack("<f", x))
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+    (value,) = struct.unpack("<f", struct.pack("<I", rounded & 0xFFFFFFFF))
+    return float(value)
+
+
+def _round(x: Any, digits: Any = None) -> Any:
+    if digits is not None and not (type(digits) is int and abs(digits) <= 30):
+        raise ValueError("round() takes a number of digits from -30 to 30")
+    return round(x, digits)
+
+
+def _get(mapping: Any, key: Any, default: Any = None) -> Any:
+    if mapping is None:
+        return default
+    if isinstance(mapping, dict) and isinstance(key, str):
+        return mapping.get(key, default)
+    raise TypeError(f"get() takes a mapping or none and a string, not {_kind(mapping)} and {_kind(key)}")
+
+
+def _string(x: Any) -> str:
+    if isinstance(x, (list, dict)):
+        raise TypeError(f"str() does not take {_kind(x)}")
+    return x if isinstance(x, str) else _show(x) if x is None or isinstance(x, bool) else str(x)
+
+
+def _extreme(name: str, function: Callable[[Any], Any]) -> Callable[..., Any]:
+    """``min`` or ``max`` of several arguments or of one list: all numbers or all strings."""
+
+    def extreme(*arguments: Any) -> Any:
+        items = arguments[0] if len(arguments) == 1 else arguments
+        if not isinstance(items, (list, tuple)):
+            raise TypeError(f"{name}() takes several values or one list")
+        if all(isinstance(x, (int, float)) for x in items) or all(isinstance(x, str) for x in items):
+            return function(items)
+        raise TypeError(f"{name}() takes numbers or strings, not " + ", ".join(sorted({_kind(x) for x in items})))
+
+    return extreme
+
+
+def _math(name: str, function: Callable[..., Any], convert: bool = False) -> Callable[..., Any]:
+    """A function of numbers (and of text, if it may ``convert``) with a bounded result."""
+
+    def call(*arguments: Any) -> Any:
+        for x in arguments:
+            if not isinstance(x, (int, float)) and not (convert and isinstance(x, str)):
+                raise TypeError(f"{name}() does not take {_kind(x)}")
+        try:
+            return _number(function(*arguments))
+        except ValueError as error:
+            raise ValueError(f"{name}({', '.join(map(_show, arguments))}): {error}") from None
+
+    return call
+
+
+_ANY = 100
+_FUNCTIONS: dict[str, tuple[Callable[..., Any], int, int]] = {  # with the least and most arguments
+    "min": (_extreme("min", min), 1, _ANY), "max": (_extreme("max", max), 1, _ANY), "abs": (_math("abs", abs), 1, 1),
+    "ceil": (_math("ceil", math.ceil), 1, 1), "floor": (_math("floor", math.floor), 1, 1),
+    "round": (_math("round", _round), 1, 2), "sqrt": (_math("sqrt", math.sqrt), 1, 1),
+    "log": (_math("log", math.log), 1, 2), "int": (_math("int", int, convert=True), 1, 1),
+    "float": (_math("float", float, convert=True), 1, 1), "bool": (bool, 1, 1), "str": (_string, 1, 1),
+    "len": (len, 1, 1), "bf16": (_math("bf16", _bf16), 1, 1), "get": (_get, 2, 3),
+}  # fmt: skip
