@@ -47,7 +47,7 @@ class Checkpoint:
             raise UsageError("weights.closed", "the checkpoint is closed", place=Place(str(self.path)))
         info = self.tensors.get(name)
         if info is None:
-            remedy = did_you_mean(name, islice(self.tensors, 2000))
+            remedy = did_you_mean(name, islice(self.tensors, 2000)) or "see Checkpoint.tensors for the names"
             message = f"the checkpoint has no tensor {quoted(name)}"
             raise WeightsError("weights.missing-tensor", message, place=Place(str(self.path)), remedy=remedy)
         data = self._maps.get(info.file)
@@ -85,7 +85,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     file = _find_weights(path) if os.path.isdir(path) else path
     if not os.path.exists(file):
-        raise WeightsError("weights.missing-file", "no such file or directory", place=Place(str(file)))
+        remedy = "check the path"
+        raise WeightsError("weights.missing-file", "no such file or directory", place=Place(str(file)), remedy=remedy)
     if file.suffix == ".gguf":
         metadata, tensors = read_gguf(file)
         return Checkpoint(path, "gguf", metadata, tensors)

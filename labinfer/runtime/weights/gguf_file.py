@@ -248,10 +248,11 @@ def _read_tensors(cursor: _Cursor, path: Path, count: int, alignment: int) -> li
         if problem := check_tensor(name, shape):
             sink.add(cursor.fail("weights.corrupt", f"{where} has {problem}"))
             continue
-        format = _GGML_TYPES.get(kind, f"unknown ({kind})").lower()
+        type_name = _GGML_TYPES.get(kind, f"unknown type {kind}")
+        format = type_name.lower()
         if format not in FORMATS:
             remedy = "quantize the model to Q4_K_M, Q8_0 or another supported type: " + ", ".join(FORMATS)
-            message = f"{where} is stored as {format.upper()}, which LABInfer cannot read"
+            message = f"{where} is stored as {type_name}, which LABInfer cannot read"
             sink.add(cursor.fail("weights.unsupported-format", message, remedy))
             continue
         try:

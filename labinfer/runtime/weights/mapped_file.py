@@ -9,6 +9,8 @@ from pathlib import Path
 
 from labinfer.errors import Place, WeightsError
 
+_REMEDY = "check the path, its permissions and the disk"
+
 
 def map_file(path: Path) -> mmap.mmap:
     """Map ``path`` for reading; nothing is read yet.
@@ -21,17 +23,19 @@ def map_file(path: Path) -> mmap.mmap:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except (OSError, ValueError) as error:
         raise WeightsError(
-            "weights.unreadable", f"cannot open: {_reason(error)}", place=place, remedy="check the path and permissions"
+            "weights.unreadable", f"cannot open: {_reason(error)}", place=place, remedy=_REMEDY
         ) from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise WeightsError("weights.unreadable", "not a regular file", place=place)
+            raise WeightsError("weights.unreadable", "not a regular file", place=place, remedy=_REMEDY)
         if status.st_size == 0:
             raise WeightsError("weights.truncated", "the file is empty", place=place, remedy="download the file again")
         return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise WeightsError("weights.unreadable", f"cannot map: {_reason(error)}", place=place) from error
+        raise WeightsError(
+            "weights.unreadable", f"cannot map: {_reason(error)}", place=place, remedy=_REMEDY
+        ) from error
     finally:
         os.close(descriptor)
 
