@@ -16,8 +16,8 @@ from labinfer.runtime.weights.formats import FORMATS, stored_bytes
 from labinfer.runtime.weights.mapped_file import map_file
 from labinfer.runtime.weights.tensor_info import TensorInfo, check_extents, check_tensor, quoted
 
-MAX_METADATA_BYTES = 32 << 20  # Gemma 3, the largest vocabulary in use, needs about 16 MB
-MAX_ARRAY_ELEMENTS = 2_000_000  # over all arrays of a file
+MAX_METADATA_BYTES = 24 << 20  # a vocabulary of 262,144 tokens with merges needs about 15 MB
+MAX_ARRAY_ELEMENTS = 1_500_000  # over all arrays of a file; that vocabulary takes 1.3 million
 MAX_METADATA_KEYS = 65_536
 MAX_TENSORS = 65_536
 MAX_NAME_BYTES = 65_535

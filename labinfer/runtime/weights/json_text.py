@@ -10,8 +10,8 @@ from typing import Any
 from labinfer.errors import LabinferError, Place
 from labinfer.runtime.weights.mapped_file import map_file
 
-MAX_JSON_BYTES = 32 << 20
-MAX_JSON_TOKENS = 2_000_000  # about 250,000 tensors; keeps the parsed form well under 200 MB
+MAX_JSON_BYTES = 16 << 20
+MAX_JSON_TOKENS = 1_200_000  # about 100,000 tensors; keeps the parsed form well under 200 MB
 
 
 class _RepeatedKeyError(ValueError):
