@@ -76,7 +76,8 @@ def normal_cdf(x: Array) -> np.ndarray:
 
     z = np.minimum(np.abs(x.astype(np.float64)), 38.0) * math.sqrt(0.5)
     upper_tail = 0.5 * np.exp(-z * z) * np.polyval(_ERFC_P, z) / np.polyval(_ERFC_Q, z)
-    return np.where(x >= 0, 1.0 - upper_tail, upper_tail)
+    cdf: np.ndarray = np.where(x >= 0, 1.0 - upper_tail, upper_tail)
+    return cdf
 
 
 def silu(x: Array) -> Array:
@@ -88,7 +89,8 @@ def gelu(x: Array) -> Array:
     """``x`` times the normal distribution function of ``x``."""
     import numpy as np
 
-    return (x * normal_cdf(x)).astype(np.float32)
+    y: Array = (x * normal_cdf(x)).astype(np.float32)
+    return y
 
 
 def gelu_tanh(x: Array) -> Array:

@@ -152,8 +152,9 @@ def _dynamic_theta(rotary_dim: int, theta: float, factor: float, max_position: i
 
     if total_len is None or total_len <= max_position:
         return theta
-    growth = np.float32(factor * total_len) / np.float32(max_position) - np.float32(factor - 1)
-    return float(np.float32(theta) * growth ** np.float32(rotary_dim / (rotary_dim - 2)))
+    growth = np.float32(factor) * np.float32(total_len) / np.float32(max_position) - np.float32(factor - 1)
+    power = np.float32(float(growth) ** (rotary_dim / (rotary_dim - 2)))
+    return float(np.float32(theta) * power)
 
 
 def _llama3(inv_freq: np.ndarray, scaling: RopeScaling, factor: float, trained: float) -> np.ndarray:
@@ -161,8 +162,8 @@ def _llama3(inv_freq: np.ndarray, scaling: RopeScaling, factor: float, trained: 
     import numpy as np
 
     low, high = scaling.low_freq_factor or 1.0, scaling.high_freq_factor or 1.0
-    wavelength = np.float32(2 * math.pi) / inv_freq
-    smooth = (np.float32(trained) / wavelength - np.float32(low)) / np.float32(high - low)
+    wavelength = np.float32(2 * math.pi) * (1 / inv_freq)  # torch divides a number by a tensor through the reciprocal
+    smooth = (np.float32(trained) * (1 / wavelength) - np.float32(low)) / np.float32(high - low)
     blended = (1 - smooth) * inv_freq / np.float32(factor) + smooth * inv_freq
     scaled = np.where(wavelength > trained / low, inv_freq / np.float32(factor), blended)
     return np.where(wavelength < trained / high, inv_freq, scaled).astype(np.float32)
