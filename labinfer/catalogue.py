@@ -80,7 +80,7 @@ def read(path: Path) -> dict[str, Entry]:
     root, sink = load_yaml(path), ErrorSink()
     top = _mapping(root, {"version", "models"}, ("version", "models"), sink)
     if "version" in top and top["version"].value != 1:
-        _complain(sink, top["version"], "version", "this labinfer reads catalogues of version 1")
+        _complain(sink, top["version"], "unsupported", "this labinfer reads catalogues of version 1")
     models = _mapping(top["models"], None, (), sink) if "models" in top else {}
     entries = {name: entry for name, node in models.items() if (entry := _entry(name, node, root, sink))}
     sink.check()

