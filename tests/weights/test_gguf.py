@@ -139,6 +139,13 @@ def test_every_truncation_is_reported(tmp_path: Path) -> None:
             assert len(found) == 1
 
 
+def test_metadata_cut_at_the_end_of_the_file(tmp_path: Path) -> None:
+    content = gguf([ARCHITECTURE], [], b"", alignment=1)
+    assert read_config(write(tmp_path, content)) == {"general.architecture": "llama"}
+    for length in range(24, len(content)):
+        assert open_codes(write(tmp_path, content[:length])) == ["weights.truncated"]
+
+
 def one(name: str = "w", format: str | int = "f32", dims: list[int] | None = None, offset: int = 0) -> bytes:
     return gguf([ARCHITECTURE], [GgufTensor(name, format, [8] if dims is None else dims, offset)], bytes(32))
 

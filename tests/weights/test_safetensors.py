@@ -153,13 +153,11 @@ def test_all_errors_of_a_file_in_one_run(tmp_path: Path) -> None:
     assert open_header(tmp_path, header, bytes(12)) == expected
 
 
-@pytest.mark.parametrize("piece", [b"[],", b"{},", b'"":0,', b"1,"])
+@pytest.mark.parametrize("piece", [b"[],", b"{},", b"1,"])
 def test_json_bombs_are_refused_quickly(tmp_path: Path, piece: bytes) -> None:
     start = time.perf_counter()
-    assert open_header(tmp_path, b'{"w":[' + piece * (8_000_000 // len(piece))) in (
-        ["json.too-large"],
-        ["json.invalid"],
-    )
+    header = b'{"w":[' + piece * (8_000_000 // len(piece)) + b"0]}"
+    assert open_header(tmp_path, header) == ["json.too-large"]
     assert time.perf_counter() - start < 2  # 0.1 s on an idle machine
 
 
@@ -203,7 +201,7 @@ def test_sharded_through_links(sharded: Path) -> None:
     "name",
     [
         "../x.safetensors",
-        "/etc/passwd",
+        "/etc/x.safetensors",
         "a/../../x.safetensors",
         "..\\x.safetensors",
         "C:x.safetensors",
