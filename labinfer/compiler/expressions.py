@@ -29,7 +29,7 @@ _Run: TypeAlias = Callable[[Mapping[str, Value]], Any]
 MAX_LENGTH = 2000  # characters of an expression
 MAX_NESTING = 50  # levels of its syntax tree
 MAX_INTEGER = 1 << 63
-MAX_ITEMS = 100_000  # characters and elements, counted through nested lists, of a built string, list or mapping
+MAX_ITEMS = 10_000  # characters and elements, counted through nested lists, of a built string, list or mapping
 MAX_CHAIN = 100  # definitions that wait for one another
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
@@ -77,7 +77,7 @@ class Expression:
         with suppress(ArithmeticError, TypeError, ValueError, RecursionError):
             self.run(seen)  # once more, to tell the names that were read
         values = ", ".join(f"{name} = {_show(value)}" for name, value in seen.items())
-        problem = "division by zero" if isinstance(error, ZeroDivisionError) else str(error)
+        problem = "division by zero" if isinstance(error, ZeroDivisionError) else error.args[-1]
         where = f" where {values}" if values else ""
         return InvalidFile("map.expression", f"{problem} in '{_shorten(self.source)}'{where}", place=self.place)
 
@@ -106,10 +106,8 @@ def parse_expression(text: str | int | float | bool | None, place: Place | None 
     try:
         run, names = _parse(text)
     except _Refused as error:
-        message = f"{error.message} in '{_shorten(text)}'"
-        raise InvalidFile(
-            "map.expression", message, place=_inside(place, text, error.offset), remedy=error.remedy
-        ) from None
+        message, at = f"{error.message} in '{_shorten(text)}'", _inside(place, text, error.offset)
+        raise InvalidFile("map.expression", message, place=at, remedy=error.remedy) from None
     return Expression(text, names, place, run)
 
 
@@ -194,8 +192,7 @@ class Scope(Mapping[str, Value]):
         return name in self._values or name in self._expressions or (self._parent is not None and name in self._parent)
 
     def __iter__(self) -> Iterator[str]:
-        inherited = self._parent if self._parent is not None else self._expressions
-        return iter(dict.fromkeys([*inherited, *self._values]))
+        return iter({**dict.fromkeys(self._expressions if self._parent is None else self._parent), **self._values})
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -411,6 +408,7 @@ def _show(value: object) -> str:
 
 
 def _shorten(text: str) -> str:
+    text = " ".join(text.split()).encode(errors="backslashreplace").decode()
     return text if len(text) <= 100 else text[:97] + "..."
 
 
@@ -430,9 +428,8 @@ def _number(result: Any) -> Any:
         return result
     if isinstance(result, float) and math.isfinite(result):
         return result
-    raise OverflowError(
-        "the result is not a real number" if isinstance(result, complex) else "the result is out of range"
-    )
+    problem = "not a real number" if isinstance(result, complex) else "out of range"
+    raise OverflowError(f"the result is {problem}")
 
 
 def _bounded(value: Any) -> Any:
@@ -494,7 +491,7 @@ def _ordered(symbol: str, function: Callable[[Any, Any], Any]) -> Callable[[Any,
     def operation(left: Any, right: Any) -> Any:
         if _are_numbers(left, right) or (isinstance(left, str) and isinstance(right, str)):
             return function(left, right)
-        hint = "; compare with == or != only" if left is None or right is None else ""
+        hint = " (only == and != can)" if left is None or right is None else ""
         raise TypeError(f"'{symbol}' cannot compare {_kind(left)} with {_kind(right)}{hint}")
 
     return operation
@@ -522,13 +519,16 @@ def _subscript(container: Any, key: Any) -> Any:
     raise TypeError(f"{_kind(container)} has no element {_show(key)}{hint}")
 
 
-def _sign(symbol: str, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def operation(operand: Any) -> Any:
-        if isinstance(operand, (int, float)):
-            return _number(function(operand))
-        raise TypeError(f"'{symbol}' does not apply to {_kind(operand)}")
+def _math(name: str, function: Callable[..., Any], convert: bool = False) -> Callable[..., Any]:
+    """A function of numbers (and of text, if it may ``convert``) with a bounded result."""
 
-    return operation
+    def call(*arguments: Any) -> Any:
+        for x in arguments:
+            if not isinstance(x, (int, float)) and not (convert and isinstance(x, str)):
+                raise TypeError(f"'{name}' does not take {_kind(x)}")
+        return _number(function(*arguments))
+
+    return call
 
 
 _BINARY: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
@@ -537,16 +537,13 @@ _BINARY: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
     ast.Pow: _numeric("**", _power),
 }  # fmt: skip
 _UNARY: dict[type[ast.AST], Callable[[Any], Any]] = {
-    ast.Not: operator.not_, ast.USub: _sign("-", operator.neg), ast.UAdd: _sign("+", operator.pos),
+    ast.Not: operator.not_, ast.USub: _math("-", operator.neg), ast.UAdd: _math("+", operator.pos),
 }  # fmt: skip
 _COMPARE: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: _ordered("<", operator.lt),
     ast.LtE: _ordered("<=", operator.le), ast.Gt: _ordered(">", operator.gt), ast.GtE: _ordered(">=", operator.ge),
     ast.In: _contains, ast.NotIn: lambda item, container: not _contains(item, container),
 }  # fmt: skip
-
-
-# Functions
 
 
 def _bf16(x: Any) -> float:
@@ -574,7 +571,7 @@ def _get(mapping: Any, key: Any, default: Any = None) -> Any:
 def _string(x: Any) -> str:
     if isinstance(x, (list, dict)):
         raise TypeError(f"str() does not take {_kind(x)}")
-    return x if isinstance(x, str) else _show(x) if x is None or isinstance(x, bool) else str(x)
+    return x if isinstance(x, str) else _show(x)
 
 
 def _extreme(name: str, function: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -589,21 +586,6 @@ def _extreme(name: str, function: Callable[[Any], Any]) -> Callable[..., Any]:
         raise TypeError(f"{name}() takes numbers or strings, not " + ", ".join(sorted({_kind(x) for x in items})))
 
     return extreme
-
-
-def _math(name: str, function: Callable[..., Any], convert: bool = False) -> Callable[..., Any]:
-    """A function of numbers (and of text, if it may ``convert``) with a bounded result."""
-
-    def call(*arguments: Any) -> Any:
-        for x in arguments:
-            if not isinstance(x, (int, float)) and not (convert and isinstance(x, str)):
-                raise TypeError(f"{name}() does not take {_kind(x)}")
-        try:
-            return _number(function(*arguments))
-        except ValueError as error:
-            raise ValueError(f"{name}({', '.join(map(_show, arguments))}): {error}") from None
-
-    return call
 
 
 _ANY = 100

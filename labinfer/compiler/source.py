@@ -106,7 +106,9 @@ class _Lines:
 
     def place(self, line: int, column: int) -> Place:
         """The place of a parser mark; ``line`` and ``column`` count from 0."""
-        return Place(self.file, line + 1, column + 1, self.lines[line] if line < len(self.lines) else "")
+        if line >= len(self.lines):  # the C parser counts a line break at the end of the text
+            line, column = len(self.lines) - 1, len(self.lines[-1])
+        return Place(self.file, line + 1, column + 1, self.lines[line])
 
     def place_at(self, offset: int) -> Place:
         """The place of the character at ``offset``."""
@@ -188,6 +190,8 @@ class _TreeBuilder:
                 value = _core_scalar(event.value)
             except ValueError as error:
                 self._report(event, "yaml.number", str(error), "quote it if it is meant as text")
+        elif event.style == '"' and self.not_printable.search(event.value):
+            self._report(event, "yaml.character", "the text has an escaped control character")
         self._add(Node(value, self._place(event)))
 
     def _start(self, event: Any, value: list[Node] | dict[str, Node]) -> None:
@@ -221,7 +225,9 @@ class _TreeBuilder:
         parent, name = self.open[-1], event.value
         parent.has_key, parent.key = True, None
         places = parent.node.key_places
-        if event.implicit[0] and name == "<<":
+        if self.not_printable.search(name):
+            self._report(event, "yaml.character", "the key has an escaped control character")
+        elif event.implicit[0] and name == "<<":
             self._report(event, "yaml.merge-key", "merge keys are not allowed", "write the merged keys out")
         elif event.implicit[0] and not _is_text(name):
             shown = name or "an empty key"
