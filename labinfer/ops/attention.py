@@ -234,11 +234,14 @@ def attend(
     for start in range(0, len(q), QUERY_CHUNK):
         chunk = slice(start, start + QUERY_CHUNK)
         positions = seen.positions[chunk]
-        keys = int(positions.max()) + 1 - seen.first  # later keys are masked for the whole chunk
-        hidden = np.arange(seen.first, seen.first + keys) > positions[:, None]
+        # No query of the chunk sees tokens before `oldest` or after its last position.
+        oldest = max(seen.first, int(positions.min()) - window + 1) if window else seen.first
+        tokens = np.arange(oldest, int(positions.max()) + 1)
+        hidden = tokens > positions[:, None]
         if window:
-            hidden |= np.arange(seen.first, seen.first + keys) <= positions[:, None] - window
-        y[chunk] = _softmax_average(q[chunk], k[:keys], v[:keys], hidden, scale, softcap)
+            hidden |= tokens <= positions[:, None] - window
+        keys = slice(oldest - seen.first, oldest - seen.first + len(tokens))
+        y[chunk] = _softmax_average(q[chunk], k[keys], v[keys], hidden, scale, softcap)
     return y
 
 
@@ -251,12 +254,13 @@ def _softmax_average(
     count, heads, head_dim = q.shape
     kv_heads = k.shape[1]
     grouped = q.reshape(count, kv_heads, -1, head_dim).transpose(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
-    scores = grouped @ k.transpose(1, 2, 0) * scale  # [kv_heads, heads / kv_heads * Q, K]
+    scores = (grouped * scale) @ k.transpose(1, 2, 0)  # [kv_heads, heads / kv_heads * Q, K]
     if softcap:
         scores = np.tanh(scores / softcap) * softcap
-    scores = scores.reshape(heads, count, -1)
-    scores[:, hidden] = -np.inf
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights = scores.reshape(heads, count, -1)
+    weights += np.where(hidden, np.float32(-np.inf), np.float32(0))
+    weights -= weights.max(axis=-1, keepdims=True)
+    np.exp(weights, out=weights)
     weights /= weights.sum(axis=-1, keepdims=True)
     y: np.ndarray = weights.reshape(kv_heads, -1, len(k)) @ v.transpose(1, 0, 2)
     y = y.reshape(heads, count, -1)
