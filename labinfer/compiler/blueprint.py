@@ -39,13 +39,15 @@ class Placed(BaseModel):
 class ConfigEntry(Placed):
     """A configuration value: where a checkpoint states it, what it is otherwise, and in which layers.
 
-    ``value`` fixes it; else the first of the ``hf`` / ``gguf`` keys that the checkpoint has; else ``default``. With
-    ``only``, that holds in the layers where ``only`` is true and ``else`` holds in the others.
+    ``value`` fixes it; else the first of the ``hf`` / ``gguf`` keys that the checkpoint has; else, where config.json says
+    null, ``if_null``; else ``default``. With ``only``, that holds in the layers where ``only`` is true and ``else`` holds in
+    the others.
     """
 
     hf: Names | None = Field(None, description="key or keys of config.json, dotted for nested ones")
     gguf: Names | None = Field(None, description="key or keys of the GGUF metadata, after the architecture's prefix")
     default: Scalar = Field(None, description="expression taken when the checkpoint has none of the keys")
+    if_null: Scalar = Field(None, description="expression taken, instead of default, when config.json says null")
     value: Scalar = Field(None, description="expression that holds whatever the checkpoint says")
     only: Scalar = Field(None, description="expression in i: the layers where the value holds")
     otherwise: Scalar = Field("none", alias="else", description="expression that holds in the other layers")

@@ -57,6 +57,13 @@ def lookup(source: ModelSource, key: str) -> Any:
     return found
 
 
+def says_null(source: ModelSource, key: str) -> bool:
+    """Whether config.json answers ``key`` with null: no window, where leaving the key out means the class default."""
+    outer, _, name = key.rpartition(".")
+    holder = lookup(source, outer) if outer else source.config
+    return source.kind == "hf" and isinstance(holder, Mapping) and name in holder and holder[name] is None
+
+
 def model_scope(blueprint: Blueprint, source: ModelSource) -> Scope:
     """Every config name of the map as a lazily evaluated value; per-layer values need ``i`` in a derived scope.
 
@@ -89,6 +96,8 @@ def _base_value(name: str, entry: ConfigEntry, source: ModelSource, sink: ErrorS
     for key in keys:
         if (found := lookup(source, key)) is not None:
             return found
+    if entry.if_null is not None and any(says_null(source, key) for key in keys):
+        return parse_expression(entry.if_null, entry.place("if_null"))
     if entry.default is not None:
         return parse_expression(entry.default, entry.place("default"))
     wanted = " or ".join(f"'{key}'" for key in keys) or f"any key for {source.kind}"
