@@ -70,14 +70,16 @@ def labinfer(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 
 
 def test_help_is_quick_and_imports_no_command():
-    seconds = []
-    for _ in range(5):
+    quickest = float("inf")
+    for _ in range(10):  # other work on the machine may hold up some runs, not all
         began = time.perf_counter()
         result = labinfer("--help")
-        seconds.append(time.perf_counter() - began)
+        quickest = min(quickest, time.perf_counter() - began)
+        if quickest <= 0.25:
+            break
     assert result.returncode == 0
     assert all(name in result.stdout and line in result.stdout for name, (_, line) in COMMANDS.items())
-    assert min(seconds) <= 0.25
+    assert quickest <= 0.25
 
     code = "import sys, labinfer.cli.main as m; m.main(['--help']); print(sorted(sys.modules), file=sys.stderr)"
     modules = run([sys.executable, "-c", code]).stderr
