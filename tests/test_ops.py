@@ -224,6 +224,13 @@ def test_rope(rng, style, start, width):
     assert np.array_equal(y[0], x[0])
 
 
+def test_an_odd_rotary_dim_turns_one_feature_more_at_its_own_frequencies(rng):
+    x, positions = normal(rng, 3, 10), np.array([1, 2, 7], np.int32)
+    (y,) = run("rope", {"head_dim": 10, "rotary_dim": 5, "theta": 100.0}, x, positions)
+    frequencies = [100.0 ** (-i / 5) for i in (0, 2, 4)]
+    assert_allclose(y, naive_rope(x, positions, 10, 0, 6, "half", frequencies), rtol=1e-4, atol=1e-5)
+
+
 def test_rope_scores_depend_on_distance_alone(rng):
     q, k = normal(rng, 1, 8), normal(rng, 1, 8)
 
@@ -282,6 +289,8 @@ def test_rope_scaling_spellings_and_lengths():
             assert np.array_equal(outside.frequencies(length)[0], same.frequencies(length)[0])
     hand = rope(head_dim=8, theta=1e4, scaling=LONGROPE | {"attention_factor": 1.25}, max_position=512)
     assert hand.frequencies()[1] == 1.25
+    assert hand.recompute_after == outside.recompute_after == 256
+    assert rope(head_dim=8, theta=1e4, scaling=YARN, max_position=512).recompute_after is None
     assert rope.model_validate(hand.model_dump()) == hand
 
 
@@ -494,8 +503,8 @@ BAD_ATTRS = [
     ("attention", HEADS | {"scale": math.nan}, "finite"),
     ("softcap", {"cap": -1.0}, "greater than 0"),
     ("split", {"sizes": []}, "at least 1"),
-    ("rope", {"head_dim": 8, "theta": 1e4, "rotary_dim": 3}, "rotary_dim 3"),
-    ("rope", {"head_dim": 8, "theta": 1e4, "rotary_dim": 6, "rotary_start": 4}, "inside head_dim 8"),
+    ("rope", {"head_dim": 7, "theta": 1e4}, "8 features from 0"),
+    ("rope", {"head_dim": 8, "theta": 1e4, "rotary_dim": 6, "rotary_start": 4}, "not fit in head_dim 8"),
     ("rope", {"head_dim": 8, "theta": 1e4, "scaling": {"type": "magic"}}, "rope_type"),
     ("rope", {"head_dim": 8, "theta": 1e4, "scaling": {"type": "linear"}}, "needs factor"),
     ("rope", {"head_dim": 8, "theta": 1e4, "scaling": {"type": "linear", "factor": 0}}, "greater than 0"),

@@ -20,7 +20,13 @@ from labinfer.ops.base import (
     last_dim,
     register,
 )
-from labinfer.ops.rope_frequencies import LENGTH_DEPENDENT, RopeScaling, check_scaling, inverse_frequencies
+from labinfer.ops.rope_frequencies import (
+    LENGTH_DEPENDENT,
+    RopeScaling,
+    check_scaling,
+    inverse_frequencies,
+    trained_length,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,9 +47,10 @@ class Rope(OpSpec):
     class Attrs(OpAttrs):
         """Heads are ``head_dim`` wide; features ``rotary_start`` … ``rotary_start + rotary_dim - 1`` of each turn.
 
-        ``rotary_dim``: None turns all from ``rotary_start`` on. ``style``: ``half`` pairs feature i with
-        i + rotary_dim / 2 (Llama, GPT-NeoX), ``interleaved`` pairs 2i with 2i + 1 (GPT-J, DeepSeek); results stay where
-        the features were. ``scaling``: the config's ``rope_parameters`` or ``rope_scaling``; ``max_position``: its
+        ``rotary_dim``: None turns all from ``rotary_start`` on; an odd one turns one feature more, at the frequencies
+        of the odd number, as Hugging Face does. ``style``: ``half`` pairs feature i with i + rotary_dim / 2 (Llama,
+        GPT-NeoX), ``interleaved`` pairs 2i with 2i + 1 (GPT-J, DeepSeek); results stay where the features were.
+        ``scaling``: the config's ``rope_parameters`` or ``rope_scaling``; ``max_position``: its
         ``max_position_embeddings``; ``original_max_position``: its ``original_max_position_embeddings`` where that
         stands outside ``scaling`` (Phi-3), and then wins.
         """
@@ -60,28 +67,37 @@ class Rope(OpSpec):
         @model_validator(mode="after")
         def _fits(self) -> Rope.Attrs:
             turned, start = self.turned, self.rotary_start
-            if turned <= 0 or turned % 2 or start + turned > self.head_dim:
-                message = "rotary_dim {turned} from {start} must be even and inside head_dim {head_dim}"
+            if turned <= 0 or start + turned > self.head_dim:
+                message = "{turned} features from {start} on (rotary_dim, made even) do not fit in head_dim {head_dim}"
                 context = {"turned": turned, "start": start, "head_dim": self.head_dim}
                 raise PydanticCustomError("rotary_dim", message, context)
             if self.scaling:
-                check_scaling(self.scaling, turned, self.max_position, self.original_max_position)
+                check_scaling(self.scaling, self.rotary_dim or turned, self.max_position, self.original_max_position)
             return self
 
         @property
         def turned(self) -> int:
-            """Features of a head that turn."""
-            return self.head_dim - self.rotary_start if self.rotary_dim is None else self.rotary_dim
+            """Features of a head that turn, an even number."""
+            size = self.head_dim - self.rotary_start if self.rotary_dim is None else self.rotary_dim
+            return size + size % 2
 
         @property
         def length_dependent(self) -> bool:
             """Whether ``frequencies`` looks at ``total_len``."""
             return self.scaling is not None and self.scaling.rope_type in LENGTH_DEPENDENT
 
+        @property
+        def recompute_after(self) -> int | None:
+            """The length past which every position turns by other frequencies, so that cached keys no longer hold."""
+            if self.scaling is None or self.scaling.rope_type != "longrope":
+                return None
+            trained = trained_length(self.scaling, self.max_position, self.original_max_position)
+            return int(trained) if trained else None
+
         def frequencies(self, total_len: int | None = None) -> tuple[np.ndarray, float]:
             """Inverse frequencies, float32 [turned / 2], and the factor on cosine and sine, at ``total_len``."""
             return inverse_frequencies(
-                self.turned,
+                self.rotary_dim or self.turned,
                 self.theta,
                 self.scaling,
                 max_position=self.max_position,

@@ -105,8 +105,8 @@ def check_scaling(
     if kind in ("yarn", "longrope") and scaling.factor is None and max_position is None:
         _refuse(f"rope scaling '{kind}' needs factor or max_position")
     for name in ("short_factor", "long_factor") if kind == "longrope" else ():
-        if (count := len(getattr(scaling, name))) != rotary_dim // 2:
-            _refuse(f"{name} has {count} entries, rotary_dim {rotary_dim} needs {rotary_dim // 2}")
+        if (count := len(getattr(scaling, name))) != (needed := (rotary_dim + 1) // 2):
+            _refuse(f"{name} has {count} entries, rotary_dim {rotary_dim} needs {needed}")
 
 
 def inverse_frequencies(
@@ -118,7 +118,7 @@ def inverse_frequencies(
     original_max_position: int | None = None,
     total_len: int | None = None,
 ) -> tuple[np.ndarray, float]:
-    """Inverse frequencies, float32 [rotary_dim / 2] in radians per position, and the factor on cosine and sine.
+    """Inverse frequencies, float32 [rotary_dim / 2, rounded up] in radians per position, and the factor on cos and sin.
 
     ``max_position`` is the config's ``max_position_embeddings``, ``original_max_position`` the length the model was
     trained with where the config says so outside ``scaling``; ``total_len`` is the length of the sequence, None
