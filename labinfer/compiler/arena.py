@@ -82,7 +82,9 @@ def fold_layers(storages: Sequence[Storage], buffers: Mapping[str, Buffer], ops:
     for layer, (start, end) in spans.items():
         own = [(b.lower - start, b.upper - start, b.size) for b in inner[layer]]
         through = [
-            (b.id, max(b.lower - start, 0), min(b.upper, end) - start) for b in crossing if b.lower < end and start < b.upper
+            (b.id, max(b.lower - start, 0), min(b.upper, end) - start)
+            for b in crossing
+            if b.lower < end and start < b.upper
         ]
         model = models.setdefault((tuple(own), tuple(through)), inner[layer])
         if model is not inner[layer]:

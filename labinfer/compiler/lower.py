@@ -78,11 +78,10 @@ class _Lowering:
         self.graph = OpGraph(source.name or blueprint.family, tuple(blueprint.inputs), ())
         self.expressions: dict[tuple[int, str], Expression] = {}
         self.evaluated: dict[tuple[int, str, tuple[TensorType, ...]], Evaluated | None] = {}
-        self.per_layer = sorted(name for name in blueprint.config if "i" in self.scope.free_names(name))
 
     def run(self) -> OpGraph:
         graph, names = self.graph, Names()
-        for name in self.blueprint.inputs:
+        for name in graph.inputs:
             graph.values[name] = GRAPH_INPUTS[name]
             names.own[name] = name
         self.lines(self.blueprint.graph, names, Context("", self.scope))
@@ -145,9 +144,10 @@ class _Lowering:
         for name in as_list(line.carry):
             if not names.find(name)[0]:
                 raise self.undefined(name, names, line.place("carry"))
+        per_layer = sorted(context.scope.dependents([line.index]) & set(self.blueprint.config))
         for i in range(times):
             scope = context.scope.derive({line.index: i})
-            key = repr([scope[name] for name in self.per_layer])
+            key = repr([scope[name] for name in per_layer])
             device = self.value(line, "device", line.device, scope)
             inner = self.enter(
                 line.repeat, line.place("repeat"), context, f"{line.name}.{i}.",

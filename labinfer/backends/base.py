@@ -1,0 +1,173 @@
+"""What a backend is: three classes, ``Device``, ``Allocator`` and ``FunctionTable``, that know arrays and nothing else.
+
+A backend lives in one folder and is named in ``BACKENDS``. It knows neither maps nor requests.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from labinfer.errors import DoesNotFit, UsageError, did_you_mean
+from labinfer.ops.base import OPS, Call
+
+Kernel = Callable[[Call], None]
+"""Runs one op: reads ``call.inputs``, ``weights``, ``cache`` and ``step``, writes ``call.outputs``."""
+
+BACKENDS: dict[str, str] = {"reference": "labinfer.backends.reference.device:ReferenceDevice"}
+"""Device kinds and the class that implements each; a device is named ``kind`` or ``kind:number``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What the compiler must know of a device: the format weights take there (None: as stored), and its fused kernels."""
+
+    parameters: str | None
+    fusions: tuple[str, ...] = ()
+
+
+@dataclass(eq=False, slots=True)
+class Buffer:
+    """A piece of device memory; ``memory`` is the backend's own handle."""
+
+    nbytes: int
+    label: str
+    memory: Any
+
+
+class Allocator(ABC):
+    """Hands out device memory and counts it, so that what a plan promises can be compared with what was taken."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit, self.allocated, self.peak = limit, 0, 0
+        self.buffers: set[Buffer] = set()
+
+    @abstractmethod
+    def reserve(self, nbytes: int) -> Any:
+        """Device memory of ``nbytes`` bytes, set to zero."""
+
+    def allocate(self, nbytes: int, label: str) -> Buffer:
+        """A buffer of exactly ``nbytes`` bytes; raises ``DoesNotFit`` beyond the limit."""
+        if self.limit is not None and self.allocated + nbytes > self.limit:
+            message = f"{label} needs {nbytes} bytes, {self.limit - self.allocated} of {self.limit} are left"
+            raise DoesNotFit("device.memory", message)
+        try:
+            buffer = Buffer(nbytes, label, self.reserve(nbytes))
+        except MemoryError:
+            raise DoesNotFit("device.memory", f"{label} needs {nbytes} bytes, the machine has not that much") from None
+        self.buffers.add(buffer)
+        self.allocated += nbytes
+        self.peak = max(self.peak, self.allocated)
+        return buffer
+
+    def deallocate(self, buffer: Buffer) -> None:
+        """Give ``buffer`` back; giving it back twice is an error."""
+        self.buffers.remove(buffer)
+        self.allocated -= buffer.nbytes
+        buffer.memory = None
+
+
+class FunctionTable:
+    """The ops of a device by name: ``device.F.rms_norm(x, weight=w, eps=1e-6)``, and the kernels behind them."""
+
+    def __init__(self, kernels: Mapping[str, Kernel], empty: Callable[[tuple[int, ...], str], Any]) -> None:
+        self.kernels, self.empty = kernels, empty
+
+    def __getattr__(self, kind: str) -> Callable[..., Any]:
+        if kind not in self.kernels:
+            raise AttributeError(did_you_mean(kind, self.kernels) or f"no kernel for op '{kind}'")
+        return lambda *inputs, **named: self.call(kind, *inputs, **named)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.kernels)
+
+    def call(self, kind: str, *inputs: Any, step: Any = None, cache: Mapping[str, Any] | None = None, **named: Any) -> Any:
+        """Run one op on arrays and return its result (a tuple when it has several); ``named`` are weights and attributes."""
+        from labinfer.ops.base import TensorType
+
+        spec = OPS[kind]
+        slots = {slot.name for slot in spec.weights}
+        weights = {name: value for name, value in named.items() if name in slots and value is not None}
+        attrs = spec.Attrs(**{name: value for name, value in named.items() if name not in slots})
+        rows = inputs[0].shape[0]
+        types = [TensorType(("T", *x.shape[1:]), "i32" if x.dtype.kind == "i" else "f32") for x in inputs]
+        picked = rows if step is None else len(step.logits_rows)
+        sizes = {"T": rows, "R": picked}
+        made = tuple(
+            self.empty(tuple(sizes[d] if isinstance(d, str) else d for d in kind.shape), kind.dtype)
+            for kind in spec.infer(attrs, types)
+        )
+        self.kernels[kind](Call(attrs, inputs, made, weights, cache or {}, step))
+        return made[0] if len(made) == 1 else made
+
+
+class Device(ABC):
+    """One place that holds memory and runs ops. Shared: look it up by name through the manager, never copy it."""
+
+    F: FunctionTable
+    allocator: Allocator
+    capabilities: Capabilities
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def allocate(self, nbytes: int, label: str) -> Buffer:
+        """Device memory, from ``allocator``."""
+        return self.allocator.allocate(nbytes, label)
+
+    def deallocate(self, buffer: Buffer) -> None:
+        """Give memory back to ``allocator``."""
+        self.allocator.deallocate(buffer)
+
+    @abstractmethod
+    def view(self, buffer: Buffer, offset: int, shape: tuple[int, ...], dtype: str, row_bytes: int | None = None) -> Any:
+        """An array over ``buffer`` from byte ``offset``; ``row_bytes`` from row to row, else contiguous."""
+
+    @abstractmethod
+    def move_in(self, host: Any, destination: Any) -> None:
+        """Copy a numpy array into a device array of the same shape."""
+
+    @abstractmethod
+    def move_out(self, source: Any) -> Any:
+        """A numpy copy of a device array."""
+
+    @abstractmethod
+    def fill(self, buffer: Buffer, byte: int) -> None:
+        """Set every byte of ``buffer``."""
+
+    def synchronize(self) -> None:
+        """Wait until everything asked of the device is done."""
+
+    @abstractmethod
+    def memory(self) -> tuple[int, int]:
+        """Bytes free and bytes in all."""
+
+    @property
+    @abstractmethod
+    def compute_share(self) -> float:
+        """The part of the device's compute that is granted here, 0 to 1."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What it is, in a few words."""
+
+
+def device_kind(name: str) -> str:
+    """``reference`` for ``reference:1``; an unknown kind or a bad number is a ``DoesNotFit`` or ``UsageError``."""
+    kind, colon, number = name.partition(":")
+    if kind not in BACKENDS:
+        remedy = did_you_mean(kind, BACKENDS) or f"known devices: {', '.join(BACKENDS)}"
+        raise DoesNotFit("device.unknown", f"there is no device '{name}'", remedy=remedy)
+    if colon and not number.isdigit():
+        raise UsageError("device.name", f"'{name}' should be '{kind}' or '{kind}:NUMBER'")
+    return kind
+
+
+def backend_class(name: str) -> type[Device]:
+    """The class that implements the device called ``name``."""
+    module, _, attribute = BACKENDS[device_kind(name)].partition(":")
+    found: type[Device] = getattr(importlib.import_module(module), attribute)
+    return found

@@ -1,0 +1,186 @@
+"""The compiler, from map to plan, on one screen: lower, run the passes, place, plan each arena, write it all down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from labinfer import __version__
+from labinfer.compiler.arena import ArenaPlan, plan_arena
+from labinfer.compiler.blueprint import Blueprint
+from labinfer.compiler.fold import GRAPH_INPUTS, fold_ops, fold_states, fold_weights, natural_row
+from labinfer.compiler.graph import Op, OpGraph
+from labinfer.compiler.lower import lower
+from labinfer.compiler.passes import Tracer, run_passes
+from labinfer.compiler.plan import Arena, Limits, Plan, PlanDevice, PlanValue, Source, Stage, StageBytes
+from labinfer.compiler.settings import ModelSource, model_scope
+from labinfer.compiler.target import Placement, Target, place
+from labinfer.errors import DoesNotFit, InvalidFile, UsageError
+from labinfer.ops.fusions import FUSIONS
+
+KV_ITEM_SIZE = 4
+"""Bytes of one number in the cache: float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompileOptions:
+    """Bounds of the plan, as in vLLM; None asks for the default.
+
+    ``max_num_batched_tokens`` tokens and ``max_num_seqs`` sequences a step, ``max_logits_rows`` rows of logits (default:
+    one a sequence), ``max_model_len`` tokens a sequence (default: the model's, at most 4096). ``fuse``: ``auto`` uses the
+    fused kernels that the devices have, ``all`` every declared fusion, ``none`` no fusion.
+    """
+
+    max_num_batched_tokens: int = 512
+    max_num_seqs: int = 8
+    max_logits_rows: int | None = None
+    max_model_len: int | None = None
+    block_size: int = 16
+    num_blocks: int | None = None
+    fuse: Literal["auto", "all", "none"] = "auto"
+    arena_effort_seconds: float = 1.0
+
+
+def compile_graph(blueprint: Blueprint, source: ModelSource, targets: Sequence[Target], fuse: str, tracer: Tracer) -> OpGraph:
+    """Map and configuration to the optimised op graph."""
+    graph = lower(blueprint, source)
+    tracer.done("lower", 0, len(graph.ops), f"{len(graph.weights)} weights, {len(graph.values)} values")
+    native = set.intersection(*(set(target.fusions) for target in targets))
+    chosen = [fusion for fusion in FUSIONS if fuse == "all" or (fuse == "auto" and fusion.kind in native)]
+    run_passes(graph, chosen, tracer)
+    return graph
+
+
+def compile_plan(
+    blueprint: Blueprint,
+    source: ModelSource,
+    targets: Sequence[Target],
+    options: CompileOptions,
+    checkpoint: str | None = None,
+    tracer: Tracer | None = None,
+) -> Plan:
+    """The plan for running ``source`` on ``targets``; raises what is wrong with the map, the model or the devices."""
+    tracer = tracer or Tracer()
+    graph = compile_graph(blueprint, source, targets, options.fuse, tracer)
+    limits = _limits(blueprint, source, options)
+    placements = place(graph, targets)
+    tracer.done("place", len(graph.ops), len(graph.ops), f"{len(placements)} stages")
+    stages = [_stage(graph, placements, number, limits, options) for number in range(len(placements))]
+    _check_memory(stages, targets)
+    arena = sum(stage.arena.size for stage in stages)
+    tracer.done("arena", len(graph.ops), len(graph.ops), f"{arena} bytes, {stages[0].arena.algorithm}")
+    plan = Plan(
+        labinfer=__version__,
+        source=Source(
+            family=blueprint.family, name=graph.name, kind=source.kind, maps=[str(file) for file in blueprint.files],
+            checkpoint=checkpoint, sha256=dict(source.digests),
+        ),
+        limits=limits,
+        vocab_size=_vocab_size(graph),
+        recompute_after=_recompute_after(graph),
+        devices={t.name: PlanDevice(kind=t.kind, memory=t.memory, parameters=t.parameters, fusions=list(t.fusions)) for t in targets},
+        stages=stages,
+        states=fold_states(graph.states),
+        weights=fold_weights(graph.weights),
+    )  # fmt: skip
+    tracer.done("write", len(graph.ops), len(graph.ops), f"{sum(len(b) for s in stages for b in s.blocks.values())} op lines")
+    return plan
+
+
+def _limits(blueprint: Blueprint, source: ModelSource, options: CompileOptions) -> Limits:
+    for name in ("max_num_batched_tokens", "max_num_seqs", "max_logits_rows", "max_model_len", "block_size", "num_blocks"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < 1 << 31:
+            raise UsageError("limits.range", f"{name} must be a positive number, got {value}")
+    scope = model_scope(blueprint, source)
+    longest = scope["max_context"] if "max_context" in blueprint.config else 4096
+    if not isinstance(longest, int) or longest < 1:
+        raise InvalidFile("config.max-context", f"{source.place}: max_context is {longest!r}")
+    length = options.max_model_len or min(longest, 4096)
+    if length > longest:
+        message = f"max_model_len {length} is beyond the model's {longest}"
+        raise UsageError("limits.max-model-len", message)
+    blocks_each = -(-length // options.block_size)
+    return Limits(
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_num_seqs=options.max_num_seqs,
+        max_logits_rows=options.max_logits_rows or options.max_num_seqs,
+        max_model_len=length,
+        block_size=options.block_size,
+        num_blocks=options.num_blocks or blocks_each * options.max_num_seqs,
+    )
+
+
+def _vocab_size(graph: OpGraph) -> int:
+    size = graph.values[graph.outputs[0]].shape[-1]
+    if not isinstance(size, int):
+        raise InvalidFile("map.outputs", f"output '{graph.outputs[0]}' is {graph.values[graph.outputs[0]]}, not logits")
+    return size
+
+
+def _recompute_after(graph: OpGraph) -> int | None:
+    lengths = [getattr(part.attrs, "recompute_after", None) for op in graph.ops for part in op.primitives()]
+    return min((length for length in lengths if length), default=None)
+
+
+def _stage(graph: OpGraph, placements: Sequence[Placement], number: int, limits: Limits, options: CompileOptions) -> Stage:
+    target, ops = placements[number].target, placements[number].ops
+    parts = [part for op in ops for part in op.primitives()]
+    made = {name for part in parts for name in part.outputs}
+    inputs = dict.fromkeys(n for part in parts for n in part.inputs if n not in made and n not in GRAPH_INPUTS)
+    wanted = set(graph.outputs).union(n for later in placements[number + 1 :] for op in later.ops for n in op.inputs)
+    outputs = [name for part in parts for name in part.outputs if name in wanted]
+    arena = plan_arena(
+        parts, graph.values, list(inputs), outputs,
+        limits.max_num_batched_tokens, limits.max_logits_rows, options.arena_effort_seconds,
+    )  # fmt: skip
+
+    def write(name: str) -> dict[str, Any]:
+        return _value(name, graph, arena)
+
+    schedule, blocks = fold_ops(ops, write)
+    return Stage(
+        device=target.name,
+        inputs={name: PlanValue(**write(name)) for name in inputs},
+        outputs=outputs,
+        schedule=schedule,
+        blocks=blocks,
+        arena=Arena(
+            size=arena.size, lower_bound=arena.lower_bound, optimal=arena.optimal, algorithm=arena.algorithm,
+            peak_op=arena.peak_op, live_at_peak=list(arena.live_at_peak),
+        ),
+        bytes=_bytes(graph, parts, target, limits, arena.size),
+    )  # fmt: skip
+
+
+def _value(name: str, graph: OpGraph, arena: ArenaPlan) -> dict[str, Any]:
+    window, kind = arena.windows[name], graph.values[name]
+    text: dict[str, Any] = {"type": str(kind), "at": arena.offsets[window.storage] + window.offset}
+    if window.row_bytes != natural_row(kind):
+        text["row"] = window.row_bytes
+    return text
+
+
+def _bytes(graph: OpGraph, parts: Sequence[Op], target: Target, limits: Limits, arena: int) -> StageBytes:
+    weights = dict.fromkeys(name for part in parts for name in part.weights.values())
+    states = dict.fromkeys(part.state for part in parts if part.state)
+    slots = limits.num_blocks * limits.block_size
+    return StageBytes(
+        weights=sum(target.weight_bytes(graph.weights[name].format, graph.weights[name].shape) for name in weights),
+        kv_cache=sum(KV_ITEM_SIZE * slots * sum(graph.states[name].widths.values()) for name in states),
+        arena=arena,
+    )
+
+
+def _check_memory(stages: Sequence[Stage], targets: Sequence[Target]) -> None:
+    for target in targets:
+        needed = sum(stage.bytes.total for stage in stages if stage.device == target.name)
+        if target.memory is not None and needed > target.memory:
+            parts = [stage.bytes for stage in stages if stage.device == target.name]
+            message = (
+                f"'{target.name}' would need {needed} bytes (weights {sum(b.weights for b in parts)}, "
+                f"cache {sum(b.kv_cache for b in parts)}, arena {sum(b.arena for b in parts)}) and has {target.memory}"
+            )
+            remedy = "lower --max-model-len, --max-num-seqs or --max-num-batched-tokens, or add a device"
+            raise DoesNotFit("device.memory", message, remedy=remedy)

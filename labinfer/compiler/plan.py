@@ -1,0 +1,257 @@
+"""The plan: everything that was decided, as one readable JSON file that ``labinfer run`` only interprets.
+
+A stage is what one device runs. Its ops stand in *blocks* (a block is written once however many layers repeat it) and its
+*schedule* says in which order, for which layers. Names in a block may hold ``{i}``, the layer; ``$h`` is a value that the
+block receives. ``at`` is a byte offset in the device's one arena.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+
+from labinfer.errors import Errors, InvalidFile, Place
+from labinfer.ops.base import ITEM_SIZE, Dim, TensorType
+
+SCHEMA_VERSION = 1
+MAX_PLAN_BYTES = 64_000_000
+
+
+class PlanModel(BaseModel):
+    """Base of all parts of a plan: known keys only."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, defer_build=True)
+
+
+class Limits(PlanModel):
+    """Upper bounds the plan holds for: tokens and sequences of a step, rows of logits, tokens of a sequence."""
+
+    max_num_batched_tokens: PositiveInt
+    max_num_seqs: PositiveInt
+    max_logits_rows: PositiveInt
+    max_model_len: PositiveInt
+    block_size: PositiveInt
+    num_blocks: PositiveInt
+
+
+class Source(PlanModel):
+    """What the plan was made from, with sha256 digests; ``checkpoint`` is None when it was made without weights."""
+
+    family: str
+    name: str
+    kind: Literal["hf", "gguf"]
+    maps: list[str]
+    checkpoint: str | None = None
+    sha256: dict[str, str] = Field(default_factory=dict)
+
+
+class PlanValue(PlanModel):
+    """A value: its type (``f32[T, 2048]``), its byte offset in the arena, and its row pitch in bytes when it is a window."""
+
+    type: str
+    at: NonNegativeInt
+    row: PositiveInt | None = None
+
+
+class PlanOp(PlanModel):
+    """One op; a fused op lists the primitive ops it stands for in ``body``."""
+
+    name: str
+    op: str
+    inputs: list[str] = Field(alias="in")
+    out: dict[str, PlanValue] = Field(default_factory=dict)
+    weights: dict[str, str] = Field(default_factory=dict)
+    attrs: dict[str, Any] = Field(default_factory=dict)
+    state: str | None = None
+    origin: str = ""
+    body: list[PlanOp] = Field(default_factory=list)
+
+
+class Entry(PlanModel):
+    """A line of the schedule: a block, the layers it runs for, and the values it receives in the first of them.
+
+    In each further layer a received value is the ``next`` one (made in the layer before), or the same where it is None.
+    """
+
+    block: str
+    layers: tuple[NonNegativeInt, NonNegativeInt] | None = None
+    receives: dict[str, str] = Field(default_factory=dict)
+    next: dict[str, str | None] = Field(default_factory=dict)
+
+
+class Arena(PlanModel):
+    """The activation arena of a stage, in bytes, and how good its packing is."""
+
+    size: NonNegativeInt
+    lower_bound: NonNegativeInt
+    optimal: bool
+    algorithm: str
+    peak_op: str
+    live_at_peak: list[str]
+
+
+class StageBytes(PlanModel):
+    """Exact bytes the stage takes on its device."""
+
+    weights: NonNegativeInt
+    kv_cache: NonNegativeInt
+    arena: NonNegativeInt
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.kv_cache + self.arena
+
+
+class Stage(PlanModel):
+    """What one device runs: received values, sent values, blocks, their schedule, and memory."""
+
+    device: str
+    inputs: dict[str, PlanValue] = Field(default_factory=dict)
+    outputs: list[str]
+    schedule: list[Entry]
+    blocks: dict[str, list[PlanOp]]
+    arena: Arena
+    bytes: StageBytes
+
+
+class PlanWeight(PlanModel):
+    """A weight, or the same weight of several ``layers``; see ``labinfer.compiler.graph.Weight`` for the fields."""
+
+    name: str
+    layers: tuple[NonNegativeInt, NonNegativeInt] | None = None
+    shape: list[PositiveInt]
+    format: str
+    tensor: str
+    stack: PositiveInt | None = None
+    rows: list[PositiveInt] = Field(default_factory=list)
+    order: list[NonNegativeInt] = Field(default_factory=list)
+    transpose: bool = False
+
+
+class PlanState(PlanModel):
+    """What the cache keeps per token, for each part; for one name or for several ``layers``."""
+
+    name: str
+    layers: tuple[NonNegativeInt, NonNegativeInt] | None = None
+    widths: dict[str, PositiveInt]
+
+
+class PlanDevice(PlanModel):
+    """A device of the plan; ``memory`` is its cap in bytes, ``parameters`` the format weights take there (None: as stored)."""
+
+    kind: str
+    memory: PositiveInt | None = None
+    parameters: str | None = None
+    fusions: list[str] = Field(default_factory=list)
+
+
+class Plan(PlanModel):
+    """A whole plan.json."""
+
+    schema_version: Literal[1] = 1
+    labinfer: str
+    source: Source
+    limits: Limits
+    vocab_size: PositiveInt
+    recompute_after: PositiveInt | None = None
+    devices: dict[str, PlanDevice]
+    stages: list[Stage]
+    states: list[PlanState]
+    weights: list[PlanWeight]
+
+    def dump(self) -> str:
+        """The plan as JSON text: sorted by meaning, one op a line, ends with a newline."""
+        return compact_json(self.model_dump(mode="json", by_alias=True, exclude_defaults=True) | {"schema_version": 1}) + "\n"
+
+
+def load_plan(path: Path | str) -> Plan:
+    """Read and check a plan file; every fault is an ``InvalidFile`` that names the file and the field.
+
+    The arena is verified again, since plans are edited by hand.
+    """
+    from labinfer.compiler.verify_plan import verify_plan
+
+    path = Path(path)
+    plan = _parse(path)
+    verify_plan(plan, str(path))
+    return plan
+
+
+def _parse(path: Path) -> Plan:
+    try:
+        if path.stat().st_size > MAX_PLAN_BYTES:
+            message = f"{path.stat().st_size} bytes is too large for a plan"
+            raise InvalidFile("plan.too-large", message, place=Place(str(path)))
+        data = json.loads(path.read_text("utf-8"), object_pairs_hook=_no_duplicates)
+    except FileNotFoundError:
+        raise InvalidFile("plan.missing", "no such plan file", place=Place(str(path))) from None
+    except (UnicodeDecodeError, OSError, RecursionError, _DuplicateKeyError) as error:
+        raise InvalidFile("plan.unreadable", f"cannot read the plan: {error}", place=Place(str(path))) from None
+    except json.JSONDecodeError as error:
+        text = error.doc.splitlines()[error.lineno - 1] if error.doc.splitlines() else None
+        place = Place(str(path), error.lineno, error.colno, text)
+        raise InvalidFile("plan.json", f"not JSON: {error.msg}", place=place) from None
+    if not isinstance(data, dict) or "schema_version" not in data:
+        raise InvalidFile("plan.schema", "this is not a labinfer plan", place=Place(str(path)))
+    if data["schema_version"] != SCHEMA_VERSION:
+        message = f"plan has schema version {data['schema_version']!r}, this labinfer reads {SCHEMA_VERSION}"
+        raise InvalidFile("plan.version", message, place=Place(str(path)), remedy="compile it again")
+    try:
+        return Plan.model_validate(data)
+    except ValidationError as failure:
+        details = failure.errors(include_url=False)[:20]
+        raise Errors(
+            InvalidFile("plan.schema", f"{'.'.join(map(str, d['loc']))}: {d['msg']}", place=Place(str(path)))
+            for d in details
+        ) from None
+
+
+class _DuplicateKeyError(ValueError):
+    pass
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _DuplicateKeyError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
+    return found
+
+
+def compact_json(data: Any, indent: str = "", width: int = 150) -> str:
+    """JSON with every container that fits on one line on one line: readable, and one op a line in a diff."""
+    line = json.dumps(data, ensure_ascii=False)
+    if len(line) + len(indent) <= width or not isinstance(data, dict | list) or not data:
+        return line
+    inner = indent + " "
+    if isinstance(data, dict):
+        if "op" in data:  # an op stays on its line, however long
+            return line
+        items = [f"{inner}{json.dumps(key)}: {compact_json(value, inner, width)}" for key, value in data.items()]
+        return "{\n" + ",\n".join(items) + f"\n{indent}}}"
+    return "[\n" + ",\n".join(inner + compact_json(value, inner, width) for value in data) + f"\n{indent}]"
+
+
+_TYPE = re.compile(r"^(?P<dtype>\w+)\[(?P<shape>[TR\d, ]*)\]$")
+
+
+def parse_type(text: str) -> TensorType:
+    """``f32[T, 2048]`` as a TensorType; raises ValueError on anything else."""
+    match = _TYPE.match(text)
+    if match is None or match["dtype"] not in ITEM_SIZE:
+        raise ValueError(f"'{text}' is not a type such as f32[T, 2048]")
+    dims: list[Dim] = []
+    for part in match["shape"].split(","):
+        part = part.strip()
+        if part == "T" or part == "R":
+            dims.append(part)
+        elif part.isdigit() and 0 < int(part) < 1 << 40:
+            dims.append(int(part))
+        else:
+            raise ValueError(f"'{text}' has a dimension '{part}' that is neither T, R nor a positive number")
+    return TensorType(tuple(dims), match["dtype"])

@@ -1,0 +1,104 @@
+"""The devices a model is compiled for, and which of them runs which layer (placed by hand)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from labinfer.compiler.graph import Op, OpGraph
+from labinfer.errors import DoesNotFit, UsageError, did_you_mean
+from labinfer.ops.formats import stored_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the compiler needs to know of a device.
+
+    ``parameters`` is the format that weights take there (None: as stored); ``fusions`` the fused ops it has kernels for;
+    ``memory`` a cap in bytes; ``layers`` the layers (first, last) a person gave it, None for an even share.
+    """
+
+    name: str
+    kind: str
+    parameters: str | None = None
+    fusions: tuple[str, ...] = ()
+    memory: int | None = None
+    layers: tuple[int, int] | None = None
+
+    def weight_bytes(self, format: str, shape: Sequence[int]) -> int:
+        """Bytes of a weight on this device."""
+        return stored_bytes(self.parameters or format, shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A run of consecutive ops and the device that executes it."""
+
+    target: Target
+    ops: tuple[Op, ...]
+
+
+def place(graph: OpGraph, targets: Sequence[Target]) -> list[Placement]:
+    """Cut the schedule into one run of ops per device.
+
+    A ``device`` written in the map wins; then the layers given with the devices; else each device gets an even share of
+    the weight bytes, in the order given. What stands before the first layer goes with it, what follows with the last.
+    """
+    known = {target.name: target for target in targets}
+    layers = sorted({op.layer for op in graph.ops if op.layer is not None})
+    owner = _given(layers, targets) or _even(graph, layers, targets)
+    placements: list[Placement] = []
+    run: list[Op] = []
+    current: Target | None = None
+    for op in graph.ops:
+        if op.device is not None and op.device not in known:
+            message = f"'{op.name}' is pinned to device '{op.device}' (at {op.origin}), which is not among the devices"
+            raise DoesNotFit("device.unknown", message, remedy=did_you_mean(op.device, known) or f"devices: {', '.join(known)}")
+        target = known[op.device] if op.device else owner[op.layer] if op.layer is not None else current or targets[0]
+        if current is not None and target is not current:
+            placements.append(Placement(current, tuple(run)))
+            run = []
+        current = target
+        run.append(op)
+    if current is not None:
+        placements.append(Placement(current, tuple(run)))
+    return _join_prologue(placements)
+
+
+def _join_prologue(placements: list[Placement]) -> list[Placement]:
+    """Give ops that stand before the first layer to the device of that layer."""
+    head = placements[0]
+    if len(placements) > 1 and all(op.layer is None and op.device is None for op in head.ops):
+        joined = Placement(placements[1].target, head.ops + placements[1].ops)
+        return [joined, *placements[2:]]
+    return placements
+
+
+def _given(layers: Sequence[int], targets: Sequence[Target]) -> dict[int, Target] | None:
+    if not any(target.layers for target in targets):
+        return None
+    owner: dict[int, Target] = {}
+    for target in targets:
+        first, last = target.layers or (0, -1)
+        owner.update({layer: target for layer in range(first, last + 1) if layer in layers})
+    missing = [layer for layer in layers if layer not in owner]
+    if missing:
+        message = f"no device runs layer {missing[0]} (of {len(layers)} layers)"
+        raise UsageError("device.layers", message, remedy="name every layer once: reference:0=0-7,reference:1=8-15")
+    return owner
+
+
+def _even(graph: OpGraph, layers: Sequence[int], targets: Sequence[Target]) -> dict[int, Target]:
+    size = dict.fromkeys(layers, 0)
+    for op in graph.ops:
+        if op.layer is not None:
+            for part in op.primitives():
+                for name in part.weights.values():
+                    weight = graph.weights[name]
+                    size[op.layer] += targets[0].weight_bytes(weight.format, weight.shape)
+    share, done = (sum(size.values()) or 1) / len(targets), 0
+    owner = {}
+    for layer in layers:
+        owner[layer] = targets[min(int((done + size[layer] / 2) / share), len(targets) - 1)]
+        done += size[layer]
+    return owner

@@ -1,0 +1,203 @@
+"""Checks a plan from its text alone, sharing nothing with the planner: what a hand edit may have broken.
+
+Every value must be made before it is read, have the type its op gives it, and lie where no value that is still needed
+lies, except for the windows and in-place results that ops declare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from labinfer.compiler.fold import GRAPH_INPUTS, Slot, unfold_inputs, unfold_ops, unfold_states, unfold_weights
+from labinfer.compiler.graph import Op
+from labinfer.compiler.plan import Limits, Plan, Stage
+from labinfer.errors import ErrorSink, InvalidFile, LabinferError, Place, did_you_mean
+from labinfer.ops import OPS
+from labinfer.ops.base import ShapeMismatch, TensorType, dim
+from labinfer.ops.formats import stored_bytes
+
+
+def verify_plan(plan: Plan, name: str) -> None:
+    """Raise everything that is wrong with ``plan`` as ``InvalidFile``; ``name`` is the file named in errors."""
+    sink = ErrorSink()
+
+    def complain(code: str, message: str, remedy: str | None = None) -> None:
+        sink.add(InvalidFile(code, message, place=Place(name), remedy=remedy))
+
+    arrived: dict[str, TensorType] = {}
+    try:
+        check = _PlanCheck(plan)
+        for number, stage in enumerate(plan.stages):
+            if stage.device not in plan.devices:
+                remedy = did_you_mean(stage.device, plan.devices)
+                complain("plan.unknown-device", f"stage {number} runs on '{stage.device}', which is not a device", remedy)
+                continue
+            for code, message in check.stage(stage, arrived):
+                complain(code, f"stage {number} ({stage.device}): {message}")
+    except LabinferError as error:
+        complain(error.code, error.message, error.remedy)
+    sink.check()
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The bytes a value occupies: ``rows`` runs of ``width`` bytes, ``pitch`` apart, from ``at`` on."""
+
+    at: int
+    width: int
+    pitch: int
+    rows: int
+
+    @property
+    def end(self) -> int:
+        return self.at + (self.rows - 1) * self.pitch + self.width
+
+    def overlaps(self, other: _Rows) -> bool:
+        if self.at >= other.end or other.at >= self.end:
+            return False
+        if self.pitch != other.pitch:
+            return True
+        step = (other.at - self.at) % self.pitch  # equal pitches: the rows interleave, compare columns
+        return step < self.width or step + other.width > self.pitch
+
+
+def _rows(slot: Slot, limits: Limits) -> _Rows:
+    first = slot.type.shape[0] if slot.type.shape else 1
+    count = dim(first, limits.max_num_batched_tokens, limits.max_logits_rows)
+    width = TensorType((1, *slot.type.shape[1:]), slot.type.dtype).nbytes(1, 1)
+    return _Rows(slot.at, width, slot.row_bytes, count)
+
+
+class _PlanCheck:
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.weights, self.states = unfold_weights(plan), unfold_states(plan)
+        self.complaints: list[tuple[str, str]] = []
+
+    def stage(self, stage: Stage, arrived: dict[str, TensorType]) -> list[tuple[str, str]]:
+        """Complaints about ``stage``; ``arrived`` are the values made by earlier stages, extended by this one's."""
+        self.complaints = []
+        slots = self.receive(stage, arrived)
+        ops: list[Op] = []
+        for op, made in unfold_ops(stage):
+            for part in op.primitives():
+                ops.append(part)
+            for name, slot in made.items():
+                if name in slots or name in GRAPH_INPUTS:
+                    self.complain("plan.value", f"'{name}' is made twice")
+                slots[name] = slot
+        if self.follow_types(ops, slots, stage):
+            self.memory(ops, slots, stage)
+            self.sizes(ops, stage)
+            arrived.update({name: slots[name].type for name in stage.outputs})
+        return self.complaints
+
+    def complain(self, code: str, message: str) -> None:
+        self.complaints.append((code, message))
+
+    def receive(self, stage: Stage, arrived: Mapping[str, TensorType]) -> dict[str, Slot]:
+        """Slots of the values that the stage receives, which an earlier one must send as they are."""
+        slots = unfold_inputs(stage)
+        for name, slot in slots.items():
+            if name not in arrived:
+                self.complain("plan.value", f"receives '{name}', which no earlier stage sends")
+            elif arrived[name] != slot.type:
+                self.complain("plan.type", f"receives '{name}' as {slot.type}, it is {arrived[name]}")
+        return slots
+
+    def follow_types(self, ops: list[Op], slots: Mapping[str, Slot], stage: Stage) -> bool:
+        """Whether every op has its inputs, weights, state and output types right."""
+        before = len(self.complaints)
+        known = {"token_ids": TensorType(("T",), "i32"), "positions": TensorType(("T",), "i32")}
+        known.update({name: slots[name].type for name in stage.inputs})
+        for op in ops:
+            spec = OPS.get(op.kind)
+            if spec is None:
+                self.complain("plan.unknown-op", f"'{op.name}' is of an unknown kind '{op.kind}'")
+                return False
+            missing = [name for name in op.inputs if name not in known]
+            if missing:
+                self.complain("plan.value", f"'{op.name}' reads '{missing[0]}', which is not made before it")
+                return False
+            self.operands(op)
+            try:
+                types = spec.infer(op.attrs, [known[name] for name in op.inputs])
+            except (ShapeMismatch, ValueError, IndexError) as mismatch:
+                self.complain("plan.type", f"'{op.name}': {mismatch}")
+                return False
+            if [slots[name].type for name in op.outputs] != types:
+                self.complain("plan.type", f"'{op.name}' makes {', '.join(map(str, types))}, the plan says otherwise")
+                return False
+            known.update(zip(op.outputs, types, strict=True))
+        for name in stage.outputs:
+            if name not in known:
+                self.complain("plan.value", f"sends '{name}', which it does not make")
+        return len(self.complaints) == before
+
+    def operands(self, op: Op) -> None:
+        for slot, weight in op.weights.items():
+            if weight not in self.weights:
+                self.complain("plan.weight", f"'{op.name}' uses weight '{weight}' ({slot}), which is not in the plan")
+        if OPS[op.kind].state and op.state not in self.states:
+            self.complain("plan.state", f"'{op.name}' uses state '{op.state}', which is not in the plan")
+
+    def memory(self, ops: list[Op], slots: Mapping[str, Slot], stage: Stage) -> None:
+        """No value may be written over one that is still needed."""
+        rows = {name: _rows(slot, self.plan.limits) for name, slot in slots.items()}
+        for name, place in rows.items():
+            if place.end > stage.arena.size or place.pitch < place.width:
+                self.complain("plan.arena-bounds", f"'{name}' reaches byte {place.end} of an arena of {stage.arena.size}")
+        last = {name: index for index, op in enumerate(ops) for name in (*op.outputs, *op.inputs)}
+        last.update(dict.fromkeys(stage.outputs, len(ops)))
+        live = dict.fromkeys(stage.inputs)
+        for index, op in enumerate(ops):
+            legal = self.legal_overlaps(op, slots)
+            for name in op.outputs:
+                for other in live:
+                    if last.get(other, -1) >= index and rows[name].overlaps(rows[other]) and other != name:
+                        if (name, other) in legal and (last[other] == index or OPS[op.kind].view):
+                            continue
+                        if OPS[op.kind].view and other in op.outputs and slots[name].row_bytes == slots[other].row_bytes:
+                            self.complain("plan.arena-overlap", f"windows '{name}' and '{other}' overlap")
+                        elif not self.same_window_family(name, other, op, slots):
+                            self.complain("plan.arena-overlap", f"'{name}' lies over '{other}', which is still needed")
+                live[name] = None
+            live = {name: None for name in live if last.get(name, -1) > index}
+
+    def legal_overlaps(self, op: Op, slots: Mapping[str, Slot]) -> set[tuple[str, str]]:
+        """Pairs (output, input) that may share bytes: exact in-place results, and windows at the right column."""
+        spec, legal, column = OPS[op.kind], set(), 0
+        for position, name in enumerate(op.outputs):
+            if spec.view and op.inputs[0] in slots:
+                base, own = slots[op.inputs[0]], slots[name]
+                if own.row_bytes == base.row_bytes and own.at == base.at + column:
+                    legal.add((name, op.inputs[0]))
+                else:
+                    self.complain("plan.window", f"'{name}' is not the window of '{op.inputs[0]}' that '{op.kind}' makes")
+                column += TensorType((1, *own.type.shape[1:]), own.type.dtype).nbytes(1, 1)
+            for operand in spec.inplace.get(position, ()):
+                other = op.inputs[operand] if operand < len(op.inputs) else ""
+                if other in slots and slots[other] == slots[name]:
+                    legal.add((name, other))
+        return legal
+
+    def same_window_family(self, name: str, other: str, op: Op, slots: Mapping[str, Slot]) -> bool:
+        """Whether ``name`` is a window and ``other`` another view of the same value that holds the same bytes."""
+        return OPS[op.kind].view and slots[name].row_bytes == slots[other].row_bytes
+
+    def sizes(self, ops: list[Op], stage: Stage) -> None:
+        """The stage's byte figures must be what its weights, states and arena add up to."""
+        device, limits = self.plan.devices[stage.device], self.plan.limits
+        names = dict.fromkeys(weight for op in ops for weight in op.weights.values())
+        weights = sum(stored_bytes(device.parameters or self.weights[n].format, self.weights[n].shape) for n in names)
+        states = dict.fromkeys(op.state for op in ops if op.state)
+        slots = limits.num_blocks * limits.block_size
+        cache = sum(4 * slots * sum(self.states[name].widths.values()) for name in states)
+        for kind, stated, found in (
+            ("weights", stage.bytes.weights, weights),
+            ("kv_cache", stage.bytes.kv_cache, cache),
+            ("arena", stage.bytes.arena, stage.arena.size),
+        ):
+            if stated != found:
+                self.complain("plan.bytes", f"{kind} take {found} bytes, the plan says {stated}")

@@ -1,0 +1,168 @@
+"""The interpreter: binds a stage of a plan to a device as a flat tape of kernel calls, and runs the tape.
+
+A tape is made once per (tokens, logit rows) and kept; a step is one loop over it. Listeners attach to values by name and
+switch to a second, slower loop; they cost nothing when there are none.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from labinfer.backends.base import Device, Kernel
+from labinfer.compiler.fold import Slot, unfold_inputs, unfold_ops
+from labinfer.compiler.graph import Op
+from labinfer.compiler.plan import Limits, Stage
+from labinfer.errors import LabinferError, UsageError, did_you_mean
+from labinfer.ops import OPS
+from labinfer.ops.base import Call, Step, dim
+from labinfer.runtime.kv_cache import KVCache
+from labinfer.runtime.poison import Poison
+
+MAX_TAPES = 64
+
+Listener = Callable[[int, Op, Call], None]
+"""Called after an op has run with its index, the op and its arrays; may change the outputs in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """An op with its arrays; ``kernel`` is None for a window, which needs none."""
+
+    op: Op
+    kernel: Kernel | None
+    call: Call
+
+
+@dataclass(frozen=True, slots=True)
+class Tape:
+    """A bound stage for one number of tokens and rows: ``calls`` is all that a step runs."""
+
+    calls: tuple[tuple[Kernel, Call], ...]
+    bound: tuple[Bound, ...]
+    values: Mapping[str, Any]
+
+
+class Interpreter:
+    """Runs one stage on one device. ``parameters`` are the stage's weights as device arrays, by name."""
+
+    def __init__(
+        self, stage: Stage, device: Device, limits: Limits, parameters: Mapping[str, Any], cache: KVCache
+    ) -> None:
+        self.stage, self.device, self.limits = stage, device, limits
+        self.parameters, self.cache = parameters, cache
+        self.ops: list[Op] = []
+        self.slots: dict[str, Slot] = unfold_inputs(stage)
+        for op, made in unfold_ops(stage):
+            self.ops.extend(op.primitives())
+            self.slots.update(made)
+        self.arena = device.allocate(stage.arena.size, "arena")
+        tokens = limits.max_num_batched_tokens
+        self.step_memory = device.allocate(2 * 4 * tokens, "step inputs")
+        self.graph_inputs = {
+            name: device.view(self.step_memory, 4 * tokens * index, (tokens,), "i32")
+            for index, name in enumerate(("token_ids", "positions"))
+        }
+        self.step: Step | None = None
+        self.tapes: OrderedDict[tuple[int, int], Tape] = OrderedDict()
+        self.listeners: list[Listener] = []
+        if os.environ.get("LABINFER_POISON") == "1":
+            self.listeners.append(Poison(self.ops, self.slots, stage, limits, device, self.arena))
+
+    def run(self, step: Step, received: Mapping[str, Any]) -> dict[str, Any]:
+        """Run one step on ``received`` (host arrays of the stage's inputs); the stage's outputs as device arrays.
+
+        The outputs are windows of the arena: they hold until the next step.
+        """
+        tape = self.prepare(step)
+        for name, array in received.items():
+            self.device.move_in(array, tape.values[name])
+        call = tape.bound[0].call
+        try:
+            if self.listeners:
+                for index, bound in enumerate(tape.bound):
+                    call = bound.call
+                    self.run_listened(index, bound)
+            else:
+                for kernel, call in tape.calls:
+                    kernel(call)
+        except LabinferError:
+            raise
+        except Exception as error:
+            op = next(bound.op for bound in tape.bound if bound.call is call)
+            message = f"while running '{op.name}' ({op.kind}, from {op.origin}): {type(error).__name__}: {error}"
+            raise LabinferError("run.op-failed", message) from error
+        return {name: tape.values[name] for name in self.stage.outputs}
+
+    def run_listened(self, index: int, bound: Bound) -> None:
+        """One op of the slow loop: its kernel, if it has one, then every listener."""
+        if bound.kernel is not None:
+            bound.kernel(bound.call)
+        for listener in self.listeners:
+            listener(index, bound.op, bound.call)
+
+    def prepare(self, step: Step) -> Tape:
+        """The tape for a step of this size, with the step's arrays in place."""
+        tokens, rows = len(step.token_ids), len(step.logits_rows)
+        if self.step is None:
+            self.step = Step(**{field.name: getattr(step, field.name) for field in fields(step)})
+        for field in fields(step):
+            setattr(self.step, field.name, getattr(step, field.name))
+        for name, memory in self.graph_inputs.items():
+            self.device.move_in(getattr(step, name), memory[:tokens])
+        tape = self.tapes.get((tokens, rows))
+        if tape is None:
+            tape = self.tapes[tokens, rows] = self.bind(tokens, rows)
+            if len(self.tapes) > MAX_TAPES:
+                self.tapes.popitem(last=False)
+        self.tapes.move_to_end((tokens, rows))
+        return tape
+
+    def bind(self, tokens: int, rows: int) -> Tape:
+        """Resolve every op to its kernel and arrays for steps of ``tokens`` tokens and ``rows`` logit rows."""
+        values = {name: memory[:tokens] for name, memory in self.graph_inputs.items()}
+        for name, slot in self.slots.items():
+            shape = tuple(dim(size, tokens, rows) for size in slot.type.shape)
+            values[name] = self.device.view(self.arena, slot.at, shape, slot.type.dtype, slot.row_bytes)
+        bound = []
+        for op in self.ops:
+            call = Call(
+                op.attrs,
+                tuple(values[name] for name in op.inputs),
+                tuple(values[name] for name in op.outputs),
+                {slot: self.parameters[name] for slot, name in op.weights.items()},
+                self.cache.parts[op.state] if op.state else {},
+                self.step,
+            )
+            kernel = None if OPS[op.kind].view else self.device.F.kernels[op.kind]
+            bound.append(Bound(op, kernel, call))
+        calls = tuple((each.kernel, each.call) for each in bound if each.kernel is not None)
+        return Tape(calls, tuple(bound), values)
+
+    def listen(self, value: str, callback: Callable[[Any], Any]) -> Listener:
+        """Call ``callback(array)`` whenever ``value`` is made; what it returns, unless None, replaces the value.
+
+        Returns the listener, for ``listeners.remove``. An unknown name is a ``UsageError``.
+        """
+        if value not in self.slots:
+            raise UsageError("run.unknown-value", f"there is no value '{value}'", remedy=did_you_mean(value, self.slots))
+
+        def listener(_: int, op: Op, call: Call) -> None:
+            if value in op.outputs:
+                array = call.outputs[op.outputs.index(value)]
+                changed = callback(self.device.move_out(array))
+                if changed is not None:
+                    self.device.move_in(changed, array)
+
+        self.listeners.append(listener)
+        return listener
+
+    def close(self) -> None:
+        """Give the arena back."""
+        self.tapes.clear()
+        self.graph_inputs.clear()
+        self.device.deallocate(self.arena)
+        self.device.deallocate(self.step_memory)

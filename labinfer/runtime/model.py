@@ -1,0 +1,181 @@
+"""A model: a plan, the weights it names, and the devices it runs on, ready to compute steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from labinfer.compiler.fold import unfold_ops, unfold_states, unfold_weights
+from labinfer.compiler.plan import Plan
+from labinfer.errors import UsageError, did_you_mean
+from labinfer.ops.base import Step
+from labinfer.runtime.interpreter import Interpreter
+from labinfer.runtime.kv_cache import BlockPool, KVCache
+from labinfer.runtime.manager import Manager
+from labinfer.runtime.parameters import Parameters, Progress
+from labinfer.runtime.sequence import Scheduled, Sequence, build_step
+from labinfer.runtime.weights import Checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_numbers = count()
+
+
+class Model:
+    """Runs a plan. Use it as a context manager, or ``close`` it: weights, cache and arenas are given back at once."""
+
+    def __init__(
+        self, plan: Plan, checkpoint: Checkpoint, manager: Manager | None = None, progress: Progress = lambda nbytes: None
+    ) -> None:
+        self.plan, self.manager = plan, manager or Manager()
+        self.owner = f"{plan.source.name} #{next(_numbers)}"
+        self.pool = BlockPool(plan.limits.num_blocks)
+        self.interpreters: list[Interpreter] = []
+        self.memory: list[KVCache | Parameters] = []
+        weights, states = unfold_weights(plan), unfold_states(plan)
+        try:
+            for stage in plan.stages:
+                device = self.manager.device(stage.device)
+                self.manager.grant(self.owner, stage.device, stage.bytes.total)
+                ops = [part for op, _ in unfold_ops(stage) for part in op.primitives()]
+                parameters = Parameters(stage, ops, weights, device, checkpoint, progress)
+                self.memory.append(parameters)
+                cache = KVCache(device, states, dict.fromkeys(op.state for op in ops if op.state), plan.limits)
+                self.memory.append(cache)
+                self.interpreters.append(Interpreter(stage, device, plan.limits, parameters.arrays(), cache))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the logits."""
+        return self.plan.vocab_size
+
+    def run(self, step: Step) -> np.ndarray:
+        """One step through all stages: float32 logits [rows, vocab_size]."""
+        values: dict[str, Any] = {}
+        for interpreter in self.interpreters:
+            received = {name: values[name] for name in interpreter.stage.inputs}
+            made = interpreter.run(step, received)
+            values.update({name: interpreter.device.move_out(array) for name, array in made.items()})
+        logits: np.ndarray = values[self.plan.stages[-1].outputs[-1]]
+        return logits
+
+    def session(self) -> Session:
+        """A fresh sequence that keeps its cache: ``session.append(token_ids)`` gives their logits."""
+        return Session(self)
+
+    def logits(self, token_ids: Iterable[int]) -> np.ndarray:
+        """Logits of every position of one sequence: float32 [len(token_ids), vocab_size]."""
+        with self.session() as session:
+            return session.append(token_ids)
+
+    def check_tokens(self, token_ids: Iterable[int]) -> list[int]:
+        """``token_ids`` as a list of ints, all of them in the vocabulary."""
+        tokens = [int(token) for token in token_ids]
+        wrong = next((token for token in tokens if not 0 <= token < self.vocab_size), None)
+        if wrong is not None:
+            message = f"token id {wrong} is outside the vocabulary of {self.vocab_size}"
+            raise UsageError("run.token-id", message)
+        return tokens
+
+    def reserve(self, sequence: Sequence, tokens: int) -> bool:
+        """Give ``sequence`` the cache blocks that ``tokens`` tokens need; False when too few are free."""
+        needed = -(-tokens // self.plan.limits.block_size) - len(sequence.blocks)
+        if needed > 0:
+            if not self.pool.can_allocate(needed):
+                return False
+            sequence.blocks += self.pool.allocate(needed)
+        return True
+
+    def release(self, sequence: Sequence) -> None:
+        """Take back the cache blocks of ``sequence``."""
+        self.pool.release(sequence.blocks)
+        sequence.blocks, sequence.num_computed = [], 0
+
+    def must_recompute(self, sequence: Sequence, before: int) -> bool:
+        """Whether growing from ``before`` tokens crossed the length past which cached keys no longer hold (longrope)."""
+        limit = self.plan.recompute_after
+        return limit is not None and before <= limit < len(sequence.token_ids)
+
+    @contextmanager
+    def listen(self, value: str, callback: Callable[[np.ndarray], np.ndarray | None]) -> Iterator[None]:
+        """Within the context, ``callback(array)`` sees ``value`` in every step; what it returns, unless None, replaces it.
+
+        ``value`` is a name of the plan, ``layers.3.attn.out``; ``array`` is a copy, float32 [T, features].
+        """
+        for interpreter in self.interpreters:
+            if value in interpreter.slots and value not in interpreter.stage.inputs:
+                listener = interpreter.listen(value, callback)
+                break
+        else:
+            known = [name for each in self.interpreters for name in each.slots]
+            remedy = did_you_mean(value, known) or "`labinfer explain PLAN --values` lists them"
+            raise UsageError("run.unknown-value", f"the plan has no value '{value}'", remedy=remedy)
+        try:
+            yield
+        finally:
+            interpreter.listeners.remove(listener)
+
+    def close(self) -> None:
+        """Give back everything that was allocated; the model cannot run any more."""
+        for interpreter in self.interpreters:
+            interpreter.close()
+        for memory in self.memory:
+            memory.close()
+        self.interpreters, self.memory = [], []
+        self.manager.release(self.owner)
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Session:
+    """One sequence that is computed piece by piece; a context manager, since it owns cache blocks."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.sequence = model, Sequence([])
+
+    def append(self, token_ids: Iterable[int]) -> np.ndarray:
+        """Add tokens and compute them: float32 logits [len(token_ids), vocab_size], in as many steps as the plan needs."""
+        model, sequence = self.model, self.sequence
+        tokens, before = model.check_tokens(token_ids), len(sequence.token_ids)
+        limits = model.plan.limits
+        if before + len(tokens) > limits.max_model_len:
+            message = f"{before + len(tokens)} tokens are more than the plan's max_model_len of {limits.max_model_len}"
+            raise UsageError("run.too-long", message, remedy="compile with a larger --max-model-len")
+        sequence.token_ids = sequence.token_ids + tokens
+        if not model.reserve(sequence, len(sequence.token_ids)):
+            raise UsageError("run.cache-full", f"no cache blocks are left for {len(sequence.token_ids)} tokens")
+        if model.must_recompute(sequence, before):
+            sequence.num_computed = 0
+        result = np.empty((len(tokens), model.vocab_size), np.float32)
+        while sequence.num_computed < len(sequence.token_ids):
+            start = sequence.num_computed
+            wanted = start >= before
+            size = min(limits.max_num_batched_tokens, limits.max_logits_rows if wanted else before - start)
+            size = min(size, len(sequence.token_ids) - start)
+            logits = model.run(build_step([Scheduled(sequence, size, size if wanted else 0)], limits.block_size))
+            sequence.num_computed += size
+            if wanted:
+                result[start - before : start - before + size] = logits
+        return result
+
+    def close(self) -> None:
+        """Give the cache blocks back."""
+        self.model.release(self.sequence)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
