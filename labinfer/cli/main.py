@@ -165,7 +165,7 @@ def _report(error: Exception, out: Output, as_json: bool) -> int:
     """Tell the user about ``error``; returns the exit code."""
     if isinstance(error, click.ClickException) and not as_json:
         error.show()
-        return error.exit_code
+        return UsageError.exit_code
     known = _as_labinfer_error(error)
     if out.verbosity and not isinstance(error, click.ClickException):
         import traceback
@@ -178,6 +178,16 @@ def _report(error: Exception, out: Output, as_json: bool) -> int:
         known = LabinferError("internal", f"{type(error).__name__}: {error}", remedy=remedy)
     out.error(known, as_json)
     return known.exit_code
+
+
+def _invoke(argv: list[str], out: Output) -> int:
+    """Run the command; ``--help`` and ``context.exit`` end it with their own exit code."""
+    try:
+        with cli.make_context("labinfer", argv, obj=out) as context:
+            cli.invoke(context)
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    return 0
 
 
 def _silence_stdout() -> None:
@@ -195,12 +205,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     out = Output()
     try:
-        with cli.make_context("labinfer", argv, obj=out) as context:
-            cli.invoke(context)
+        exit_code = _invoke(argv, out)
         sys.stdout.flush()
-        return 0
-    except click.exceptions.Exit as done:
-        return done.exit_code
+        return exit_code
     except (KeyboardInterrupt, click.Abort):
         out.note("\ninterrupted")
         return 130
