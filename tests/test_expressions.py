@@ -255,7 +255,7 @@ def test_a_variable_hides_a_definition_and_what_reads_it_follows() -> None:
 def test_long_chains_of_definitions_are_refused() -> None:
     scope = Scope(definitions(a0="1", **{f"a{n}": f"a{n - 1} + 1" for n in range(1, 5000)}))
     assert scope["a80"] == 81
-    assert failure("a4999", scope=scope).code == "map.expression"
+    assert failure("a4999", scope=scope).message == "more than 100 definitions wait for one another"
     deep = "(" * 40 + "{}" + ")" * 40
     nested = Scope(definitions(a0="1", **{f"a{n}": deep.format(f"-+-+-+-+-+-+-+-+a{n - 1}") for n in range(1, 200)}))
     assert failure("a199", scope=nested).code == "map.expression"
@@ -318,7 +318,8 @@ def test_any_well_formed_text_gives_a_bounded_value_or_a_coded_error(text: str) 
     assert not isinstance(result, int) or abs(result) <= 2**63
 
 
-NUMBERS = st.integers(-100, 100).map(str) | st.floats(-100, 100).map(repr) | st.sampled_from(["a", "b", "c"])
+DECIMALS = st.floats(-100, 100).map(lambda x: round(x, 3))  # so that no step overflows
+NUMBERS = st.integers(-100, 100).map(str) | DECIMALS.map(repr) | st.sampled_from(["a", "b", "c"])
 
 
 def arithmetic(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
@@ -329,7 +330,7 @@ def arithmetic(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.recursive(NUMBERS, arithmetic, max_leaves=8), st.integers(-50, 50), st.floats(-50, 50), st.integers(0, 9))
+@given(st.recursive(NUMBERS, arithmetic, max_leaves=8), st.integers(-50, 50), DECIMALS, st.integers(0, 9))
 def test_arithmetic_is_pythons(text: str, a: int, b: float, c: int) -> None:
     scope: dict[str, Value] = {"a": a, "b": b, "c": c}
     try:
@@ -337,7 +338,5 @@ def test_arithmetic_is_pythons(text: str, a: int, b: float, c: int) -> None:
     except ZeroDivisionError:
         assert "division by zero" in failure(text, scope=scope).message
         return
-    assume(not isinstance(expected, float) or math.isfinite(expected))
-    assume(abs(expected) < 2**60)
     got = value(text, scope)
     assert (got, type(got)) == (expected, type(expected))

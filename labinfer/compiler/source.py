@@ -225,7 +225,7 @@ class _TreeBuilder:
         parent, name = self.open[-1], event.value
         parent.has_key, parent.key = True, None
         places = parent.node.key_places
-        if self.not_printable.search(name):
+        if event.style == '"' and self.not_printable.search(name):
             self._report(event, "yaml.character", "the key has an escaped control character")
         elif event.implicit[0] and name == "<<":
             self._report(event, "yaml.merge-key", "merge keys are not allowed", "write the merged keys out")
@@ -309,4 +309,7 @@ def _core_scalar(text: str) -> NodeValue:
 
 def _is_text(text: str) -> bool:
     """Whether a plain scalar is a string in the core schema."""
-    return text not in _WORDS and not _INTEGER.fullmatch(text) and not _FLOAT.fullmatch(text)
+    try:
+        return isinstance(_core_scalar(text), str)
+    except ValueError:
+        return False
