@@ -39,9 +39,9 @@ class Placed(BaseModel):
 class ConfigEntry(Placed):
     """A configuration value: where a checkpoint states it, what it is otherwise, and in which layers.
 
-    ``value`` fixes it; else the first of the ``hf`` / ``gguf`` keys that the checkpoint has; else, where config.json says
-    null, ``if_null``; else ``default``. With ``only``, that holds in the layers where ``only`` is true and ``else`` holds in
-    the others.
+    ``value`` fixes it; else the first of the ``hf`` / ``gguf`` keys that the checkpoint has; else, where config.json
+    says null, ``if_null``; else ``default``. With ``only``, that holds in the layers where ``only`` is true and
+    ``else`` holds in the others.
     """
 
     hf: Names | None = Field(None, description="key or keys of config.json, dotted for nested ones")
