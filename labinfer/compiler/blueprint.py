@@ -65,6 +65,7 @@ class Match(Placed):
 
     model_type: Names = Field(description="model_type of config.json")
     gguf: Names = Field(default_factory=list, description="general.architecture of a GGUF file")
+    gguf_has: str | None = Field(None, description="key its metadata must have too; such a map goes before others")
 
 
 class OpLine(Placed):
