@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from labinfer.errors import Errors, ErrorSink, Place, WeightsError
-from labinfer.runtime.weights.formats import FORMATS, stored_bytes
+from labinfer.ops.formats import FORMATS, stored_bytes
 from labinfer.runtime.weights.json_text import MAX_JSON_BYTES, parse_json_object, read_json_object
 from labinfer.runtime.weights.mapped_file import map_file
 from labinfer.runtime.weights.tensor_info import TensorInfo, check_extents, check_tensor, quoted

@@ -17,7 +17,8 @@ MAX_ELEMENTS = 1 << 48  # far above any weight, far below where 64-bit sizes ove
 class TensorInfo:
     """One stored tensor: logical ``shape`` (row-major, as Hugging Face names it) and its bytes in ``file``.
 
-    ``format`` is a key of ``formats.FORMATS``; ``offset`` and ``nbytes`` are in bytes from the start of the file.
+    ``format`` is a key of ``labinfer.ops.formats.FORMATS``; ``nbytes`` and ``offset`` (from the start of the
+    file) are in bytes.
     """
 
     name: str

@@ -1,70 +1,28 @@
-"""The formats weights are stored in: plain numbers and ggml's block formats, with exact dequantization to float32.
+"""Exact dequantization of stored weights to float32.
 
-A block format cuts each row into blocks of ``block_size`` elements that share one or two float16 scales. Layouts and
-arithmetic follow ggml (ggml-common.h, dequantize_row_* in ggml-quants.c); every operation is rounded to float32.
+Block layouts and arithmetic follow ggml (ggml-common.h, dequantize_row_* in ggml-quants.c): scales are float16, every
+operation is rounded to float32. Names and sizes of the formats are in ``labinfer.ops.formats``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from labinfer.errors import WeightsError, did_you_mean
+from labinfer.errors import WeightsError
+from labinfer.ops.formats import FORMATS, stored_bytes
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 CHUNK_ELEMENTS = 1 << 16  # dequantized at a time, so that temporaries stay in the cache
 
-
-@dataclass(frozen=True, slots=True)
-class StoredFormat:
-    """A storage format: ``block_size`` elements take ``block_bytes`` bytes; a plain number is a block of one."""
-
-    name: str
-    block_size: int
-    block_bytes: int
-
-
 _PLAIN_DTYPES = {
     "f32": "<f4", "f16": "<f2", "bf16": "<u2", "f64": "<f8", "i8": "<i1", "i16": "<i2", "i32": "<i4", "i64": "<i8",
     "u8": "<u1", "u16": "<u2", "u32": "<u4", "u64": "<u8", "bool": "?",
 }  # fmt: skip
-
-_BLOCKS = {
-    "q8_0": (32, 2 + 32),  # d, 32 int8
-    "q4_0": (32, 2 + 16),  # d, 32 nibbles
-    "q4_1": (32, 2 + 2 + 16),  # d, m, 32 nibbles
-    "q5_0": (32, 2 + 4 + 16),  # d, 32 fifth bits, 32 nibbles
-    "q5_1": (32, 2 + 2 + 4 + 16),  # d, m, 32 fifth bits, 32 nibbles
-    "q4_k": (256, 2 + 2 + 12 + 128),  # d, dmin, 8 six-bit scales and minima, 256 nibbles
-    "q5_k": (256, 2 + 2 + 12 + 32 + 128),  # d, dmin, scales and minima, 256 fifth bits, 256 nibbles
-    "q6_k": (256, 128 + 64 + 16 + 2),  # 256 nibbles, 256 bit pairs, 16 int8 scales, d
-}
-
-FORMATS: dict[str, StoredFormat] = {
-    name: StoredFormat(name, 1, np.dtype(dtype).itemsize) for name, dtype in _PLAIN_DTYPES.items()
-} | {name: StoredFormat(name, *block) for name, block in _BLOCKS.items()}
-
-
-def stored_bytes(format: str, shape: Sequence[int]) -> int:
-    """Bytes that a tensor of ``shape`` takes in ``format``.
-
-    Raises WeightsError for an unknown format, or a last dimension that is not a whole number of blocks.
-    """
-    stored = FORMATS.get(format)
-    if stored is None:
-        remedy = did_you_mean(format, FORMATS) or "known formats: " + ", ".join(FORMATS)
-        raise WeightsError("weights.unsupported-format", f"unknown stored format '{format}'", remedy=remedy)
-    row = shape[-1] if shape else 1
-    if row % stored.block_size:
-        message = f"rows of {row} elements are not a multiple of the {stored.block_size} elements in a {format} block"
-        raise WeightsError("weights.corrupt", message)
-    return math.prod(shape) // stored.block_size * stored.block_bytes
 
 
 def dequantize(raw: Bytes, format: str, shape: Sequence[int]) -> Floats:
