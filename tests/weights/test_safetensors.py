@@ -71,7 +71,7 @@ def test_reads_what_the_safetensors_package_wrote(model_dir: Path) -> None:
 
 def test_bf16(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
-    file.write_bytes(safetensors({"w": entry("BF16", [2], 0, 4)}, b"\x80\x3f\x00\xc0"))
+    file.write_bytes(safetensors({"__metadata__": None, "w": entry("BF16", [2], 0, 4)}, b"\x80\x3f\x00\xc0"))
     with open_checkpoint(file) as checkpoint:
         assert checkpoint.config == {}
         assert dequantize(checkpoint.raw("w"), "bf16", (2,)).tolist() == [1.0, -2.0]

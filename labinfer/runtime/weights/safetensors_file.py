@@ -40,7 +40,7 @@ def read_safetensors(path: Path) -> list[TensorInfo]:
             raise WeightsError("weights.truncated", message, place=place, remedy=_REMEDY)
         header = parse_json_object(data[8 : 8 + length], "safetensors header", path, WeightsError)
     sink = ErrorSink()
-    _check_metadata(header.pop("__metadata__", {}), place, sink)
+    _check_metadata(header.pop("__metadata__", None), place, sink)
     tensors = []
     for name, entry in header.items():
         try:
@@ -54,6 +54,8 @@ def read_safetensors(path: Path) -> list[TensorInfo]:
 
 
 def _check_metadata(metadata: object, place: Place, sink: ErrorSink) -> None:
+    if metadata is None:  # absent or null
+        return
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         sink.add(WeightsError("weights.corrupt", "__metadata__ must map text to text", place=place, remedy=_REMEDY))
 
