@@ -173,7 +173,7 @@ def _array(metadata: Mapping[str, Any], name: str, kind: type) -> Sequence[Any]:
     values = metadata.get(f"tokenizer.ggml.{name}", ())
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise _broken(f"{name} is no array")
-    if not all(isinstance(value, kind) for value in values):
+    if not set(map(type, values)) <= {kind}:
         raise _broken(f"{name} holds a value that is not of type {kind.__name__}")
     return values
 

@@ -20,7 +20,7 @@ from datetime import datetime
 from typing import Any
 
 MAX_MEMORY_BYTES = 512 << 20
-MAX_CPU_SECONDS = 2.0
+MAX_CPU_SECONDS = 1.0
 FUEL = 5_000_000  # minijinja: one unit per instruction and per 64 bytes produced
 MAX_TEXT = 16 << 20  # characters, beyond those of the request
 
