@@ -1,3 +1,31 @@
 """LABInfer: a model drawn as a map, compiled to a plan, run on the devices you have."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+_EXPORTS = {
+    "LLM": "labinfer.api",
+    "compile": "labinfer.api",
+    "load": "labinfer.api",
+    "Plan": "labinfer.compiler.plan",
+    "SamplingParams": "labinfer.runtime.sampling_params",
+}
+
+__all__ = ["LLM", "Plan", "SamplingParams", "__version__", "compile", "load"]
+
+if TYPE_CHECKING:
+    from labinfer.api import LLM, compile, load
+    from labinfer.compiler.plan import Plan
+    from labinfer.runtime.sampling_params import SamplingParams
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for, so that ``import labinfer`` costs nothing."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'labinfer' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(_EXPORTS[name]), name)

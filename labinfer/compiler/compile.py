@@ -11,7 +11,7 @@ from labinfer.compiler.arena import ArenaPlan, plan_arena
 from labinfer.compiler.blueprint import Blueprint
 from labinfer.compiler.fold import GRAPH_INPUTS, fold_ops, fold_states, fold_weights, natural_row
 from labinfer.compiler.graph import Op, OpGraph
-from labinfer.compiler.lower import lower
+from labinfer.compiler.lower import lower, map_name
 from labinfer.compiler.passes import Tracer, run_passes
 from labinfer.compiler.plan import Arena, Limits, Plan, PlanDevice, PlanValue, Source, Stage, StageBytes
 from labinfer.compiler.settings import ModelSource, model_scope
@@ -73,7 +73,7 @@ def compile_plan(
     plan = Plan(
         labinfer=__version__,
         source=Source(
-            family=blueprint.family, name=graph.name, kind=source.kind, maps=[str(file) for file in blueprint.files],
+            family=blueprint.family, name=graph.name, kind=source.kind, maps=[map_name(file) for file in blueprint.files],
             checkpoint=checkpoint, sha256=dict(source.digests),
         ),
         limits=limits,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,6 +19,7 @@ from labinfer.compiler.graph import Op, OpGraph, Origin, State
 from labinfer.compiler.settings import ModelSource, as_list, model_scope
 from labinfer.compiler.weight_table import User, WeightTable
 from labinfer.errors import ErrorSink, InvalidFile, LabinferError, Place, did_you_mean
+from labinfer.home import graphs_dir
 from labinfer.ops import OPS
 from labinfer.ops.base import OpAttrs, OpSpec, ShapeMismatch, TensorType
 
@@ -63,6 +65,11 @@ class Evaluated:
     attrs: OpAttrs
     outputs: list[TensorType]
     weight_shapes: Mapping[str, tuple[int, ...]]
+
+
+def map_name(file: Path) -> str:
+    """How plans name a map file: a shipped one by its name alone, so that plans mean the same on every machine."""
+    return file.name if file.parent == graphs_dir() else str(file)
 
 
 def lower(blueprint: Blueprint, source: ModelSource) -> OpGraph:
@@ -266,7 +273,7 @@ class _Lowering:
                     message = f"op '{line.op}' cannot do without '{texts[slot.name]}'"
                     self.sink.add(InvalidFile("map.missing-weight", message, place=place))
         place = line.place()
-        origin = Origin(place.file, place.line, place.column) if place else Origin("", 0, 0)
+        origin = Origin(map_name(Path(place.file)), place.line, place.column) if place else Origin("", 0, 0)
         state = self.state(line, context) if line.state else None
         device = self.value(line, "device", line.device, context.scope) or context.device
         name = outputs[0] if outputs else f"{context.path}{line.op}"

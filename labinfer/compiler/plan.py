@@ -166,7 +166,8 @@ class Plan(PlanModel):
 
     def dump(self) -> str:
         """The plan as JSON text: sorted by meaning, one op a line, ends with a newline."""
-        return compact_json(self.model_dump(mode="json", by_alias=True, exclude_defaults=True) | {"schema_version": 1}) + "\n"
+        data = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        return compact_json({"schema_version": SCHEMA_VERSION, **data}) + "\n"
 
 
 def load_plan(path: Path | str) -> Plan:
@@ -237,6 +238,7 @@ def compact_json(data: Any, indent: str = "", width: int = 150) -> str:
     return "[\n" + ",\n".join(inner + compact_json(value, inner, width) for value in data) + f"\n{indent}]"
 
 
+SYMBOLS: dict[str, Literal["T", "R"]] = {"T": "T", "R": "R"}
 _TYPE = re.compile(r"^(?P<dtype>\w+)\[(?P<shape>[TR\d, ]*)\]$")
 
 
@@ -248,8 +250,8 @@ def parse_type(text: str) -> TensorType:
     dims: list[Dim] = []
     for part in match["shape"].split(","):
         part = part.strip()
-        if part == "T" or part == "R":
-            dims.append(part)
+        if part in SYMBOLS:
+            dims.append(SYMBOLS[part])
         elif part.isdigit() and 0 < int(part) < 1 << 40:
             dims.append(int(part))
         else:

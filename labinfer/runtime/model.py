@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Listing
 from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,10 @@ from labinfer.runtime.weights import Checkpoint
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from labinfer.runtime.generate import Completion
+    from labinfer.runtime.sampling_params import SamplingParams
+    from labinfer.runtime.tokenizer import Tokenizer
+
 _numbers = count()
 
 
@@ -30,9 +35,14 @@ class Model:
     """Runs a plan. Use it as a context manager, or ``close`` it: weights, cache and arenas are given back at once."""
 
     def __init__(
-        self, plan: Plan, checkpoint: Checkpoint, manager: Manager | None = None, progress: Progress = lambda nbytes: None
+        self,
+        plan: Plan,
+        checkpoint: Checkpoint,
+        tokenizer: Tokenizer | None = None,
+        manager: Manager | None = None,
+        progress: Progress = lambda nbytes: None,
     ) -> None:
-        self.plan, self.manager = plan, manager or Manager()
+        self.plan, self.tokenizer, self.manager = plan, tokenizer, manager or Manager()
         self.owner = f"{plan.source.name} #{next(_numbers)}"
         self.pool = BlockPool(plan.limits.num_blocks)
         self.interpreters: list[Interpreter] = []
@@ -51,6 +61,12 @@ class Model:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def max_len(self) -> int:
+        """The longest sequence the plan and its cache hold."""
+        limits = self.plan.limits
+        return min(limits.max_model_len, limits.num_blocks * limits.block_size)
 
     @property
     def vocab_size(self) -> int:
@@ -75,6 +91,17 @@ class Model:
         """Logits of every position of one sequence: float32 [len(token_ids), vocab_size]."""
         with self.session() as session:
             return session.append(token_ids)
+
+    def generate(
+        self,
+        prompts: str | Listing[str] | Listing[int] | Listing[Listing[int]],
+        params: SamplingParams | None = None,
+        on_token: Callable[[int, str], None] | None = None,
+    ) -> list[Completion]:
+        """Answers to one or several prompts (texts, or lists of token ids), in order; see ``generate.generate``."""
+        from labinfer.runtime.generate import generate
+
+        return generate(self, prompts, params, on_token)
 
     def check_tokens(self, token_ids: Iterable[int]) -> list[int]:
         """``token_ids`` as a list of ints, all of them in the vocabulary."""
@@ -150,8 +177,8 @@ class Session:
         model, sequence = self.model, self.sequence
         tokens, before = model.check_tokens(token_ids), len(sequence.token_ids)
         limits = model.plan.limits
-        if before + len(tokens) > limits.max_model_len:
-            message = f"{before + len(tokens)} tokens are more than the plan's max_model_len of {limits.max_model_len}"
+        if before + len(tokens) > model.max_len:
+            message = f"{before + len(tokens)} tokens are more than the {model.max_len} the plan has room for"
             raise UsageError("run.too-long", message, remedy="compile with a larger --max-model-len")
         sequence.token_ids = sequence.token_ids + tokens
         if not model.reserve(sequence, len(sequence.token_ids)):

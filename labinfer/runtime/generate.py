@@ -1,0 +1,74 @@
+"""Prompts in, texts out: the engine run to the end, with the tokenizer on both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from labinfer.errors import UsageError
+from labinfer.runtime.engine import Engine
+from labinfer.runtime.sampling_params import SamplingParams
+from labinfer.runtime.scheduler import Request
+
+if TYPE_CHECKING:
+    from labinfer.runtime.model import Model
+
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """An answer. ``text`` is empty for a model without a tokenizer; ``finish_reason`` is ``stop`` or ``length``."""
+
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+
+
+def generate(
+    model: Model,
+    prompts: Prompts,
+    params: SamplingParams | None = None,
+    on_token: Callable[[int, str], None] | None = None,
+) -> list[Completion]:
+    """Complete ``prompts`` together, many in each step.
+
+    ``on_token(index, text)`` is called with the text that became certain for prompt ``index``. An end-of-text token is in
+    ``token_ids`` but not in ``text``.
+    """
+    tokenizer = model.tokenizer
+    engine = Engine(model, tokenizer.eos_ids if tokenizer else ())
+    requests = [engine.add(tokens, params or SamplingParams()) for tokens in tokenize(model, prompts)]
+    streams = [tokenizer.stream(request.prompt) if tokenizer else None for request in requests]
+    texts = ["" for _ in requests]
+
+    def say(index: int, text: str) -> None:
+        texts[index] += text
+        if on_token and text:
+            on_token(index, text)
+
+    try:
+        for made in engine.run():
+            index, stream = made.request.number, streams[made.request.number]
+            if stream and not (made.finish_reason == "stop"):
+                say(index, stream.put(made.token_id))
+            if stream and made.finish_reason:
+                say(index, stream.finish())
+    finally:
+        engine.abort()
+    return [_completion(request, text) for request, text in zip(requests, texts, strict=True)]
+
+
+def _completion(request: Request, text: str) -> Completion:
+    return Completion(request.prompt, request.generated, text, request.finish_reason or "abort")
+
+
+def tokenize(model: Model, prompts: Prompts) -> list[Sequence[int]]:
+    """Token ids of every prompt, whether it was given as text or as ids."""
+    alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    listed: Any = [prompts] if alone else prompts
+    if model.tokenizer is None and any(isinstance(prompt, str) for prompt in listed):
+        raise UsageError("run.no-tokenizer", "this model has no tokenizer: give token ids instead of text")
+    return [model.tokenizer.encode(p) if model.tokenizer and isinstance(p, str) else p for p in listed]

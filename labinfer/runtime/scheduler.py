@@ -1,0 +1,83 @@
+"""Which sequences run in the next step: first come, first served, under one token budget, prefill and decode alike."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from labinfer.runtime.model import Model
+from labinfer.runtime.sampling_params import SamplingParams
+from labinfer.runtime.sequence import Scheduled, Sequence
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A prompt with its sampling parameters, and what has been generated for it."""
+
+    number: int
+    prompt: list[int]
+    params: SamplingParams
+    sequence: Sequence = field(init=False)
+    random: np.random.Generator = field(init=False)
+    finish_reason: str | None = None
+
+    def __post_init__(self) -> None:
+        self.sequence = Sequence(list(self.prompt))
+        self.random = np.random.default_rng(self.params.seed)
+
+    @property
+    def generated(self) -> list[int]:
+        """Tokens made so far."""
+        return self.sequence.token_ids[len(self.prompt) :]
+
+
+class Scheduler:
+    """Keeps the waiting and the running requests; ``schedule`` says what the next step computes.
+
+    A request is admitted when the cache has room for it to its full length, so a running one never has to stop.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.limits = model, model.plan.limits
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+
+    def add(self, request: Request) -> None:
+        """Put ``request`` in the queue."""
+        self.waiting.append(request)
+
+    def admit(self) -> None:
+        """Move waiting requests to the running ones while there is room."""
+        while self.waiting and len(self.running) < self.limits.max_num_seqs:
+            request = self.waiting[0]
+            length = min(len(request.prompt) + request.params.max_tokens, self.model.max_len)
+            if not self.model.reserve(request.sequence, length):
+                return
+            self.running.append(self.waiting.popleft())
+
+    def schedule(self) -> list[tuple[Request, Scheduled]]:
+        """The parts of the next step: what each running sequence still has to compute, as far as the budgets go."""
+        self.admit()
+        tokens, rows = self.limits.max_num_batched_tokens, self.limits.max_logits_rows
+        parts = []
+        for request in self.running:
+            sequence = request.sequence
+            left = len(sequence.token_ids) - sequence.num_computed
+            count = min(left, tokens)
+            if count == 0 or (count == left and rows == 0):
+                continue
+            row = 1 if count == left else 0
+            parts.append((request, Scheduled(sequence, count, row)))
+            tokens, rows = tokens - count, rows - row
+        return parts
+
+    def finish(self, request: Request, reason: str) -> None:
+        """Take ``request`` out, for whatever ``reason``, and give its cache blocks back."""
+        request.finish_reason = reason
+        if request in self.running:
+            self.running.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        self.model.release(request.sequence)
