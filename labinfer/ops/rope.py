@@ -37,11 +37,12 @@ class Rope(OpSpec):
     """Turns pairs of features of each head by angles proportional to the token's position.
 
     ``freq_factors`` [rotary_dim / 2] divide the frequencies: GGUF stores llama3 scaling so (``rope_freqs.weight``).
+    ``long_freq_factors`` do instead in sequences longer than longrope's trained length (``rope_factors_long.weight``).
     """
 
     kind = "rope"
     inputs = ("x", "positions")
-    weights = (WeightSlot("freq_factors", optional=True),)
+    weights = (WeightSlot("freq_factors", optional=True), WeightSlot("long_freq_factors", optional=True))
     inplace = OVER_FIRST
 
     class Attrs(OpAttrs):
@@ -115,8 +116,8 @@ class Rope(OpSpec):
         return [x]
 
     def weight_shapes(self, attrs: Any, inputs: Sequence[TensorType]) -> dict[str, tuple[int, ...]]:
-        """``freq_factors`` [rotary_dim / 2]."""
-        return {"freq_factors": (attrs.turned // 2,)}
+        """``freq_factors``, ``long_freq_factors`` [rotary_dim / 2]."""
+        return {"freq_factors": (attrs.turned // 2,), "long_freq_factors": (attrs.turned // 2,)}
 
     def flops(self, attrs: Any, inputs: Sequence[TensorType], tokens: int, rows: int, context: int) -> int:
         """Three per turned feature; the sines come from a table."""
@@ -144,7 +145,8 @@ def _cos_sin(call: Call) -> tuple[np.ndarray, np.ndarray]:
     import numpy as np
 
     attrs, positions = call.attrs, call.inputs[1]
-    divisor = call.weights.get("freq_factors", np.float32(1))
+    short = call.weights.get("freq_factors", np.float32(1))
+    long = call.weights.get("long_freq_factors", short)
     spans: list[tuple[slice, int | None]] = [(slice(None), None)]
     if attrs.length_dependent:
         assert call.step is not None
@@ -154,6 +156,7 @@ def _cos_sin(call: Call) -> tuple[np.ndarray, np.ndarray]:
     sin = np.empty_like(cos)
     for tokens, total_len in spans:
         inv_freq, factor = attrs.frequencies(total_len)
+        divisor = long if total_len and attrs.recompute_after and total_len > attrs.recompute_after else short
         angles = positions[tokens, None].astype(np.float32) * (inv_freq / divisor)
         cos[tokens], sin[tokens] = np.cos(angles) * factor, np.sin(angles) * factor
     return cos, sin
