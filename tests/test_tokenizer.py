@@ -331,7 +331,7 @@ def test_a_directory(model: Path) -> None:
     assert ids[0] == 1
     assert len(ids) > 4
     assert tokenizer.decode(ids) == "the quick brown fox jumps over the lazy dog"
-    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.chat_template) == (1, {0, 2}, None)
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.chat_template) == (1, frozenset({0, 2}), None)
 
 
 def _load_directory(folder: Path) -> Tokenizer:
@@ -353,7 +353,7 @@ def test_special_tokens_from_the_other_files(model: Path) -> None:
     _write(model, "special_tokens_map", eos_token="<|im_end|>")
     _write(model, "config", bos_token_id=1, eos_token_id=0)
     tokenizer = _load_directory(model)
-    assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, {0, 2})
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, frozenset({0, 2}))
 
 
 def test_tokens_only_the_config_declares(model: Path) -> None:
@@ -445,7 +445,7 @@ def test_smollm2() -> None:
         pytest.skip("SmolLM2 is not in the cache: labinfer pull smollm2-135m")
     with open_checkpoint(path) as checkpoint:
         tokenizer = _load(checkpoint.config)
-    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids) == (49152, 1, {0, 2})
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids) == (49152, 1, frozenset({0, 2}))
     assert tokenizer.encode("12345") == [33, 34, 35, 36, 37]
     question = [1780, 314, 260, 3575, 282, 4649, 47]
     assert tokenizer.encode("What is the capital of France?") == question

@@ -247,16 +247,17 @@ def _merges_from_scores(vocabulary: _Vocabulary, metadata: Mapping[str, Any]) ->
         raise _broken(f"{len(vocabulary.tokens)} tokens and {len(scores)} scores")
     ids, types = vocabulary.ids, vocabulary.types
     pieces = {s: t for s, t in ids.items() if types[t] not in (_UNKNOWN, _CONTROL, _BYTE, _UNUSED)}
-    merges = []
+    by_score: dict[float, list[tuple[str, str]]] = {}  # scores hardly ever repeat, so nearly nothing is left to sort
     for piece, token in pieces.items():
         if len(piece) > MAX_PIECE:
             continue
-        for at in range(1, len(piece)):
-            left, right = piece[:at], piece[at:]
-            if left in pieces and right in pieces:
-                merges.append((-scores[token], -len(left), -len(right), pieces[left], pieces[right], left, right))
-    merges.sort()
-    return [(left, right) for *_, left, right in merges]
+        splits = [(piece[:at], piece[at:]) for at in range(1, len(piece)) if piece[:at] in pieces]
+        splits = [split for split in splits if split[1] in pieces]
+        splits.sort(key=lambda split: (pieces[split[0]], pieces[split[1]]))
+        by_score.setdefault(scores[token], []).extend(splits)
+    for splits in by_score.values():
+        splits.sort(key=lambda split: (-len(split[0]), -len(split[1])))
+    return [split for score in sorted(by_score, reverse=True) for split in by_score[score]]
 
 
 def _add_special_tokens(backend: Backend, vocabulary: _Vocabulary, metadata: Mapping[str, Any]) -> None:
