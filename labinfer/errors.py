@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,11 @@ class ErrorSink:
         self.limit = limit
 
     def add(self, error: LabinferError) -> None:
-        """Keep ``error``; raises everything at once when the limit is reached."""
+        """Keep ``error`` (each of several); raises everything at once when the limit is reached."""
+        if isinstance(error, Errors):
+            for each in error.errors:
+                self.add(each)
+            return
         known = {(e.code, e.message, e.place) for e in self.errors}
         if (error.code, error.message, error.place) in known:
             return
@@ -134,6 +139,7 @@ class ErrorSink:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
-    """A remedy naming the closest known name, or None when nothing is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    """A remedy naming the closest known name, or None when nothing is close; looks at 500 short names at most."""
+    candidates = list(islice((each for each in known if len(each) <= 100), 500))
+    close = difflib.get_close_matches(name[:100], candidates, n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'?" if close else None

@@ -18,7 +18,7 @@ from labinfer.compiler.expressions import Expression, Scope, parse_expression
 from labinfer.compiler.graph import Op, OpGraph, Origin, State
 from labinfer.compiler.settings import ModelSource, as_list, model_scope
 from labinfer.compiler.weight_table import User, WeightTable
-from labinfer.errors import ErrorSink, InvalidFile, LabinferError, Place, did_you_mean
+from labinfer.errors import Errors, ErrorSink, InvalidFile, LabinferError, Place, did_you_mean
 from labinfer.home import graphs_dir
 from labinfer.ops import OPS
 from labinfer.ops.base import OpAttrs, OpSpec, ShapeMismatch, TensorType
@@ -75,6 +75,17 @@ def map_name(file: Path) -> str:
 def lower(blueprint: Blueprint, source: ModelSource) -> OpGraph:
     """The op graph of the model in ``source``; raises every error found, each at its place in the map."""
     return _Lowering(blueprint, source).run()
+
+
+def attribute_errors(line: OpLine, failure: ValidationError) -> list[InvalidFile]:
+    """What pydantic found wrong with the attributes of ``line``, each at its place."""
+    found = []
+    for detail in failure.errors(include_url=False):
+        name = str(detail["loc"][0]) if detail["loc"] else None
+        got = f" (got {detail['input']!r:.80})" if name else ""
+        where = f"{line.op}.{name}" if name else line.op
+        found.append(InvalidFile("map.attribute", f"{where}: {detail['msg']}{got}", place=line.place(name)))
+    return found
 
 
 class _Lowering:
@@ -222,10 +233,7 @@ class _Lowering:
         try:
             attrs = spec.Attrs(**given)
         except ValidationError as failure:
-            detail = failure.errors(include_url=False)[0]
-            name = str(detail["loc"][0]) if detail["loc"] else None
-            message = f"{line.op}.{name}: {detail['msg']} (got {detail['input']!r})"
-            raise InvalidFile("map.attribute", message, place=line.place(name)) from None
+            raise Errors(attribute_errors(line, failure)) from None
         low, high = (len(spec.inputs) - spec.optional_inputs, len(spec.inputs))
         if not low <= len(types) <= high:
             message = f"op '{line.op}' takes {', '.join(spec.inputs)}; 'in' names {len(types)}"

@@ -30,7 +30,11 @@ def known_kinds(graph: OpGraph) -> Iterator[tuple[Op, str]]:
                 continue
             needed = {slot.name for slot in spec.weights if not slot.optional}
             yield from ((op, f"lacks its weight '{slot}'") for slot in needed - set(part.weights))
-            yield from ((op, f"uses weight '{w}', which is not in the graph") for w in part.weights.values() if w not in graph.weights)
+            yield from (
+                (op, f"uses weight '{w}', which is not in the graph")
+                for w in part.weights.values()
+                if w not in graph.weights
+            )
             if spec.state and part.state not in graph.states:
                 yield op, f"uses state '{part.state}', which is not in the graph"
 
@@ -58,10 +62,17 @@ def types_follow(graph: OpGraph) -> Iterator[tuple[Op, str]]:
 def outputs_made(graph: OpGraph) -> Iterator[tuple[Op, str]]:
     """Every output of the graph is made by an op."""
     made = {name for op in graph.ops for name in op.outputs}
-    yield from ((graph.ops[-1], f"is last, but output '{name}' was never made") for name in graph.outputs if name not in made)
+    yield from (
+        (graph.ops[-1], f"is last, but output '{name}' was never made") for name in graph.outputs if name not in made
+    )
 
 
-RULES: tuple[Callable[[OpGraph], Iterator[tuple[Op, str]]], ...] = (read_after_made, known_kinds, types_follow, outputs_made)
+RULES: tuple[Callable[[OpGraph], Iterator[tuple[Op, str]]], ...] = (
+    read_after_made,
+    known_kinds,
+    types_follow,
+    outputs_made,
+)
 
 
 def verify_graph(graph: OpGraph, after: str) -> None:
@@ -72,5 +83,9 @@ def verify_graph(graph: OpGraph, after: str) -> None:
     for rule in RULES:
         for op, complaint in rule(graph):
             place = Place(op.origin.file, op.origin.line, op.origin.column)
-            sink.add(InvalidFile(f"graph.{rule.__name__.replace('_', '-')}", f"after {after}: '{op.name}' {complaint}", place=place))
+            sink.add(
+                InvalidFile(
+                    f"graph.{rule.__name__.replace('_', '-')}", f"after {after}: '{op.name}' {complaint}", place=place
+                )
+            )
     sink.check()

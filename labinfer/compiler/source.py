@@ -42,7 +42,7 @@ def load_yaml(
     text: str | None = None,
     max_bytes: int = 1_000_000,
     max_depth: int = 32,
-    max_nodes: int = 200_000,
+    max_nodes: int = 50_000,
 ) -> Node:
     """Read the YAML file ``path`` (or ``text``, with ``path`` as its name in errors) into a tree of ``Node``.
 

@@ -124,9 +124,10 @@ class WeightTable:
         return weight if self.source.tensors is None else replace(weight, format=self.check_tensors(weight))
 
     def transform(self, fix: Regroup, scope: Scope) -> Transform:
-        rows = tuple(parse_expression(row, fix.place("rows")).evaluate(scope) for row in fix.rows)
-        if not all(isinstance(row, int) and row > 0 for row in rows) or sorted(fix.order) != list(range(len(rows))):
-            message = f"'order' must permute the axes of 'rows', got {fix.order} for {list(rows)}"
+        sizes = [parse_expression(row, fix.place("rows")).evaluate(scope) for row in fix.rows]
+        rows = tuple(size for size in sizes if isinstance(size, int) and size > 0)
+        if len(rows) != len(sizes) or sorted(fix.order) != list(range(len(rows))):
+            message = f"'order' must permute the axes of 'rows', got {fix.order} for {sizes}"
             raise InvalidFile("map.regroup", message, place=fix.place())
         return Transform(rows, tuple(fix.order), fix.transpose)
 
