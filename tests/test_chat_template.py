@@ -91,7 +91,7 @@ HOSTILE = {
     "huge replace": "{% set x = 'a' * 1000 %}{{ x.replace('a', x).replace('a', x).replace('a', x) }}",
     "huge format": "{{ '%1000000000d' | format(1) }}",
     "huge indent": "{{ ('a\n' * 1000) | indent(10 ** 9) }}",
-    "huge power": "{{ 9 ** 9 ** 9 }}",
+    "huge power": "{{ 9 ** (9 ** 9) }}",
     "huge output": "{% for i in range(90000) %}" + "x" * 4096 + "{% endfor %}",
     "syntax": "{% if %}",
     "unknown": "{{ messages | no_such_filter }}",
