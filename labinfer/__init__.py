@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "LLM": "labinfer.api",
+    "LLM": "labinfer.llm",
     "compile": "labinfer.api",
-    "load": "labinfer.api",
+    "load": "labinfer.llm",
     "Plan": "labinfer.compiler.plan",
     "SamplingParams": "labinfer.runtime.sampling_params",
 }
@@ -17,8 +17,9 @@ _EXPORTS = {
 __all__ = ["LLM", "Plan", "SamplingParams", "__version__", "compile", "load"]
 
 if TYPE_CHECKING:
-    from labinfer.api import LLM, compile, load
+    from labinfer.api import compile
     from labinfer.compiler.plan import Plan
+    from labinfer.llm import LLM, load
     from labinfer.runtime.sampling_params import SamplingParams
 
 

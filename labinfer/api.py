@@ -1,6 +1,6 @@
-"""The Python API: ``compile`` makes a plan, ``load`` and ``LLM`` make a model that answers.
+"""``labinfer.compile``: from whatever names a model to its plan.
 
-This is the one module that knows both halves, compiler and runtime.
+Finds the map, the configuration and the tensor table; loads no weights and imports nothing that computes.
 """
 
 from __future__ import annotations
@@ -11,27 +11,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from labinfer.backends.base import backend_class, device_kind
-from labinfer.catalogue import resolve
+from labinfer.backends.base import capabilities, device_kind
 from labinfer.compiler.blueprint import Blueprint, read_map
 from labinfer.compiler.compile import CompileOptions, compile_plan
 from labinfer.compiler.passes import Tracer
-from labinfer.compiler.plan import Plan, load_plan
+from labinfer.compiler.plan import Plan
 from labinfer.compiler.settings import ModelSource, TensorEntry, as_list
 from labinfer.compiler.target import Target
-from labinfer.errors import InvalidFile, StalePlan, UsageError, WeightsError, did_you_mean
+from labinfer.errors import InvalidFile, UsageError, did_you_mean
 from labinfer.home import graphs_dir
 from labinfer.ops.formats import FORMATS
-from labinfer.runtime.manager import Manager
-from labinfer.runtime.model import Model
-from labinfer.runtime.parameters import Progress
-from labinfer.runtime.tokenizer import Tokenizer
 from labinfer.runtime.weights import Checkpoint, open_checkpoint, read_config
 
 DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 KINDS: dict[str, Literal["hf", "gguf"]] = {"safetensors": "hf", "gguf": "gguf"}
-LOAD_LOGITS_ROWS = 64
-"""Rows of logits that ``load`` and ``LLM`` plan for, so that ``Model.logits`` goes 64 positions a step."""
 
 
 def compile(
@@ -43,7 +36,7 @@ def compile(
     tracer: Tracer | None = None,
     **options: Any,
 ) -> Plan:
-    """The plan for ``model``: a map (path, or name in graphs/), a model directory, a GGUF or safetensors file, or a name.
+    """The plan for ``model``: a map (path, or name in graphs/), a model directory, a GGUF or safetensors file, a name.
 
     A map without ``weights`` or ``config`` is compiled for its own example model. ``devices`` names the devices, with
     layers if placed by hand: ``"reference:0=0-7,reference:1=8-15"``. ``options`` are those of ``CompileOptions``.
@@ -51,59 +44,6 @@ def compile(
     """
     blueprint, source, checkpoint = read_model(model, weights, config)
     return compile_plan(blueprint, source, targets(devices), compile_options(options), checkpoint, tracer)
-
-
-def load(model: str | Path | None = None, **options: Any) -> LLM:
-    """A model ready to run, from anything ``compile`` takes or from a plan.json; see ``LLM``."""
-    return LLM(model, **options)
-
-
-class LLM(Model):
-    """A model that answers prompts. Close it, or use it as a context manager.
-
-    ``model`` is a plan.json or anything ``compile`` takes; None is the embedded default. ``options`` go to the compiler
-    under vLLM's names (``max_model_len``, ``max_num_seqs``, ``max_num_batched_tokens``, ``block_size``, ...) and are
-    refused for a plan, which has decided them.
-    """
-
-    def __init__(
-        self,
-        model: str | Path | None = None,
-        *,
-        weights: str | Path | None = None,
-        devices: str | Sequence[str] | None = None,
-        manager: Manager | None = None,
-        progress: Progress = lambda nbytes: None,
-        **options: Any,
-    ) -> None:
-        path = Path(model) if model is not None and is_plan(model) else None
-        if path is None:
-            options.setdefault("max_logits_rows", min(LOAD_LOGITS_ROWS, options.get("max_num_batched_tokens", 512)))
-            found = model if model is not None else resolve(None)
-            plan = compile(found, weights=weights, devices=devices or "reference", **options)
-        elif options or devices:
-            names = ", ".join([*options, *(["devices"] if devices else [])])
-            raise UsageError("run.plan-decides", f"{path} is a plan and has decided {names}", remedy="compile it again")
-        else:
-            plan = load_plan(path)
-        checkpoint = open_plan_checkpoint(plan, weights, str(path or model))
-        self.checkpoint = checkpoint
-        try:
-            tokenizer = Tokenizer.load(checkpoint.path, checkpoint.config if checkpoint.kind == "gguf" else None)
-            super().__init__(plan, checkpoint, tokenizer, manager, progress)
-        except BaseException:
-            checkpoint.close()
-            raise
-
-    def close(self) -> None:
-        """Give back memory and the checkpoint's files."""
-        super().close()
-        self.checkpoint.close()
-
-
-def is_plan(model: str | Path) -> bool:
-    """Whether ``model`` is meant as a plan file: a .json file that is not a model's config.json."""
-    return Path(model).suffix == ".json" and Path(model).name != "config.json"
 
 
 def compile_options(options: Mapping[str, Any]) -> CompileOptions:
@@ -123,7 +63,7 @@ def read_model(
     if map_path is None and Path(model).name == "config.json":
         config = model
     elif map_path is None:
-        weights = weights or resolve(str(model))
+        weights = weights or find_model(model)
     blueprint = read_map(map_path) if map_path else None
     if weights is not None and has_weights(Path(weights)):
         with open_checkpoint(weights) as checkpoint:
@@ -146,17 +86,27 @@ def read_model(
 
 
 def find_map(model: str | Path) -> Path | None:
-    """The map file that ``model`` names, by path or by name in graphs/; None when it names something else."""
+    """The map file that ``model`` names, by path or by name in graphs/ (``llama.yaml``, ``llama``); None for a model."""
     path = Path(model)
-    if path.suffix not in (".yaml", ".yml"):
-        return None
-    if path.is_file():
+    is_map, is_name = path.suffix in (".yaml", ".yml"), path.name == str(path)
+    if is_map and path.is_file():
         return path.resolve()
-    shipped = graphs_dir() / path.name
-    if path.name == str(path) and shipped.is_file():
+    shipped = graphs_dir() / (path.name if is_map else f"{path.name}.yaml")
+    if is_name and shipped.is_file() and (is_map or not path.exists()):
         return shipped
+    if not is_map:
+        return None
     names = [file.name for file in graphs_dir().glob("*.yaml")]
     raise InvalidFile("map.missing", f"there is no map '{model}'", remedy=did_you_mean(path.name, names))
+
+
+def find_model(model: str | Path) -> Path:
+    """The file or folder that ``model`` names, pulled first when it is the name of a model that is not here."""
+    if Path(model).exists():
+        return Path(model)
+    from labinfer.catalogue import resolve
+
+    return resolve(str(model))
 
 
 def family_map(source: ModelSource) -> Path:
@@ -164,7 +114,11 @@ def family_map(source: ModelSource) -> Path:
     key = "model_type" if source.kind == "hf" else "general.architecture"
     wanted = source.config.get(key)
     if not isinstance(wanted, str):
-        raise InvalidFile("config.no-model-type", f"{source.place} states no {key}", remedy="name a map: --map")
+        raise InvalidFile(
+            "config.no-model-type",
+            f"{source.place} states no {key}",
+            remedy="name the map, and the model with --weights",
+        )
     files = sorted(graphs_dir().glob("*.yaml"), key=lambda file: file.stem != wanted)
     for file in files:
         if wanted in file.read_text("utf-8"):  # cheap first look; reading a map costs milliseconds
@@ -215,28 +169,6 @@ def digest_json(value: object) -> str:
     return sha256(json.dumps(value, sort_keys=True, default=str).encode())
 
 
-def open_plan_checkpoint(plan: Plan, weights: str | Path | None, place: str) -> Checkpoint:
-    """The checkpoint that ``plan`` was made for; ``StalePlan`` when map, config or weights have changed since."""
-    path = weights or plan.source.checkpoint
-    if path is None:
-        message = f"{place} was compiled without weights, for '{plan.source.name}'"
-        raise WeightsError("weights.none", message, remedy="give the model: --weights DIR")
-    checkpoint = open_checkpoint(path)
-    try:
-        found = dict(checkpoint_source(checkpoint).digests)
-        maps = [graphs_dir() / file for file in plan.source.maps]  # an absolute path stays what it is
-        if all(file.is_file() for file in maps):
-            found["map"] = sha256(*(file.read_bytes() for file in maps))
-        changed = [name for name, digest in plan.source.sha256.items() if found.get(name, digest) != digest]
-        if changed:
-            message = f"{place} is stale: {' and '.join(changed)} changed since it was compiled"
-            raise StalePlan("plan.stale", message, remedy=f"compile it again: labinfer compile {path}")
-    except BaseException:
-        checkpoint.close()
-        raise
-    return checkpoint
-
-
 def targets(devices: str | Sequence[str]) -> list[Target]:
     """Devices as the compiler sees them, from ``"reference"`` or ``"reference:0=0-7,reference:1=8-15"`` or a list."""
     items = devices.split(",") if isinstance(devices, str) else list(devices)
@@ -249,12 +181,11 @@ def targets(devices: str | Sequence[str]) -> list[Target]:
 
 def _target(item: str) -> Target:
     name, assigned, layers = item.partition("=")
-    capabilities = backend_class(name).capabilities
+    known = capabilities(name)
     span: tuple[int, int] | None = None
     if assigned:
         first, _, last = layers.partition("-")
         if not first.isdigit() or (last and not last.isdigit()) or int(last or first) < int(first):
             raise UsageError("device.layers", f"'{item}' should be like '{name}=0-7'")
         span = (int(first), int(last or first))
-    return Target(name, device_kind(name), capabilities.parameters, capabilities.fusions, None, span)
-
+    return Target(name, device_kind(name), known.parameters, known.fusions, None, span)

@@ -1,6 +1,7 @@
 """What a backend is: three classes, ``Device``, ``Allocator`` and ``FunctionTable``, that know arrays and nothing else.
 
-A backend lives in one folder and is named in ``BACKENDS``. It knows neither maps nor requests.
+A backend lives in one package, which states its ``CAPABILITIES``, and is named in ``BACKENDS``. It knows neither maps nor
+requests.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ class FunctionTable:
     def __iter__(self) -> Iterator[str]:
         return iter(self.kernels)
 
-    def call(self, kind: str, *inputs: Any, step: Any = None, cache: Mapping[str, Any] | None = None, **named: Any) -> Any:
+    def call(
+        self, kind: str, *inputs: Any, step: Any = None, cache: Mapping[str, Any] | None = None, **named: Any
+    ) -> Any:
         """Run one op on arrays and return its result (a tuple when it has several); ``named`` are weights and attributes."""
         from labinfer.ops.base import TensorType
 
@@ -109,7 +112,6 @@ class Device(ABC):
 
     F: FunctionTable
     allocator: Allocator
-    capabilities: Capabilities
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -123,7 +125,9 @@ class Device(ABC):
         self.allocator.deallocate(buffer)
 
     @abstractmethod
-    def view(self, buffer: Buffer, offset: int, shape: tuple[int, ...], dtype: str, row_bytes: int | None = None) -> Any:
+    def view(
+        self, buffer: Buffer, offset: int, shape: tuple[int, ...], dtype: str, row_bytes: int | None = None
+    ) -> Any:
         """An array over ``buffer`` from byte ``offset``; ``row_bytes`` from row to row, else contiguous."""
 
     @abstractmethod
@@ -170,4 +174,11 @@ def backend_class(name: str) -> type[Device]:
     """The class that implements the device called ``name``."""
     module, _, attribute = BACKENDS[device_kind(name)].partition(":")
     found: type[Device] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def capabilities(name: str) -> Capabilities:
+    """What the backend of device ``name`` can do, said by its package so that compiling imports no array library."""
+    package = BACKENDS[device_kind(name)].partition(":")[0].rpartition(".")[0]
+    found: Capabilities = importlib.import_module(package).CAPABILITIES
     return found

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from labinfer.backends.base import Allocator, Buffer, Capabilities, Device, FunctionTable, Kernel
+from labinfer.backends.base import Allocator, Buffer, Device, FunctionTable, Kernel
 from labinfer.ops.base import OPS, Call, OpSpec
 
 DTYPES = {"f32": np.float32, "i32": np.int32}
@@ -23,8 +23,6 @@ class HostAllocator(Allocator):
 class ReferenceDevice(Device):
     """Runs every op by its own reference, on ordinary memory, with weights widened to float32."""
 
-    capabilities = Capabilities(parameters="f32")
-
     def __init__(self, name: str, memory_limit: int | None = None) -> None:
         super().__init__(name)
         self.allocator = HostAllocator(memory_limit)
@@ -32,7 +30,9 @@ class ReferenceDevice(Device):
         kernels["linear"] = linear
         self.F = FunctionTable(kernels, lambda shape, dtype: np.empty(shape, DTYPES[dtype]))
 
-    def view(self, buffer: Buffer, offset: int, shape: tuple[int, ...], dtype: str, row_bytes: int | None = None) -> Any:
+    def view(
+        self, buffer: Buffer, offset: int, shape: tuple[int, ...], dtype: str, row_bytes: int | None = None
+    ) -> Any:
         """A numpy array over the buffer's bytes."""
         kind = np.dtype(DTYPES[dtype])
         strides: tuple[int, ...] | None = None
@@ -87,5 +87,3 @@ def linear(call: Call) -> None:
     np.matmul(call.inputs[0], call.weights["weight"].T, out=out)
     if "bias" in call.weights:
         out += call.weights["bias"]
-
-

@@ -8,10 +8,7 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Literal, Self
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from labinfer.errors import InvalidFile, Place, UsageError, WeightsError, did_you_mean
 from labinfer.runtime.weights.gguf_file import read_gguf, split_number
@@ -19,6 +16,10 @@ from labinfer.runtime.weights.json_text import read_json_object
 from labinfer.runtime.weights.mapped_file import map_file
 from labinfer.runtime.weights.safetensors_file import read_safetensors, read_sharded
 from labinfer.runtime.weights.tensor_info import TensorInfo, quoted
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Kind = Literal["safetensors", "gguf"]
 
@@ -43,6 +44,8 @@ class Checkpoint:
 
         Raises WeightsError for an unknown name or a file that changed since it was opened, UsageError after close().
         """
+        import numpy as np  # here, since compiling reads tables but no tensors
+
         if self._maps is None:
             raise UsageError("weights.closed", "the checkpoint is closed", place=Place(str(self.path)))
         info = self.tensors.get(name)

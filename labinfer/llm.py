@@ -1,0 +1,119 @@
+"""``labinfer.load`` and ``labinfer.LLM``: a plan, its checkpoint and its tokenizer as a model that answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from labinfer.api import checkpoint_source, compile, sha256
+from labinfer.catalogue import resolve
+from labinfer.compiler.fold import unfold_weights
+from labinfer.compiler.plan import Plan, load_plan
+from labinfer.errors import StalePlan, UsageError, WeightsError
+from labinfer.home import graphs_dir
+from labinfer.ops.formats import stored_bytes
+from labinfer.progress import Progress, silent
+from labinfer.runtime.manager import Manager
+from labinfer.runtime.model import Model
+from labinfer.runtime.tokenizer import Tokenizer
+from labinfer.runtime.weights import Checkpoint, open_checkpoint
+
+LOAD_LOGITS_ROWS = 64
+"""Rows of logits that ``load`` and ``LLM`` plan for, so that ``Model.logits`` goes 64 positions a step."""
+
+
+def load(model: str | Path | None = None, **options: Any) -> LLM:
+    """A model ready to run, from anything ``compile`` takes or from a plan.json; see ``LLM``."""
+    return LLM(model, **options)
+
+
+class LLM(Model):
+    """A model that answers prompts. Close it, or use it as a context manager.
+
+    ``model`` is a plan, a plan.json or anything ``compile`` takes; None is the embedded default. ``options`` go to the compiler
+    under vLLM's names (``max_model_len``, ``max_num_seqs``, ``max_num_batched_tokens``, ``block_size``, ...) and are
+    refused for a plan, which has decided them.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Plan | None = None,
+        *,
+        weights: str | Path | None = None,
+        devices: str | Sequence[str] | None = None,
+        manager: Manager | None = None,
+        progress: Progress = silent,
+        **options: Any,
+    ) -> None:
+        plan = plan_for(model, weights, devices, options)
+        checkpoint = open_plan_checkpoint(plan, weights, str(model) if isinstance(model, str | Path) else "the plan")
+        self.checkpoint = checkpoint
+        try:
+            tokenizer = Tokenizer.load(checkpoint.path, checkpoint.config if checkpoint.kind == "gguf" else None)
+            super().__init__(plan, checkpoint, tokenizer, manager, loading(plan, progress))
+        except BaseException:
+            checkpoint.close()
+            raise
+
+    def close(self) -> None:
+        """Give back memory and the checkpoint's files."""
+        super().close()
+        self.checkpoint.close()
+
+
+def plan_for(
+    model: str | Path | Plan | None,
+    weights: str | Path | None,
+    devices: str | Sequence[str] | None,
+    options: dict[str, Any],
+) -> Plan:
+    """The plan that ``model`` is, or the one compiled for it."""
+    if isinstance(model, Plan) or (model is not None and is_plan(model)):
+        if options or devices:
+            names = ", ".join([*options, *(["devices"] if devices else [])])
+            what = "the plan" if isinstance(model, Plan) else str(model)
+            raise UsageError("run.plan-decides", f"{what} has decided {names}", remedy="compile it again")
+        return model if isinstance(model, Plan) else load_plan(model)
+    options.setdefault("max_logits_rows", min(LOAD_LOGITS_ROWS, options.get("max_num_batched_tokens", 512)))
+    return compile(resolve() if model is None else model, weights=weights, devices=devices or "reference", **options)
+
+
+def loading(plan: Plan, progress: Progress) -> Callable[[int], None]:
+    """Counts the bytes read from the checkpoint and shows them with ``progress``."""
+    total = sum(stored_bytes(weight.format, weight.shape) for weight in unfold_weights(plan).values())
+    done = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress("loading weights", done, total)
+
+    return advance
+
+
+def is_plan(model: str | Path) -> bool:
+    """Whether ``model`` is meant as a plan file: a .json file that is not a model's config.json."""
+    return Path(model).suffix == ".json" and Path(model).name != "config.json"
+
+
+def open_plan_checkpoint(plan: Plan, weights: str | Path | None, place: str) -> Checkpoint:
+    """The checkpoint that ``plan`` was made for; ``StalePlan`` when map, config or weights have changed since."""
+    path = weights or plan.source.checkpoint
+    if path is None:
+        message = f"{place} was compiled without weights, for '{plan.source.name}'"
+        raise WeightsError("weights.none", message, remedy="give the model: --weights DIR")
+    checkpoint = open_checkpoint(path)
+    try:
+        found = dict(checkpoint_source(checkpoint).digests)
+        maps = [graphs_dir() / file for file in plan.source.maps]  # an absolute path stays what it is
+        if all(file.is_file() for file in maps):
+            found["map"] = sha256(*(file.read_bytes() for file in maps))
+        changed = [name for name, digest in plan.source.sha256.items() if found.get(name, digest) != digest]
+        if changed:
+            message = f"{place} is stale: {' and '.join(changed)} changed since it was compiled"
+            raise StalePlan("plan.stale", message, remedy=f"compile it again: labinfer compile {path}")
+    except BaseException:
+        checkpoint.close()
+        raise
+    return checkpoint
