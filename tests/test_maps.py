@@ -26,6 +26,7 @@ PARAMETERS = {
     "phi3": 3_821_079_552,
     "gemma2": 2_614_341_888,
     "gemma3_text": 999_885_952,
+    "gemma3": 3_880_263_168,  # of 4,300,079,472 with its vision tower and projector
     "olmo2": 1_484_916_736,
     "starcoder2": 3_030_371_328,
     "gpt2": 124_439_808,
@@ -57,6 +58,7 @@ CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True, "sliding_window": 4096,
         "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "final_logit_softcapping": None,
     },
+    "gemma3": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208},
     "olmo2": {"rms_norm_eps": 1e-5, "attention_bias": False, "rope_theta": 1e4},
     "starcoder2": {
         "num_key_value_heads": 2, "norm_epsilon": 1e-5, "use_bias": True, "tie_word_embeddings": True,
@@ -138,7 +140,10 @@ def meaning(graph: OpGraph) -> list[Any]:
 def as_transformers_5(config: dict[str, Any]) -> dict[str, Any]:
     """The same config with the keys that transformers 5 writes."""
     new = dict(config)
-    new["dtype"] = new.pop("torch_dtype")
+    if "torch_dtype" in new:
+        new["dtype"] = new.pop("torch_dtype")
+    if "text_config" in new:
+        return {**new, "text_config": as_transformers_5(new["text_config"])}
     if config["model_type"] == "gpt2":
         return new
     rope = {"rope_type": "default", **(new.pop("rope_scaling", None) or {})}
@@ -150,8 +155,8 @@ def as_transformers_5(config: dict[str, Any]) -> dict[str, Any]:
     for old in ("partial_rotary_factor", "rotary_pct"):
         if old in new:
             rope["partial_rotary_factor"] = new.pop(old)
-    if "rope_local_base_freq" in new:
-        local = {"rope_type": "default", "rope_theta": new.pop("rope_local_base_freq")}
+    if config["model_type"] == "gemma3_text":
+        local = {"rope_type": "default", "rope_theta": new.pop("rope_local_base_freq", 10000.0)}
         rope = {"full_attention": rope, "sliding_attention": local}
     if "sliding_window_pattern" in new:
         new["_sliding_window_pattern"] = new.pop("sliding_window_pattern")
@@ -405,7 +410,7 @@ def test_gguf_phi3_takes_longrope_from_tensors() -> None:
         np.testing.assert_array_equal(frequencies, plain)  # the tensors divide them
 
 
-@pytest.mark.parametrize("name", sorted(set(PARAMETERS) - {"deepseek_v3"}))
+@pytest.mark.parametrize("name", sorted(set(PARAMETERS) - {"deepseek_v3", "gemma3"}))
 def test_every_weight_has_a_gguf_name(name: str) -> None:
     common = TINY | {"attention_layer_norm_epsilon": 1e-5, "rope_dimension_count": 4}
     if name == "deepseek_v2":

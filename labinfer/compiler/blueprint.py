@@ -64,6 +64,7 @@ class Match(Placed):
     """The checkpoints that belong to this family."""
 
     model_type: Names = Field(description="model_type of config.json")
+    hf_inside: str | None = Field(None, description="mapping of config.json that holds the keys, as in text_config")
     gguf: Names = Field(default_factory=list, description="general.architecture of a GGUF file")
     gguf_has: str | None = Field(None, description="key its metadata must have too; such a map goes before others")
 

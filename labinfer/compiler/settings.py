@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from labinfer.compiler.blueprint import Blueprint, ConfigEntry
@@ -64,12 +64,19 @@ def says_null(source: ModelSource, key: str) -> bool:
     return source.kind == "hf" and isinstance(holder, Mapping) and name in holder and holder[name] is None
 
 
+def inside(source: ModelSource, key: str | None) -> ModelSource:
+    """``source`` with the keys of the mapping ``key`` of config.json put over its own."""
+    found = lookup(source, key) if key and source.kind == "hf" else None
+    return replace(source, config={**source.config, **found}) if isinstance(found, Mapping) else source
+
+
 def model_scope(blueprint: Blueprint, source: ModelSource) -> Scope:
     """Every config name of the map as a lazily evaluated value; per-layer values need ``i`` in a derived scope.
 
     Raises ``InvalidFile`` for keys that the checkpoint must state and does not, and for checks that fail.
     """
     sink = ErrorSink()
+    source = inside(source, blueprint.match.hf_inside)
     definitions: dict[str, Any] = {"source": source.kind}
     for name, entry in blueprint.config.items():
         base = _base_value(name, entry, source, sink)
