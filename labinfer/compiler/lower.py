@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,10 @@ class Evaluated:
     weight_shapes: Mapping[str, tuple[int, ...]]
 
 
-def map_name(file: Path) -> str:
+@lru_cache(maxsize=64)
+def map_name(file: str | Path) -> str:
     """How plans name a map file: a shipped one by its name alone, so that plans mean the same on every machine."""
-    return file.name if file.parent == graphs_dir() else str(file)
+    return Path(file).name if Path(file).parent == graphs_dir() else str(file)
 
 
 def lower(blueprint: Blueprint, source: ModelSource) -> OpGraph:
@@ -281,7 +283,7 @@ class _Lowering:
                     message = f"op '{line.op}' cannot do without '{texts[slot.name]}'"
                     self.sink.add(InvalidFile("map.missing-weight", message, place=place))
         place = line.place()
-        origin = Origin(map_name(Path(place.file)), place.line, place.column) if place else Origin("", 0, 0)
+        origin = Origin(map_name(place.file), place.line, place.column) if place else Origin("", 0, 0)
         state = self.state(line, context) if line.state else None
         device = self.value(line, "device", line.device, context.scope) or context.device
         name = outputs[0] if outputs else f"{context.path}{line.op}"

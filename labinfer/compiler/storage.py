@@ -106,8 +106,8 @@ def _writable(
         if name not in windows or values[name] != kind or windows[name].storage in taken:
             continue
         sharers = storages[windows[name].storage].values
-        overlapping = [other for other in sharers if _overlap(name, other, values, windows)]
-        if op.inputs.count(name) == 1 and all(last_use.get(other, -1) <= index for other in overlapping):
+        alive = [other for other in sharers if last_use.get(other, -1) > index]
+        if op.inputs.count(name) == 1 and not any(_overlap(name, other, values, windows) for other in alive):
             return name
     return None
 
