@@ -1,7 +1,7 @@
 """Make the golden checkpoints and logits that `make test` checks without torch.
 
-Run from the repository root with the test-hf extra installed: ``python -m tests.golden.make_golden``. Needs transformers;
-each case becomes a folder with the checkpoint as save_pretrained writes it and expected.npz with the reference's run.
+Run from the repository root with the test-hf extra installed: ``python -m tests.golden.make_golden``. Each case becomes
+a folder with the checkpoint as save_pretrained writes it and expected.npz with what transformers computes from it.
 """
 
 from __future__ import annotations

@@ -314,6 +314,7 @@ _GOLDEN: dict[str, dict[str, dict[str, Any]]] = {
     "mixtral": {"window": {"intermediate_size": 16}},
     "phi3": {
         "longrope_crossed": {"num_attention_heads": 2, "num_key_value_heads": 1},
+        "longrope_attention_factor": {"num_attention_heads": 2, "num_key_value_heads": 1},
         "window_odd_heads": {"num_key_value_heads": 3},
     },
     "gemma2": {"odd_heads": {"head_dim": 8}},

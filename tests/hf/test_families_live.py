@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,12 +30,12 @@ class Checkpoint(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.id)
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     case: Case = request.param
     folder = tmp_path_factory.mktemp(case.id)
     model = make_checkpoint.make_model(case)
     make_checkpoint.save(model, folder)
-    yield Checkpoint(folder, make_checkpoint.evaluate(case, model))
+    return Checkpoint(folder, make_checkpoint.evaluate(case, model))
 
 
 def test_prompt_decode_and_greedy(checkpoint: Checkpoint) -> None:

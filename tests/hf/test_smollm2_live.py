@@ -1,0 +1,66 @@
+"""SmolLM2-135M-Instruct against transformers, live: the dequantized weights of one GGUF file in both."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import labinfer
+from labinfer import catalogue
+
+pytest.importorskip("torch", reason="the live comparison needs torch")
+pytest.importorskip("transformers", reason="the live comparison needs transformers")
+
+from transformers import LlamaForCausalLM
+
+from . import smollm2
+
+_GOLDEN: dict[str, Any] = json.loads((Path(__file__).parents[1] / "golden" / "smollm2.json").read_text())
+_SAMPLING = {"temperature": 0, "max_tokens": 128, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def gguf() -> Path:
+    path = catalogue.find("smollm2-135m").pulled()
+    if path is None:
+        pytest.skip("SmolLM2 is not in the cache: labinfer pull smollm2-135m")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(gguf: Path) -> LlamaForCausalLM:
+    return smollm2.build_model(gguf)
+
+
+def test_greedy_tokens(gguf: Path, model: LlamaForCausalLM) -> None:
+    results = labinfer.LLM(gguf).generate(
+        [run["prompt"] for run in _GOLDEN["runs"]], labinfer.SamplingParams(**_SAMPLING)
+    )
+    for run, result in zip(_GOLDEN["runs"], results, strict=True):
+        expected, margin = smollm2.greedy(model, run["prompt"], 128)
+        assert list(result.token_ids) == expected, f"{run['text']!r}, smallest margin {margin:.1e}"
+
+
+def test_perplexity_of_two_thousand_tokens(gguf: Path, model: LlamaForCausalLM) -> None:
+    tokens = _GOLDEN["perplexity_tokens"]
+    assert len(tokens) == 2000
+    logits = labinfer.load(gguf).logits(tokens)[:-1]
+    highest = logits.max(axis=1)
+    chosen = logits[np.arange(len(logits)), tokens[1:]]
+    normaliser = np.log(np.exp(logits - highest[:, None]).sum(axis=1, dtype=np.float64)) + highest
+    ours = np.exp((normaliser - chosen).mean())
+    assert ours == pytest.approx(np.exp(smollm2.negative_log_likelihood(model, tokens).mean()), rel=2e-5)
+
+
+def test_same_text_from_safetensors(gguf: Path, model: LlamaForCausalLM, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    labinfer.load_tokenizer(gguf).save(tmp_path / "tokenizer.json")
+    prompts = [run["text"] for run in _GOLDEN["runs"]]
+    sampling = labinfer.SamplingParams(**_SAMPLING)
+    from_gguf = [result.text for result in labinfer.LLM(gguf).generate(prompts, sampling)]
+    assert from_gguf == [result.text for result in labinfer.LLM(tmp_path).generate(prompts, sampling)]
+    assert all(len(text) > 100 for text in from_gguf)
