@@ -188,4 +188,6 @@ def _target(item: str) -> Target:
         if not first.isdigit() or (last and not last.isdigit()) or int(last or first) < int(first):
             raise UsageError("device.layers", f"'{item}' should be like '{name}=0-7'")
         span = (int(first), int(last or first))
-    return Target(name, device_kind(name), known.parameters, known.fusions, None, span)
+    return Target(
+        name, device_kind(name), known.parameters, known.weight_bytes, known.fusions, known.workspace, None, span
+    )

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from labinfer.errors import DoesNotFit, UsageError, did_you_mean
-from labinfer.ops.base import OPS, Call
+from labinfer.ops.base import OPS, Call, TensorType
 
 Kernel = Callable[[Call], None]
 """Runs one op: reads ``call.inputs``, ``weights``, ``cache`` and ``step``, writes ``call.outputs``."""
@@ -22,12 +22,33 @@ BACKENDS: dict[str, str] = {"reference": "labinfer.backends.reference.device:Ref
 """Device kinds and the class that implements each; a device is named ``kind`` or ``kind:number``."""
 
 
+Workspace = Callable[[str, Sequence[TensorType], Sequence[tuple[str, Sequence[int]]], int, int], int]
+
+
+def no_workspace(
+    kind: str,
+    inputs: Sequence[TensorType],
+    weights: Sequence[tuple[str, Sequence[int]]],
+    tokens: int,
+    rows: int,
+) -> int:
+    """For kernels that need no scratch memory."""
+    return 0
+
+
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What the compiler must know of a device: the format weights take there (None: as stored), and its fused kernels."""
+    """What the compiler must know of a device.
 
-    parameters: str | None
+    ``parameters`` names the layout weights take there and ``weight_bytes(format, shape)`` gives its size; ``fusions``
+    are the fused ops it has kernels for; ``workspace(kind, inputs, weights, tokens, rows)`` gives the scratch bytes of a
+    kernel, from the types of its activations and the (format, shape) of its weights.
+    """
+
+    parameters: str
+    weight_bytes: Callable[[str, Sequence[int]], int]
     fusions: tuple[str, ...] = ()
+    workspace: Workspace = no_workspace
 
 
 @dataclass(eq=False, slots=True)
@@ -71,6 +92,14 @@ class Allocator(ABC):
         buffer.memory = None
 
 
+class KernelFailure(Exception):
+    """A kernel raised; ``call`` is what it was given."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__("a kernel failed")
+        self.call = call
+
+
 class FunctionTable:
     """The ops of a device by name: ``device.F.rms_norm(x, weight=w, eps=1e-6)``, and the kernels behind them."""
 
@@ -89,8 +118,6 @@ class FunctionTable:
         self, kind: str, *inputs: Any, step: Any = None, cache: Mapping[str, Any] | None = None, **named: Any
     ) -> Any:
         """Run one op on arrays and return its result (a tuple when it has several); ``named`` are weights and attributes."""
-        from labinfer.ops.base import TensorType
-
         spec = OPS[kind]
         slots = {slot.name for slot in spec.weights}
         weights = {name: value for name, value in named.items() if name in slots and value is not None}
@@ -137,6 +164,28 @@ class Device(ABC):
     @abstractmethod
     def move_out(self, source: Any) -> Any:
         """A numpy copy of a device array."""
+
+    @abstractmethod
+    def parameter(self, buffer: Buffer, offset: int, format: str, shape: tuple[int, ...]) -> Any:
+        """The weight at byte ``offset`` of ``buffer``, in the device's own layout: what kernels get as a weight."""
+
+    @abstractmethod
+    def store(self, parameter: Any, raw: Any, format: str, shape: tuple[int, ...], index: int | None) -> None:
+        """Fill ``parameter`` (or its part ``index`` of a stack) from the stored bytes of a tensor, uint8."""
+
+    def program(self, calls: Sequence[tuple[Kernel, Call]]) -> Callable[[], None]:
+        """One callable that runs ``calls`` in order; a failing kernel is a ``KernelFailure``."""
+        listed = tuple(calls)
+
+        def run() -> None:
+            call = listed[0][1]
+            try:
+                for kernel, call in listed:
+                    kernel(call)
+            except Exception as error:
+                raise KernelFailure(call) from error
+
+        return run
 
     @abstractmethod
     def fill(self, buffer: Buffer, byte: int) -> None:

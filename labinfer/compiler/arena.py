@@ -6,7 +6,7 @@ the same way are planned once and share their offsets.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from labinfer.compiler.graph import Op
@@ -39,10 +39,11 @@ def plan_arena(
     outputs: Sequence[str],
     tokens: int,
     rows: int,
+    workspace: Callable[[Op], int] = lambda op: 0,
     effort_seconds: float = 1.0,
 ) -> ArenaPlan:
-    """Plan the arena of a stage that runs the primitive ``ops`` for at most ``tokens`` tokens and ``rows`` logit rows."""
-    storages, windows = plan_storage(ops, values, inputs, outputs)
+    """Plan the arena of a stage that runs ``ops`` for at most ``tokens`` tokens and ``rows`` logit rows."""
+    storages, windows = plan_storage(ops, values, inputs, outputs, workspace)
     buffers = {s.name: Buffer(s.name, s.lower, s.upper, aligned(s.type.nbytes(tokens, rows))) for s in storages}
     copies = fold_layers(storages, buffers, ops)
     packing = pack([buffer for name, buffer in buffers.items() if name not in copies], effort_seconds=effort_seconds)

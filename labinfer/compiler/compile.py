@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from labinfer import __version__
-from labinfer.compiler.arena import ArenaPlan, plan_arena
+from labinfer.compiler.arena import ArenaPlan, aligned, plan_arena
 from labinfer.compiler.blueprint import Blueprint
 from labinfer.compiler.fold import GRAPH_INPUTS, fold_ops, fold_states, fold_weights, natural_row
 from labinfer.compiler.graph import Op, OpGraph
@@ -42,7 +42,9 @@ class CompileOptions:
     arena_effort_seconds: float = 1.0
 
 
-def compile_graph(blueprint: Blueprint, source: ModelSource, targets: Sequence[Target], fuse: str, tracer: Tracer) -> OpGraph:
+def compile_graph(
+    blueprint: Blueprint, source: ModelSource, targets: Sequence[Target], fuse: str, tracer: Tracer
+) -> OpGraph:
     """Map and configuration to the optimised op graph."""
     graph = lower(blueprint, source)
     tracer.done("lower", 0, len(graph.ops), f"{len(graph.weights)} weights, {len(graph.values)} values")
@@ -84,12 +86,21 @@ def compile_plan(
         states=fold_states(graph.states),
         weights=fold_weights(graph.weights),
     )  # fmt: skip
-    tracer.done("write", len(graph.ops), len(graph.ops), f"{sum(len(b) for s in stages for b in s.blocks.values())} op lines")
+    tracer.done(
+        "write", len(graph.ops), len(graph.ops), f"{sum(len(b) for s in stages for b in s.blocks.values())} op lines"
+    )
     return plan
 
 
 def _limits(blueprint: Blueprint, source: ModelSource, options: CompileOptions) -> Limits:
-    for name in ("max_num_batched_tokens", "max_num_seqs", "max_logits_rows", "max_model_len", "block_size", "num_blocks"):
+    for name in (
+        "max_num_batched_tokens",
+        "max_num_seqs",
+        "max_logits_rows",
+        "max_model_len",
+        "block_size",
+        "num_blocks",
+    ):
         value = getattr(options, name)
         if value is not None and not 0 < value < 1 << 31:
             raise UsageError("limits.range", f"{name} must be a positive number, got {value}")
@@ -124,22 +135,35 @@ def _recompute_after(graph: OpGraph) -> int | None:
     return min((length for length in lengths if length), default=None)
 
 
-def _stage(graph: OpGraph, placements: Sequence[Placement], number: int, limits: Limits, options: CompileOptions) -> Stage:
+def _stage(
+    graph: OpGraph, placements: Sequence[Placement], number: int, limits: Limits, options: CompileOptions
+) -> Stage:
     target, ops = placements[number].target, placements[number].ops
     parts = [part for op in ops for part in op.primitives()]
+
+    def workspace(op: Op) -> int:
+        weights = [graph.weights[name] for part in op.primitives() for name in part.weights.values()]
+        stored = [(weight.format, weight.shape) for weight in weights]
+        types = [graph.values[name] for name in op.inputs]
+        tokens, rows = limits.max_num_batched_tokens, limits.max_logits_rows
+        return aligned(target.workspace(op.kind, types, stored, tokens, rows))
+
     made = {name for part in parts for name in part.outputs}
     inputs = dict.fromkeys(n for part in parts for n in part.inputs if n not in made and n not in GRAPH_INPUTS)
     wanted = set(graph.outputs).union(n for later in placements[number + 1 :] for op in later.ops for n in op.inputs)
     outputs = [name for part in parts for name in part.outputs if name in wanted]
     arena = plan_arena(
-        parts, graph.values, list(inputs), outputs,
-        limits.max_num_batched_tokens, limits.max_logits_rows, options.arena_effort_seconds,
+        target.steps(ops), graph.values, list(inputs), outputs,
+        limits.max_num_batched_tokens, limits.max_logits_rows, workspace, options.arena_effort_seconds,
     )  # fmt: skip
 
     def write(name: str) -> dict[str, Any]:
         return _value(name, graph, arena)
 
-    schedule, blocks = fold_ops(ops, write)
+    def scratch(op: Op) -> tuple[int, int] | None:
+        return (arena.offsets[f"{op.name}#"], workspace(op)) if f"{op.name}#" in arena.offsets else None
+
+    schedule, blocks = fold_ops([replace(op, workspace=scratch(op)) for op in ops], write)
     return Stage(
         device=target.name,
         inputs={name: PlanValue(**write(name)) for name in inputs},
@@ -155,7 +179,10 @@ def _stage(graph: OpGraph, placements: Sequence[Placement], number: int, limits:
 
 
 def _value(name: str, graph: OpGraph, arena: ArenaPlan) -> dict[str, Any]:
-    window, kind = arena.windows[name], graph.values[name]
+    kind = graph.values[name]
+    if name not in arena.windows:  # it never leaves the kernel of a fused op
+        return {"type": str(kind)}
+    window = arena.windows[name]
     text: dict[str, Any] = {"type": str(kind), "at": arena.offsets[window.storage] + window.offset}
     if window.row_bytes != natural_row(kind):
         text["row"] = window.row_bytes

@@ -21,11 +21,16 @@ GRAPH_INPUTS = ("token_ids", "positions")
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where a value lies: its type, byte offset in the arena, and bytes from row to row."""
+    """Where a value lies: its type, byte offset in the arena (-1: only inside a fused kernel), bytes from row to row."""
 
     type: TensorType
     at: int
     row_bytes: int
+
+    @property
+    def placed(self) -> bool:
+        """Whether the value has a place in the arena."""
+        return self.at >= 0
 
 
 def fold_ops(ops: Sequence[Op], write: Callable[[str], dict[str, Any]]) -> tuple[list[Entry], dict[str, list[PlanOp]]]:
@@ -68,7 +73,11 @@ class _Group:
         return self.labels.get(name) or (name if self.layer is None else fold_name(name))
 
     def op(self, op: Op, inner: bool = False) -> dict[str, Any]:
-        text: dict[str, Any] = {"name": self.name(op.name), "op": op.kind, "in": [self.name(name) for name in op.inputs]}
+        text: dict[str, Any] = {
+            "name": self.name(op.name),
+            "op": op.kind,
+            "in": [self.name(name) for name in op.inputs],
+        }
         outputs = op.outputs if not op.body else ()  # a fused op's values are written by its parts
         if outputs:
             text["out"] = {self.name(name): self.write(name) for name in outputs}
@@ -76,6 +85,8 @@ class _Group:
             text["weights"] = {slot: self.name(weight) for slot, weight in op.weights.items()}
         if attrs := op.attrs.model_dump(mode="json", exclude_defaults=True):
             text["attrs"] = attrs
+        if op.workspace:
+            text["workspace"] = list(op.workspace)
         if op.state and not op.body:
             text["state"] = self.name(op.state)
         if not inner:
@@ -131,7 +142,9 @@ def unfold_ops(stage: Stage) -> Iterator[tuple[Op, dict[str, Slot]]]:
                 received[label] = received.get(label, "") if name is None else unfold_name(name, layer)
 
 
-def _unfold_op(op: PlanOp, layer: int | None, received: Mapping[str, str], attrs: dict[int, OpAttrs]) -> tuple[Op, dict[str, Slot]]:
+def _unfold_op(
+    op: PlanOp, layer: int | None, received: Mapping[str, str], attrs: dict[int, OpAttrs]
+) -> tuple[Op, dict[str, Slot]]:
     def name(text: str) -> str:
         return received.get(text) or (text if layer is None else unfold_name(text, layer))
 
@@ -153,8 +166,11 @@ def _unfold_op(op: PlanOp, layer: int | None, received: Mapping[str, str], attrs
     origin = Origin(file, int(line) if line.isdigit() else 0, int(column) if column.isdigit() else 0)
     weights = {slot: name(weight) for slot, weight in op.weights.items()}
     inputs = tuple(name(text) for text in op.inputs)
-    state = name(op.state) if op.state else None
-    return Op(name(op.name), op.op, inputs, outputs, attrs[id(op)], weights, origin, layer, state, None, body), slots
+    state = next((part.state for part in body if part.state), name(op.state) if op.state else None)
+    unfolded = Op(
+        name(op.name), op.op, inputs, outputs, attrs[id(op)], weights, origin, layer, state, None, body, op.workspace
+    )
+    return unfolded, slots
 
 
 def _attrs(op: PlanOp) -> OpAttrs:
@@ -171,7 +187,13 @@ def _slot(value: PlanValue, owner: str) -> Slot:
         kind = parse_type(value.type)
     except ValueError as error:
         raise InvalidFile("plan.type", f"'{owner}': {error}") from None
-    return Slot(kind, value.at, value.row or natural_row(kind))
+    return Slot(kind, -1 if value.at is None else value.at, value.row or natural_row(kind))
+
+
+def steps(op: Op, slots: Mapping[str, Slot]) -> tuple[Op, ...]:
+    """The ops that run for ``op``: itself, or its parts when the plan gives every value of theirs a place."""
+    whole = any(not slots[name].placed for part in op.body for name in part.outputs)
+    return (op,) if whole else op.primitives()
 
 
 def unfold_inputs(stage: Stage) -> dict[str, Slot]:
@@ -230,7 +252,14 @@ def fold_states(states: Mapping[str, State]) -> list[PlanState]:
         layer = where[1] if where else None
         fresh = PlanState(name=fold_name(state.name), widths=dict(state.widths))
         last = folded[-1] if folded else None
-        if layer is not None and last and last.layers and last.layers[1] == layer - 1 and last.name == fresh.name and last.widths == fresh.widths:
+        if (
+            layer is not None
+            and last
+            and last.layers
+            and last.layers[1] == layer - 1
+            and last.name == fresh.name
+            and last.widths == fresh.widths
+        ):
             last.layers = (last.layers[0], layer)
         else:
             fresh.layers = None if layer is None else (layer, layer)

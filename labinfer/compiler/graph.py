@@ -76,7 +76,10 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One node. ``weights`` maps the op's weight slots to logical weights; ``body`` lists what a fused op is made of."""
+    """One node. ``weights`` maps the op's weight slots to logical weights; ``body`` lists what a fused op is made of.
+
+    ``workspace`` is the scratch memory of its kernel, once planned: byte offset in the arena, and bytes.
+    """
 
     name: str
     kind: str
@@ -89,6 +92,7 @@ class Op:
     state: str | None = None
     device: str | None = None
     body: tuple[Op, ...] = ()
+    workspace: tuple[int, int] | None = None
 
     def primitives(self) -> tuple[Op, ...]:
         """The ops that run when no kernel takes the whole: the body of a fused op, else the op itself."""

@@ -50,15 +50,21 @@ class Source(PlanModel):
 
 
 class PlanValue(PlanModel):
-    """A value: its type (``f32[T, 2048]``), its byte offset in the arena, and its row pitch in bytes when it is a window."""
+    """A value: its type (``f32[T, 2048]``), its byte offset in the arena, and its row pitch in bytes when it is a window.
+
+    ``at`` is None for a value that lives only inside the kernel of a fused op.
+    """
 
     type: str
-    at: NonNegativeInt
+    at: NonNegativeInt | None = None
     row: PositiveInt | None = None
 
 
 class PlanOp(PlanModel):
-    """One op; a fused op lists the primitive ops it stands for in ``body``."""
+    """One op; a fused op lists the primitive ops it stands for in ``body``.
+
+    ``workspace`` is the scratch memory of its kernel: byte offset in the arena, and bytes.
+    """
 
     name: str
     op: str
@@ -68,6 +74,7 @@ class PlanOp(PlanModel):
     attrs: dict[str, Any] = Field(default_factory=dict)
     state: str | None = None
     origin: str = ""
+    workspace: tuple[NonNegativeInt, PositiveInt] | None = None
     body: list[PlanOp] = Field(default_factory=list)
 
 
@@ -142,11 +149,11 @@ class PlanState(PlanModel):
 
 
 class PlanDevice(PlanModel):
-    """A device of the plan; ``memory`` is its cap in bytes, ``parameters`` the format weights take there (None: as stored)."""
+    """A device of the plan; ``memory`` is its cap in bytes, ``parameters`` the layout weights take there."""
 
     kind: str
     memory: PositiveInt | None = None
-    parameters: str | None = None
+    parameters: str
     fusions: list[str] = Field(default_factory=list)
 
 

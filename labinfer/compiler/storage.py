@@ -6,12 +6,12 @@ that the packing planner places. Lifetimes count the primitive ops of one stage,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from labinfer.compiler.graph import Op
-from labinfer.ops import OPS
 from labinfer.ops.base import ITEM_SIZE, TensorType
+from labinfer.ops.fusions import inplace_of, is_view
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,16 @@ def row_bytes(kind: TensorType) -> int:
 
 
 def plan_storage(
-    ops: Sequence[Op], values: Mapping[str, TensorType], inputs: Sequence[str], outputs: Sequence[str]
+    ops: Sequence[Op],
+    values: Mapping[str, TensorType],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    workspace: Callable[[Op], int] = lambda op: 0,
 ) -> tuple[list[Storage], dict[str, Window]]:
-    """Storages of a stage's primitive ``ops`` and the window of every value in them.
+    """Storages of a stage's ``ops``, as its device runs them, and the window of every value in them.
 
-    ``inputs`` arrive from another stage before the first op; ``outputs`` are needed after the last.
+    ``inputs`` arrive from another stage before the first op; ``outputs`` are needed after the last. ``workspace`` gives
+    the scratch bytes of an op's kernel, which become a storage called ``OP#``.
     """
     last_use = _last_uses(ops, outputs)
     storages: dict[str, Storage] = {}
@@ -65,10 +70,13 @@ def plan_storage(
     for name in inputs:
         fresh(name, 0, None)
     for index, op in enumerate(ops):
-        spec = OPS[op.kind]
         column = 0
+        if scratch := workspace(op):
+            storages[f"{op.name}#"] = Storage(
+                f"{op.name}#", TensorType((scratch // 4,), "i32"), index, index + 1, op.layer
+            )
         for position, name in enumerate(op.outputs):
-            if spec.view:
+            if is_view(op.kind):
                 base = windows[op.inputs[0]]
                 put(name, Window(base.storage, base.offset + column, base.row_bytes))
                 column += row_bytes(values[name])
@@ -101,7 +109,7 @@ def _writable(
     """The input that output ``position`` of ``op`` may be written over: it dies here, and so does all that overlaps it."""
     kind = values[op.outputs[position]]
     taken = {windows[name].storage for name in op.outputs[:position] if name in windows}
-    for operand in OPS[op.kind].inplace.get(position, ()):
+    for operand in inplace_of(op.kind).get(position, ()):
         name = op.inputs[operand] if operand < len(op.inputs) else ""
         if name not in windows or values[name] != kind or windows[name].storage in taken:
             continue

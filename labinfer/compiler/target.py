@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from labinfer.compiler.graph import Op, OpGraph
 from labinfer.errors import DoesNotFit, UsageError, did_you_mean
-from labinfer.ops.formats import stored_bytes
+from labinfer.ops.base import TensorType
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
     """What the compiler needs to know of a device.
 
-    ``parameters`` is the format that weights take there (None: as stored); ``fusions`` the fused ops it has kernels for;
-    ``memory`` a cap in bytes; ``layers`` the layers (first, last) a person gave it, None for an even share.
+    ``parameters`` names the layout that weights take there, ``weight_bytes(format, shape)`` gives its size; ``fusions``
+    are the fused ops it has kernels for; ``workspace`` gives the scratch bytes of a kernel (see the backend interface);
+    ``memory`` is a cap in bytes; ``layers`` the layers (first, last) a person gave it, None for an even share.
     """
 
     name: str
     kind: str
-    parameters: str | None = None
-    fusions: tuple[str, ...] = ()
+    parameters: str
+    weight_bytes: Callable[[str, Sequence[int]], int]
+    fusions: tuple[str, ...]
+    workspace: Callable[[str, Sequence[TensorType], Sequence[tuple[str, Sequence[int]]], int, int], int]
     memory: int | None = None
     layers: tuple[int, int] | None = None
 
-    def weight_bytes(self, format: str, shape: Sequence[int]) -> int:
-        """Bytes of a weight on this device."""
-        return stored_bytes(self.parameters or format, shape)
+    def steps(self, ops: Iterable[Op]) -> list[Op]:
+        """``ops`` as this device runs them: fused ops it has no kernel for are run part by part."""
+        return [step for op in ops for step in ((op,) if op.kind in self.fusions else op.primitives())]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,9 @@ def place(graph: OpGraph, targets: Sequence[Target]) -> list[Placement]:
     for op in graph.ops:
         if op.device is not None and op.device not in known:
             message = f"'{op.name}' is pinned to device '{op.device}' (at {op.origin}), which is not among the devices"
-            raise DoesNotFit("device.unknown", message, remedy=did_you_mean(op.device, known) or f"devices: {', '.join(known)}")
+            raise DoesNotFit(
+                "device.unknown", message, remedy=did_you_mean(op.device, known) or f"devices: {', '.join(known)}"
+            )
         target = known[op.device] if op.device else owner[op.layer] if op.layer is not None else current or targets[0]
         if current is not None and target is not current:
             placements.append(Placement(current, tuple(run)))

@@ -9,13 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from labinfer.compiler.fold import GRAPH_INPUTS, Slot, unfold_inputs, unfold_ops, unfold_states, unfold_weights
+from labinfer.compiler.fold import (
+    GRAPH_INPUTS,
+    Slot,
+    natural_row,
+    steps,
+    unfold_inputs,
+    unfold_ops,
+    unfold_states,
+    unfold_weights,
+)
 from labinfer.compiler.graph import Op
 from labinfer.compiler.plan import Limits, Plan, Stage
 from labinfer.errors import ErrorSink, InvalidFile, LabinferError, Place, did_you_mean
 from labinfer.ops import OPS
 from labinfer.ops.base import ShapeMismatch, TensorType, dim
-from labinfer.ops.formats import stored_bytes
+from labinfer.ops.fusions import inplace_of, is_view
 
 
 def verify_plan(plan: Plan, name: str) -> None:
@@ -31,7 +40,9 @@ def verify_plan(plan: Plan, name: str) -> None:
         for number, stage in enumerate(plan.stages):
             if stage.device not in plan.devices:
                 remedy = did_you_mean(stage.device, plan.devices)
-                complain("plan.unknown-device", f"stage {number} runs on '{stage.device}', which is not a device", remedy)
+                complain(
+                    "plan.unknown-device", f"stage {number} runs on '{stage.device}', which is not a device", remedy
+                )
                 continue
             for code, message in check.stage(stage, arrived):
                 complain(code, f"stage {number} ({stage.device}): {message}")
@@ -65,8 +76,7 @@ class _Rows:
 def _rows(slot: Slot, limits: Limits) -> _Rows:
     first = slot.type.shape[0] if slot.type.shape else 1
     count = dim(first, limits.max_num_batched_tokens, limits.max_logits_rows)
-    width = TensorType((1, *slot.type.shape[1:]), slot.type.dtype).nbytes(1, 1)
-    return _Rows(slot.at, width, slot.row_bytes, count)
+    return _Rows(slot.at, natural_row(slot.type), slot.row_bytes, count)
 
 
 class _PlanCheck:
@@ -80,15 +90,16 @@ class _PlanCheck:
         self.complaints = []
         slots = self.receive(stage, arrived)
         ops: list[Op] = []
+        running: list[Op] = []
         for op, made in unfold_ops(stage):
-            for part in op.primitives():
-                ops.append(part)
+            ops.extend(op.primitives())
+            running.extend(steps(op, made))
             for name, slot in made.items():
                 if name in slots or name in GRAPH_INPUTS:
                     self.complain("plan.value", f"'{name}' is made twice")
                 slots[name] = slot
         if self.follow_types(ops, slots, stage):
-            self.memory(ops, slots, stage)
+            self.memory(running, {name: slot for name, slot in slots.items() if slot.placed}, stage)
             self.sizes(ops, stage)
             arrived.update({name: slots[name].type for name in stage.outputs})
         return self.complaints
@@ -143,59 +154,61 @@ class _PlanCheck:
             self.complain("plan.state", f"'{op.name}' uses state '{op.state}', which is not in the plan")
 
     def memory(self, ops: list[Op], slots: Mapping[str, Slot], stage: Stage) -> None:
-        """No value may be written over one that is still needed."""
+        """No value, and no kernel's scratch memory, may lie over a value that is still needed."""
         rows = {name: _rows(slot, self.plan.limits) for name, slot in slots.items()}
+        scratch = {f"{op.name}#": op.workspace for op in ops if op.workspace}
+        rows.update({name: _Rows(at, size, size, 1) for name, (at, size) in scratch.items()})
         for name, place in rows.items():
             if place.end > stage.arena.size or place.pitch < place.width:
-                self.complain("plan.arena-bounds", f"'{name}' reaches byte {place.end} of an arena of {stage.arena.size}")
+                self.complain(
+                    "plan.arena-bounds", f"'{name}' reaches byte {place.end} of an arena of {stage.arena.size}"
+                )
         last = {name: index for index, op in enumerate(ops) for name in (*op.outputs, *op.inputs)}
         last.update(dict.fromkeys(stage.outputs, len(ops)))
+        base = self.windows(ops, slots)
         live = dict.fromkeys(stage.inputs)
         for index, op in enumerate(ops):
-            legal = self.legal_overlaps(op, slots)
-            for name in op.outputs:
+            over = self.overwritten(op, slots)
+            for name in (*op.outputs, f"{op.name}#") if op.workspace else op.outputs:
                 for other in live:
-                    if last.get(other, -1) >= index and rows[name].overlaps(rows[other]) and other != name:
-                        if (name, other) in legal and (last[other] == index or OPS[op.kind].view):
-                            continue
-                        if OPS[op.kind].view and other in op.outputs and slots[name].row_bytes == slots[other].row_bytes:
-                            self.complain("plan.arena-overlap", f"windows '{name}' and '{other}' overlap")
-                        elif not self.same_window_family(name, other, op, slots):
-                            self.complain("plan.arena-overlap", f"'{name}' lies over '{other}', which is still needed")
+                    shared = base.get(name, name) == base.get(other, other)
+                    legal = shared or ((name, other) in over and last[other] == index)
+                    if not legal and last.get(other, -1) >= index and rows[name].overlaps(rows[other]):
+                        self.complain("plan.arena-overlap", f"'{name}' lies over '{other}', which is still needed")
                 live[name] = None
             live = {name: None for name in live if last.get(name, -1) > index}
 
-    def legal_overlaps(self, op: Op, slots: Mapping[str, Slot]) -> set[tuple[str, str]]:
-        """Pairs (output, input) that may share bytes: exact in-place results, and windows at the right column."""
-        spec, legal, column = OPS[op.kind], set(), 0
-        for position, name in enumerate(op.outputs):
-            if spec.view and op.inputs[0] in slots:
-                base, own = slots[op.inputs[0]], slots[name]
-                if own.row_bytes == base.row_bytes and own.at == base.at + column:
-                    legal.add((name, op.inputs[0]))
-                else:
-                    self.complain("plan.window", f"'{name}' is not the window of '{op.inputs[0]}' that '{op.kind}' makes")
-                column += TensorType((1, *own.type.shape[1:]), own.type.dtype).nbytes(1, 1)
-            for operand in spec.inplace.get(position, ()):
-                other = op.inputs[operand] if operand < len(op.inputs) else ""
-                if other in slots and slots[other] == slots[name]:
-                    legal.add((name, other))
-        return legal
+    def windows(self, ops: list[Op], slots: Mapping[str, Slot]) -> dict[str, str]:
+        """The value that each window is a window of; a window at the wrong column is complained of."""
+        base: dict[str, str] = {}
+        for op in ops:
+            column = 0
+            for name in op.outputs if is_view(op.kind) else ():
+                of, own = slots[op.inputs[0]], slots[name]
+                base[name] = base.get(op.inputs[0], op.inputs[0])
+                if own.row_bytes != of.row_bytes or own.at != of.at + column:
+                    self.complain(
+                        "plan.window", f"'{name}' is not the window of '{op.inputs[0]}' that '{op.kind}' makes"
+                    )
+                column += natural_row(own.type)
+        return base
 
-    def same_window_family(self, name: str, other: str, op: Op, slots: Mapping[str, Slot]) -> bool:
-        """Whether ``name`` is a window and ``other`` another view of the same value that holds the same bytes."""
-        return OPS[op.kind].view and slots[name].row_bytes == slots[other].row_bytes
+    def overwritten(self, op: Op, slots: Mapping[str, Slot]) -> set[tuple[str, str]]:
+        """Pairs (output, input) at one place, where the op is declared to work in place."""
+        return {
+            (name, op.inputs[operand])
+            for position, name in enumerate(op.outputs)
+            for operand in inplace_of(op.kind).get(position, ())
+            if operand < len(op.inputs) and slots.get(op.inputs[operand]) == slots[name]
+        }
 
     def sizes(self, ops: list[Op], stage: Stage) -> None:
-        """The stage's byte figures must be what its weights, states and arena add up to."""
-        device, limits = self.plan.devices[stage.device], self.plan.limits
-        names = dict.fromkeys(weight for op in ops for weight in op.weights.values())
-        weights = sum(stored_bytes(device.parameters or self.weights[n].format, self.weights[n].shape) for n in names)
+        """The stage's byte figures must be what its states and arena add up to (its device checks the weights)."""
+        limits = self.plan.limits
         states = dict.fromkeys(op.state for op in ops if op.state)
         slots = limits.num_blocks * limits.block_size
         cache = sum(4 * slots * sum(self.states[name].widths.values()) for name in states)
         for kind, stated, found in (
-            ("weights", stage.bytes.weights, weights),
             ("kv_cache", stage.bytes.kv_cache, cache),
             ("arena", stage.bytes.arena, stage.arena.size),
         ):

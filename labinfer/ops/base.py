@@ -110,7 +110,8 @@ class Call:
     """One op with everything resolved to arrays: what a kernel gets.
 
     ``cache`` holds the op's state by part name (``k``, ``v``), each ``[slots, width]``; slot ``b * block_size + j`` is
-    token ``j`` of cache block ``b``.
+    token ``j`` of cache block ``b``. ``workspace`` is scratch memory. A fused op has the calls of its ``parts``, where
+    values that never leave the kernel are None.
     """
 
     attrs: Any
@@ -119,6 +120,8 @@ class Call:
     weights: Mapping[str, Any] = field(default_factory=dict)
     cache: Mapping[str, Any] = field(default_factory=dict)
     step: Step | None = None
+    workspace: Any = None
+    parts: tuple[Call, ...] = ()
 
 
 class OpSpec:

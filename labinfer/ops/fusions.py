@@ -7,7 +7,10 @@ needed outside it. The results of the fused op are those values that are not use
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from labinfer.ops.base import OPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,16 +24,21 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """A chain of primitive ops that stand one after another in the schedule."""
+    """A chain of primitive ops that stand one after another in the schedule.
+
+    ``inplace`` maps a result of the fused op to the operands it may be written over, as in ``OpSpec``; operands are
+    numbered as the parts first name them.
+    """
 
     kind: str
     parts: tuple[Part, ...]
+    inplace: Mapping[int, tuple[int, ...]]
 
 
 _PART = re.compile(r"^(?:(?P<outs>[\w, ]+) = )?(?P<kind>\w+)\((?P<ins>[\w, ]+)\)$")
 
 
-def declare(kind: str, *parts: str) -> Fusion:
+def declare(kind: str, *parts: str, inplace: Mapping[int, tuple[int, ...]] | None = None) -> Fusion:
     """A fusion from the text of its parts."""
     parsed = []
     for text in parts:
@@ -39,13 +47,25 @@ def declare(kind: str, *parts: str) -> Fusion:
             raise ValueError(f"fusion '{kind}': cannot read '{text}'")
         outs = tuple(name.strip() for name in (match["outs"] or "").split(",") if name.strip())
         parsed.append(Part(match["kind"], tuple(name.strip() for name in match["ins"].split(",")), outs))
-    return Fusion(kind, tuple(parsed))
+    return Fusion(kind, tuple(parsed), inplace or {})
 
 
 FUSIONS: tuple[Fusion, ...] = (
     declare("norm_qkv", "n = rms_norm(x)", "q = linear(n)", "k = linear(n)", "v = linear(n)"),
     declare("norm_glu", "n = rms_norm(x)", "g = linear(n)", "u = linear(n)", "y = glu(g, u)"),
-    declare("rope_kv_write", "q = rope(a, p)", "k = rope(b, p)", "kv_write(k, v)"),
-    declare("linear_add", "o = linear(x)", "y = add(r, o)"),
+    declare("rope_kv_write", "q = rope(a, p)", "k = rope(b, p)", "kv_write(k, v)", inplace={0: (0,)}),
+    declare("linear_add", "o = linear(x)", "y = add(r, o)", inplace={0: (1,)}),
 )
 """Every fusion, longest first: where two could match, the earlier one wins."""
+
+BY_KIND = {fusion.kind: fusion for fusion in FUSIONS}
+
+
+def inplace_of(kind: str) -> Mapping[int, tuple[int, ...]]:
+    """Which results of an op, primitive or fused, may be written over which operands."""
+    return BY_KIND[kind].inplace if kind in BY_KIND else OPS[kind].inplace
+
+
+def is_view(kind: str) -> bool:
+    """Whether the results of an op are windows of its first operand."""
+    return kind in OPS and OPS[kind].view

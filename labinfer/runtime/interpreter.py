@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from labinfer.backends.base import Device, Kernel
-from labinfer.compiler.fold import Slot, unfold_inputs, unfold_ops
+from labinfer.backends.base import Device, KernelFailure
+from labinfer.compiler.fold import Slot, steps, unfold_inputs, unfold_ops
 from labinfer.compiler.graph import Op
 from labinfer.compiler.plan import Limits, Stage
 from labinfer.errors import LabinferError, UsageError, did_you_mean
-from labinfer.ops import OPS
 from labinfer.ops.base import Call, Step, dim
+from labinfer.ops.fusions import is_view
 from labinfer.runtime.kv_cache import KVCache
 from labinfer.runtime.poison import Poison
 
@@ -30,18 +30,18 @@ Listener = Callable[[int, Op, Call], None]
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """An op with its arrays; ``kernel`` is None for a window, which needs none."""
+    """An op with its arrays; ``program`` runs it alone, and is None for a window, which needs no kernel."""
 
     op: Op
-    kernel: Kernel | None
+    program: Callable[[], None] | None
     call: Call
 
 
 @dataclass(frozen=True, slots=True)
 class Tape:
-    """A bound stage for one number of tokens and rows: ``calls`` is all that a step runs."""
+    """A bound stage for one number of tokens and rows: ``program`` is all that a step runs."""
 
-    calls: tuple[tuple[Kernel, Call], ...]
+    program: Callable[[], None]
     bound: tuple[Bound, ...]
     values: Mapping[str, Any]
 
@@ -57,8 +57,8 @@ class Interpreter:
         self.ops: list[Op] = []
         self.slots: dict[str, Slot] = unfold_inputs(stage)
         for op, made in unfold_ops(stage):
-            self.ops.extend(op.primitives())
-            self.slots.update(made)
+            self.ops.extend(steps(op, made))
+            self.slots.update({name: slot for name, slot in made.items() if slot.placed})
         self.arena = device.allocate(stage.arena.size, "arena")
         tokens = limits.max_num_batched_tokens
         self.step_memory = device.allocate(2 * 4 * tokens, "step inputs")
@@ -80,29 +80,26 @@ class Interpreter:
         tape = self.prepare(step)
         for name, array in received.items():
             self.device.move_in(array, tape.values[name])
-        call = tape.bound[0].call
         try:
             if self.listeners:
-                for index, bound in enumerate(tape.bound):
-                    call = bound.call
-                    self.run_listened(index, bound)
+                self.run_listened(tape)
             else:
-                for kernel, call in tape.calls:
-                    kernel(call)
-        except LabinferError:
-            raise
-        except Exception as error:
-            op = next(bound.op for bound in tape.bound if bound.call is call)
+                tape.program()
+        except KernelFailure as failure:
+            error, op = failure.__cause__, next(each.op for each in tape.bound if each.call is failure.call)
+            if isinstance(error, LabinferError):
+                raise error from None
             message = f"while running '{op.name}' ({op.kind}, from {op.origin}): {type(error).__name__}: {error}"
             raise LabinferError("run.op-failed", message) from error
         return {name: tape.values[name] for name in self.stage.outputs}
 
-    def run_listened(self, index: int, bound: Bound) -> None:
-        """One op of the slow loop: its kernel, if it has one, then every listener."""
-        if bound.kernel is not None:
-            bound.kernel(bound.call)
-        for listener in self.listeners:
-            listener(index, bound.op, bound.call)
+    def run_listened(self, tape: Tape) -> None:
+        """The slow loop: each op's kernel, if it has one, then every listener."""
+        for index, bound in enumerate(tape.bound):
+            if bound.program is not None:
+                bound.program()
+            for listener in self.listeners:
+                listener(index, bound.op, bound.call)
 
     def prepare(self, step: Step) -> Tape:
         """The tape for a step of this size, with the step's arrays in place."""
@@ -127,20 +124,30 @@ class Interpreter:
         for name, slot in self.slots.items():
             shape = tuple(dim(size, tokens, rows) for size in slot.type.shape)
             values[name] = self.device.view(self.arena, slot.at, shape, slot.type.dtype, slot.row_bytes)
-        bound = []
+        bound, calls = [], []
         for op in self.ops:
-            call = Call(
-                op.attrs,
-                tuple(values[name] for name in op.inputs),
-                tuple(values[name] for name in op.outputs),
-                {slot: self.parameters[name] for slot, name in op.weights.items()},
-                self.cache.parts[op.state] if op.state else {},
-                self.step,
-            )
-            kernel = None if OPS[op.kind].view else self.device.F.kernels[op.kind]
-            bound.append(Bound(op, kernel, call))
-        calls = tuple((each.kernel, each.call) for each in bound if each.kernel is not None)
-        return Tape(calls, tuple(bound), values)
+            call = self.call(op, values)
+            program = None
+            if not is_view(op.kind):
+                entry = (self.device.F.kernels[op.kind], call)
+                calls.append(entry)
+                program = self.device.program([entry])
+            bound.append(Bound(op, program, call))
+        return Tape(self.device.program(calls), tuple(bound), values)
+
+    def call(self, op: Op, values: Mapping[str, Any]) -> Call:
+        """``op`` with its arrays."""
+        memory = op.workspace and self.device.view(self.arena, op.workspace[0], (op.workspace[1] // 4,), "i32")
+        return Call(
+            op.attrs,
+            tuple(values.get(name) for name in op.inputs),
+            tuple(values.get(name) for name in op.outputs),
+            {slot: self.parameters[name] for slot, name in op.weights.items()},
+            self.cache.parts[op.state] if op.state else {},
+            self.step,
+            memory,
+            tuple(self.call(part, values) for part in op.body),
+        )
 
     def listen(self, value: str, callback: Callable[[Any], Any]) -> Listener:
         """Call ``callback(array)`` whenever ``value`` is made; what it returns, unless None, replaces the value.
@@ -148,7 +155,9 @@ class Interpreter:
         Returns the listener, for ``listeners.remove``. An unknown name is a ``UsageError``.
         """
         if value not in self.slots:
-            raise UsageError("run.unknown-value", f"there is no value '{value}'", remedy=did_you_mean(value, self.slots))
+            raise UsageError(
+                "run.unknown-value", f"there is no value '{value}'", remedy=did_you_mean(value, self.slots)
+            )
 
         def listener(_: int, op: Op, call: Call) -> None:
             if value in op.outputs:

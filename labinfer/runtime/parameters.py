@@ -7,36 +7,42 @@ from typing import Any
 
 import numpy as np
 
-from labinfer.backends.base import Device
+from labinfer.backends.base import Device, capabilities
 from labinfer.compiler.graph import Op, Transform, Weight
 from labinfer.compiler.plan import Stage
-from labinfer.errors import WeightsError
-from labinfer.ops.formats import stored_bytes
+from labinfer.errors import InvalidFile, WeightsError
+from labinfer.ops.formats import FORMATS
 from labinfer.runtime.variables import Parameter
-from labinfer.runtime.weights import Checkpoint, dequantize
+from labinfer.runtime.weights import Checkpoint
 
 Progress = Callable[[int], None]
 """Called with the bytes just read from the checkpoint."""
 
 
 class Parameters:
-    """The weights of one stage, float32, in exactly the plan's bytes; ``by_name`` gives each as a ``Parameter``."""
+    """The weights of one stage, in the device's own layout and exactly the plan's bytes; ``by_name`` gives each as a ``Parameter``."""
 
     def __init__(
         self, stage: Stage, ops: list[Op], weights: Mapping[str, Weight], device: Device, checkpoint: Checkpoint,
         progress: Progress,
     ) -> None:  # fmt: skip
         self.device = device
+        weight_bytes = capabilities(device.name).weight_bytes
+        used = [weights[name] for name in dict.fromkeys(name for op in ops for name in op.weights.values())]
+        needed = sum(weight_bytes(weight.format, weight.shape) for weight in used)
+        if needed != stage.bytes.weights:
+            message = f"the weights of '{device.name}' take {needed} bytes, the plan says {stage.bytes.weights}"
+            raise InvalidFile("plan.bytes", message, remedy="compile the plan again")
         self.buffer = device.allocate(stage.bytes.weights, "weights")
         self.by_name: dict[str, Parameter] = {}
         offset = 0
         try:
-            for name in dict.fromkeys(name for op in ops for name in op.weights.values()):
-                weight = weights[name]
-                array = device.view(self.buffer, offset, weight.shape, "f32")
+            for weight in used:
+                name = weight.name
+                array = device.parameter(self.buffer, offset, weight.format, weight.shape)
                 read_weight(weight, checkpoint, device, array, progress)
                 self.by_name[name] = Parameter(name, device.name, weight, array)
-                offset += stored_bytes("f32", weight.shape)
+                offset += weight_bytes(weight.format, weight.shape)
         except BaseException:
             self.close()
             raise
@@ -52,7 +58,7 @@ class Parameters:
 
 
 def read_weight(weight: Weight, checkpoint: Checkpoint, device: Device, array: Any, progress: Progress) -> None:
-    """Fill the device ``array`` with ``weight``, widened to float32; a tensor that differs from the plan is an error."""
+    """Fill the device ``array`` with ``weight``; a tensor that differs from the plan is an error."""
     for index, name in enumerate(weight.tensors()):
         info = checkpoint.tensors.get(name)
         shape = weight.shape if weight.stack is None else weight.shape[1:]
@@ -61,17 +67,24 @@ def read_weight(weight: Weight, checkpoint: Checkpoint, device: Device, array: A
             found = "is missing" if info is None else f"is {info.format}{list(info.shape)}"
             message = f"tensor '{name}' of {checkpoint.path} {found}, the plan says {weight.format}{list(stored)}"
             raise WeightsError("weights.changed", message, remedy="compile the plan again")
-        values = dequantize(checkpoint.raw(name), info.format, info.shape)
-        device.move_in(transformed(values, weight.transform), array if weight.stack is None else array[index])
+        raw = transformed(checkpoint.raw(name), info.format, info.shape, weight.transform)
+        device.store(array, raw, info.format, shape, None if weight.stack is None else index)
         progress(info.nbytes)
 
 
-def transformed(values: np.ndarray, transform: Transform) -> np.ndarray:
-    """``values`` with its rows regrouped and axes transposed as ``transform`` says."""
+def transformed(raw: np.ndarray, format: str, shape: tuple[int, ...], transform: Transform) -> np.ndarray:
+    """The stored bytes of a tensor of ``shape``, its rows regrouped and axes transposed as ``transform`` says.
+
+    Rows of a block format keep their blocks; only plain numbers can be transposed.
+    """
+    if not transform:
+        return raw
+    rows = raw.reshape(shape[0], -1)
     if transform.transpose:
-        values = values.T
+        if FORMATS[format].block_size > 1:
+            raise WeightsError("weights.transpose", f"a tensor stored as {format} cannot be transposed")
+        rows = raw.reshape(*shape, FORMATS[format].block_bytes).swapaxes(0, 1).reshape(shape[1], -1)
     if transform.rows:
-        rest = values.shape[1:]
-        axes = (*transform.order, *range(len(transform.rows), len(transform.rows) + len(rest)))
-        values = values.reshape(*transform.rows, *rest).transpose(axes).reshape(-1, *rest)
-    return values
+        rows = rows.reshape(*transform.rows, -1)
+        rows = rows.transpose(*transform.order, len(transform.rows))
+    return np.ascontiguousarray(rows).reshape(-1)

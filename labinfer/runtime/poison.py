@@ -10,6 +10,7 @@ from labinfer.compiler.graph import Op
 from labinfer.compiler.plan import Limits, Stage
 from labinfer.ops.base import Call, elements
 
+
 class Poison:
     """A listener: after each op, fills every byte of the arena that holds no live value."""
 

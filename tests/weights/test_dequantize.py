@@ -5,7 +5,7 @@ import pytest
 
 from labinfer.errors import WeightsError
 from labinfer.runtime.weights import FORMATS, dequantize, stored_bytes
-from labinfer.runtime.weights.dequantization import CHUNK_ELEMENTS
+from labinfer.ops.dequantization import CHUNK_ELEMENTS
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "dequant.npz")
 BLOCK_FORMATS = [name for name, stored in FORMATS.items() if stored.block_size > 1]

@@ -8,6 +8,7 @@ import numpy as np
 
 from labinfer.backends.base import Allocator, Buffer, Device, FunctionTable, Kernel
 from labinfer.ops.base import OPS, Call, OpSpec
+from labinfer.ops.dequantization import dequantize
 
 DTYPES = {"f32": np.float32, "i32": np.int32}
 
@@ -39,6 +40,14 @@ class ReferenceDevice(Device):
         if row_bytes is not None and len(shape) == 2:
             strides = (row_bytes, kind.itemsize)
         return np.ndarray(shape, kind, buffer.memory, offset, strides)
+
+    def parameter(self, buffer: Buffer, offset: int, format: str, shape: tuple[int, ...]) -> Any:
+        """A float32 array."""
+        return self.view(buffer, offset, shape, "f32")
+
+    def store(self, parameter: Any, raw: Any, format: str, shape: tuple[int, ...], index: int | None) -> None:
+        """Widen to float32."""
+        np.copyto(parameter if index is None else parameter[index], dequantize(raw, format, shape))
 
     def move_in(self, host: Any, destination: Any) -> None:
         """A copy."""

@@ -9,7 +9,7 @@ from labinfer.runtime.weights.checkpoint import Checkpoint, open_checkpoint, rea
 from labinfer.runtime.weights.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
-    from labinfer.runtime.weights.dequantization import dequantize
+    from labinfer.ops.dequantization import dequantize
 
 __all__ = [
     "FORMATS",
@@ -27,6 +27,6 @@ def __getattr__(name: str) -> Any:
     """``dequantize`` when it is asked for: it imports numpy, and compiling a plan should not."""
     if name != "dequantize":
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    from labinfer.runtime.weights.dequantization import dequantize
+    from labinfer.ops.dequantization import dequantize
 
     return dequantize
