@@ -1,7 +1,7 @@
 """Make smollm2.json: what transformers says SmolLM2-135M-Instruct continues, from the same dequantized weights.
 
-Run from the repository root with the test-hf extra and `gguf` installed: ``python -m tests.golden.make_smollm2 GGUF``.
-Takes some minutes. The perplexity text is stored as token ids, so later edits of the files it came from do not matter.
+Run from the repository root with the test-hf extra installed: ``python -m tests.golden.make_smollm2 GGUF``.
+Takes some minutes. The perplexity text is stored as token ids, so later edits of its files do not matter.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, pre_tokenizers
-from transformers import AutoTokenizer
 
 from ..hf import smollm2
 
@@ -31,7 +29,7 @@ _PERPLEXITY_SOURCES = ("labinfer/errors.py", "labinfer/catalogue.py")
 
 def main(gguf: Path) -> None:
     """Continue each prompt by 128 tokens; a prompt whose greedy choices come near a tie is refused."""
-    tokenizer = _tokenizer(gguf)
+    tokenizer = smollm2.build_tokenizer(gguf)
     model = smollm2.build_model(gguf)
     text = "\n".join((_FOLDER.parents[1] / name).read_text() for name in _PERPLEXITY_SOURCES)
     tokens = tokenizer.encode(text, add_special_tokens=False).ids[:2000]
@@ -48,14 +46,6 @@ def main(gguf: Path) -> None:
         runs.append({"text": text, "prompt": prompt, "generated": generated, "continuation": continuation})
     golden = {"runs": runs, "perplexity_tokens": tokens, "perplexity": perplexity}
     (_FOLDER / "smollm2.json").write_text(json.dumps(golden) + "\n")
-
-
-def _tokenizer(gguf: Path) -> Tokenizer:
-    """SmolLM's tokenizer: transformers' reading of the GGUF file misses that each digit is a word of its own."""
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).backend_tokenizer
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-    return tokenizer
 
 
 if __name__ == "__main__":

@@ -103,6 +103,22 @@ _BASE: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
         "topk_method": "greedy",
     },
+    "deepseek_v3": _TINY
+    | {
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 24,
+        "q_lora_rank": 20,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_mtp_layers": 0,
+    },
 }
 
 _CASES: dict[str, dict[str, dict[str, Any]]] = {
@@ -289,6 +305,12 @@ _CASES: dict[str, dict[str, dict[str, Any]]] = {
             "rope_parameters": _YARN | {"mscale": 1.0, "mscale_all_dim": 0.5, "beta_fast": 8, "beta_slow": 1},
         },
         "tied": {"tie_word_embeddings": True, "rms_norm_eps": 1e-5},
+    },
+    "deepseek_v3": {
+        "plain": {},
+        "no_q_lora_unnormalised": {"q_lora_rank": None, "norm_topk_prob": False, "n_shared_experts": 2},
+        "yarn_bias": {"attention_bias": True, "rope_parameters": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+        "one_group": {"n_group": 1, "topk_group": 1, "num_attention_heads": 3, "num_key_value_heads": 3},
     },
 }
 

@@ -57,7 +57,8 @@ def make_model(case: Case, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     if hasattr(model, "set_experts_implementation") and model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        balancing = [pair for pair in model.named_buffers() if pair[0].endswith("e_score_correction_bias")]
+        for name, parameter in [*model.named_parameters(), *balancing]:
             rng = np.random.default_rng(zlib.crc32(f"{case.id}/{name}".encode()))
             values = _lively(name, tuple(parameter.shape), rng, model)
             parameter.copy_(torch.from_numpy(values.astype(np.float32)).to(dtype).float())
@@ -70,7 +71,7 @@ def _lively(name: str, shape: tuple[int, ...], rng: np.random.Generator, model: 
     module, _, leaf = name.rpartition(".")
     owner = module.rpartition(".")[2]
     tied = model.config.tie_word_embeddings
-    if leaf == "bias":
+    if leaf in ("bias", "e_score_correction_bias"):
         return 0.2 * noise
     if len(shape) == 1:
         offset = 1.0 if model.config.model_type.startswith("gemma") else 0.0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from labinfer.runtime.weights import Checkpoint, dequantize, open_checkpoint
@@ -63,6 +64,22 @@ def _config(checkpoint: Checkpoint) -> LlamaConfig:
 def _half_split(rows: np.ndarray, heads: int) -> np.ndarray:
     """Undo the row order of llama GGUF files: each head's rotary pairs are neighbours there, halves in transformers."""
     return np.ascontiguousarray(rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape))
+
+
+def build_tokenizer(gguf: Path) -> Tokenizer:
+    """SmolLM's tokenizer as its tokenizer.json describes it: each digit a word of its own, then byte-level BPE."""
+    with open_checkpoint(gguf) as checkpoint:
+        stored = {key.removeprefix("tokenizer.ggml."): value for key, value in checkpoint.config.items()}
+    vocabulary = {token: index for index, token in enumerate(stored["tokens"])}
+    merges = [tuple(merge.split(" ")) for merge in stored["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    control = 3
+    kinds = zip(stored["tokens"], stored["token_type"], strict=True)
+    tokenizer.add_special_tokens([token for token, kind in kinds if kind == control])
+    return tokenizer
 
 
 @torch.no_grad()
