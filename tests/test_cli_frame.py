@@ -15,8 +15,8 @@ import pytest
 
 from labinfer import __version__
 from labinfer.cli.main import COMMANDS, LazyGroup, cli
-from labinfer.cli.output import human_bytes
 from labinfer.errors import DoesNotFit, Errors, InvalidFile, LabinferError, StalePlan, UsageError, WeightsError
+from labinfer.units import human_bytes
 
 PROBE = '''
 import os, sys, time

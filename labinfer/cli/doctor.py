@@ -16,10 +16,11 @@ from typing import Any
 import click
 
 from labinfer import __version__
-from labinfer.cli.output import Output, current, human_bytes
+from labinfer.cli.output import Output, current
 from labinfer.errors import LabinferError
 from labinfer.extras import EXTRAS, missing, pip_command
 from labinfer.home import cache_dir, graphs_dir, models_dir, user_catalogue
+from labinfer.units import human_bytes
 
 _FREE_SPACE = 2_000_000_000
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from labinfer import catalogue
-from labinfer.cli.output import current, human_bytes
+from labinfer.cli.output import current
+from labinfer.units import human_bytes
 
 
 @click.command()

@@ -96,13 +96,3 @@ def current() -> Output:
     context = click.get_current_context(silent=True)
     found = context.find_object(Output) if context else None
     return found or Output()
-
-
-def human_bytes(count: int) -> str:
-    """``98362432`` as ``'98.4 MB'``: decimal units, three digits."""
-    if count < 1000:
-        return f"{count} B"
-    size, unit = float(count), 0
-    while size >= 999.5:
-        size, unit = size / 1000, unit + 1
-    return f"{size:.{0 if size >= 99.95 else 1}f} {'kMGTPE'[unit - 1]}B"

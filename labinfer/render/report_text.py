@@ -1,0 +1,247 @@
+"""The report of a plan as lines of text, 80 to 120 columns wide."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from labinfer.compiler.plan import Entry, Plan, PlanOp, Stage
+from labinfer.render.report import Report, StageReport
+from labinfer.units import human_bytes, human_count
+
+LABEL = 12
+"""Columns of the label before each fact."""
+
+MAX_LIVE = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of the report and what it is: the title, the head of a section, or text."""
+
+    text: str = ""
+    kind: Literal["title", "head", "text"] = "text"
+
+
+def align(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Rows of cells as lines of columns two spaces apart; the columns numbered in ``right`` end flush."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
+    lines = []
+    for row in rows:
+        cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def fact(label: str, text: str, width: int) -> Iterator[Line]:
+    """A label and its text, folded under itself."""
+    first, rest = f"  {label.ljust(LABEL)}", " " * (LABEL + 2)
+    for line in textwrap.wrap(text, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False):
+        yield Line(line)
+
+
+def summary_lines(report: Report, width: int = 80) -> Iterator[Line]:
+    """What was decided, in the space of a screen."""
+    source, limits = report.source, report.limits
+    yield Line(source.name, "title")
+    given = f"{source.checkpoint} ({source.kind})" if source.checkpoint else "a config alone, no weights yet"
+    yield from fact(
+        "model", f"{source.family}, {report.num_parameters:,} parameters, {report.vocab_size:,} tokens", width
+    )
+    yield from fact("weights", given, width)
+    yield from fact("map", " extends ".join(source.maps), width)
+    yield from fact("sha256", ", ".join(f"{name} {digest[:12]}" for name, digest in source.sha256.items()), width)
+    yield from fact(
+        "limits",
+        f"{limits.max_model_len:,} tokens a sequence; {count(limits.max_num_seqs, 'sequence')} and "
+        f"{limits.max_num_batched_tokens:,} tokens a step; {count(limits.max_logits_rows, 'row')} of logits",
+        width,
+    )
+    yield Line()
+    yield Line("Devices", "head")
+    yield from (Line(f"  {line}") for line in device_table(report.stages))
+
+
+def device_table(stages: Sequence[StageReport]) -> list[str]:
+    """Stages, their layers, and exact bytes by kind."""
+    rows = [["stage", "device", "layers", "weights", "KV cache", "arena", "total"]]
+    for number, stage in enumerate(stages):
+        sizes = (stage.weights, stage.kv_cache, stage.arena, stage.total)
+        rows.append([str(number), stage.device, stage.layers, *map(human_bytes, sizes)])
+    if len(stages) > 1:
+        totals = [
+            sum(column) for column in zip(*((s.weights, s.kv_cache, s.arena, s.total) for s in stages), strict=True)
+        ]
+        rows.append(["", "in all", "", *map(human_bytes, totals)])
+    return align(rows, right=(3, 4, 5, 6))
+
+
+def report_lines(report: Report, width: int = 80) -> Iterator[Line]:
+    """The whole report but for the ops."""
+    yield from summary_lines(report, width)
+    yield from weight_lines(report, width)
+    yield from cache_lines(report, width)
+    for number, stage in enumerate(report.stages):
+        yield from arena_lines(f"Arena of stage {number}" if len(report.stages) > 1 else "Arena", stage, width)
+    yield from work_lines(report, width)
+
+
+def weight_lines(report: Report, width: int) -> Iterator[Line]:
+    """Weights by stored format, and as what the devices hold them."""
+    yield Line()
+    size = sum(entry.bytes for entry in report.formats)
+    yield Line(f"Weights: {count(report.num_weights, 'tensor')}, {human_bytes(size)} as stored", "head")
+    rows = [[f.format, count(f.count, "tensor"), human_bytes(f.bytes)] for f in report.formats]
+    yield from (Line(f"  {line}") for line in align(rows, right=(1, 2)))
+    for held in dict.fromkeys(stage.parameters for stage in report.stages):
+        names = dict.fromkeys(stage.device for stage in report.stages if stage.parameters == held)
+        size = sum(stage.weights for stage in report.stages if stage.parameters == held)
+        verb = "holds" if len(names) == 1 else "hold"
+        text = f"{', '.join(names)} {verb} them as {held}: {human_bytes(size)}"
+        yield from (Line(f"  {line}") for line in textwrap.wrap(text, width - 2))
+
+
+def cache_lines(report: Report, width: int) -> Iterator[Line]:
+    """What the KV cache takes for a token, for a sequence, and in all."""
+    limits = report.limits
+    each = sum(stage.kv_cache_per_token for stage in report.stages)
+    slots = limits.num_blocks * limits.block_size
+    yield Line()
+    yield Line(f"KV cache: {human_bytes(each)} a token", "head")
+    text = (
+        f"{human_bytes(each * limits.max_model_len)} for a sequence of {limits.max_model_len:,} tokens; "
+        f"{human_bytes(each * slots)} for {slots:,} tokens in {limits.num_blocks:,} blocks of {limits.block_size}"
+    )
+    yield from (Line(f"  {line}") for line in textwrap.wrap(text, width - 2))
+
+
+def arena_lines(title: str, stage: StageReport, width: int) -> Iterator[Line]:
+    """How full the arena gets, against the least that is possible, and what lives there then."""
+    yield Line()
+    if stage.optimal:
+        verdict = "the least possible (its lower bound)"
+    else:
+        verdict = f"{stage.arena / max(stage.lower_bound, 1) - 1:.1%} above the lower bound {stage.lower_bound:,}"
+    yield Line(f"{title}: peak {stage.arena:,} bytes, {verdict}", "head")
+    text = f"packing: {stage.algorithm}; fullest at {stage.peak_op}, where these live:"
+    yield from (Line(f"  {line}") for line in textwrap.wrap(text, width - 2))
+    live = stage.live_at_peak[:MAX_LIVE]
+    rows = [[value.name, value.type, human_bytes(value.bytes)] for value in live]
+    yield from (Line(f"    {line}"[:width]) for line in align(rows, right=(2,)))
+    if len(stage.live_at_peak) > MAX_LIVE:
+        yield Line(f"    and {len(stage.live_at_peak) - MAX_LIVE} more")
+
+
+def work_lines(report: Report, width: int) -> Iterator[Line]:
+    """What a token costs and what was fused."""
+    cost = report.decode
+    yield Line()
+    yield Line("Work", "head")
+    yield from fact(
+        "one token",
+        f"{human_count(cost.flops)}flop, {human_bytes(cost.weight_bytes)} of weights read; at {cost.context:,} tokens of "
+        f"context {human_count(cost.context_flops)}flop more and {human_bytes(cost.context_bytes)} of cache",
+        width,
+    )
+    for number, stage in enumerate(report.stages):
+        label = f"stage {number}" if len(report.stages) > 1 else "one step"
+        text = f"{stage.kernels} kernel calls on {stage.device}; fused: {fused_text(stage)}"
+        if stage.receives:
+            text += f"; receives {', '.join(stage.receives)}"
+        yield from fact(label, text, width)
+
+
+def fused_text(stage: StageReport) -> str:
+    """What was fused, or why nothing was."""
+    if stage.fused:
+        return ", ".join(f"{times} × {kind}" for kind, times in stage.fused.items())
+    if stage.can_fuse:
+        return "nothing"
+    return f"nothing ({stage.device} runs the map op by op)"
+
+
+def op_lines(plan: Plan, width: int, detail: bool = False) -> Iterator[Line]:
+    """Every block as a tree of ops, each with the map line it comes from; ``detail`` adds types, weights, attributes."""
+    yield Line()
+    yield Line("Ops, and the map line of each", "head")
+    for stage in plan.stages:
+        for entry in stage.schedule:
+            yield Line(f"  {entry_title(plan, stage, entry)}")
+            path: list[str] = []
+            for op in stage.blocks[entry.block]:
+                steps = [step for step in inner_name(op.name).split(".") if not step.isdigit()][
+                    :-1
+                ]  # h.2 is a second h
+                for depth, step in enumerate(steps):
+                    if path[: depth + 1] != steps[: depth + 1]:
+                        yield Line(f"    {'  ' * depth}{step}")
+                path = steps
+                yield from one_op(op, "    " + "  " * len(steps), steps, width, detail)
+
+
+def entry_title(plan: Plan, stage: Stage, entry: Entry) -> str:
+    """``layers 0-15 (× 16) on reference``."""
+    where = f" on {stage.device}" if len(plan.devices) > 1 else ""
+    if entry.layers is None:
+        return entry.block + where
+    first, last = entry.layers
+    return f"layers {first}-{last} (× {last - first + 1}){where}" if last > first else f"layer {first}{where}"
+
+
+def inner_name(name: str) -> str:
+    """``attn.out`` for ``layers.{i}.attn.out``."""
+    return name.partition("{i}.")[2] or name
+
+
+def one_op(op: PlanOp, indent: str, steps: Sequence[str], width: int, detail: bool) -> Iterator[Line]:
+    """``q = linear(attn_in)`` and the map line, with the parts of a fused op under it."""
+    prefix = ".".join([*steps, ""]) if steps else ""
+    outputs = [inner_name(name).removeprefix(prefix) for name in op.out]
+    inputs = ", ".join(inner_name(name).removeprefix(prefix) for name in op.inputs)
+    head = f"{', '.join(outputs)} = " if outputs else ""
+    left = f"{indent}{head}{op.op}({inputs})"
+    origin = op.origin.rpartition(":")[0]
+    room = width - len(origin) - 1
+    shown = left if len(left) <= room else left[: room - 1] + "…"
+    yield Line(f"{shown.ljust(room)} {origin}" if origin else shown)
+    if detail and not op.body:
+        yield from (
+            Line(f"{indent}    {text}") for text in textwrap.wrap(op_detail(op), max(width - len(indent) - 4, 40))
+        )
+    for part in op.body:
+        yield from one_op(part, indent + "  ", steps, width, detail)
+
+
+def op_detail(op: PlanOp) -> str:
+    """Types and offsets of the results, weights, state and attributes of an op."""
+    facts = [value.type if value.at is None else f"{value.type} at {value.at:,}" for value in op.out.values()]
+    facts += [f"{slot} {inner_name(name)}" for slot, name in op.weights.items()]
+    facts += [f"state {inner_name(op.state)}"] if op.state else []
+    facts += [f"{name} {value}" for name, value in op.attrs.items()]
+    return "; ".join(facts)
+
+
+def value_lines(plan: Plan, width: int) -> Iterator[Line]:
+    """Every value by name, as ``--tap`` takes it, with its type and its place in the arena."""
+    yield Line()
+    yield Line("Values ({i} is a layer)", "head")
+    for number, stage in enumerate(plan.stages):
+        rows = []
+        for entry in stage.schedule:
+            first, last = entry.layers or (0, 0)
+            layers = "" if entry.layers is None else f"i = {first}-{last}"
+            for op in stage.blocks[entry.block]:
+                for part in op.body or [op]:
+                    placed = ((name, value) for name, value in part.out.items() if value.at is not None)
+                    rows += [[name, value.type, f"{value.at:,}", layers] for name, value in placed]
+        lines = align([["name", "type", "offset", "layers"], *rows], right=(2,))
+        if len(plan.stages) > 1:
+            yield Line(f"  stage {number} on {stage.device}")
+        yield from (Line(f"  {line}") for line in lines)
+
+
+def count(number: int, noun: str) -> str:
+    """``1 sequence``, ``8 sequences``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
