@@ -86,7 +86,7 @@ def read_model(
 
 
 def find_map(model: str | Path) -> Path | None:
-    """The map file that ``model`` names, by path or by name in graphs/ (``llama.yaml``, ``llama``); None for a model."""
+    """The map file that ``model`` names, by path or by name in graphs/ (``llama.yaml``, ``llama``), else None."""
     path = Path(model)
     is_map, is_name = path.suffix in (".yaml", ".yml"), path.name == str(path)
     if is_map and path.is_file():

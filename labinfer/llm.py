@@ -31,9 +31,9 @@ def load(model: str | Path | None = None, **options: Any) -> LLM:
 class LLM(Model):
     """A model that answers prompts. Close it, or use it as a context manager.
 
-    ``model`` is a plan, a plan.json or anything ``compile`` takes; None is the embedded default. ``options`` go to the compiler
-    under vLLM's names (``max_model_len``, ``max_num_seqs``, ``max_num_batched_tokens``, ``block_size``, ...) and are
-    refused for a plan, which has decided them.
+    ``model`` is a plan, a plan.json or anything ``compile`` takes; None is the embedded default. ``options`` go to the
+    compiler under vLLM's names (``max_model_len``, ``max_num_seqs``, ``max_num_batched_tokens``, ``block_size``, ...)
+    and are refused for a plan, which has decided them.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """What a backend is: three classes, ``Device``, ``Allocator`` and ``FunctionTable``, that know arrays and nothing else.
 
-A backend lives in one package, which states its ``CAPABILITIES``, and is named in ``BACKENDS``. It knows neither maps nor
-requests.
+A backend lives in one package, which states its ``CAPABILITIES``, and is named in ``BACKENDS``. It knows neither maps
+nor requests.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Capabilities:
     """What the compiler must know of a device.
 
     ``parameters`` names the layout weights take there and ``weight_bytes(format, shape)`` gives its size; ``fusions``
-    are the fused ops it has kernels for; ``workspace(kind, inputs, weights, tokens, rows)`` gives the scratch bytes of a
-    kernel, from the types of its activations and the (format, shape) of its weights.
+    are the fused ops it has kernels for; ``workspace(kind, inputs, weights, tokens, rows)`` gives the scratch bytes of
+    a kernel, from the types of its activations and the (format, shape) of its weights.
     """
 
     parameters: str
@@ -117,7 +117,7 @@ class FunctionTable:
     def call(
         self, kind: str, *inputs: Any, step: Any = None, cache: Mapping[str, Any] | None = None, **named: Any
     ) -> Any:
-        """Run one op on arrays and return its result (a tuple when it has several); ``named`` are weights and attributes."""
+        """Run one op on arrays and return its result, or a tuple of them; ``named`` are weights and attributes."""
         spec = OPS[kind]
         slots = {slot.name for slot in spec.weights}
         weights = {name: value for name, value in named.items() if name in slots and value is not None}
@@ -191,7 +191,7 @@ class Device(ABC):
     def fill(self, buffer: Buffer, byte: int) -> None:
         """Set every byte of ``buffer``."""
 
-    def synchronize(self) -> None:
+    def synchronize(self) -> None:  # noqa: B027  most devices finish before they return
         """Wait until everything asked of the device is done."""
 
     @abstractmethod

@@ -1,7 +1,8 @@
 """The map language: what a model map may say, read from YAML and checked as a whole.
 
-A map names a family's configuration values, its blocks of ops and its weights; ``extends`` takes another family's map and
-replaces whole named entries of it. Everything here is about the text of a map; ``lower`` gives it a meaning for one model.
+A map names a family's configuration values, its blocks of ops and its weights; ``extends`` takes another family's map
+and replaces whole named entries of it. Everything here is about the text of a map; ``lower`` gives it a meaning for one
+model.
 """
 
 from __future__ import annotations

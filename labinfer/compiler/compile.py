@@ -27,9 +27,9 @@ KV_ITEM_SIZE = 4
 class CompileOptions:
     """Bounds of the plan, as in vLLM; None asks for the default.
 
-    ``max_num_batched_tokens`` tokens and ``max_num_seqs`` sequences a step, ``max_logits_rows`` rows of logits (default:
-    one a sequence), ``max_model_len`` tokens a sequence (default: the model's, at most 4096). ``fuse``: ``auto`` uses the
-    fused kernels that the devices have, ``all`` every declared fusion, ``none`` no fusion.
+    ``max_num_batched_tokens`` tokens and ``max_num_seqs`` sequences a step, ``max_logits_rows`` rows of logits
+    (default: one a sequence), ``max_model_len`` tokens a sequence (default: the model's, at most 4096). ``fuse``:
+    ``auto`` uses the fused kernels that the devices have, ``all`` every declared fusion, ``none`` no fusion.
     """
 
     max_num_batched_tokens: int = 512

@@ -21,7 +21,7 @@ GRAPH_INPUTS = ("token_ids", "positions")
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where a value lies: its type, byte offset in the arena (-1: only inside a fused kernel), bytes from row to row."""
+    """Where a value lies: type, byte offset in the arena (-1: only inside a fused kernel), bytes from row to row."""
 
     type: TensorType
     at: int
@@ -162,7 +162,7 @@ def _unfold_op(
         slots = {name(text): _slot(value, op.name) for text, value in op.out.items()}
     if id(op) not in attrs:
         attrs[id(op)] = OpAttrs() if op.body else _attrs(op)
-    file, line, column = (op.origin.rsplit(":", 2) + ["", ""])[:3]
+    file, line, column = [*op.origin.rsplit(":", 2), "", ""][:3]
     origin = Origin(file, int(line) if line.isdigit() else 0, int(column) if column.isdigit() else 0)
     weights = {slot: name(weight) for slot, weight in op.weights.items()}
     inputs = tuple(name(text) for text in op.inputs)

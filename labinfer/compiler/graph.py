@@ -1,8 +1,8 @@
 """The op graph: what a map becomes for one model, before anything is placed.
 
-An ordered list of frozen ``Op`` records is the truth, and its order is the schedule. ``networkx()`` gives the same graph
-to algorithms that want one (cuts, drawings, reachability). Names are dotted paths, ``layers.3.attn.out``; ``{i}`` forms
-of a name (``layers.{i}.attn.out``) let identical layers be recognised and folded.
+An ordered list of frozen ``Op`` records is the truth, and its order is the schedule. ``networkx()`` gives the same
+graph to algorithms that want one (cuts, drawings, reachability). Names are dotted paths, ``layers.3.attn.out``; ``{i}``
+forms of a name (``layers.{i}.attn.out``) let identical layers be recognised and folded.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The plan: everything that was decided, as one readable JSON file that ``labinfer run`` only interprets.
 
-A stage is what one device runs. Its ops stand in *blocks* (a block is written once however many layers repeat it) and its
-*schedule* says in which order, for which layers. Names in a block may hold ``{i}``, the layer; ``$h`` is a value that the
-block receives. ``at`` is a byte offset in the device's one arena.
+A stage is what one device runs. Its ops stand in *blocks* (a block is written once however many layers repeat it) and
+its
+*schedule* says in which order, for which layers. Names in a block may hold ``{i}``, the layer; ``$h`` is a value that
+the block receives. ``at`` is a byte offset in the device's one arena.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Source(PlanModel):
 
 
 class PlanValue(PlanModel):
-    """A value: its type (``f32[T, 2048]``), its byte offset in the arena, and its row pitch in bytes when it is a window.
+    """A value: its type (``f32[T, 2048]``), its byte offset in the arena, and its row pitch in bytes when it is a
+    window.
 
     ``at`` is None for a value that lives only inside the kernel of a fused op.
     """

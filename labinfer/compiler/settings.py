@@ -23,8 +23,8 @@ class TensorEntry:
 class ModelSource:
     """A model to compile: its configuration and, when weights are at hand, its tensor table.
 
-    ``kind`` tells whose keys and names it uses; ``place`` is shown in errors; ``format`` is the stored format assumed for
-    weights when ``tensors`` is None.
+    ``kind`` tells whose keys and names it uses; ``place`` is shown in errors; ``format`` is the stored format assumed
+    for weights when ``tensors`` is None.
     """
 
     kind: Literal["hf", "gguf"]
@@ -44,8 +44,8 @@ def as_list(names: str | list[str] | None) -> list[str]:
 def lookup(source: ModelSource, key: str) -> Any:
     """The checkpoint's value for a config key, or None.
 
-    ``a.b`` looks inside nested mappings of config.json. GGUF keys are tried after the architecture's prefix, then as they
-    stand; a leading ``#`` gives the length of a list.
+    ``a.b`` looks inside nested mappings of config.json. GGUF keys are tried after the architecture's prefix, then as
+    they stand; a leading ``#`` gives the length of a list.
     """
     if source.kind == "gguf":
         length, key = key.startswith("#"), key.removeprefix("#")

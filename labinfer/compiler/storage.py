@@ -1,7 +1,7 @@
 """Storage sets: which values share memory, and for how long each piece of memory is needed.
 
-Views (``split``) are windows of their input; an op may write over an input that dies there. What remains are the buffers
-that the packing planner places. Lifetimes count the primitive ops of one stage, half-open ``[lower, upper)``.
+Views (``split``) are windows of their input; an op may write over an input that dies there. What remains are the
+buffers that the packing planner places. Lifetimes count the primitive ops of one stage, half-open ``[lower, upper)``.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _writable(
     storages: Mapping[str, Storage],
     last_use: Mapping[str, int],
 ) -> str | None:
-    """The input that output ``position`` of ``op`` may be written over: it dies here, and so does all that overlaps it."""
+    """The input that output ``position`` of ``op`` may be written over: it dies here with all that overlaps it."""
     kind = values[op.outputs[position]]
     taken = {windows[name].storage for name in op.outputs[:position] if name in windows}
     for operand in inplace_of(op.kind).get(position, ()):

@@ -32,7 +32,7 @@ def evaluate(entry: WeightEntry, key: str, text: Any, scope: Scope) -> Any:
 
 
 class WeightTable:
-    """Resolves weight names as ops ask for them; ``weights`` is what the model needs, ``check_unused`` what is left over."""
+    """Resolves weight names as ops ask for them into ``weights``; ``check_unused`` tells what is left over."""
 
     def __init__(self, blueprint: Blueprint, source: ModelSource, sink: ErrorSink) -> None:
         self.blueprint, self.source, self.sink = blueprint, source, sink

@@ -1,7 +1,7 @@
-"""Fused ops, declared as what they are made of: a backend may have a kernel for the whole, every backend can run the parts.
+"""Fused ops, declared as what they are made of: a backend may have a kernel for the whole; all can run the parts.
 
-Each part is written ``results = kind(operands)``; names bind values. A value made and used inside the fusion must not be
-needed outside it. The results of the fused op are those values that are not used up inside.
+Each part is written ``results = kind(operands)``; names bind values. A value made and used inside the fusion must not
+be needed outside it. The results of the fused op are those values that are not used up inside.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ def generate(
 ) -> list[Completion]:
     """Complete ``prompts`` together, many in each step.
 
-    ``on_token(index, text)`` is called with the text that became certain for prompt ``index``. An end-of-text token is in
-    ``token_ids`` but not in ``text``.
+    ``on_token(index, text)`` is called with the text that became certain for prompt ``index``. An end-of-text token is
+    in ``token_ids`` but not in ``text``.
     """
     tokenizer = model.tokenizer
     engine = Engine(model, tokenizer.eos_ids if tokenizer else ())
@@ -52,7 +52,7 @@ def generate(
     try:
         for made in engine.run():
             index, stream = made.request.number, streams[made.request.number]
-            if stream and not (made.finish_reason == "stop"):
+            if stream and made.finish_reason != "stop":
                 say(index, stream.put(made.token_id))
             if stream and made.finish_reason:
                 say(index, stream.finish())

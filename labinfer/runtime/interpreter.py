@@ -1,7 +1,7 @@
 """The interpreter: binds a stage of a plan to a device as a flat tape of kernel calls, and runs the tape.
 
-A tape is made once per (tokens, logit rows) and kept; a step is one loop over it. Listeners attach to values by name and
-switch to a second, slower loop; they cost nothing when there are none.
+A tape is made once per (tokens, logit rows) and kept; a step is one loop over it. Listeners attach to values by name
+and switch to a second, slower loop; they cost nothing when there are none.
 """
 
 from __future__ import annotations

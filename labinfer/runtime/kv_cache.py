@@ -1,7 +1,7 @@
 """The paged KV cache: memory for every layer's keys and values, and the blocks that sequences own of it.
 
-A block holds ``block_size`` tokens in every layer; block ``b`` of a state's part is rows ``[b * block_size, ...)`` of it.
-After Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention".
+A block holds ``block_size`` tokens in every layer; block ``b`` of a state's part is rows ``[b * block_size, ...)`` of
+it. After Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention".
 """
 
 from __future__ import annotations

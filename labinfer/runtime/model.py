@@ -127,13 +127,14 @@ class Model:
         sequence.blocks, sequence.num_computed = [], 0
 
     def must_recompute(self, sequence: Sequence, before: int) -> bool:
-        """Whether growing from ``before`` tokens crossed the length past which cached keys no longer hold (longrope)."""
+        """Whether growing from ``before`` tokens passed the length beyond which cached keys no longer hold."""
         limit = self.plan.recompute_after
         return limit is not None and before <= limit < len(sequence.token_ids)
 
     @contextmanager
     def listen(self, value: str, callback: Callable[[np.ndarray], np.ndarray | None]) -> Iterator[None]:
-        """Within the context, ``callback(array)`` sees ``value`` in every step; what it returns, unless None, replaces it.
+        """Within the context, ``callback(array)`` sees ``value`` in every step; what it returns, unless None, replaces
+        it.
 
         ``value`` is a name of the plan, ``layers.3.attn.out``; ``array`` is a copy, float32 [T, features].
         """
@@ -173,7 +174,7 @@ class Session:
         self.model, self.sequence = model, Sequence([])
 
     def append(self, token_ids: Iterable[int]) -> np.ndarray:
-        """Add tokens and compute them: float32 logits [len(token_ids), vocab_size], in as many steps as the plan needs."""
+        """Add tokens and compute them in as many steps as it takes: float32 logits [len(token_ids), vocab_size]."""
         model, sequence = self.model, self.sequence
         tokens, before = model.check_tokens(token_ids), len(sequence.token_ids)
         limits = model.plan.limits

@@ -20,7 +20,7 @@ Progress = Callable[[int], None]
 
 
 class Parameters:
-    """The weights of one stage, in the device's own layout and exactly the plan's bytes; ``by_name`` gives each as a ``Parameter``."""
+    """The weights of one stage, in the device's own layout and exactly the plan's bytes, each a ``Parameter``."""
 
     def __init__(
         self, stage: Stage, ops: list[Op], weights: Mapping[str, Weight], device: Device, checkpoint: Checkpoint,

@@ -22,7 +22,7 @@ class Variable:
 
 @dataclass(frozen=True, slots=True)
 class Tensor(Variable):
-    """An activation: a slot of the device's arena, which holds it from the op that makes it to the last that reads it."""
+    """An activation: a slot of the device's arena, which is its own from the op that makes it to its last reader."""
 
     slot: Slot
 

@@ -1,4 +1,4 @@
-"""Replaces runs of ops by the fused ops that the devices have kernels for (``labinfer/ops/fusions.py`` declares them)."""
+"""Replaces runs of ops by the fused ops that devices have kernels for, as ``labinfer/ops/fusions.py`` declares."""
 
 from __future__ import annotations
 
