@@ -1,0 +1,224 @@
+"""What this CPU can do, and the few operations that depend on it. Nothing else in the backend knows CPU features.
+
+Three levels: ``avx512vnni`` (byte dot products over 512 bits, and bf16 ones where the CPU has AVX512_BF16), ``avx2``
+(with FMA and F16C) and ``generic`` (plain LLVM vectors: any CPU). ``LABINFER_CPU_ISA`` forces a lower level.
+
+numba's cache of compiled code sees neither imported modules nor globals, so ``cache_key`` names the cache folder after
+the sources themselves. ``njit`` is the only way functions of this backend are compiled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import llvmlite.binding as llvm
+import numba
+from llvmlite import ir
+from numba.core import cgutils
+
+from labinfer.errors import UsageError
+from labinfer.home import cache_dir
+
+Value = Any
+"""An LLVM value inside a kernel that is being emitted."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+LEVELS = ("avx512vnni", "avx2", "generic")
+"""Feature levels, best first."""
+
+_NEEDED = {
+    "avx512vnni": ("avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx2", "fma", "f16c"),
+    "avx2": ("avx2", "fma", "f16c"),
+    "generic": (),
+}
+_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+def _choose_level(features: dict[str, bool], forced: str | None) -> str:
+    """The best level the host's ``features`` allow, or ``forced``; raises UsageError for one it does not have."""
+    usable = [level for level in LEVELS if all(features.get(name) for name in _NEEDED[level])]
+    if forced is None:
+        return usable[0]
+    if forced not in usable:
+        message = f"LABINFER_CPU_ISA is '{forced}', this CPU has {', '.join(usable)}"
+        raise UsageError("device.isa", message, remedy="unset LABINFER_CPU_ISA to take the best")
+    return forced
+
+
+_features: dict[str, bool] = dict(llvm.get_host_cpu_features())
+_forced = os.environ.get("LABINFER_CPU_ISA") or None
+LEVEL = _choose_level(_features, _forced)
+HAS_BF16 = LEVEL == "avx512vnni" and bool(_features.get("avx512bf16"))
+HAS_HALF = LEVEL != "generic" or not _X86
+"""Whether float16 is converted by the CPU; x86-64 without F16C would call a library function for each number."""
+
+DIGIT_MAX = 127 if LEVEL == "avx512vnni" else 64
+"""Greatest size of an activation digit: without VNNI a pair of products must fit in 16 bits (2 * 255 * 64 < 2**15)."""
+
+if _X86 and _forced in ("avx2", "generic"):  # let LLVM use nothing above the forced level, so that a test tests it
+    numba.config.CPU_NAME = {"avx2": "haswell", "generic": "x86-64"}[LEVEL]
+    numba.config.CPU_FEATURES = ""
+
+
+def cache_key() -> str:
+    """Names everything compiled code depends on: this folder's sources, the level, the versions of numba and LLVM."""
+    digest = hashlib.sha256(f"{LEVEL} {HAS_BF16} {numba.__version__} {llvm.llvm_version_info}".encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _jit_folder() -> Path | None:
+    """The folder of compiled code, or None where nothing can be written: then every start compiles anew."""
+    folder = cache_dir() / "jit" / cache_key()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
+JIT_FOLDER = _jit_folder()
+
+
+def njit(function: Function) -> Function:
+    """Compile a function, without the GIL, cached in ``JIT_FOLDER``. Module level only: closures never hit the cache."""
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(JIT_FOLDER or "")
+    try:
+        compiled: Function = numba.njit(nogil=True, cache=JIT_FOLDER is not None, error_model="numpy")(function)
+    finally:
+        numba.config.CACHE_DIR = before
+    return compiled
+
+
+# ---- vector types and the operations that depend on the level; ``b`` is an llvmlite IRBuilder
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+
+
+def vector(element: Value, lanes: int) -> Value:
+    """The LLVM type of ``lanes`` elements."""
+    return ir.VectorType(element, lanes)
+
+
+F32X16, I32X16, I16X32, I8X64 = vector(F32, 16), vector(I32, 16), vector(I16, 32), vector(I8, 64)
+
+
+def const(value: float, kind: Value = F32X16) -> Value:
+    """A vector of one repeated number."""
+    return ir.Constant(kind, [value] * kind.count)
+
+
+def call(b: Value, name: str, result: Value, *args: Value, fast: bool = False) -> Value:
+    """Call an LLVM intrinsic by name; ``fast`` lets a reduction choose its own order."""
+    function = cgutils.get_or_insert_function(b.module, ir.FunctionType(result, [a.type for a in args]), name)
+    return b.call(function, args, fastmath=("fast",) if fast else ())
+
+
+def type_name(kind: Value) -> str:
+    """How LLVM spells a vector type in the names of its intrinsics."""
+    return f"v{kind.count}" + ("f32" if kind.element == F32 else f"i{kind.element.width}")
+
+
+def fma(b: Value, x: Value, y: Value, z: Value) -> Value:
+    """``x * y + z``, rounded once where the CPU can."""
+    name = "llvm.fmuladd." if LEVEL == "generic" else "llvm.fma."
+    return call(b, name + type_name(x.type), x.type, x, y, z)
+
+
+def pause(b: Value) -> None:
+    """Tell the CPU that this is a spinning loop."""
+    if _X86:
+        call(b, "llvm.x86.sse2.pause", ir.VoidType())
+
+
+def dpbusd(b: Value, total: Value, unsigned: Value, signed: Value) -> Value:
+    """``total`` int32 x 16 plus dot products of 4 neighbouring bytes, ``unsigned`` with ``signed`` (as int32 x 16).
+
+    Exact as long as the signed bytes are within ``DIGIT_MAX``.
+    """
+    if LEVEL == "avx512vnni":
+        return call(b, "llvm.x86.avx512.vpdpbusd.512", I32X16, total, unsigned, signed)
+    pairs = _pairs_avx2(b, unsigned, signed) if LEVEL == "avx2" else _pairs_generic(b, unsigned, signed)
+    return b.add(total, pairs)
+
+
+def _pairs_avx2(b: Value, unsigned: Value, signed: Value) -> Value:
+    halves = []
+    for half in (0, 1):
+        lanes = ir.Constant(vector(I32, 8), list(range(8 * half, 8 * half + 8)))
+        u, s = (b.shuffle_vector(v, v, lanes) for v in (unsigned, signed))
+        u, s = (b.bitcast(v, vector(I8, 32)) for v in (u, s))
+        words = call(b, "llvm.x86.avx2.pmadd.ub.sw", vector(I16, 16), u, s)
+        halves.append(call(b, "llvm.x86.avx2.pmadd.wd", vector(I32, 8), words, const(1, vector(I16, 16))))
+    return b.shuffle_vector(*halves, ir.Constant(I32X16, list(range(16))))
+
+
+def _pairs_generic(b: Value, unsigned: Value, signed: Value) -> Value:
+    eight, sixteen = const(8, I16X32), const(16, I32X16)
+    u, s = b.bitcast(unsigned, I16X32), b.bitcast(signed, I16X32)
+    even = b.mul(b.and_(u, const(255, I16X32)), b.ashr(b.shl(s, eight), eight))
+    words = b.bitcast(b.add(even, b.mul(b.lshr(u, eight), b.ashr(s, eight))), I32X16)
+    return b.add(b.ashr(b.shl(words, sixteen), sixteen), b.ashr(words, sixteen))
+
+
+def dpbf16(b: Value, total: Value, x: Value, y: Value) -> Value:
+    """``total`` float32 x 16 plus the dot products of 2 neighbouring bf16 of ``x`` and ``y`` (int32 x 16 bits)."""
+    if HAS_BF16:
+        return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", F32X16, total, x, y)
+    for half in (bf16_low, bf16_high):
+        total = fma(b, half(b, x), half(b, y), total)
+    return total
+
+
+def bf16_low(b: Value, pairs: Value) -> Value:
+    """The lower bf16 of each int32 lane as float32."""
+    return b.bitcast(b.shl(pairs, const(16, I32X16)), F32X16)
+
+
+def bf16_high(b: Value, pairs: Value) -> Value:
+    """The upper bf16 of each int32 lane as float32."""
+    return b.bitcast(b.and_(pairs, const(-65536, I32X16)), F32X16)
+
+
+def widen_half(b: Value, v: Value) -> Value:
+    """float16 (as int16 x n) to float32 x n, exactly."""
+    lanes = v.type.count
+    f, i = vector(F32, lanes), vector(I32, lanes)
+    if HAS_HALF:
+        return b.fpext(b.bitcast(v, vector(F16, lanes)), f)
+    w = b.zext(v, i)
+    sign = b.shl(b.and_(w, const(0x8000, i)), const(16, i))
+    bits = b.shl(b.and_(w, const(0x7FFF, i)), const(13, i))
+    scaled = b.fmul(b.bitcast(bits, f), const(2.0**112, f))  # moves the exponent's bias, subnormals too
+    special = b.or_(b.bitcast(scaled, i), const(0x7F800000, i))  # infinity and NaN
+    finite = b.icmp_signed("<", bits, const(0x7C00 << 13, i))
+    return b.bitcast(b.or_(sign, b.select(finite, b.bitcast(scaled, i), special)), f)
+
+
+def narrow_half(b: Value, v: Value) -> Value:
+    """float32 x n to float16 (as int16 x n), to nearest even."""
+    lanes = v.type.count
+    f, i, h = vector(F32, lanes), vector(I32, lanes), vector(I16, lanes)
+    if HAS_HALF:
+        return b.bitcast(b.fptrunc(v, vector(F16, lanes)), h)
+    bits = b.bitcast(v, i)
+    sign = b.lshr(b.and_(bits, const(-(2**31), i)), const(16, i))
+    size = b.and_(bits, const(0x7FFFFFFF, i))
+    # Subnormal: adding 0.5 puts the rounded mantissa at the bottom of the word.
+    small = b.sub(b.bitcast(b.fadd(b.bitcast(size, f), const(0.5, f)), i), const(0x3F000000, i))
+    odd = b.and_(b.lshr(size, const(13, i)), const(1, i))
+    normal = b.lshr(b.add(b.add(size, const(0xFFF - (112 << 23), i)), odd), const(13, i))
+    result = b.select(b.icmp_signed("<", size, const(113 << 23, i)), small, normal)
+    result = b.select(
+        b.icmp_signed(">=", size, const(0x477FF000, i)), const(0x7C00, i), result
+    )  # beyond 65520: infinity
+    result = b.select(b.icmp_signed(">", size, const(0x7F800000, i)), const(0x7E00, i), result)
+    return b.trunc(b.or_(result, sign), h)
