@@ -74,22 +74,35 @@ def compile_plan(
     tracer.done("arena", len(graph.ops), len(graph.ops), f"{arena} bytes, {stages[0].arena.algorithm}")
     plan = Plan(
         labinfer=__version__,
-        source=Source(
-            family=blueprint.family, name=graph.name, kind=source.kind, maps=[map_name(file) for file in blueprint.files],
-            checkpoint=checkpoint, sha256=dict(source.digests),
-        ),
+        source=_source(blueprint, source, graph, checkpoint),
         limits=limits,
         vocab_size=_vocab_size(graph),
         recompute_after=_recompute_after(graph),
-        devices={t.name: PlanDevice(kind=t.kind, memory=t.memory, parameters=t.parameters, fusions=list(t.fusions)) for t in targets},
+        devices={target.name: _device(target) for target in targets},
         stages=stages,
         states=fold_states(graph.states),
         weights=fold_weights(graph.weights),
-    )  # fmt: skip
+    )
     tracer.done(
         "write", len(graph.ops), len(graph.ops), f"{sum(len(b) for s in stages for b in s.blocks.values())} op lines"
     )
     return plan
+
+
+def _source(blueprint: Blueprint, source: ModelSource, graph: OpGraph, checkpoint: str | None) -> Source:
+    return Source(
+        family=blueprint.family,
+        name=graph.name,
+        kind=source.kind,
+        maps=[map_name(file) for file in blueprint.files],
+        checkpoint=checkpoint,
+        sha256=dict(source.digests),
+    )
+
+
+def _device(target: Target) -> PlanDevice:
+    fusions = list(target.fusions)
+    return PlanDevice(kind=target.kind, memory=target.memory, parameters=target.parameters, fusions=fusions)
 
 
 def _limits(blueprint: Blueprint, source: ModelSource, options: CompileOptions) -> Limits:

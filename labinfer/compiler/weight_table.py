@@ -70,6 +70,7 @@ class WeightTable:
         return full
 
     def check_same_shape(self, full: str, shape: tuple[int, ...], place: Place | None) -> None:
+        """A weight that is used twice must be used alike."""
         if self.weights[full].shape != shape:
             message = f"weight '{full}' is used as {list(shape)} and as {list(self.weights[full].shape)}"
             raise InvalidFile("map.shape-mismatch", message, place=place)
@@ -92,6 +93,7 @@ class WeightTable:
         return found
 
     def stack(self, entry: WeightEntry, scope: Scope) -> int:
+        """How many tensors ``{e}`` stands for."""
         count = evaluate(entry, "stack", entry.stack, scope)
         if not isinstance(count, int) or not 1 <= count <= MAX_STACK:
             message = f"'stack' must be a number from 1 to {MAX_STACK}, got {count!r}"
@@ -106,6 +108,7 @@ class WeightTable:
         return next((each for each in candidates if any(name in table for name in each.tensors())), None)
 
     def missing(self, full: str, entry: WeightEntry, candidates: list[Weight]) -> WeightsError:
+        """The error for a weight that no candidate gives."""
         if not candidates:
             message = f"the map names no {self.source.kind} tensor for '{full}'"
             return WeightsError("weights.no-name", message, place=entry.place())
@@ -124,6 +127,7 @@ class WeightTable:
         return weight if self.source.tensors is None else replace(weight, format=self.check_tensors(weight))
 
     def transform(self, fix: Regroup, scope: Scope) -> Transform:
+        """``fix`` with its expressions evaluated."""
         sizes = [parse_expression(row, fix.place("rows")).evaluate(scope) for row in fix.rows]
         rows = tuple(size for size in sizes if isinstance(size, int) and size > 0)
         if len(rows) != len(sizes) or sorted(fix.order) != list(range(len(rows))):
