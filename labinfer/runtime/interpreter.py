@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from labinfer.backends.base import Device, KernelFailure
-from labinfer.compiler.fold import Slot, steps, unfold_inputs, unfold_ops
+from labinfer.compiler.fold import GRAPH_INPUTS, Slot, steps, unfold_inputs, unfold_ops
 from labinfer.compiler.graph import Op
 from labinfer.compiler.plan import Limits, Stage
 from labinfer.errors import LabinferError, UsageError, did_you_mean
@@ -21,6 +21,7 @@ from labinfer.ops.base import Call, Step, dim
 from labinfer.ops.fusions import is_view
 from labinfer.runtime.kv_cache import KVCache
 from labinfer.runtime.poison import Poison
+from labinfer.runtime.step_memory import StepMemory
 
 MAX_TAPES = 64
 
@@ -60,13 +61,7 @@ class Interpreter:
             self.ops.extend(steps(op, made))
             self.slots.update({name: slot for name, slot in made.items() if slot.placed})
         self.arena = device.allocate(stage.arena.size, "arena")
-        tokens = limits.max_num_batched_tokens
-        self.step_memory = device.allocate(2 * 4 * tokens, "step inputs")
-        self.graph_inputs = {
-            name: device.view(self.step_memory, 4 * tokens * index, (tokens,), "i32")
-            for index, name in enumerate(("token_ids", "positions"))
-        }
-        self.step: Step | None = None
+        self.step_memory = StepMemory(device, limits)
         self.tapes: OrderedDict[tuple[int, int], Tape] = OrderedDict()
         self.listeners: list[Listener] = []
         if os.environ.get("LABINFER_POISON") == "1":
@@ -104,12 +99,7 @@ class Interpreter:
     def prepare(self, step: Step) -> Tape:
         """The tape for a step of this size, with the step's arrays in place."""
         tokens, rows = len(step.token_ids), len(step.logits_rows)
-        if self.step is None:
-            self.step = Step(**{field.name: getattr(step, field.name) for field in fields(step)})
-        for field in fields(step):
-            setattr(self.step, field.name, getattr(step, field.name))
-        for name, memory in self.graph_inputs.items():
-            self.device.move_in(getattr(step, name), memory[:tokens])
+        self.step_memory.load(step)
         tape = self.tapes.get((tokens, rows))
         if tape is None:
             tape = self.tapes[tokens, rows] = self.bind(tokens, rows)
@@ -120,7 +110,7 @@ class Interpreter:
 
     def bind(self, tokens: int, rows: int) -> Tape:
         """Resolve every op to its kernel and arrays for steps of ``tokens`` tokens and ``rows`` logit rows."""
-        values = {name: memory[:tokens] for name, memory in self.graph_inputs.items()}
+        values = {name: self.step_memory.arrays[name][:tokens] for name in GRAPH_INPUTS}
         for name, slot in self.slots.items():
             shape = tuple(dim(size, tokens, rows) for size in slot.type.shape)
             values[name] = self.device.view(self.arena, slot.at, shape, slot.type.dtype, slot.row_bytes)
@@ -144,7 +134,7 @@ class Interpreter:
             tuple(values.get(name) for name in op.outputs),
             {slot: self.parameters[name] for slot, name in op.weights.items()},
             self.cache.parts[op.state] if op.state else {},
-            self.step,
+            self.step_memory.step,
             memory,
             tuple(self.call(part, values) for part in op.body),
         )
@@ -172,6 +162,5 @@ class Interpreter:
     def close(self) -> None:
         """Give the arena back."""
         self.tapes.clear()
-        self.graph_inputs.clear()
         self.device.deallocate(self.arena)
-        self.device.deallocate(self.step_memory)
+        self.step_memory.close()
