@@ -13,7 +13,7 @@ import pytest
 from labinfer.compiler.blueprint import Blueprint, read_map
 from labinfer.compiler.graph import OpGraph
 from labinfer.compiler.lower import lower
-from labinfer.compiler.settings import ModelSource, TensorEntry
+from labinfer.compiler.settings import ModelSource, TensorEntry, model_scope
 from labinfer.errors import InvalidFile, LabinferError
 from labinfer.home import graphs_dir
 
@@ -249,6 +249,14 @@ def test_null_is_an_answer_where_the_default_is_another() -> None:
     assert lowered("mixtral", example("mixtral", **heads)).states["layers.0.kv"].widths == {"k": 4096, "v": 4096}
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_dynamic_scaling_stretches_the_context(name: str) -> None:
+    for scaling, factor in ((None, 1), ({"type": "linear", "factor": 3.0}, 1), ({"type": "dynamic", "factor": 3.0}, 3)):
+        config = example(name, rope_scaling=scaling)
+        scope = model_scope(family(name), ModelSource("hf", config, "a test"))
+        assert scope["max_context"] == config["max_position_embeddings"] * factor
+
+
 def test_gemma2_slides_on_even_layers_unless_layer_types_say_otherwise() -> None:
     assert windows(lowered("gemma2", example("gemma2")))[:3] == [4096, None, 4096]
     types = ["full_attention", "full_attention", "sliding_attention"]
@@ -408,6 +416,17 @@ def test_gguf_phi3_takes_longrope_from_tensors() -> None:
         frequencies, factor = rope.attrs.frequencies(length)
         assert factor == 1.19
         np.testing.assert_array_equal(frequencies, plain)  # the tensors divide them
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "starcoder2", "llama"])
+def test_gguf_head_is_tied_exactly_when_output_weight_is_absent(name: str) -> None:
+    metadata = gguf(str(family(name).match.gguf), **TINY, attention_layer_norm_epsilon=1e-5, attention_key_length=8)
+    graph = lowered(name, metadata)
+    table = tensor_table(graph)
+    assert "output.weight" in table
+    assert "lm_head" in lowered(name, metadata, table).weights
+    del table["output.weight"]
+    assert "lm_head" not in lowered(name, metadata, table).weights
 
 
 @pytest.mark.parametrize("name", sorted(set(PARAMETERS) - {"deepseek_v3", "gemma3"}))
