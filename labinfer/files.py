@@ -13,7 +13,7 @@ from typing import IO
 def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
     """A file that becomes ``path`` when the block ends well, and leaves nothing behind when it does not.
 
-    It is written beside ``path``, synced to disk and renamed; a ``path`` that is a device or a pipe is written directly.
+    It is written beside ``path``, synced and renamed; a ``path`` that is a device or a pipe is written directly.
     Raises ``OSError``.
     """
     path = Path(os.path.realpath(path))

@@ -73,7 +73,9 @@ class WeightSlot:
 class OpAttrs(BaseModel):
     """Base of every op's attributes: known names only, never changed after the map is read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False, defer_build=True
+    )
 
 
 class ShapeMismatch(Exception):

@@ -110,12 +110,17 @@ def report(plan: Plan) -> Report:
         source=plan.source,
         limits=plan.limits,
         vocab_size=plan.vocab_size,
-        num_parameters=sum(prod(weight.shape) for weight in weights.values()),
+        num_parameters=num_parameters(plan),
         num_weights=len(weights),
         formats=tuple(FormatReport(name, counts[name], size) for name, size in stored.most_common()),
         stages=tuple(stage_report(plan, stage, ops) for stage, ops in zip(plan.stages, placed, strict=True)),
         decode=decode_cost(plan, placed, weights),
     )
+
+
+def num_parameters(plan: Plan) -> int:
+    """The elements of all weights; a weight that two ops share counts once."""
+    return sum(prod(w.shape) * (w.layers[1] - w.layers[0] + 1 if w.layers else 1) for w in plan.weights)
 
 
 def placed_ops(stage: Stage) -> Iterable[PlacedOp]:

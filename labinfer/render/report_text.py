@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from labinfer.compiler.plan import Entry, Plan, PlanOp, Stage
-from labinfer.render.report import Report, StageReport
+from labinfer.compiler.plan import Plan, PlanOp, Stage
+from labinfer.render.report import Report, StageReport, ranges
 from labinfer.units import human_bytes, human_count
 
 LABEL = 12
@@ -42,7 +42,7 @@ def fact(label: str, text: str, width: int) -> Iterator[Line]:
         yield Line(line)
 
 
-def summary_lines(report: Report, width: int = 80) -> Iterator[Line]:
+def summary_lines(plan: Plan, report: Report, width: int = 80) -> Iterator[Line]:
     """What was decided, in the space of a screen."""
     source, limits = report.source, report.limits
     yield Line(source.name, "title")
@@ -61,26 +61,25 @@ def summary_lines(report: Report, width: int = 80) -> Iterator[Line]:
     )
     yield Line()
     yield Line("Devices", "head")
-    yield from (Line(f"  {line}") for line in device_table(report.stages))
+    yield from (Line(f"  {line}") for line in device_table(plan))
 
 
-def device_table(stages: Sequence[StageReport]) -> list[str]:
+def device_table(plan: Plan) -> list[str]:
     """Stages, their layers, and exact bytes by kind."""
     rows = [["stage", "device", "layers", "weights", "KV cache", "arena", "total"]]
-    for number, stage in enumerate(stages):
-        sizes = (stage.weights, stage.kv_cache, stage.arena, stage.total)
-        rows.append([str(number), stage.device, stage.layers, *map(human_bytes, sizes)])
-    if len(stages) > 1:
-        totals = [
-            sum(column) for column in zip(*((s.weights, s.kv_cache, s.arena, s.total) for s in stages), strict=True)
-        ]
-        rows.append(["", "in all", "", *map(human_bytes, totals)])
+    sizes = []
+    for number, stage in enumerate(plan.stages):
+        sizes.append((stage.bytes.weights, stage.bytes.kv_cache, stage.bytes.arena, stage.bytes.total))
+        layers = ranges(layer for block in layers_by_block(stage).values() for layer in block)
+        rows.append([str(number), stage.device, layers, *map(human_bytes, sizes[-1])])
+    if len(sizes) > 1:
+        rows.append(["", "in all", "", *(human_bytes(sum(column)) for column in zip(*sizes, strict=True))])
     return align(rows, right=(3, 4, 5, 6))
 
 
-def report_lines(report: Report, width: int = 80) -> Iterator[Line]:
+def report_lines(plan: Plan, report: Report, width: int = 80) -> Iterator[Line]:
     """The whole report but for the ops."""
-    yield from summary_lines(report, width)
+    yield from summary_lines(plan, report, width)
     yield from weight_lines(report, width)
     yield from cache_lines(report, width)
     for number, stage in enumerate(report.stages):
@@ -141,8 +140,8 @@ def work_lines(report: Report, width: int) -> Iterator[Line]:
     yield Line("Work", "head")
     yield from fact(
         "one token",
-        f"{human_count(cost.flops)}flop, {human_bytes(cost.weight_bytes)} of weights read; at {cost.context:,} tokens of "
-        f"context {human_count(cost.context_flops)}flop more and {human_bytes(cost.context_bytes)} of cache",
+        f"{human_count(cost.flops)}flop, {human_bytes(cost.weight_bytes)} of weights read; "
+        f"at {cost.context:,} tokens of context {human_count(cost.context_flops)}flop more and {human_bytes(cost.context_bytes)} of cache",
         width,
     )
     for number, stage in enumerate(report.stages):
@@ -163,31 +162,42 @@ def fused_text(stage: StageReport) -> str:
 
 
 def op_lines(plan: Plan, width: int, detail: bool = False) -> Iterator[Line]:
-    """Every block as a tree of ops, each with the map line it comes from; ``detail`` adds types, weights, attributes."""
+    """Every block as a tree of ops, with the map line of each; ``detail`` adds types, weights and attributes."""
     yield Line()
     yield Line("Ops, and the map line of each", "head")
     for stage in plan.stages:
-        for entry in stage.schedule:
-            yield Line(f"  {entry_title(plan, stage, entry)}")
-            path: list[str] = []
-            for op in stage.blocks[entry.block]:
-                steps = [step for step in inner_name(op.name).split(".") if not step.isdigit()][
-                    :-1
-                ]  # h.2 is a second h
-                for depth, step in enumerate(steps):
-                    if path[: depth + 1] != steps[: depth + 1]:
-                        yield Line(f"    {'  ' * depth}{step}")
-                path = steps
-                yield from one_op(op, "    " + "  " * len(steps), steps, width, detail)
+        for block, layers in layers_by_block(stage).items():
+            where = f" on {stage.device}" if len(plan.stages) > 1 else ""
+            yield Line(f"  {block_title(block, layers)}{where}")
+            yield from block_lines(stage.blocks[block], width, detail)
 
 
-def entry_title(plan: Plan, stage: Stage, entry: Entry) -> str:
-    """``layers 0-15 (× 16) on reference``."""
-    where = f" on {stage.device}" if len(plan.devices) > 1 else ""
-    if entry.layers is None:
-        return entry.block + where
-    first, last = entry.layers
-    return f"layers {first}-{last} (× {last - first + 1}){where}" if last > first else f"layer {first}{where}"
+def layers_by_block(stage: Stage) -> dict[str, list[int]]:
+    """The layers that each block of a stage runs for, none for one outside the layers."""
+    found: dict[str, list[int]] = {}
+    for entry in stage.schedule:
+        first, last = entry.layers or (0, -1)
+        found.setdefault(entry.block, []).extend(range(first, last + 1))
+    return found
+
+
+def block_title(block: str, layers: Sequence[int]) -> str:
+    """``layers 0-4, 6-10 (× 10)``; the block's name when it stands in no layer."""
+    if not layers:
+        return block
+    return f"layers {ranges(layers)} (× {len(layers)})" if len(layers) > 1 else f"layer {layers[0]}"
+
+
+def block_lines(ops: Sequence[PlanOp], width: int, detail: bool) -> Iterator[Line]:
+    """The ops of a block, indented by the blocks of the map that they stand in."""
+    path: list[str] = []
+    for op in ops:
+        steps = [step for step in inner_name(op.name).split(".") if not step.isdigit()][:-1]  # h.2 is a second h
+        for depth, step in enumerate(steps):
+            if path[: depth + 1] != steps[: depth + 1]:
+                yield Line(f"    {'  ' * depth}{step}")
+        path = steps
+        yield from one_op(op, "    " + "  " * len(steps), steps, width, detail)
 
 
 def inner_name(name: str) -> str:
@@ -229,13 +239,11 @@ def value_lines(plan: Plan, width: int) -> Iterator[Line]:
     yield Line("Values ({i} is a layer)", "head")
     for number, stage in enumerate(plan.stages):
         rows = []
-        for entry in stage.schedule:
-            first, last = entry.layers or (0, 0)
-            layers = "" if entry.layers is None else f"i = {first}-{last}"
-            for op in stage.blocks[entry.block]:
-                for part in op.body or [op]:
-                    placed = ((name, value) for name, value in part.out.items() if value.at is not None)
-                    rows += [[name, value.type, f"{value.at:,}", layers] for name, value in placed]
+        for block, layers in layers_by_block(stage).items():
+            where = ranges(layers) if layers else ""
+            parts = [part for op in stage.blocks[block] for part in op.body or [op]]
+            placed = [item for part in parts for item in part.out.items() if item[1].at is not None]
+            rows += [[name, value.type, f"{value.at:,}", where] for name, value in placed]
         lines = align([["name", "type", "offset", "layers"], *rows], right=(2,))
         if len(plan.stages) > 1:
             yield Line(f"  stage {number} on {stage.device}")

@@ -1,0 +1,113 @@
+"""``labinfer compile``: a map or a model becomes a plan."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from labinfer.cli.options import given, json_option, plan_options
+from labinfer.cli.output import current
+from labinfer.errors import UsageError
+
+if TYPE_CHECKING:
+    from labinfer.compiler.passes import Tracer
+    from labinfer.compiler.plan import Plan
+
+
+@click.command("compile")
+@click.argument("model")
+@click.option("-o", "--output", default="plan.json", show_default=True, metavar="FILE", help="The plan; - is stdout.")
+@click.option("--config", metavar="FILE", help="A config.json to compile a map for, without weights.")
+@plan_options
+@click.option("--trace", is_flag=True, help="Show each pass: its time, the ops before and after, its effect.")
+@click.option("--dry-run", is_flag=True, help="Compile and sum up, write nothing.")
+@json_option
+def compile_command(
+    model: str,
+    output: str,
+    config: str | None,
+    weights: str | None,
+    trace: bool,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compile a model map into a plan.
+
+    MODEL is a map (llama.yaml, or a name in graphs/: llama), a model directory, a config.json, a .gguf or .safetensors
+    file, or a name from `labinfer ls`. A map without --weights or --config is compiled for its example model.
+
+    \b
+    labinfer compile llama.yaml
+    labinfer compile ~/models/Qwen3-0.6B -o qwen.json --max-model-len 8k
+    labinfer compile model.gguf --devices reference:0=0-14,reference:1=15-29
+    """
+    if as_json and output == "-" and not dry_run:
+        raise UsageError("cli.usage", "--json and -o - both want stdout")
+    from labinfer.api import compile
+    from labinfer.compiler.passes import Tracer
+
+    out, tracer = current(), Tracer()
+    plan = compile(model, weights=weights, config=config, tracer=tracer, **given(options))
+    text = plan.dump()
+    if trace and not as_json:
+        click.echo("\n".join(trace_table(tracer)), err=True)
+    if not dry_run:
+        save(text, output)
+    if as_json:
+        out.json(summary(plan, None if dry_run else os.path.abspath(output), tracer if trace else None))
+        return
+    for line in stage_lines(plan):
+        out.note(line)
+    size = f"{len(text.encode()):,} bytes"
+    out.note(f"dry run: {size}, nothing written" if dry_run else f"wrote {output}, {size}" if output != "-" else size)
+
+
+def save(text: str, output: str) -> None:
+    """Write a plan whole or not at all."""
+    if output == "-":
+        click.echo(text, nl=False)
+        return
+    from labinfer.files import atomic_write
+
+    with atomic_write(output) as stream:
+        stream.write(text.encode())
+
+
+def stage_lines(plan: Plan) -> list[str]:
+    """The model and its stages in a few lines."""
+    from labinfer.render.report import num_parameters
+    from labinfer.render.report_text import device_table
+
+    lines = [f"{plan.source.name}: {num_parameters(plan):,} parameters", *device_table(plan)]
+    for number, arena in enumerate(stage.arena for stage in plan.stages):
+        bound = "its lower bound" if arena.optimal else f"lower bound {arena.lower_bound:,}"
+        lines.append(f"arena of stage {number}: peak {arena.size:,} bytes, {bound}")
+    return lines
+
+
+def trace_table(tracer: Tracer) -> list[str]:
+    """The passes of a compile as a table."""
+    from labinfer.render.report_text import align
+
+    rows = [["pass", "ms", "ops before", "after", "effect"]]
+    for step in tracer.traces:
+        ops = (str(step.ops_before), str(step.ops_after))
+        rows.append([step.name, f"{step.milliseconds:.1f}", *ops, step.effect])
+    rows.append(["in all", f"{sum(step.milliseconds for step in tracer.traces):.1f}", "", "", ""])
+    return align(rows, right=(1, 2, 3))
+
+
+def summary(plan: Plan, path: str | None, tracer: Tracer | None) -> dict[str, Any]:
+    """The same as plain data."""
+    stages = [
+        {"device": stage.device, "bytes": stage.bytes.model_dump(), "arena": stage.arena.model_dump()}
+        for stage in plan.stages
+    ]
+    found: dict[str, Any] = {"plan": path, "source": plan.source.model_dump(), "stages": stages}
+    if tracer:
+        found["trace"] = [asdict(step) for step in tracer.traces]
+    return found

@@ -1,0 +1,61 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from labinfer.units import parse_count
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Count(click.ParamType):
+    """A positive number, typed as 4096, 4k (4096) or 1M."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number; a bad one is a usage error that names the option."""
+        from labinfer.errors import UsageError
+
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_count(value)
+        except UsageError as error:
+            self.fail(error.message, param, ctx)
+
+
+PLAN_OPTIONS = {
+    "devices": "Devices, in order: reference, or by layers: reference:0=0-7,reference:1=8-15.",
+    "max_model_len": "Tokens a sequence may have, prompt and answer (default: the model's, at most 4k).",
+    "max_num_seqs": "Sequences a step may compute.",
+    "max_num_batched_tokens": "Tokens a step may compute (default: 512).",
+    "max_logits_rows": "Rows of logits a step may compute (default: one a sequence).",
+    "block_size": "Tokens in a block of the KV cache (default: 16).",
+    "num_blocks": "Blocks of the KV cache (default: enough for all sequences at full length).",
+    "fuse": "Fused ops: those the devices have (auto, the default), all that are declared, or none.",
+}
+"""Options that decide the plan, by the compiler's name for them, and their help."""
+
+
+def plan_options(function: Function) -> Function:
+    """Give a command ``--weights`` and every option of ``PLAN_OPTIONS``; those not given arrive as None."""
+    for name, text in reversed(PLAN_OPTIONS.items()):
+        kind: Any = {"devices": str, "fuse": click.Choice(["auto", "all", "none"])}.get(name, Count())
+        metavar = {"devices": "LIST", "fuse": None}.get(name, "N")
+        function = click.option(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)(function)
+    return click.option("--weights", metavar="PATH", help="Model directory or file to take the weights from.")(function)
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def json_option(function: Function) -> Function:
+    """Give a command ``--json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(function)
