@@ -13,7 +13,7 @@ import pytest
 from labinfer.compiler.blueprint import Blueprint, read_map
 from labinfer.compiler.graph import OpGraph
 from labinfer.compiler.lower import lower
-from labinfer.compiler.settings import ModelSource, TensorEntry, model_scope
+from labinfer.compiler.settings import ModelSource, TensorEntry, as_list, model_scope
 from labinfer.errors import InvalidFile, LabinferError
 from labinfer.home import graphs_dir
 
@@ -167,6 +167,14 @@ def as_transformers_5(config: dict[str, Any]) -> dict[str, Any]:
 
 def test_every_map_is_listed() -> None:
     assert {file.stem for file in graphs_dir().glob("*.yaml")} == set(PARAMETERS)
+
+
+def test_no_two_maps_claim_one_model() -> None:
+    claims: list[Any] = []
+    for match in (family(name).match for name in PARAMETERS):
+        claims += [("hf", each) for each in as_list(match.model_type)]
+        claims += [(each, match.gguf_has) for each in as_list(match.gguf)]
+    assert len(claims) == len(set(claims))
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
