@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +22,11 @@ from labinfer.compiler.target import Target
 from labinfer.errors import InvalidFile, UsageError, did_you_mean
 from labinfer.home import graphs_dir
 from labinfer.ops.formats import FORMATS
+from labinfer.progress import Progress
 from labinfer.runtime.weights import Checkpoint, open_checkpoint, read_config
 
 DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+MODEL_SUFFIXES = (".yaml", ".yml", ".gguf", ".safetensors", ".json")
 KINDS: dict[str, Literal["hf", "gguf"]] = {"safetensors": "hf", "gguf": "gguf"}
 
 
@@ -34,15 +37,17 @@ def compile(
     config: str | Path | None = None,
     devices: str | Sequence[str] = "reference",
     tracer: Tracer | None = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> Plan:
     """The plan for ``model``: a map (path, or name in graphs/), a model directory, a GGUF or safetensors file, a name.
 
     A map without ``weights`` or ``config`` is compiled for its own example model. ``devices`` names the devices, with
     layers if placed by hand: ``"reference:0=0-7,reference:1=8-15"``. ``options`` are those of ``CompileOptions``.
-    Raises a ``LabinferError`` that says what is wrong and where.
+    ``progress`` shows the download of a model that is not here yet; without it a bar on stderr does. Raises a
+    ``LabinferError`` that says what is wrong and where. """
     """
-    blueprint, source, checkpoint = read_model(model, weights, config)
+    blueprint, source, checkpoint = read_model(model, weights, config, progress)
     return compile_plan(blueprint, source, targets(devices), compile_options(options), checkpoint, tracer)
 
 
@@ -56,14 +61,17 @@ def compile_options(options: Mapping[str, Any]) -> CompileOptions:
 
 
 def read_model(
-    model: str | Path, weights: str | Path | None = None, config: str | Path | None = None
+    model: str | Path,
+    weights: str | Path | None = None,
+    config: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Blueprint, ModelSource, str | None]:
     """The map, the configuration and the checkpoint path (None without weights) that ``model`` stands for."""
     map_path = find_map(model)
     if map_path is None and Path(model).name == "config.json":
         config = model
     elif map_path is None:
-        weights = weights or find_model(model)
+        weights = weights or find_model(model, progress)
     blueprint = read_map(map_path) if map_path else None
     if weights is not None and has_weights(Path(weights)):
         with open_checkpoint(weights) as checkpoint:
@@ -100,13 +108,32 @@ def find_map(model: str | Path) -> Path | None:
     raise InvalidFile("map.missing", f"there is no map '{model}'", remedy=did_you_mean(path.name, names))
 
 
-def find_model(model: str | Path) -> Path:
+def names_model(text: str) -> bool:
+    """Whether ``text`` names a model (a path, a map, a name of the catalogue) rather than being something to say.
+
+    A word that is close to a known name is a ``UsageError``.
+    """
+    if os.path.exists(text) or text.startswith("hf:"):
+        return True
+    if any(character.isspace() for character in text):
+        return False
+    if "/" in text or Path(text).suffix in MODEL_SUFFIXES:
+        return True
+    from labinfer.catalogue import load
+
+    known = {*load(), *(file.stem for file in graphs_dir().glob("*.yaml"))}
+    if text not in known and (remedy := did_you_mean(text, known)):
+        raise UsageError("model.unknown", f"no file and no model is called '{text}'", remedy=remedy)
+    return text in known
+
+
+def find_model(model: str | Path, progress: Progress | None = None) -> Path:
     """The file or folder that ``model`` names, pulled first when it is the name of a model that is not here."""
-    if Path(model).exists():
+    if os.path.exists(model):
         return Path(model)
     from labinfer.catalogue import resolve
 
-    return resolve(str(model))
+    return resolve(str(model), progress)
 
 
 def family_map(source: ModelSource) -> Path:

@@ -33,7 +33,7 @@ class LLM(Model):
 
     ``model`` is a plan, a plan.json or anything ``compile`` takes; None is the embedded default. ``options`` go to the
     compiler under vLLM's names (``max_model_len``, ``max_num_seqs``, ``max_num_batched_tokens``, ``block_size``, ...)
-    and are refused for a plan, which has decided them.
+    and are refused for a plan, which has decided them. ``progress`` shows the weights being loaded.
     """
 
     def __init__(
@@ -43,15 +43,15 @@ class LLM(Model):
         weights: str | Path | None = None,
         devices: str | Sequence[str] | None = None,
         manager: Manager | None = None,
-        progress: Progress = silent,
+        progress: Progress | None = None,
         **options: Any,
     ) -> None:
-        plan = plan_for(model, weights, devices, options)
+        plan = plan_for(model, weights, devices, options, progress)
         checkpoint = open_plan_checkpoint(plan, weights, str(model) if isinstance(model, str | Path) else "the plan")
         self.checkpoint = checkpoint
         try:
             tokenizer = Tokenizer.load(checkpoint.path, checkpoint.config if checkpoint.kind == "gguf" else None)
-            super().__init__(plan, checkpoint, tokenizer, manager, loading(plan, progress))
+            super().__init__(plan, checkpoint, tokenizer, manager, loading(plan, progress or silent))
         except BaseException:
             checkpoint.close()
             raise
@@ -67,6 +67,7 @@ def plan_for(
     weights: str | Path | None,
     devices: str | Sequence[str] | None,
     options: dict[str, Any],
+    progress: Progress | None = None,
 ) -> Plan:
     """The plan that ``model`` is, or the one compiled for it."""
     if isinstance(model, Plan) or (model is not None and is_plan(model)):
@@ -76,7 +77,8 @@ def plan_for(
             raise UsageError("run.plan-decides", f"{what} has decided {names}", remedy="compile it again")
         return model if isinstance(model, Plan) else load_plan(model)
     options.setdefault("max_logits_rows", min(LOAD_LOGITS_ROWS, options.get("max_num_batched_tokens", 512)))
-    return compile(resolve() if model is None else model, weights=weights, devices=devices or "reference", **options)
+    found = resolve(None, progress) if model is None else model
+    return compile(found, weights=weights, devices=devices or "reference", progress=progress, **options)
 
 
 def loading(plan: Plan, progress: Progress) -> Callable[[int], None]:

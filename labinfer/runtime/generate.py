@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,17 @@ Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """An answer. ``text`` is empty for a model without a tokenizer; ``finish_reason`` is ``stop`` or ``length``."""
+    """An answer. ``text`` is empty for a model without a tokenizer; ``finish_reason`` is ``stop`` or ``length``.
+
+    ``seconds`` and ``first_token_seconds`` count from the call, for the last and for the first token.
+    """
 
     prompt_token_ids: list[int]
     token_ids: list[int]
     text: str
     finish_reason: str
+    first_token_seconds: float
+    seconds: float
 
 
 def generate(
@@ -38,11 +44,12 @@ def generate(
     ``on_token(index, text)`` is called with the text that became certain for prompt ``index``. An end-of-text token is
     in ``token_ids`` but not in ``text``.
     """
-    tokenizer = model.tokenizer
+    started, tokenizer = time.perf_counter(), model.tokenizer
     engine = Engine(model, tokenizer.eos_ids if tokenizer else ())
     requests = [engine.add(tokens, params or SamplingParams()) for tokens in tokenize(model, prompts)]
     streams = [tokenizer.stream(request.prompt) if tokenizer else None for request in requests]
     texts = ["" for _ in requests]
+    times: list[list[float]] = [[] for _ in requests]
 
     def say(index: int, text: str) -> None:
         texts[index] += text
@@ -52,17 +59,19 @@ def generate(
     try:
         for made in engine.run():
             index, stream = made.request.number, streams[made.request.number]
+            times[index] = [*times[index][:1], time.perf_counter() - started]
             if stream and made.finish_reason != "stop":
                 say(index, stream.put(made.token_id))
             if stream and made.finish_reason:
                 say(index, stream.finish())
     finally:
         engine.abort()
-    return [_completion(request, text) for request, text in zip(requests, texts, strict=True)]
+    return [_completion(*each) for each in zip(requests, texts, times, strict=True)]
 
 
-def _completion(request: Request, text: str) -> Completion:
-    return Completion(request.prompt, request.generated, text, request.finish_reason or "abort")
+def _completion(request: Request, text: str, times: list[float]) -> Completion:
+    reason = request.finish_reason or "abort"
+    return Completion(request.prompt, request.generated, text, reason, times[0], times[-1])
 
 
 def tokenize(model: Model, prompts: Prompts) -> list[Sequence[int]]:
