@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from labinfer.backends.base import capabilities, device_kind
-from labinfer.compiler.blueprint import Blueprint, read_map
+from labinfer.compiler.blueprint import Blueprint, Match, read_map
 from labinfer.compiler.compile import CompileOptions, compile_plan
 from labinfer.compiler.passes import Tracer
-from labinfer.compiler.plan import Plan
-from labinfer.compiler.settings import ModelSource, TensorEntry, as_list
+from labinfer.compiler.plan import Plan, load_plan
+from labinfer.compiler.settings import ModelSource, TensorEntry, as_list, lookup
 from labinfer.compiler.target import Target
 from labinfer.errors import InvalidFile, UsageError, did_you_mean
 from labinfer.home import graphs_dir
@@ -26,6 +26,9 @@ from labinfer.progress import Progress
 from labinfer.runtime.weights import Checkpoint, open_checkpoint, read_config
 
 DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+ONE_SEQUENCE = {"max_num_seqs": 1, "max_logits_rows": 1}
+"""Limits of a plan that answers one prompt at a time."""
+
 MODEL_SUFFIXES = (".yaml", ".yml", ".gguf", ".safetensors", ".json")
 KINDS: dict[str, Literal["hf", "gguf"]] = {"safetensors": "hf", "gguf": "gguf"}
 
@@ -45,10 +48,38 @@ def compile(
     A map without ``weights`` or ``config`` is compiled for its own example model. ``devices`` names the devices, with
     layers if placed by hand: ``"reference:0=0-7,reference:1=8-15"``. ``options`` are those of ``CompileOptions``.
     ``progress`` shows the download of a model that is not here yet; without it a bar on stderr does. Raises a
-    ``LabinferError`` that says what is wrong and where. """
+    ``LabinferError`` that says what is wrong and where.
     """
     blueprint, source, checkpoint = read_model(model, weights, config, progress)
     return compile_plan(blueprint, source, targets(devices), compile_options(options), checkpoint, tracer)
+
+
+def find_plan(
+    model: str | Path | Plan | None,
+    *,
+    weights: str | Path | None = None,
+    progress: Progress | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Plan:
+    """The plan that ``model`` is, or the one compiled for it; None is the embedded default model.
+
+    A plan has decided all ``options``, so giving one is a ``UsageError``; ``defaults`` are taken where it is compiled.
+    """
+    if not isinstance(model, Plan) and not (model is not None and is_plan(model)):
+        from labinfer.catalogue import resolve
+
+        found = resolve(None, progress) if model is None else model
+        return compile(found, weights=weights, progress=progress, **{**(defaults or {}), **options})
+    if options:
+        what = "the plan" if isinstance(model, Plan) else f"{model} is a plan and"
+        raise UsageError("run.plan-decides", f"{what} has decided {', '.join(options)}", remedy="compile it again")
+    return model if isinstance(model, Plan) else load_plan(model)
+
+
+def is_plan(model: str | Path) -> bool:
+    """Whether ``model`` is meant as a plan file: a .json file that is not a model's config.json."""
+    return Path(model).suffix == ".json" and Path(model).name != "config.json"
 
 
 def compile_options(options: Mapping[str, Any]) -> CompileOptions:
@@ -146,14 +177,20 @@ def family_map(source: ModelSource) -> Path:
             f"{source.place} states no {key}",
             remedy="name the map, and the model with --weights",
         )
-    files = sorted(graphs_dir().glob("*.yaml"), key=lambda file: file.stem != wanted)
+    texts = {file: file.read_text("utf-8") for file in graphs_dir().glob("*.yaml")}
+    files = sorted(texts, key=lambda file: (source.kind == "hf" or "gguf_has" not in texts[file], file.stem != wanted))
     for file in files:
-        if wanted in file.read_text("utf-8"):  # cheap first look; reading a map costs milliseconds
-            match = read_map(file).match
-            if wanted in as_list(match.model_type if source.kind == "hf" else match.gguf):
-                return file
+        if wanted in texts[file] and matches(read_map(file).match, source, wanted):  # reading a map costs milliseconds
+            return file
     remedy = did_you_mean(wanted, [file.stem for file in files]) or "write one: docs/add-a-family.md"
     raise InvalidFile("map.unknown-family", f"{source.place}: no map matches {key} '{wanted}'", remedy=remedy)
+
+
+def matches(match: Match, source: ModelSource, wanted: str) -> bool:
+    """Whether a map that states ``match`` is for a model of type ``wanted``."""
+    if source.kind == "hf":
+        return wanted in as_list(match.model_type)
+    return wanted in as_list(match.gguf) and (match.gguf_has is None or lookup(source, match.gguf_has) is not None)
 
 
 def has_weights(path: Path) -> bool:
