@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from labinfer.api import checkpoint_source, compile, sha256
-from labinfer.catalogue import resolve
+from labinfer.api import checkpoint_source, find_plan, sha256
 from labinfer.compiler.fold import unfold_weights
-from labinfer.compiler.plan import Plan, load_plan
-from labinfer.errors import StalePlan, UsageError, WeightsError
+from labinfer.compiler.plan import Plan
+from labinfer.errors import StalePlan, WeightsError
 from labinfer.home import graphs_dir
 from labinfer.ops.formats import stored_bytes
 from labinfer.progress import Progress, silent
@@ -46,7 +45,10 @@ class LLM(Model):
         progress: Progress | None = None,
         **options: Any,
     ) -> None:
-        plan = plan_for(model, weights, devices, options, progress)
+        if devices is not None:
+            options["devices"] = devices
+        rows = {"max_logits_rows": min(LOAD_LOGITS_ROWS, options.get("max_num_batched_tokens", LOAD_LOGITS_ROWS))}
+        plan = find_plan(model, weights=weights, progress=progress, defaults=rows, **options)
         checkpoint = open_plan_checkpoint(plan, weights, str(model) if isinstance(model, str | Path) else "the plan")
         self.checkpoint = checkpoint
         try:
@@ -62,25 +64,6 @@ class LLM(Model):
         self.checkpoint.close()
 
 
-def plan_for(
-    model: str | Path | Plan | None,
-    weights: str | Path | None,
-    devices: str | Sequence[str] | None,
-    options: dict[str, Any],
-    progress: Progress | None = None,
-) -> Plan:
-    """The plan that ``model`` is, or the one compiled for it."""
-    if isinstance(model, Plan) or (model is not None and is_plan(model)):
-        if options or devices:
-            names = ", ".join([*options, *(["devices"] if devices else [])])
-            what = "the plan" if isinstance(model, Plan) else str(model)
-            raise UsageError("run.plan-decides", f"{what} has decided {names}", remedy="compile it again")
-        return model if isinstance(model, Plan) else load_plan(model)
-    options.setdefault("max_logits_rows", min(LOAD_LOGITS_ROWS, options.get("max_num_batched_tokens", 512)))
-    found = resolve(None, progress) if model is None else model
-    return compile(found, weights=weights, devices=devices or "reference", progress=progress, **options)
-
-
 def loading(plan: Plan, progress: Progress) -> Callable[[int], None]:
     """Counts the bytes read from the checkpoint and shows them with ``progress``."""
     total = sum(stored_bytes(weight.format, weight.shape) for weight in unfold_weights(plan).values())
@@ -92,11 +75,6 @@ def loading(plan: Plan, progress: Progress) -> Callable[[int], None]:
         progress("loading weights", done, total)
 
     return advance
-
-
-def is_plan(model: str | Path) -> bool:
-    """Whether ``model`` is meant as a plan file: a .json file that is not a model's config.json."""
-    return Path(model).suffix == ".json" and Path(model).name != "config.json"
 
 
 def open_plan_checkpoint(plan: Plan, weights: str | Path | None, place: str) -> Checkpoint:

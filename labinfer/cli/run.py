@@ -186,12 +186,12 @@ def _read_stdin() -> str:
 
 def _load(model: str | None, weights: str | None, options: dict[str, Any]) -> LLM:
     """Load a model for one sequence, unless a plan or an option says more."""
-    from labinfer.llm import LLM, is_plan
+    from labinfer.api import ONE_SEQUENCE, find_plan
+    from labinfer.llm import LLM
 
-    if model is None or not is_plan(model):
-        options = {"max_num_seqs": 1, "max_logits_rows": 1, **options}
     with current().progress() as progress:
-        return LLM(model, weights=weights, progress=progress, **options)
+        plan = find_plan(model, weights=weights, progress=progress, defaults=ONE_SEQUENCE, **options)
+        return LLM(plan, weights=weights, progress=progress)
 
 
 def show(index: int, text: str) -> None:
