@@ -308,7 +308,7 @@ def _check_op(blueprint: Blueprint, line: OpLine) -> Iterator[LabinferError]:
     extra = line.model_extra or {}
     for key, value in extra.items():
         if key in slots:
-            if value not in weights:
+            if not isinstance(value, str) or value not in weights:
                 remedy = did_you_mean(str(value), weights)
                 yield InvalidFile(
                     "map.unknown-weight", f"there is no weight '{value}'", place=line.place(key), remedy=remedy

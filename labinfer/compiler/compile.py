@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from labinfer import __version__
 from labinfer.compiler.arena import ArenaPlan, aligned, plan_arena
@@ -17,10 +17,15 @@ from labinfer.compiler.plan import Arena, Limits, Plan, PlanDevice, PlanValue, S
 from labinfer.compiler.settings import ModelSource, model_scope
 from labinfer.compiler.target import Placement, Target, place
 from labinfer.errors import DoesNotFit, InvalidFile, UsageError
+from labinfer.ops.base import TensorType
 from labinfer.ops.fusions import FUSIONS
 
 KV_ITEM_SIZE = 4
 """Bytes of one number in the cache: float32."""
+
+
+Fuse = Literal["auto", "all", "none"]
+FUSE: tuple[Fuse, ...] = get_args(Fuse)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +43,7 @@ class CompileOptions:
     max_model_len: int | None = None
     block_size: int = 16
     num_blocks: int | None = None
-    fuse: Literal["auto", "all", "none"] = "auto"
+    fuse: Fuse = "auto"
     arena_effort_seconds: float = 1.0
 
 
@@ -46,6 +51,8 @@ def compile_graph(
     blueprint: Blueprint, source: ModelSource, targets: Sequence[Target], fuse: str, tracer: Tracer
 ) -> OpGraph:
     """Map and configuration to the optimised op graph."""
+    if fuse not in FUSE:
+        raise UsageError("limits.fuse", f"fuse must be one of {', '.join(FUSE)}, got {fuse!r}")
     graph = lower(blueprint, source)
     tracer.done("lower", 0, len(graph.ops), f"{len(graph.weights)} weights, {len(graph.values)} values")
     native = set.intersection(*(set(target.fusions) for target in targets))
@@ -65,7 +72,7 @@ def compile_plan(
     """The plan for running ``source`` on ``targets``; raises what is wrong with the map, the model or the devices."""
     tracer = tracer or Tracer()
     graph = compile_graph(blueprint, source, targets, options.fuse, tracer)
-    limits = _limits(blueprint, source, options)
+    limits, vocab_size = _limits(blueprint, source, options), _vocab_size(graph)
     placements = place(graph, targets)
     tracer.done("place", len(graph.ops), len(graph.ops), f"{len(placements)} stages")
     stages = [_stage(graph, placements, number, limits, options) for number in range(len(placements))]
@@ -76,7 +83,7 @@ def compile_plan(
         labinfer=__version__,
         source=_source(blueprint, source, graph, checkpoint),
         limits=limits,
-        vocab_size=_vocab_size(graph),
+        vocab_size=vocab_size,
         recompute_after=_recompute_after(graph),
         devices={target.name: _device(target) for target in targets},
         stages=stages,
@@ -115,8 +122,8 @@ def _limits(blueprint: Blueprint, source: ModelSource, options: CompileOptions) 
         "num_blocks",
     ):
         value = getattr(options, name)
-        if value is not None and not 0 < value < 1 << 31:
-            raise UsageError("limits.range", f"{name} must be a positive number, got {value}")
+        if value is not None and not (isinstance(value, int) and 0 < value < 1 << 31):
+            raise UsageError("limits.range", f"{name} must be a positive whole number, got {value!r}")
     scope = model_scope(blueprint, source)
     longest = scope["max_context"] if "max_context" in blueprint.config else 4096
     if not isinstance(longest, int) or longest < 1:
@@ -137,9 +144,11 @@ def _limits(blueprint: Blueprint, source: ModelSource, options: CompileOptions) 
 
 
 def _vocab_size(graph: OpGraph) -> int:
-    size = graph.values[graph.outputs[0]].shape[-1]
-    if not isinstance(size, int):
-        raise InvalidFile("map.outputs", f"output '{graph.outputs[0]}' is {graph.values[graph.outputs[0]]}, not logits")
+    kinds = [graph.values[name] for name in graph.outputs]
+    size = kinds[0].shape[-1] if kinds else None
+    if not isinstance(size, int) or kinds != [TensorType(("R", size))]:
+        shown = ", ".join(f"'{name}' {kind}" for name, kind in zip(graph.outputs, kinds, strict=True)) or "none"
+        raise InvalidFile("map.outputs", f"a map has one output, the logits f32[R, vocab_size]; this one has {shown}")
     return size
 
 

@@ -17,6 +17,8 @@ from labinfer.ops import spec_of
 from labinfer.ops.base import OpAttrs, TensorType
 
 GRAPH_INPUTS = ("token_ids", "positions")
+MAX_OPS = 200_000
+"""Ops of a stage and weights of a plan, unfolded: ten times the largest model's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,7 @@ def unfold_ops(stage: Stage) -> Iterator[tuple[Op, dict[str, Slot]]]:
     Raises ``InvalidFile`` for what no plan of ours says (unknown blocks, ops, attributes, types).
     """
     attrs: dict[int, OpAttrs] = {}
+    count = 0
     for entry in stage.schedule:
         if entry.block not in stage.blocks:
             raise InvalidFile("plan.unknown-block", f"the schedule names a block '{entry.block}' that does not exist")
@@ -134,6 +137,9 @@ def unfold_ops(stage: Stage) -> Iterator[tuple[Op, dict[str, Slot]]]:
         if last - first > 4096 or last < first:
             raise InvalidFile("plan.layers", f"block '{entry.block}' runs for layers {first} to {last}")
         received = dict(entry.receives)
+        count += (last - first + 1) * (len(stage.blocks[entry.block]) + 1)
+        if count > MAX_OPS:
+            raise InvalidFile("plan.too-large", f"the schedule runs more than {MAX_OPS} ops")
         for layer in range(first, last + 1):
             number = layer if entry.layers else None
             for op in stage.blocks[entry.block]:
@@ -241,6 +247,8 @@ def unfold_weights(plan: Plan) -> dict[str, Weight]:
         for layer in _layers(line):
             name, tensor = (text if layer is None else unfold_name(text, layer) for text in (line.name, line.tensor))
             found[name] = Weight(name, tuple(line.shape), line.format, tensor, line.stack, fix)
+        if len(found) > MAX_OPS:
+            raise InvalidFile("plan.too-large", f"the plan has more than {MAX_OPS} weights")
     return found
 
 

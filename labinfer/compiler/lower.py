@@ -140,6 +140,14 @@ class _Lowering:
             known = self.expressions[(id(line), key)] = parse_expression(text, line.place(key))
         return known.evaluate(scope)
 
+    def device(self, line: OpLine | RepeatLine, scope: Scope) -> str | None:
+        """The device that ``line`` is pinned to, by name."""
+        name = self.value(line, "device", line.device, scope)
+        if name is not None and not isinstance(name, str):
+            message = f"'device' must be a device's name in quotes, got {name!r}"
+            raise InvalidFile("map.device", message, place=line.place("device"))
+        return name
+
     def use(self, line: UseLine, names: Names, context: Context) -> None:
         if not self.value(line, "when", line.when, context.scope):
             return
@@ -157,6 +165,9 @@ class _Lowering:
         return Context(path=context.path + step, blocks=(*context.blocks, block), **{**kept, **changes})
 
     def repeat(self, line: RepeatLine, names: Names, context: Context) -> None:
+        if context.layer is not None:
+            message = f"block '{line.repeat}' is repeated inside the repeated '{context.group}': layers do not nest"
+            raise InvalidFile("map.repeat", message, place=line.place("repeat"))
         times = self.value(line, "times", line.times, context.scope)
         if not isinstance(times, int) or not 1 <= times <= MAX_LAYERS:
             message = f"'times' must be a number from 1 to {MAX_LAYERS}, got {times!r}"
@@ -168,7 +179,7 @@ class _Lowering:
         for i in range(times):
             scope = context.scope.derive({line.index: i})
             key = repr([scope[name] for name in per_layer])
-            device = self.value(line, "device", line.device, scope)
+            device = self.device(line, scope)
             inner = self.enter(
                 line.repeat, line.place("repeat"), context, f"{line.name}.{i}.",
                 scope=scope, key=key, group=line.name, layer=i, device=device,
@@ -285,7 +296,7 @@ class _Lowering:
         place = line.place()
         origin = Origin(map_name(place.file), place.line, place.column) if place else Origin("", 0, 0)
         state = self.state(line, context) if line.state else None
-        device = self.value(line, "device", line.device, context.scope) or context.device
+        device = self.device(line, context.scope) or context.device
         name = outputs[0] if outputs else f"{context.path}{line.op}"
         op = Op(name, line.op, inputs, tuple(outputs), result.attrs, weights, origin, context.layer, state, device)
         graph.ops.append(op)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from labinfer.compiler.graph import Op, OpGraph
 from labinfer.errors import ErrorSink, InvalidFile, Place
 from labinfer.ops import OPS
-from labinfer.ops.base import ShapeMismatch
+from labinfer.ops.base import OpSpec, ShapeMismatch, TensorType
 
 
 def read_after_made(graph: OpGraph) -> Iterator[tuple[Op, str]]:
@@ -59,6 +59,22 @@ def types_follow(graph: OpGraph) -> Iterator[tuple[Op, str]]:
                 yield op, f"makes {', '.join(map(str, inferred))}, the graph says {', '.join(map(str, outputs))}"
 
 
+def states_fit(graph: OpGraph) -> Iterator[tuple[Op, str]]:
+    """What is written to a state is as wide as the state's parts, in order."""
+    for op in graph.ops:
+        for part in op.primitives():
+            if part.outputs or part.state not in graph.states:
+                continue
+            found = written(OPS[part.kind], [graph.values[name] for name in part.inputs if name in graph.values])
+            if found != graph.states[part.state].widths:
+                yield op, f"writes {found} to state '{part.state}', which has {dict(graph.states[part.state].widths)}"
+
+
+def written(spec: OpSpec, inputs: Sequence[TensorType]) -> dict[str, object]:
+    """The widths of the state's parts that an op with these inputs writes: parts are called as the operands are."""
+    return {part: kind.shape[-1] for part, kind in zip(spec.inputs, inputs, strict=False)}
+
+
 def outputs_made(graph: OpGraph) -> Iterator[tuple[Op, str]]:
     """Every output of the graph is made by an op."""
     made = {name for op in graph.ops for name in op.outputs}
@@ -71,6 +87,7 @@ RULES: tuple[Callable[[OpGraph], Iterator[tuple[Op, str]]], ...] = (
     read_after_made,
     known_kinds,
     types_follow,
+    states_fit,
     outputs_made,
 )
 

@@ -83,13 +83,18 @@ def _given(layers: Sequence[int], targets: Sequence[Target]) -> dict[int, Target
     if not any(target.layers for target in targets):
         return None
     owner: dict[int, Target] = {}
+    remedy = "name every layer once: reference:0=0-7,reference:1=8-15"
+    for layer in layers:
+        able = [target for target in targets if target.layers and target.layers[0] <= layer <= target.layers[1]]
+        if len(able) != 1:
+            names = " and ".join(f"'{target.name}'" for target in able) or "no device"
+            message = f"{names} would run layer {layer} (of {len(layers)} layers)"
+            raise UsageError("device.layers", message, remedy=remedy)
+        owner[layer] = able[0]
     for target in targets:
-        first, last = target.layers or (0, -1)
-        owner.update({layer: target for layer in range(first, last + 1) if layer in layers})
-    missing = [layer for layer in layers if layer not in owner]
-    if missing:
-        message = f"no device runs layer {missing[0]} (of {len(layers)} layers)"
-        raise UsageError("device.layers", message, remedy="name every layer once: reference:0=0-7,reference:1=8-15")
+        if target.layers and not (layers and target.layers[1] <= layers[-1]):
+            message = f"'{target.name}' is given layers {target.layers[0]} to {target.layers[1]} of {len(layers)}"
+            raise UsageError("device.layers", message, remedy=remedy)
     return owner
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 from labinfer.compiler.fold import (
     GRAPH_INPUTS,
@@ -20,11 +21,13 @@ from labinfer.compiler.fold import (
     unfold_weights,
 )
 from labinfer.compiler.graph import Op
+from labinfer.compiler.passes.fuse import matches
 from labinfer.compiler.plan import Limits, Plan, Stage
+from labinfer.compiler.rules import written
 from labinfer.errors import ErrorSink, InvalidFile, LabinferError, Place, did_you_mean
 from labinfer.ops import OPS
 from labinfer.ops.base import ShapeMismatch, TensorType, dim
-from labinfer.ops.fusions import inplace_of, is_view
+from labinfer.ops.fusions import BY_KIND, inplace_of, is_view
 
 
 def verify_plan(plan: Plan, name: str) -> None:
@@ -37,6 +40,8 @@ def verify_plan(plan: Plan, name: str) -> None:
     arrived: dict[str, TensorType] = {}
     try:
         check = _PlanCheck(plan)
+        for code, message in check.weight_lines():
+            complain(code, message)
         for number, stage in enumerate(plan.stages):
             if stage.device not in plan.devices:
                 remedy = did_you_mean(stage.device, plan.devices)
@@ -46,6 +51,8 @@ def verify_plan(plan: Plan, name: str) -> None:
                 continue
             for code, message in check.stage(stage, arrived):
                 complain(code, f"stage {number} ({stage.device}): {message}")
+        for code, message in check.whole(arrived):
+            complain(code, message)
     except LabinferError as error:
         complain(error.code, error.message, error.remedy)
     sink.check()
@@ -85,6 +92,33 @@ class _PlanCheck:
         self.weights, self.states = unfold_weights(plan), unfold_states(plan)
         self.complaints: list[tuple[str, str]] = []
 
+    def weight_lines(self) -> list[tuple[str, str]]:
+        """Complaints about the plan's weights: stacks and regrouped rows must fit the shapes."""
+        found = []
+        for line in self.plan.weights:
+            rows = line.shape[0] if line.shape and line.stack is None else None
+            if line.stack is not None and (len(line.shape) < 2 or line.stack != line.shape[0]):
+                found.append(("plan.weight", f"'{line.name}' stacks {line.stack} tensors into shape {line.shape}"))
+            if (line.rows or line.order) and (
+                prod(line.rows) != rows or sorted(line.order) != list(range(len(line.rows)))
+            ):
+                message = f"'{line.name}' regroups rows {line.rows} in order {line.order}, its shape is {line.shape}"
+                found.append(("plan.weight", message))
+        return found
+
+    def whole(self, arrived: Mapping[str, TensorType]) -> list[tuple[str, str]]:
+        """Complaints about all stages together: what comes out in the end, and what each device must hold."""
+        found = []
+        logits = TensorType(("R", self.plan.vocab_size))
+        last = self.plan.stages[-1].outputs[-1:] if self.plan.stages else []
+        if not last or arrived.get(last[0]) not in (logits, None):
+            found.append(("plan.outputs", f"the last output of the last stage must be the logits, {logits}"))
+        for name, device in self.plan.devices.items():
+            needed = sum(stage.bytes.total for stage in self.plan.stages if stage.device == name)
+            if device.memory is not None and needed > device.memory:
+                found.append(("plan.memory", f"'{name}' has {device.memory} bytes, its stages need {needed}"))
+        return found
+
     def stage(self, stage: Stage, arrived: dict[str, TensorType]) -> list[tuple[str, str]]:
         """Complaints about ``stage``; ``arrived`` are the values made by earlier stages, extended by this one's."""
         self.complaints = []
@@ -94,11 +128,13 @@ class _PlanCheck:
         for op, made in unfold_ops(stage):
             ops.extend(op.primitives())
             running.extend(steps(op, made))
+            if op.body:
+                self.fused(op, whole=running[-1] is op, stage=stage)
             for name, slot in made.items():
                 if name in slots or name in GRAPH_INPUTS:
                     self.complain("plan.value", f"'{name}' is made twice")
                 slots[name] = slot
-        if self.follow_types(ops, slots, stage):
+        if self.follow_types(ops, slots, stage) and self.all_placed(running, slots, stage):
             self.memory(running, {name: slot for name, slot in slots.items() if slot.placed}, stage)
             self.sizes(ops, stage)
             arrived.update({name: slots[name].type for name in stage.outputs})
@@ -131,9 +167,13 @@ class _PlanCheck:
             if missing:
                 self.complain("plan.value", f"'{op.name}' reads '{missing[0]}', which is not made before it")
                 return False
-            self.operands(op)
+            inputs = [known[name] for name in op.inputs]
+            if not len(spec.inputs) - spec.optional_inputs <= len(inputs) <= len(spec.inputs):
+                self.complain("plan.value", f"'{op.name}' takes {', '.join(spec.inputs)}, 'in' has {len(inputs)}")
+                return False
             try:
-                types = spec.infer(op.attrs, [known[name] for name in op.inputs])
+                types = spec.infer(op.attrs, inputs)
+                self.operands(op, inputs)
             except (ShapeMismatch, ValueError, IndexError) as mismatch:
                 self.complain("plan.type", f"'{op.name}': {mismatch}")
                 return False
@@ -142,16 +182,48 @@ class _PlanCheck:
                 return False
             known.update(zip(op.outputs, types, strict=True))
         for name in stage.outputs:
-            if name not in known:
+            if name not in slots:
                 self.complain("plan.value", f"sends '{name}', which it does not make")
         return len(self.complaints) == before
 
-    def operands(self, op: Op) -> None:
-        for slot, weight in op.weights.items():
+    def operands(self, op: Op, inputs: list[TensorType]) -> None:
+        """An op has the weights and the state that its kind asks for, of the right shapes."""
+        spec = OPS[op.kind]
+        shapes = spec.weight_shapes(op.attrs, inputs)
+        for slot in spec.weights:
+            if not slot.optional and slot.name not in op.weights:
+                self.complain("plan.weight", f"'{op.name}' lacks its weight '{slot.name}'")
+        for name, weight in op.weights.items():
             if weight not in self.weights:
-                self.complain("plan.weight", f"'{op.name}' uses weight '{weight}' ({slot}), which is not in the plan")
-        if OPS[op.kind].state and op.state not in self.states:
-            self.complain("plan.state", f"'{op.name}' uses state '{op.state}', which is not in the plan")
+                self.complain("plan.weight", f"'{op.name}' uses weight '{weight}' ({name}), which is not in the plan")
+            elif shapes.get(name) != self.weights[weight].shape:
+                needs = f"needs {list(shapes[name])} as" if name in shapes else "takes no"
+                shape = list(self.weights[weight].shape)
+                self.complain("plan.weight", f"'{op.name}' {needs} '{name}'; '{weight}' is {shape}")
+        state = self.states.get(op.state or "")
+        if (spec.state and state is None) or (op.state and not spec.state):
+            self.complain("plan.state", f"'{op.name}' uses state '{op.state}', which is not in the plan or not its own")
+        elif state and not op.outputs and written(spec, inputs) != state.widths:
+            self.complain("plan.state", f"'{op.name}' writes {', '.join(map(str, inputs))} to widths {state.widths}")
+
+    def fused(self, op: Op, whole: bool, stage: Stage) -> None:
+        """A fused op is made of the parts that are declared for it, and its device can run it whole if it is to."""
+        fusion = BY_KIND.get(op.kind)
+        made = {name for part in op.body for name in part.outputs}
+        inputs = dict.fromkeys(name for part in op.body for name in part.inputs if name not in made)
+        if fusion is None or not matches(fusion, op.body) or op.inputs != tuple(inputs):
+            self.complain("plan.fused", f"'{op.name}' is not a '{op.kind}' of what its body says")
+        elif whole and op.kind not in self.plan.devices[stage.device].fusions:
+            self.complain("plan.fused", f"'{stage.device}' cannot run '{op.name}' whole: its values need places")
+
+    def all_placed(self, ops: list[Op], slots: Mapping[str, Slot], stage: Stage) -> bool:
+        """Whether everything that the ops read and write has a place in the arena."""
+        before = len(self.complaints)
+        used = dict.fromkeys(name for op in ops for name in (*op.inputs, *op.outputs))
+        for name in (*used, *stage.inputs, *stage.outputs):
+            if name in slots and not slots[name].placed:
+                self.complain("plan.value", f"'{name}' has no place in the arena")
+        return len(self.complaints) == before
 
     def memory(self, ops: list[Op], slots: Mapping[str, Slot], stage: Stage) -> None:
         """No value, and no kernel's scratch memory, may lie over a value that is still needed."""
@@ -159,6 +231,8 @@ class _PlanCheck:
         scratch = {f"{op.name}#": op.workspace for op in ops if op.workspace}
         rows.update({name: _Rows(at, size, size, 1) for name, (at, size) in scratch.items()})
         for name, place in rows.items():
+            if place.at % 4 or place.pitch % 4:
+                self.complain("plan.arena-bounds", f"'{name}' does not lie on a multiple of 4 bytes")
             if place.end > stage.arena.size or place.pitch < place.width:
                 self.complain(
                     "plan.arena-bounds", f"'{name}' reaches byte {place.end} of an arena of {stage.arena.size}"

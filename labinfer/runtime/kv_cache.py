@@ -41,16 +41,23 @@ class BlockPool:
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self.free = list(range(num_blocks))[::-1]
+        self.fresh = 0  # blocks from here on were never taken
+        self.returned: list[int] = []
 
-    def can_allocate(self, count: int) -> bool:
-        """Whether ``count`` blocks are free."""
-        return count <= len(self.free)
+    @property
+    def num_free(self) -> int:
+        """How many blocks nobody owns."""
+        return self.num_blocks - self.fresh + len(self.returned)
 
-    def allocate(self, count: int) -> list[int]:
-        """Take ``count`` blocks; the caller has asked ``can_allocate``."""
-        return [self.free.pop() for _ in range(count)]
+    def allocate(self, count: int) -> list[int] | None:
+        """Take ``count`` blocks; None, and none is taken, when fewer are free."""
+        if count > self.num_free:
+            return None
+        taken = [self.returned.pop() for _ in range(min(count, len(self.returned)))]
+        taken += range(self.fresh, self.fresh + count - len(taken))
+        self.fresh = max([self.fresh, *(block + 1 for block in taken)])
+        return taken
 
     def release(self, blocks: Iterable[int]) -> None:
         """Give blocks back."""
-        self.free.extend(blocks)
+        self.returned.extend(blocks)

@@ -75,6 +75,8 @@ class Model:
 
     def run(self, step: Step) -> np.ndarray:
         """One step through all stages: float32 logits [rows, vocab_size]."""
+        if not self.interpreters:
+            raise UsageError("run.closed", "the model is closed")
         values: dict[str, Any] = {}
         for interpreter in self.interpreters:
             received = {name: values[name] for name in interpreter.stage.inputs}
@@ -116,9 +118,10 @@ class Model:
         """Give ``sequence`` the cache blocks that ``tokens`` tokens need; False when too few are free."""
         needed = -(-tokens // self.plan.limits.block_size) - len(sequence.blocks)
         if needed > 0:
-            if not self.pool.can_allocate(needed):
+            blocks = self.pool.allocate(needed)
+            if blocks is None:
                 return False
-            sequence.blocks += self.pool.allocate(needed)
+            sequence.blocks += blocks
         return True
 
     def release(self, sequence: Sequence) -> None:
@@ -181,9 +184,9 @@ class Session:
         if before + len(tokens) > model.max_len:
             message = f"{before + len(tokens)} tokens are more than the {model.max_len} the plan has room for"
             raise UsageError("run.too-long", message, remedy="compile with a larger --max-model-len")
+        if not model.reserve(sequence, before + len(tokens)):
+            raise UsageError("run.cache-full", f"no cache blocks are left for {before + len(tokens)} tokens")
         sequence.token_ids = sequence.token_ids + tokens
-        if not model.reserve(sequence, len(sequence.token_ids)):
-            raise UsageError("run.cache-full", f"no cache blocks are left for {len(sequence.token_ids)} tokens")
         if model.must_recompute(sequence, before):
             sequence.num_computed = 0
         result = np.empty((len(tokens), model.vocab_size), np.float32)

@@ -18,7 +18,10 @@ class HostAllocator(Allocator):
 
     def reserve(self, nbytes: int) -> Any:
         """A zeroed byte array."""
-        return np.zeros(nbytes, np.uint8)
+        try:
+            return np.zeros(nbytes, np.uint8)
+        except ValueError:  # beyond what any machine can address
+            raise MemoryError from None
 
 
 class ReferenceDevice(Device):
