@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +15,15 @@ from typing import Any, Literal
 
 from labinfer.backends.base import capabilities, device_kind
 from labinfer.compiler.blueprint import Blueprint, Match, read_map
+from labinfer.compiler.check_names import check_names
 from labinfer.compiler.compile import CompileOptions, compile_plan
+from labinfer.compiler.lower import lower, map_name
 from labinfer.compiler.passes import Tracer
 from labinfer.compiler.plan import Plan, load_plan
+from labinfer.compiler.rules import verify_graph
 from labinfer.compiler.settings import ModelSource, TensorEntry, as_list, lookup
 from labinfer.compiler.target import Target
-from labinfer.errors import InvalidFile, UsageError, did_you_mean
+from labinfer.errors import Errors, ErrorSink, InvalidFile, LabinferError, UsageError, did_you_mean
 from labinfer.home import graphs_dir
 from labinfer.ops.formats import FORMATS
 from labinfer.progress import Progress
@@ -52,6 +56,38 @@ def compile(
     """
     blueprint, source, checkpoint = read_model(model, weights, config, progress)
     return compile_plan(blueprint, source, targets(devices), compile_options(options), checkpoint, tracer)
+
+
+def validate(
+    model: str | Path,
+    *,
+    weights: str | Path | None = None,
+    config: str | Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Check a map, its configuration and, where there are weights, their names and shapes; loads none of them.
+
+    Returns what was checked: ``map``, ``family``, ``model``, and the number of ``weights`` and ``parameters``. Raises
+    every error together, in branches of the map that this model does not take too.
+    """
+    blueprint, source, _ = read_model(model, weights, config, progress)
+    sink = ErrorSink()
+    for error in check_names(blueprint):
+        sink.add(error)
+    try:
+        graph = lower(blueprint, source)
+        verify_graph(graph, "lower")
+    except LabinferError as failure:
+        for error in failure.errors if isinstance(failure, Errors) else (failure,):
+            sink.add(error)
+    sink.check()
+    return {
+        "map": map_name(blueprint.files[0]),
+        "family": blueprint.family,
+        "model": source.name,
+        "weights": len(graph.weights),
+        "parameters": sum(math.prod(weight.shape) for weight in graph.weights.values()),
+    }
 
 
 def find_plan(
