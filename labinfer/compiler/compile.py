@@ -219,6 +219,7 @@ def _bytes(graph: OpGraph, parts: Sequence[Op], target: Target, limits: Limits, 
         weights=sum(target.weight_bytes(graph.weights[name].format, graph.weights[name].shape) for name in weights),
         kv_cache=sum(KV_ITEM_SIZE * slots * sum(graph.states[name].widths.values()) for name in states),
         arena=arena,
+        step=limits.step_bytes,
     )
 
 

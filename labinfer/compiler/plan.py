@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,26 @@ class Limits(PlanModel):
     max_model_len: PositiveInt
     block_size: PositiveInt
     num_blocks: PositiveInt
+
+    @property
+    def step_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The arrays of a step batch at these bounds, by name, all int32 (see ``labinfer.ops.base.Step``)."""
+        tokens, sequences = self.max_num_batched_tokens, self.max_num_seqs
+        return {
+            "token_ids": (tokens,),
+            "positions": (tokens,),
+            "query_start": (sequences + 1,),
+            "context_len": (sequences,),
+            "total_len": (sequences,),
+            "block_table": (sequences, -(-self.max_model_len // self.block_size)),
+            "slot_mapping": (tokens,),
+            "logits_rows": (self.max_logits_rows,),
+        }
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of a step batch at these bounds."""
+        return sum(4 * prod(shape) for shape in self.step_shapes.values())
 
 
 class Source(PlanModel):
@@ -105,16 +126,17 @@ class Arena(PlanModel):
 
 
 class StageBytes(PlanModel):
-    """Exact bytes the stage takes on its device."""
+    """Exact bytes the stage takes on its device; ``step`` is the step batch."""
 
     weights: NonNegativeInt
     kv_cache: NonNegativeInt
     arena: NonNegativeInt
+    step: NonNegativeInt
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.kv_cache + self.arena
+        return self.weights + self.kv_cache + self.arena + self.step
 
 
 class Stage(PlanModel):

@@ -285,6 +285,7 @@ class _PlanCheck:
         for kind, stated, found in (
             ("kv_cache", stage.bytes.kv_cache, cache),
             ("arena", stage.bytes.arena, stage.arena.size),
+            ("step", stage.bytes.step, limits.step_bytes),
         ):
             if stated != found:
                 self.complain("plan.bytes", f"{kind} take {found} bytes, the plan says {stated}")

@@ -60,8 +60,12 @@ class Interpreter:
         for op, made in unfold_ops(stage):
             self.ops.extend(steps(op, made))
             self.slots.update({name: slot for name, slot in made.items() if slot.placed})
-        self.arena = device.allocate(stage.arena.size, "arena")
         self.step_memory = StepMemory(device, limits)
+        try:
+            self.arena = device.allocate(stage.arena.size, "arena")
+        except BaseException:
+            self.step_memory.close()
+            raise
         self.tapes: OrderedDict[tuple[int, int], Tape] = OrderedDict()
         self.listeners: list[Listener] = []
         if os.environ.get("LABINFER_POISON") == "1":
@@ -153,8 +157,14 @@ class Interpreter:
             if value in op.outputs:
                 array = call.outputs[op.outputs.index(value)]
                 changed = callback(self.device.move_out(array))
-                if changed is not None:
+                if changed is None:
+                    return
+                try:
                     self.device.move_in(changed, array)
+                except (TypeError, ValueError) as error:
+                    raise UsageError(
+                        "run.edit", f"'{value}' cannot be replaced by what was returned: {error}"
+                    ) from None
 
         self.listeners.append(listener)
         return listener

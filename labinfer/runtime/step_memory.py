@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from labinfer.backends.base import Device
@@ -13,26 +14,13 @@ class StepMemory:
     """Arrays at the plan's upper bounds; ``step`` shows as much of them as the present step uses."""
 
     def __init__(self, device: Device, limits: Limits) -> None:
-        tokens, sequences, rows = limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_logits_rows
-        width = -(-limits.max_model_len // limits.block_size)
-        shapes: dict[str, tuple[int, ...]] = {
-            "token_ids": (tokens,),
-            "positions": (tokens,),
-            "query_start": (sequences + 1,),
-            "context_len": (sequences,),
-            "total_len": (sequences,),
-            "block_table": (sequences, width),
-            "slot_mapping": (tokens,),
-            "logits_rows": (rows,),
-        }
-        sizes = {name: 4 * (shape[0] * shape[-1] if len(shape) == 2 else shape[0]) for name, shape in shapes.items()}
         self.device = device
-        self.buffer = device.allocate(sum(sizes.values()), "step")
+        self.buffer = device.allocate(limits.step_bytes, "step")
         self.arrays: dict[str, Any] = {}
         offset = 0
-        for name, shape in shapes.items():
+        for name, shape in limits.step_shapes.items():
             self.arrays[name] = device.view(self.buffer, offset, shape, "i32")
-            offset += sizes[name]
+            offset += 4 * prod(shape)
         self.step = Step(**self.arrays, block_size=limits.block_size)
 
     def load(self, step: Step) -> None:
