@@ -14,8 +14,8 @@ from labinfer.compiler.packing.verify import verify
 
 SEARCH_LIMIT = 1 << 61  # heights the search can represent
 FIRST_ROUNDS = 8  # rounds of restarts at the lower bound before anything above it is tried
-GROWTH = 1.15  # of the node limit of a restart from one round to the next
-STRATEGIES = (("TAW", False), ("TWA", True), ("WAT", False), ("Z", False))  # ranking, and whether lowest valley first
+RESTART_NODES = 2  # node limit of the shortest restart, per buffer
+STRATEGIES = (("WAT", False), ("TWA", True), ("Z", False), ("TAW", False))  # ranking, and whether lowest valley first
 
 
 def pack(
@@ -101,7 +101,7 @@ class Tightening:
         search, done = self.searches.get(target) or (SkylineSearch(self.instance, target), 0)
         for number in range(done, done + rounds):
             self.searches[target] = search, number + 1
-            limit = int(2 * self.instance.count * GROWTH**number) + 16
+            limit = RESTART_NODES * self.instance.count * luby(number + 1)
             for keys, lowest in STRATEGIES:
                 found = self._restart(search, keys, lowest, number, limit)
                 if found is not None:
@@ -114,7 +114,9 @@ class Tightening:
             raise OutOfBudget
         before, limit = search.nodes, int(min(limit, self.nodes_left))
         try:
-            found = search.run(ranking(self.instance, keys, number or None), lowest, limit, self.deadline)
+            order = ranking(self.instance, keys, number or None)
+            learned = number % 2 == 1  # in turns, as some problems want the weights of past failures and some do not
+            found = search.run(order, lowest=lowest, learned=learned, node_limit=limit, deadline=self.deadline)
         except OutOfBudget:
             return None
         finally:
@@ -126,3 +128,9 @@ class Tightening:
         else:
             self.bound = search.capacity + self.unit
         return found
+
+
+def luby(number: int) -> int:
+    """The restart lengths 1 1 2 1 1 2 4 ... (Luby, Sinclair and Zuckerman, 1993), counted from 1."""
+    power = 1 << (number.bit_length() - 1)
+    return power if number == 2 * power - 1 else luby(number - power + 1)

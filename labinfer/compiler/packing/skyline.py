@@ -52,7 +52,7 @@ class SkylineSearch:
     def __init__(self, instance: Instance, capacity: int) -> None:
         self.instance, self.capacity = instance, capacity
         self.hopeless: set[bytes] = set()
-        self.weight = [1.0] * len(instance.totals)  # of a section: 1 + the times it ran over the capacity
+        self.learned = [1.0] * len(instance.totals)  # 1 + the times a section failed in learned runs
         self.nodes = 0
         # The heights of a section's buffers in one call; index `count` is a sentinel that is always PLACED.
         self.heights_of = [itemgetter(*live, instance.count, instance.count) for live in instance.live]
@@ -76,15 +76,17 @@ class SkylineSearch:
                 self.crossing[boundary] += 1
         self.trail: list[tuple[Any, Any, Any]] = []  # (list, index or slice, old value)
 
-    def run(self, order: list[int], lowest: bool, node_limit: int, deadline: float) -> bool:
+    def run(self, order: list[int], *, lowest: bool, learned: bool, node_limit: int, deadline: float) -> bool:
         """Search until solved (True, see ``offsets``), exhausted (False: no packing exists) or ``OutOfBudget``.
 
         ``order`` ranks the buffers, preferred first. ``lowest`` branches on the preferred buffer of the lowest valley;
-        otherwise on the section with the fewest choices.
+        otherwise on the section with the fewest choices, for the times it failed: in all ``learned`` runs, or in this one.
+        ``deadline`` is a ``time.monotonic`` time.
         """
         if self.instance.load > self.capacity:
             return False
         self._reset()
+        self.weight = self.learned if learned else [1.0] * len(self.sky)
         rank = [0] * len(order)
         for position, i in enumerate(order):
             rank[i] = position
@@ -254,34 +256,33 @@ class SkylineSearch:
                 for begin, stop in ((begins[i], first), (last, ends[i])):
                     if begin < stop and was in (stretch := sky[begin:stop]):
                         changed.update(s for s, level in enumerate(stretch, begin) if level == was)
-        return all(map(self._settle, changed))
+        return self._settle(changed)
 
-    def _settle(self, section: int) -> bool:
-        """Raise the section's sky to its lowest unplaced buffer; False when its slack does not allow that."""
-        heights = self.heights_of[section](self.height)
-        floor = min(heights)
-        if floor == PLACED:
-            return True
-        trail, choices = self.trail, heights.count(floor)
-        if choices != self.choices[section]:
-            trail.append((self.choices, section, self.choices[section]))
-            self.choices[section] = choices
-        rise = floor - self.sky[section]
-        if rise:
-            trail.append((self.sky, section, self.sky[section]))
-            trail.append((self.slack, section, self.slack[section]))
-            self.sky[section] = floor
-            self.slack[section] -= rise
-            if self.slack[section] < 0:
-                self.weight[section] += 1
-                return False
+    def _settle(self, sections: set[int]) -> bool:
+        """Raise each section's sky to its lowest unplaced buffer; False when a slack does not allow that."""
+        height, choices, sky, slack, trail = self.height, self.choices, self.sky, self.slack, self.trail
+        heights_of = self.heights_of
+        for section in sections:
+            heights = heights_of[section](height)
+            floor = min(heights)
+            if floor == PLACED:
+                continue
+            trail.append((choices, section, choices[section]))
+            choices[section] = heights.count(floor)
+            if rise := floor - sky[section]:
+                trail.append((sky, section, sky[section]))
+                trail.append((slack, section, slack[section]))
+                sky[section] = floor
+                slack[section] -= rise
+                if slack[section] < 0:
+                    self.weight[section] += 1
+                    return False
         return True
 
     def _undo(self, mark: int) -> None:
-        trail = self.trail
-        while len(trail) > mark:
-            values, index, old = trail.pop()
+        for values, index, old in reversed(self.trail[mark:]):
             values[index] = old
+        del self.trail[mark:]
 
 
 def ranking(instance: Instance, keys: str, seed: int | None = None) -> list[int]:

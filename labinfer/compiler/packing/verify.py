@@ -13,13 +13,16 @@ from labinfer.errors import InvalidFile
 def verify(buffers: Sequence[Buffer], offsets: Mapping[str, int], peak: int) -> None:
     """Raise ``InvalidFile`` unless every buffer lies in [0, peak) and none overlaps another that is alive with it.
 
+    Buffers that are never alive take no space, wherever they lie.
+
     Codes: ``plan.arena-missing`` (a buffer has no offset), ``plan.arena-bounds``, ``plan.arena-overlap`` (both named).
     """
     for buffer in buffers:
         offset = offsets.get(buffer.id)
         if offset is None:
             raise InvalidFile("plan.arena-missing", f"buffer '{buffer.id}' has no offset")
-        if offset < 0 or offset + buffer.size > peak:
+        never_alive = buffer.upper <= buffer.lower
+        if offset < 0 or (offset + buffer.size > peak and not never_alive):
             where = f"[{offset}, {offset + buffer.size})"
             raise InvalidFile("plan.arena-bounds", f"buffer '{buffer.id}' lies at {where}, outside [0, {peak})")
     events: list[tuple[int, bool, int]] = []  # time, birth (deaths sort first), index
