@@ -80,7 +80,8 @@ class SkylineSearch:
         """Search until solved (True, see ``offsets``), exhausted (False: no packing exists) or ``OutOfBudget``.
 
         ``order`` ranks the buffers, preferred first. ``lowest`` branches on the preferred buffer of the lowest valley;
-        otherwise on the section with the fewest choices, for the times it failed: in all ``learned`` runs, or in this one.
+        otherwise on the section with the fewest choices, for the times it failed in this run (or, if
+        ``learned``, in all learned runs).
         ``deadline`` is a ``time.monotonic`` time.
         """
         if self.instance.load > self.capacity:
