@@ -12,8 +12,10 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FunctionType
 from typing import Any, TypeVar
 
 import llvmlite.binding as llvm
@@ -87,14 +89,38 @@ def _jit_folder() -> Path | None:
 JIT_FOLDER = _jit_folder()
 
 
-def njit(function: Function) -> Function:
-    """Compile a function, without the GIL, cached in ``JIT_FOLDER``. Module level only: closures never hit the cache."""
+@contextmanager
+def _cached() -> Iterator[bool]:
+    """Have numba keep what is compiled inside in ``JIT_FOLDER``; gives whether it can."""
     before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(JIT_FOLDER or "")
     try:
-        compiled: Function = numba.njit(nogil=True, cache=JIT_FOLDER is not None, error_model="numpy")(function)
+        yield JIT_FOLDER is not None
     finally:
         numba.config.CACHE_DIR = before
+
+
+def njit(function: Function) -> Function:
+    """Compile a module-level function (closures never hit the cache): without the GIL, kept in ``JIT_FOLDER``."""
+    with _cached() as cache:
+        compiled: Function = numba.njit(nogil=True, cache=cache, error_model="numpy")(function)
     return compiled
+
+
+def cfunc(signature: Any, function: Callable[..., Any]) -> Any:
+    """Compile a function now, to be called by its ``address``; nothing that calls it is compiled together with it."""
+    with _cached() as cache:
+        return numba.cfunc(signature, cache=cache, nopython=True, error_model="numpy")(function)
+
+
+def specialize(template: Callable[..., Any], name: str, **names: Any) -> Any:
+    """A copy of a function that finds ``names`` among its globals, under its own ``name``.
+
+    Unlike a closure, the copy has an entry of its own in the cache of compiled code.
+    """
+    code, scope = template.__code__, {**template.__globals__, **names}  # type: ignore[attr-defined]
+    copy = FunctionType(code, scope, name)
+    copy.__qualname__, copy.__module__ = name, template.__module__
+    return copy
 
 
 # ---- vector types and the operations that depend on the level; ``b`` is an llvmlite IRBuilder
@@ -109,6 +135,16 @@ def vector(element: Value, lanes: int) -> Value:
 
 
 F32X16, I32X16, I16X32, I8X64 = vector(F32, 16), vector(I32, 16), vector(I16, 32), vector(I8, 64)
+
+
+def pointer(b: Value, address: Value, kind: Value) -> Value:
+    """An int64 address as a pointer to ``kind``.
+
+    LLVM may split an address into two sums of which one is a pointer. When numba then inlines the function and that part
+    turns out to be zero, reading "from null" would count as impossible and be deleted: the attribute says it is not.
+    """
+    set.add(b.function.attributes, "null_pointer_is_valid")  # llvmlite's own add() does not know it
+    return b.inttoptr(address, kind.as_pointer())
 
 
 def const(value: float, kind: Value = F32X16) -> Value:

@@ -63,7 +63,7 @@ class Emit:
 
     def pointer(self, address: Value, kind: Value) -> Value:
         """The address as a pointer to ``kind``."""
-        return self.b.inttoptr(self.i(address), kind.as_pointer())
+        return isa.pointer(self.b, self.i(address), kind)
 
     def load(self, address: Value, kind: Value = F32X16, align: int = 1) -> Value:
         """The vector or scalar at ``address``."""
@@ -308,7 +308,7 @@ def _pointer(kind: Value, numba_type: Any) -> Any:
     """The intrinsic that turns an address into a pointer that can be indexed like an array."""
 
     def cast(typingctx: Any, p: Any) -> Any:
-        return types.CPointer(numba_type)(types.int64), lambda _c, b, _s, args: b.inttoptr(args[0], kind.as_pointer())
+        return types.CPointer(numba_type)(types.int64), lambda _c, b, _s, args: isa.pointer(b, args[0], kind)
 
     return intrinsic(cast)
 

@@ -1,0 +1,98 @@
+"""How this backend lays out weights and quantized activations: sizes only, so that compiling a plan imports no numba.
+
+A weight is cut into panels of 16 rows; the last one is padded with zero rows. Panel ``g`` starts at
+``g * panel_bytes(format, columns)``. Inside a panel the numbers of the 16 rows stand side by side, in blocks:
+
+- f32 and f16: a block is one column, 16 numbers. bf16: a block is two columns, 16 pairs.
+- The quantized formats have blocks of 32 columns. First the quants of all blocks, then the scales of all blocks (float16,
+  16 to a block), then what else the format has, each for all blocks. In eight 64-byte vectors of quants, byte
+  ``4 * row + i`` of vector ``j`` belongs to column ``4 * j + i``: one byte dot product with four activations in every
+  lane then feeds 16 rows. Nibbles: vector ``j`` in the low ones of stored vector ``j``, vector ``4 + j`` in the high ones.
+  Fifth bits: one more vector whose bit ``j`` belongs to vector ``j``; q6_k's bit pairs: two vectors, four pairs each.
+- K-quants keep one byte for each scale and minimum of a sub-block, and float16 d (and dmin) for each 256 columns.
+
+An activation row is float32 for the plain formats, padded to an even length. For the quantized ones it is a record for
+each 32 columns: its scale, the sums that a zero point or a minimum needs, and one or two signed digits of each number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from labinfer.errors import WeightsError
+
+PANEL_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class PanelFormat:
+    """``columns`` of 16 rows take ``quant_bytes`` of quants (or plain numbers), ``bytes`` with their scales."""
+
+    columns: int
+    quant_bytes: int
+    bytes: int
+
+    @property
+    def quantized(self) -> bool:
+        """Whether activations meet this format as digits."""
+        return self.columns == 32
+
+
+PANEL_FORMATS = {
+    "f32": PanelFormat(1, 64, 64),
+    "f16": PanelFormat(1, 32, 32),
+    "bf16": PanelFormat(2, 64, 64),
+    "q8_0": PanelFormat(32, 512, 512 + 32),
+    "q4_0": PanelFormat(32, 256, 256 + 32),
+    "q4_1": PanelFormat(32, 256, 256 + 2 * 32),
+    "q5_0": PanelFormat(32, 320, 320 + 32),
+    "q5_1": PanelFormat(32, 320, 320 + 2 * 32),
+    "q4_k": PanelFormat(32, 256, 256 + 2 * 4 + 2 * 16),  # d and dmin for 8 blocks; a byte of scale and of minimum
+    "q5_k": PanelFormat(32, 320, 320 + 2 * 4 + 2 * 16),
+    "q6_k": PanelFormat(32, 384, 384 + 4 + 2 * 16),  # a scale for each 16 columns
+}
+"""Every format this backend multiplies with, by name."""
+
+HEADER_BYTES = 16
+"""An activation record's scale, and scale times the sum of all its digits, of its first 16 and of its last 16."""
+
+
+def panel_format(format: str) -> PanelFormat:
+    """The layout of ``format``; raises WeightsError for one that this backend has no kernel for."""
+    if format not in PANEL_FORMATS:
+        message = f"the CPU backend has no kernel for weights in format '{format}'"
+        raise WeightsError("weights.unsupported-format", message, remedy="it has: " + ", ".join(PANEL_FORMATS))
+    return PANEL_FORMATS[format]
+
+
+def panel_bytes(format: str, columns: int) -> int:
+    """Bytes of one panel, a multiple of 64: 16 rows of ``columns``."""
+    layout = panel_format(format)
+    return -(-columns // layout.columns * layout.bytes // 64) * 64
+
+
+def packed_bytes(format: str, rows: int, columns: int) -> int:
+    """Bytes of a packed weight [rows, columns]. What is stored, but for the padding of rows, for an odd number of blocks
+    (32 bytes a panel) and for the unpacked scales of q4_k (+2.8 %) and q5_k (+2.3 %)."""
+    return -(-rows // PANEL_ROWS) * panel_bytes(format, columns)
+
+
+def weight_bytes(format: str, shape: Sequence[int]) -> int:
+    """Bytes that a stored tensor of ``shape`` takes here: each matrix of it its panels, a vector float32."""
+    if len(shape) < 2:
+        return 4 * prod(shape)
+    return prod(shape[:-2]) * packed_bytes(format, shape[-2], shape[-1])
+
+
+def activation_digits(format: str, digits: int = 2) -> int:
+    """The digits an activation has when it meets a weight in ``format``: 0 stands for float32."""
+    return digits if panel_format(format).quantized else 0
+
+
+def activation_bytes(format: str, columns: int, digits: int = 2) -> int:
+    """Bytes of one token's activation row for a weight in ``format``."""
+    if not panel_format(format).quantized:
+        return (columns + columns % 2) * 4
+    return columns // 32 * (HEADER_BYTES + 32 * digits)

@@ -1,0 +1,228 @@
+"""The micro-kernels of ``linear``: a tile is the product of one panel (16 rows of a weight) with a few tokens.
+
+Quantized weights meet activation digits in byte dot products, plain numbers meet float32 activations in multiply-adds.
+In both, the panel's numbers are loaded and unpacked once for all tokens of the tile, an activation is broadcast to all
+lanes from memory, and the 16 sums of a token are the 16 lanes of one accumulator: nothing is ever summed across lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from labinfer.backends.cpu import isa
+from labinfer.backends.cpu.isa import I8, I32, I32X16, Value, const, vector
+from labinfer.backends.cpu.layout import HEADER_BYTES, PANEL_FORMATS
+from labinfer.backends.cpu.simd import Emit, Var, kernel
+
+ACCUMULATE = 1
+"""Bit of ``mode``: add to ``y`` what stands there."""
+
+
+# ---- quants of a block of 32 columns: eight vectors of unsigned bytes (as int32 x 16) from the address of its first
+
+
+def _load(e: Emit, at: Value, count: int) -> list[Value]:
+    return [e.load(e.add(at, 64 * j), I32X16, 64) for j in range(count)]
+
+
+def _bytes(e: Emit, at: Value) -> list[Value]:
+    return _load(e, at, 8)
+
+
+def _nibbles(e: Emit, at: Value) -> list[Value]:
+    packed, low = _load(e, at, 4), const(0x0F0F0F0F, I32X16)
+    return [e.b.and_(p, low) for p in packed] + [e.b.and_(e.b.lshr(p, const(4, I32X16)), low) for p in packed]
+
+
+def _raise_bits(e: Emit, bits: Value, shift: int, mask: int) -> Value:
+    """``bits`` moved up by ``shift`` (down if negative), cut to ``mask`` in every byte."""
+    if shift:
+        bits = (e.b.shl if shift > 0 else e.b.lshr)(bits, const(abs(shift), I32X16))
+    return e.b.and_(bits, const(mask * 0x01010101, I32X16))
+
+
+def _nibbles_and_bit(e: Emit, at: Value) -> list[Value]:
+    fifth = e.load(e.add(at, 256), I32X16, 64)
+    return [e.b.or_(low, _raise_bits(e, fifth, 4 - j, 16)) for j, low in enumerate(_nibbles(e, at))]
+
+
+def _nibbles_and_pair(e: Emit, at: Value) -> list[Value]:
+    pairs = _load(e, e.add(at, 256), 2)
+    return [e.b.or_(low, _raise_bits(e, pairs[j // 4], 4 - 2 * (j % 4), 48)) for j, low in enumerate(_nibbles(e, at))]
+
+
+# ---- scales of block ``k``: pairs (scale, minimum) with weight = scale * quant + minimum, one pair for the whole block
+# or one for each half of its columns. ``at`` is the address behind the panel's quants.
+
+Scales = list[tuple[Value, Value]]
+
+
+def _scale_and_zero(zero: int) -> Callable[[Emit, Value, Value, Value], Scales]:
+    def scales(e: Emit, at: Value, blocks: Value, k: Value) -> Scales:
+        scale = e.load_f16(e.add(at, e.mul(k, 32)))
+        return [(scale, e.b.fmul(scale, const(-float(zero))))]
+
+    return scales
+
+
+def _scale_and_minimum(e: Emit, at: Value, blocks: Value, k: Value) -> Scales:
+    at = e.add(at, e.mul(k, 32))
+    return [(e.load_f16(at), e.load_f16(e.add(at, e.mul(blocks, 32))))]
+
+
+def _byte_scales(e: Emit, at: Value, extend: Callable[[Value, Value], Value]) -> Value:
+    return e.b.sitofp(extend(e.load(at, vector(I8, 16)), I32X16), isa.F32X16)
+
+
+def _k_scale_and_minimum(e: Emit, at: Value, blocks: Value, k: Value) -> Scales:
+    """d and dmin of all groups of 8 blocks, then a byte for each block: its scale in units of d, its minimum in dmin."""
+    b, group = e.b, e.mul(e.b.lshr(k, e.i(3)), 32)
+    halves = e.mul(blocks, 4)  # bytes of all d
+    bytes_at = e.add(at, halves, halves, e.mul(k, 16))
+    scale = b.fmul(e.load_f16(e.add(at, group)), _byte_scales(e, bytes_at, b.zext))
+    minimum = b.fmul(e.load_f16(e.add(at, halves, group)), _byte_scales(e, e.add(bytes_at, e.mul(blocks, 16)), b.zext))
+    return [(scale, b.fneg(minimum))]
+
+
+def _k_scales_of_16(e: Emit, at: Value, blocks: Value, k: Value) -> Scales:
+    """d of all groups of 8 blocks, then two signed bytes for each block: the scales of its halves; the zero point is 32."""
+    b = e.b
+    d = e.load_f16(e.add(at, e.mul(b.lshr(k, e.i(3)), 32)))
+    bytes_at = e.add(at, e.mul(blocks, 4), e.mul(k, 32))
+    scales = [b.fmul(d, _byte_scales(e, e.add(bytes_at, 16 * half), b.sext)) for half in (0, 1)]
+    return [(scale, b.fmul(scale, const(-32.0))) for scale in scales]
+
+
+_QUANTIZED: dict[str, tuple[Callable[[Emit, Value], list[Value]], Callable[[Emit, Value, Value, Value], Scales]]] = {
+    "q8_0": (_bytes, _scale_and_zero(128)),
+    "q4_0": (_nibbles, _scale_and_zero(8)),
+    "q4_1": (_nibbles, _scale_and_minimum),
+    "q5_0": (_nibbles_and_bit, _scale_and_zero(16)),
+    "q5_1": (_nibbles_and_bit, _scale_and_minimum),
+    "q4_k": (_nibbles, _k_scale_and_minimum),
+    "q5_k": (_nibbles_and_bit, _k_scale_and_minimum),
+    "q6_k": (_nibbles_and_pair, _k_scales_of_16),
+}
+
+
+def _dot(e: Emit, quants: list[Value], record: Value, digits: int) -> Value:
+    """The products of weight vectors with one token's digits, float32 [16 rows]."""
+    b, total = e.b, const(0, I32X16)
+    first = e.add(record, HEADER_BYTES)
+    for digit in range(digits):
+        if digit:
+            total = b.shl(total, const(7, I32X16))
+        for j, quant in quants:
+            total = e.dpbusd(total, quant, e.bcast(e.add(first, 32 * digit + 4 * j), I32))
+    return b.sitofp(total, isa.F32X16)
+
+
+def _quantized_sums(e: Emit, format: str, digits: int, w: Value, blocks: Value, tokens: list[Value]) -> list[Var]:
+    """The sums of a tile; ``tokens`` are the addresses of their activation rows."""
+    unpack, scales_of = _QUANTIZED[format]
+    quant_bytes = PANEL_FORMATS[format].quant_bytes
+    sums = [e.var(const(0.0)) for _ in tokens]
+    with e.loop(blocks) as k:
+        quants = list(enumerate(unpack(e, e.add(w, e.mul(k, quant_bytes)))))
+        scales = scales_of(e, e.add(w, e.mul(blocks, quant_bytes)), blocks, k)
+        size = 8 // len(scales)  # vectors that share a scale
+        offset = e.mul(k, HEADER_BYTES + 32 * digits)
+        for token, total in zip(tokens, sums, strict=True):
+            record, result, product = e.add(token, offset), total.get(), const(0.0)
+            for part, (scale, minimum) in enumerate(scales):
+                dot = _dot(e, quants[size * part : size * (part + 1)], record, digits)
+                product = e.fma(dot, scale, product) if part else e.b.fmul(dot, scale)
+                sum_at = e.add(record, 4 if len(scales) == 1 else 8 + 4 * part)
+                result = e.fma(minimum, e.bcast(sum_at), result)
+            total.set(e.fma(product, e.bcast(record), result))
+    return sums
+
+
+# ---- plain numbers: the columns of one block as float32 vectors
+
+
+def _f32(e: Emit, at: Value) -> list[Value]:
+    return [e.load(at, align=64)]
+
+
+def _f16(e: Emit, at: Value) -> list[Value]:
+    return [e.load_f16(at)]
+
+
+def _bf16(e: Emit, at: Value) -> list[Value]:
+    pairs = e.load(at, I32X16, 64)
+    return [isa.bf16_low(e.b, pairs), isa.bf16_high(e.b, pairs)]
+
+
+_PLAIN = {"f32": _f32, "f16": _f16, "bf16": _bf16}
+
+
+def _plain_sums(e: Emit, format: str, w: list[Value], blocks: Value, tokens: list[Value]) -> list[list[Var]]:
+    """The sums of a tile of several panels. A lone token gets four accumulators to hide the latency of the additions."""
+    layout, columns_of = PANEL_FORMATS[format], _PLAIN[format]
+    turns = 4 if len(tokens) == 1 else 1
+    sums = [[e.var(const(0.0)) for _ in range(len(tokens) * turns)] for _ in w]
+
+    def block(k: Value, turn: int) -> None:
+        columns = [columns_of(e, e.add(panel, e.mul(k, layout.bytes))) for panel in w]
+        for c in range(layout.columns):
+            for t, token in enumerate(tokens):
+                x = e.bcast(e.add(token, e.mul(k, 4 * layout.columns), 4 * c))
+                for panel, acc in zip(columns, sums, strict=True):
+                    var = acc[t * turns + turn]
+                    var.set(e.fma(panel[c], x, var.get()))
+
+    whole = e.b.udiv(blocks, e.i(turns))
+    with e.loop(whole) as k:
+        for turn in range(turns):
+            block(e.add(e.mul(k, turns), turn), turn)
+    if turns > 1:
+        done = e.mul(whole, turns)
+        with e.loop(e.b.sub(blocks, done)) as k:
+            block(e.add(done, k), 0)
+        for acc in sums:
+            acc[0].set(e.b.fadd(e.b.fadd(acc[0].get(), acc[1].get()), e.b.fadd(acc[2].get(), acc[3].get())))
+    return sums
+
+
+# ---- the whole tile
+
+
+def _finish(e: Emit, total: Var, y: Value, left: Value, bias: Value, mode: Value) -> None:
+    """Add the bias and, in mode ACCUMULATE, what stands in ``y``; write at most ``left`` lanes."""
+    b, mask = e.b, e.first_lanes(e.b.select(e.b.icmp_signed("<", left, e.i(16)), left, e.i(16)))
+    with e.when(b.icmp_signed("!=", bias, e.i(0))):
+        total.set(b.fadd(total.get(), e.load_masked(bias, mask)))
+    with e.when(b.icmp_signed("!=", b.and_(mode, e.i(ACCUMULATE)), e.i(0))):
+        total.set(b.fadd(total.get(), e.load_masked(y, mask)))
+    with b.if_else(b.icmp_signed(">=", left, e.i(16))) as (full, partly):
+        with full:
+            e.store(total.get(), y)
+        with partly:
+            e.store_masked(total.get(), y, mask)
+
+
+def tile(format: str, digits: int, tokens: int, panels: int = 1) -> Any:
+    """The intrinsic ``(w, size, blocks, x, x_stride, y, y_stride, left, bias, mode)``.
+
+    ``y[t, 16 * p + r] (+)= panel p row r . x[t] + bias`` for ``tokens`` activation rows ``x_stride`` bytes apart and panels
+    ``size`` bytes apart, of ``blocks`` blocks. Rows of ``y`` are ``y_stride`` bytes apart, ``left`` of their floats may be
+    written; ``bias`` is an address or 0.
+    """
+
+    def emit(e: Emit, w: Value, size: Value, blocks: Value, x: Value, x_stride: Value, y: Value, y_stride: Value,
+             left: Value, bias: Value, mode: Value) -> None:  # fmt: skip
+        rows = [e.add(x, e.mul(x_stride, t)) for t in range(tokens)]
+        weights = [e.add(w, e.mul(size, p)) for p in range(panels)]
+        if PANEL_FORMATS[format].quantized:
+            sums = [_quantized_sums(e, format, digits, panel, blocks, rows) for panel in weights]
+        else:
+            sums = _plain_sums(e, format, weights, blocks, rows)
+        for p in range(panels):
+            shifted = e.b.select(e.b.icmp_signed("!=", bias, e.i(0)), e.add(bias, 64 * p), e.i(0))
+            for t in range(tokens):
+                at = e.add(y, e.mul(y_stride, t), 64 * p)
+                _finish(e, sums[p][t * (len(sums[p]) // tokens)], at, e.add(left, -16 * p), shifted, mode)
+
+    return kernel(emit)
