@@ -15,7 +15,7 @@ from labinfer.compiler.packing.verify import verify
 SEARCH_LIMIT = 1 << 61  # heights the search can represent
 FIRST_ROUNDS = 8  # rounds of restarts at the lower bound before anything above it is tried
 RESTART_NODES = 2  # node limit of the shortest restart, per buffer
-STRATEGIES = (("WAT", False), ("TWA", True), ("Z", False), ("TAW", False))  # ranking, and whether lowest valley first
+STRATEGIES = (("WAT", False), ("Z", False), ("TWA", True), ("TAW", False))  # ranking, and whether lowest valley first
 
 
 def pack(
