@@ -19,7 +19,7 @@ from labinfer.compiler.expressions import Expression, Scope, parse_expression
 from labinfer.compiler.graph import Op, OpGraph, Origin, State
 from labinfer.compiler.settings import ModelSource, as_list, model_scope
 from labinfer.compiler.weight_table import User, WeightTable
-from labinfer.errors import Errors, ErrorSink, InvalidFile, LabinferError, Place, did_you_mean
+from labinfer.errors import Errors, ErrorSink, InvalidFile, LabinferError, Place, WeightsError, did_you_mean
 from labinfer.home import graphs_dir
 from labinfer.ops import OPS
 from labinfer.ops.base import OpAttrs, OpSpec, ShapeMismatch, TensorType
@@ -113,9 +113,9 @@ class _Lowering:
                 self.sink.add(
                     InvalidFile("map.undefined-name", f"output '{name}' is never made", place=place, remedy=remedy)
                 )
-        self.sink.check()
         graph.weights = self.table.weights
-        self.table.check_unused()
+        if all(isinstance(error, WeightsError) for error in self.sink.errors):
+            self.table.check_unused()
         self.sink.check()
         return graph
 
@@ -130,6 +130,8 @@ class _Lowering:
                     self.repeat(line, names, context)
             except LabinferError as error:
                 self.sink.add(error)
+                if isinstance(line, OpLine):
+                    names.own.update(dict.fromkeys(as_list(line.out)))  # what depends on it is not reported again
 
     def value(self, line: Line, key: str, text: Any, scope: Scope) -> Any:
         """The value of the expression under ``key`` of ``line``, parsed once."""
@@ -187,7 +189,8 @@ class _Lowering:
             made = Names(names)
             self.lines(self.blueprint.blocks[line.repeat], made, inner)
             names.own.update({name: made.own[name] for name in as_list(line.carry) if name in made.own})
-            self.sink.check()  # a wrong layer is reported once, not once per layer
+            if any(not isinstance(error, WeightsError) for error in self.sink.errors):
+                break  # a wrong layer is reported once, not once per layer
 
     def undefined(self, name: str, names: Names, place: Place | None) -> InvalidFile:
         remedy = did_you_mean(name, names.visible())
@@ -217,7 +220,7 @@ class _Lowering:
         types = () if failed else tuple(self.graph.values[name] for name in inputs)
         result = None if failed else self.evaluate(line, spec, types, inputs, context)
         if result is None:
-            names.own.update(dict.fromkeys(outs))  # poisoned: what depends on it is not reported again
+            names.own.update(dict.fromkeys(outs))
             return
         if len(outs) != len(result.outputs):
             message = f"op '{line.op}' makes {len(result.outputs)} values, 'out' names {len(outs)}"
