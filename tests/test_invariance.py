@@ -70,6 +70,7 @@ def test_beside_seven_others(folder: Path, chunk: int) -> None:
 @pytest.mark.parametrize("folder", _MIXED, ids=lambda folder: folder.name)
 def test_split_over_two_devices(folder: Path) -> None:
     prompt, generated = _expected(folder)
+    assert [stage.device for stage in labinfer.compile(folder, devices=_TWO_DEVICES).stages] == _TWO_DEVICES.split(",")
     assert _greedy(folder, [prompt], devices=_TWO_DEVICES) == [generated]
     assert _greedy(folder, [*_others(folder), prompt], devices=_TWO_DEVICES)[-1] == generated
 

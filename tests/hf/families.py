@@ -128,7 +128,7 @@ _CASES: dict[str, dict[str, dict[str, Any]]] = {
             "num_attention_heads": 3,
             "num_key_value_heads": 1,
             "tie_word_embeddings": True,
-            "rms_norm_eps": 1e-5,
+            "rms_norm_eps": 1e-2,
         },
         "biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4, "hidden_act": "gelu"},
         "wide_heads": {"head_dim": 20, "num_key_value_heads": 1, "rope_parameters": _theta(500000.0)},
@@ -152,7 +152,7 @@ _CASES: dict[str, dict[str, dict[str, Any]]] = {
             "sliding_window": 5,
             "num_attention_heads": 3,
             "num_key_value_heads": 3,
-            "rms_norm_eps": 1e-5,
+            "rms_norm_eps": 1e-2,
         },
         "wide_window": {"sliding_window": 4096, "rope_parameters": _theta(1e6), "hidden_act": "gelu_pytorch_tanh"},
         "window_yarn": {"sliding_window": 8, "head_dim": 16, "rope_parameters": _YARN},
@@ -163,18 +163,18 @@ _CASES: dict[str, dict[str, dict[str, Any]]] = {
         "window": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
         "window_all": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
         "window_off": {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 1},
-        "yarn": {"rope_parameters": _YARN | {"rope_theta": 1e6}, "rms_norm_eps": 1e-5},
+        "yarn": {"rope_parameters": _YARN | {"rope_theta": 1e6}, "rms_norm_eps": 1e-2},
     },
     "qwen3": {
         "plain": {},
         "odd_heads_tied": {"num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": True},
         "bias": {"attention_bias": True, "head_dim": 24, "rope_parameters": _theta(1e6)},
         "window": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
-        "yarn": {"rope_parameters": _YARN, "rms_norm_eps": 1e-5},
+        "yarn": {"rope_parameters": _YARN, "rms_norm_eps": 1e-2},
     },
     "qwen3_moe": {
         "plain": {},
-        "norm_topk": {"norm_topk_prob": True, "num_experts_per_tok": 3, "attention_bias": True},
+        "norm_topk": {"norm_topk_prob": True, "num_experts_per_tok": 3, "attention_bias": True, "rms_norm_eps": 1e-2},
         "sparse_step": {"decoder_sparse_step": 2, "num_hidden_layers": 4, "norm_topk_prob": True},
         "mlp_only": {"mlp_only_layers": [1], "num_attention_heads": 3, "num_key_value_heads": 1},
         "window_tied": {"use_sliding_window": True, "sliding_window": 8, "tie_word_embeddings": True},
@@ -183,12 +183,17 @@ _CASES: dict[str, dict[str, dict[str, Any]]] = {
     "mixtral": {
         "plain": {},
         "window": {"sliding_window": 8, "num_attention_heads": 3, "num_key_value_heads": 1},
-        "top1_tied": {"num_experts_per_tok": 1, "tie_word_embeddings": True, "rms_norm_eps": 1e-6},
+        "top1_tied": {"num_experts_per_tok": 1, "tie_word_embeddings": True, "rms_norm_eps": 3e-3},
         "top3_wide_heads": {"num_experts_per_tok": 3, "num_local_experts": 5, "head_dim": 16},
     },
     "phi3": {
         "plain": {},
-        "window_odd_heads": {"sliding_window": 8, "num_attention_heads": 3, "num_key_value_heads": 1},
+        "window_odd_heads": {
+            "sliding_window": 8,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "rms_norm_eps": 1e-2,
+        },
         "partial_tied": {
             "num_key_value_heads": 4,
             "hidden_size": 64,
@@ -222,9 +227,10 @@ _CASES: dict[str, dict[str, dict[str, Any]]] = {
             "query_pre_attn_scalar": 24,
             "attn_logit_softcapping": 3.0,
             "final_logit_softcapping": 8.0,
+            "rms_norm_eps": 3e-3,
         },
         "attn_cap_only": {"final_logit_softcapping": None, "attn_logit_softcapping": 5.0, "num_hidden_layers": 3},
-        "untied_bias": {"tie_word_embeddings": False, "attention_bias": True, "rms_norm_eps": 1e-5},
+        "untied_bias": {"tie_word_embeddings": False, "attention_bias": True, "rms_norm_eps": 1e-2},
         "layer_types": {
             "num_hidden_layers": 3,
             "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
@@ -232,7 +238,12 @@ _CASES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "gemma3_text": {
         "plain": {},
-        "odd_heads": {"num_attention_heads": 3, "num_key_value_heads": 1, "query_pre_attn_scalar": 24},
+        "odd_heads": {
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "query_pre_attn_scalar": 24,
+            "rms_norm_eps": 1e-2,
+        },
         "linear_global": {
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
@@ -254,7 +265,7 @@ _CASES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "olmo2": {
         "plain": {},
-        "odd_heads": {"num_attention_heads": 3, "num_key_value_heads": 1, "rms_norm_eps": 1e-6},
+        "odd_heads": {"num_attention_heads": 3, "num_key_value_heads": 1, "rms_norm_eps": 3e-3},
         "bias_tied": {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 4},
         "theta": {"rope_parameters": _theta(500000.0), "hidden_act": "gelu"},
         "yarn": {"rope_parameters": _YARN},
@@ -274,7 +285,12 @@ _CASES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "gpt_neox": {
         "plain": {},
-        "serial": {"use_parallel_residual": False, "num_attention_heads": 3, "hidden_size": 48},
+        "serial": {
+            "use_parallel_residual": False,
+            "num_attention_heads": 3,
+            "hidden_size": 48,
+            "layer_norm_eps": 1e-2,
+        },
         "full_rotary_tied": {
             "rope_parameters": _theta(10000.0, partial_rotary_factor=1.0),
             "tie_word_embeddings": True,
@@ -296,21 +312,34 @@ _CASES: dict[str, dict[str, dict[str, Any]]] = {
             "routed_scaling_factor": 2.5,
         },
         "one_shared_all_sparse": {"n_shared_experts": 1, "first_k_dense_replace": 0, "num_experts_per_tok": 1},
-        "all_dense_bias": {"first_k_dense_replace": 3, "attention_bias": True, "mlp_bias": True, "q_lora_rank": 20},
+        "all_dense_bias": {
+            "first_k_dense_replace": 3,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "q_lora_rank": 20,
+            "rms_norm_eps": 1e-2,
+        },
         "yarn": {
             "rope_parameters": _YARN | {"mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32, "beta_slow": 1}
         },
         "yarn_two_mscales": {
             "q_lora_rank": 16,
+            "rms_norm_eps": 3e-3,
             "rope_parameters": _YARN | {"mscale": 1.0, "mscale_all_dim": 0.5, "beta_fast": 8, "beta_slow": 1},
         },
-        "tied": {"tie_word_embeddings": True, "rms_norm_eps": 1e-5},
+        "tied": {"tie_word_embeddings": True, "rms_norm_eps": 1e-2},
     },
     "deepseek_v3": {
         "plain": {},
         "no_q_lora_unnormalised": {"q_lora_rank": None, "norm_topk_prob": False, "n_shared_experts": 2},
         "yarn_bias": {"attention_bias": True, "rope_parameters": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
-        "one_group": {"n_group": 1, "topk_group": 1, "num_attention_heads": 3, "num_key_value_heads": 3},
+        "one_group": {
+            "n_group": 1,
+            "topk_group": 1,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "rms_norm_eps": 1e-2,
+        },
     },
 }
 
