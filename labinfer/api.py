@@ -23,7 +23,7 @@ from labinfer.compiler.plan import Plan, load_plan
 from labinfer.compiler.rules import verify_graph
 from labinfer.compiler.settings import ModelSource, TensorEntry, as_list, lookup
 from labinfer.compiler.target import Target
-from labinfer.errors import Errors, ErrorSink, InvalidFile, LabinferError, UsageError, did_you_mean
+from labinfer.errors import Errors, ErrorSink, InvalidFile, LabinferError, Place, UsageError, WeightsError, did_you_mean
 from labinfer.home import graphs_dir
 from labinfer.ops.formats import FORMATS
 from labinfer.progress import Progress
@@ -196,8 +196,12 @@ def names_model(text: str) -> bool:
 
 def find_model(model: str | Path, progress: Progress | None = None) -> Path:
     """The file or folder that ``model`` names, pulled first when it is the name of a model that is not here."""
-    if os.path.exists(model):
-        return Path(model)
+    path = Path(model)
+    if os.path.exists(path):
+        return path
+    if path.suffix in (".gguf", ".safetensors") or str(model).startswith(("/", "./", "../", "~")):
+        message = "no such file or directory"
+        raise WeightsError("weights.missing-file", message, place=Place(str(model)), remedy="check the path")
     from labinfer.catalogue import resolve
 
     return resolve(str(model), progress)

@@ -1,6 +1,11 @@
 """Settings for all tests, and a LABINFER_HOME of their own for those that ask."""
 
+import contextlib
+import io
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -17,3 +22,64 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setenv("LABINFER_HOME", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random llama of 2 layers with a tokenizer of 64 words and a chat template."""
+    import json
+
+    import numpy as np
+    from safetensors.numpy import save_file
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    folder.mkdir()
+    size, heads, width, vocab, layers = 16, 4, 32, 64, 2
+    config = {
+        "model_type": "llama", "hidden_size": size, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": 2, "intermediate_size": width, "vocab_size": vocab, "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True,
+        "torch_dtype": "float32", "eos_token_id": 1,
+    }  # fmt: skip
+    random = np.random.default_rng(0)
+    shapes = {"model.embed_tokens.weight": (vocab, size), "model.norm.weight": (size,)}
+    for layer in range(layers):
+        inner = {
+            "input_layernorm": (size,), "post_attention_layernorm": (size,), "self_attn.q_proj": (size, size),
+            "self_attn.k_proj": (size // 2, size), "self_attn.v_proj": (size // 2, size),
+            "self_attn.o_proj": (size, size), "mlp.gate_proj": (width, size), "mlp.up_proj": (width, size),
+            "mlp.down_proj": (size, width),
+        }  # fmt: skip
+        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in inner.items()}
+    tensors = {name: random.normal(0, 0.5, shape).astype(np.float32) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    words = {"<unk>": 0, "<eos>": 1, "user": 2, "assistant": 3, "system": 4, **{f"w{n}": n for n in range(5, vocab)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}assistant"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", "chat_template": template}))
+    return folder
+
+
+@pytest.fixture
+def labinfer_cli(tmp_path: Path) -> Callable[..., CompletedProcess[str]]:
+    """Runs a command line in this process, in ``tmp_path`` as the current folder and without a terminal."""
+    from labinfer.cli.main import main
+
+    def run(*arguments: object, stdin: str = "") -> CompletedProcess[str]:
+        words = [str(argument) for argument in arguments]
+        out, err, source = io.StringIO(), io.StringIO(), io.TextIOWrapper(io.BytesIO(stdin.encode()))
+        handler = signal.getsignal(signal.SIGTERM)
+        with (
+            contextlib.chdir(tmp_path), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+            pytest.MonkeyPatch.context() as patch,
+        ):  # fmt: skip
+            patch.setattr("sys.stdin", source)
+            exit_code = main(words)
+        signal.signal(signal.SIGTERM, handler)
+        return CompletedProcess(words, exit_code, out.getvalue(), err.getvalue())
+
+    return run

@@ -14,7 +14,7 @@ from labinfer.errors import UsageError
 from labinfer.home import cache_dir
 
 if TYPE_CHECKING:
-    from labinfer.llm import LLM
+    from labinfer.runtime.model import Model
 
 HELP = """  /clear   forget the conversation
   /bye     leave (so does Ctrl-D)
@@ -22,7 +22,7 @@ HELP = """  /clear   forget the conversation
 MAX_HISTORY = 1000
 
 
-def chat(model: LLM, answering: Answering) -> None:
+def chat(model: Model, answering: Answering) -> None:
     """Talk until /bye or Ctrl-D; the conversation is kept, unless the model has no chat template."""
     out = current()
     remembers = answering.uses_template(model)
@@ -55,7 +55,7 @@ def _ask() -> str | None:
         return ""
 
 
-def _answer(model: LLM, answering: Answering, messages: list[dict[str, str]], line: str) -> None:
+def _answer(model: Model, answering: Answering, messages: list[dict[str, str]], line: str) -> None:
     """Answer ``line``, streaming; a question that cannot be answered is forgotten."""
     messages.append({"role": "user", "content": line})
     said: list[str] = []

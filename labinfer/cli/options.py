@@ -12,7 +12,7 @@ from labinfer.units import parse_count
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class Count(click.ParamType):
+class Count(click.ParamType):  # type: ignore[type-arg]  # generic in newer click only
     """A positive number, typed as 4096, 4k (4096) or 1M."""
 
     name = "count"

@@ -18,6 +18,7 @@ from labinfer.errors import UsageError
 if TYPE_CHECKING:
     from labinfer.llm import LLM
     from labinfer.runtime.generate import Completion
+    from labinfer.runtime.model import Model
     from labinfer.runtime.sampling_params import SamplingParams
 
 MAX_STDIN = 16 << 20
@@ -32,14 +33,14 @@ class Answering:
     system: str | None
     raw: bool
 
-    def uses_template(self, model: LLM) -> bool:
+    def uses_template(self, model: Model) -> bool:
         """Whether prompts go through the model's chat template."""
         has_template = model.tokenizer is not None and model.tokenizer.chat_template is not None
         if self.system is not None and (self.raw or not has_template):
             raise UsageError("chat.no-template", "--system needs a chat template" + (", not --raw" if self.raw else ""))
         return has_template and not self.raw
 
-    def encode(self, model: LLM, messages: list[dict[str, str]]) -> list[int]:
+    def encode(self, model: Model, messages: list[dict[str, str]]) -> list[int]:
         """The token ids of a conversation; without a template, of its last message."""
         if model.tokenizer is None:
             remedy = "give --token-ids instead of text"
@@ -199,7 +200,7 @@ def show(index: int, text: str) -> None:
     click.echo(_CONTROL.sub("", text) if sys.stdout.isatty() else text, nl=False)
 
 
-def _finish(llm: LLM, answer: Completion, load_seconds: float, stats: bool, as_json: bool) -> None:
+def _finish(llm: Model, answer: Completion, load_seconds: float, stats: bool, as_json: bool) -> None:
     """End the output of one answer."""
     figures = measured(answer, load_seconds)
     if as_json:

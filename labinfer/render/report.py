@@ -40,7 +40,8 @@ class LiveValue:
 class StageReport:
     """A stage: its device, the layers it runs, bytes by kind, and how full its arena gets.
 
-    ``kv_cache_per_token`` is in bytes; ``kernels`` counts the calls of a step; ``fused`` counts fused ops by kind.
+    ``step`` is what the batch of a step takes; ``kv_cache_per_token`` is in bytes; ``kernels`` counts the calls of a
+    step; ``fused`` counts fused ops by kind.
     """
 
     device: str
@@ -50,6 +51,7 @@ class StageReport:
     kv_cache: int
     kv_cache_per_token: int
     arena: int
+    step: int
     total: int
     lower_bound: int
     optimal: bool
@@ -156,6 +158,7 @@ def stage_report(plan: Plan, stage: Stage, placed: list[PlacedOp]) -> StageRepor
         kv_cache=stage.bytes.kv_cache,
         kv_cache_per_token=KV_ITEM_SIZE * sum(sum(states[name].widths.values()) for name in used),
         arena=stage.bytes.arena,
+        step=stage.bytes.step,
         total=stage.bytes.total,
         lower_bound=stage.arena.lower_bound,
         optimal=stage.arena.optimal,

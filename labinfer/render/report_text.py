@@ -66,15 +66,16 @@ def summary_lines(plan: Plan, report: Report, width: int = 80) -> Iterator[Line]
 
 def device_table(plan: Plan) -> list[str]:
     """Stages, their layers, and exact bytes by kind."""
-    rows = [["stage", "device", "layers", "weights", "KV cache", "arena", "total"]]
+    rows = [["stage", "device", "layers", "weights", "KV cache", "arena", "step", "total"]]
     sizes = []
     for number, stage in enumerate(plan.stages):
-        sizes.append((stage.bytes.weights, stage.bytes.kv_cache, stage.bytes.arena, stage.bytes.total))
+        taken = stage.bytes
+        sizes.append((taken.weights, taken.kv_cache, taken.arena, taken.step, taken.total))
         layers = ranges(layer for block in layers_by_block(stage).values() for layer in block)
         rows.append([str(number), stage.device, layers, *map(human_bytes, sizes[-1])])
     if len(sizes) > 1:
         rows.append(["", "in all", "", *(human_bytes(sum(column)) for column in zip(*sizes, strict=True))])
-    return align(rows, right=(3, 4, 5, 6))
+    return align(rows, right=(3, 4, 5, 6, 7))
 
 
 def report_lines(plan: Plan, report: Report, width: int = 80) -> Iterator[Line]:
@@ -141,7 +142,8 @@ def work_lines(report: Report, width: int) -> Iterator[Line]:
     yield from fact(
         "one token",
         f"{human_count(cost.flops)}flop, {human_bytes(cost.weight_bytes)} of weights read; "
-        f"at {cost.context:,} tokens of context {human_count(cost.context_flops)}flop more and {human_bytes(cost.context_bytes)} of cache",
+        f"at {cost.context:,} tokens of context {human_count(cost.context_flops)}flop more "
+        f"and {human_bytes(cost.context_bytes)} of cache",
         width,
     )
     for number, stage in enumerate(report.stages):
