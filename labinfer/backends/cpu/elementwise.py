@@ -21,7 +21,7 @@ ACTIVATION_CODES = {name: code for code, name in enumerate(FUNCTIONS)}
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Sixteen floats of a row, or what is left at its end: ``at`` is their offset in bytes, ``mask`` the lanes in use."""
+    """Sixteen floats of a row, or what is left at its end: ``at`` is their offset in bytes, ``mask`` the lanes used."""
 
     e: Emit
     at: Value

@@ -69,7 +69,7 @@ def rms_norm(
     start: int,
     stop: int,
 ) -> None:
-    """``y = x / sqrt(mean(x * x) + eps) * (weight + offset)`` of rows [start, stop), in groups (``group`` n: the row)."""
+    """``y = x / sqrt(mean(x * x) + eps) * (weight + offset)`` of rows [start, stop), by groups (n: one)."""
     for t in range(start, stop):
         rms_norm_row(x + 4 * t * x_stride, weight, y + 4 * t * y_stride, n, group, eps, offset)
 

@@ -1,10 +1,10 @@
 """How keys and values lie in the paged cache on this backend, and the kernel that writes them there.
 
-A part of a state is ``slots x width`` elements, cut into blocks of ``block_size`` slots (a multiple of 16). Inside a block,
+A part of a state is ``slots x width`` elements, cut into blocks of ``block_size`` slots (a multiple of 16). In a block,
 
 * values, and both parts of a latent cache, are rows ``[block_size, width]``: summing values reads whole rows;
-* the keys of ``attention`` are panels ``[width, block_size]``: 16 neighbouring positions are a vector, so a score needs no
-  sum across lanes.
+* the keys of ``attention`` are panels ``[width, block_size]``: 16 neighbouring positions are a vector, so a score needs
+  no sum across lanes.
 
 Elements are float32, bf16 or float16; kernels widen them to float32 in registers.
 """

@@ -1,0 +1,347 @@
+"""``attention`` over the paged cache: one kernel for decode and chunked prefill, tile by tile with an online softmax.
+
+The work of a step is cut into items: (sequence, run of tokens, key-value head). An item stages its queries, all those
+that share the head, and streams the keys and values they see once, 64 positions at a time (FlashAttention, Dao et al.,
+arXiv:2205.14135); scores never leave the thread's scratch, whose size does not depend on the context.
+
+A sequence that decodes one token has few items, so its context is cut into up to ``MAX_SPLITS`` parts, whose partial
+results ``attention_merge`` joins after a barrier (flash-decoding). How a context is cut depends on its length alone:
+not on the threads, not on the company in the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from labinfer.backends.cpu.attention_tiles import (
+    NEVER,
+    TILE,
+    padded_rows,
+    score_tile,
+    softmax_tile,
+    value_tile,
+)
+from labinfer.backends.cpu.elementwise import add_scaled_row, scale_row, softcap_row, zero_row
+from labinfer.backends.cpu.isa import njit
+from labinfer.backends.cpu.paged_cache import POSITIONS, element_size
+from labinfer.backends.cpu.simd import f32p, i32p, i64p
+
+MAX_SPLITS = 8
+"""Parts that the context of a decoding sequence is cut into at most."""
+
+SPLIT_POSITIONS = 256
+"""Positions in such a part at least."""
+
+TILE_ROWS = 48
+"""Query rows (tokens times the heads that share keys) of an item, or one token's where they are more."""
+
+
+class Heads(NamedTuple):
+    """The attributes of ``attention``; ``window`` and ``softcap`` 0 for none."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    scale: float
+    window: int
+    softcap: float
+
+
+class Pages(NamedTuple):
+    """The cache of a layer: addresses of its two parts, the code of its dtype, slots in a block."""
+
+    k: int
+    v: int
+    dtype: int
+    block_size: int
+
+
+class Batch(NamedTuple):
+    """The sequences of a step: addresses of the int32 arrays of ``Step``, and the length of a row of ``block_table``."""
+
+    sequences: int
+    query_start: int
+    context_len: int
+    block_table: int
+    table_stride: int
+
+
+class Item(NamedTuple):
+    """Queries of a sequence for one key-value head: ``tokens`` tokens of the step from ``token`` on, at ``position``.
+
+    They look at positions [first, last) of the sequence, as far as causality and window let each.
+    """
+
+    sequence: int
+    token: int
+    tokens: int
+    position: int
+    head: int
+    first: int
+    last: int
+
+
+class Scratch(NamedTuple):
+    """Addresses inside a thread's workspace."""
+
+    panels: int
+    values: int
+    maxima: int
+    sums: int
+    factors: int
+    scores: int
+    q: int
+    out: int
+
+
+@njit
+def tile_tokens(heads: Heads) -> int:
+    """Tokens of an item."""
+    return max(1, TILE_ROWS // (heads.num_heads // heads.num_kv_heads))
+
+
+@njit
+def scratch_at(workspace: int, rows: int, head_dim: int) -> Scratch:
+    """The layout of a workspace for ``rows`` query rows; every piece is a whole number of cache lines."""
+    values = workspace + 64
+    line = (4 * rows + 63) // 64 * 64
+    maxima = values + 8 * TILE
+    scores = maxima + 3 * line
+    q = scores + 4 * TILE * rows
+    out = q + (4 * rows * head_dim + 63) // 64 * 64
+    return Scratch(workspace, values, maxima, maxima + line, maxima + 2 * line, scores, q, out)
+
+
+@njit
+def attention_workspace_bytes(heads: Heads) -> int:
+    """Bytes of workspace that each thread needs, whatever the context."""
+    rows = padded_rows(tile_tokens(heads) * (heads.num_heads // heads.num_kv_heads))
+    out = scratch_at(0, rows, heads.head_dim).out
+    return out + 4 * rows * out_stride(heads.v_head_dim)
+
+
+@njit
+def attention_partials_bytes(heads: Heads, max_sequences: int) -> int:
+    """Bytes for the partial results of split contexts, shared by all threads."""
+    return max_sequences * MAX_SPLITS * heads.num_heads * 4 * (out_stride(heads.v_head_dim) + 16)
+
+
+@njit
+def out_stride(v_head_dim: int) -> int:
+    """Floats from row to row of sums of values: whole vectors."""
+    return (v_head_dim + 15) // 16 * 16
+
+
+@njit
+def count_splits(tokens: int, context: int, window: int) -> int:
+    """Parts that the context of a sequence with ``tokens`` tokens in the step is cut into."""
+    seen = min(context, window) if window else context
+    return max(1, min(MAX_SPLITS, seen // SPLIT_POSITIONS)) if tokens == 1 else 1
+
+
+@njit
+def attention_items(heads: Heads, batch: Batch) -> int:
+    """The number of work items of a step."""
+    begin, context = i32p(batch.query_start), i32p(batch.context_len)
+    count, step = 0, tile_tokens(heads)
+    for s in range(batch.sequences):
+        tokens = begin[s + 1] - begin[s]
+        count += (tokens + step - 1) // step * count_splits(tokens, context[s], heads.window)
+    return count * heads.num_kv_heads
+
+
+@njit
+def attention(
+    q: int,
+    q_stride: int,
+    y: int,
+    y_stride: int,
+    heads: Heads,
+    pages: Pages,
+    batch: Batch,
+    partials: int,
+    workspace: int,
+    start: int,
+    stop: int,
+) -> None:
+    """Work items [start, stop) of ``attention_items``.
+
+    ``partials`` (``attention_partials_bytes``) belongs to all threads, ``workspace`` (``attention_workspace_bytes``) to
+    this one; both lie on 64-byte boundaries. ``attention_merge`` must follow when all items are done.
+    """
+    begin, context = i32p(batch.query_start), i32p(batch.context_len)
+    step, before = tile_tokens(heads), 0
+    for s in range(batch.sequences):
+        tokens, length = begin[s + 1] - begin[s], context[s]
+        tiles = (tokens + step - 1) // step
+        splits = count_splits(tokens, length, heads.window)
+        items = tiles * splits * heads.num_kv_heads
+        for number in range(max(start - before, 0), min(stop - before, items)):
+            head, part = number % heads.num_kv_heads, number // heads.num_kv_heads
+            if splits > 1:
+                item = _split_item(heads, s, begin[s], length, head, part, splits)
+                scratch = _attend(q, q_stride, heads, pages, batch, item, workspace)
+                _store_partial(heads, item, scratch, _partial(partials, heads, s, head, part))
+            else:
+                # Later runs see more: taken in turn from both ends, equal ranges of items cost about the same.
+                run = part // 2 if part % 2 == 0 else tiles - 1 - part // 2
+                item = _run_item(heads, s, begin[s], tokens, length, head, run * step)
+                scratch = _attend(q, q_stride, heads, pages, batch, item, workspace)
+                _store(y, y_stride, heads, item, scratch)
+        before += items
+
+
+@njit
+def _run_item(heads: Heads, sequence: int, token: int, tokens: int, length: int, head: int, skip: int) -> Item:
+    """The item of a run of tokens that starts ``skip`` tokens into the sequence's."""
+    count = min(tile_tokens(heads), tokens - skip)
+    position = length - tokens + skip
+    first = max(0, position - heads.window + 1) if heads.window else 0
+    return Item(sequence, token + skip, count, position, head, first, position + count)
+
+
+@njit
+def _split_item(heads: Heads, sequence: int, token: int, length: int, head: int, part: int, splits: int) -> Item:
+    """The item of one part of a decoding sequence's context, whole tiles from the first position it sees."""
+    start = max(0, length - heads.window) if heads.window else 0
+    tiles = (length - start + TILE - 1) // TILE
+    first, last = start + tiles * part // splits * TILE, start + tiles * (part + 1) // splits * TILE
+    return Item(sequence, token, 1, length - 1, head, first, min(last, length))
+
+
+@njit
+def _attend(q: int, q_stride: int, heads: Heads, pages: Pages, batch: Batch, item: Item, workspace: int) -> Scratch:
+    """Unnormalised sums of values, maxima and sums of weights of an item's rows, in the scratch that is returned.
+
+    Row ``t * group + j`` is query head ``j`` of token ``t``.
+    """
+    group = heads.num_heads // heads.num_kv_heads
+    rows = item.tokens * group
+    padded = padded_rows(rows)
+    scratch = scratch_at(workspace, padded, heads.head_dim)
+    out_bytes = 4 * out_stride(heads.v_head_dim)
+    _stage_queries(q, q_stride, heads, item, scratch, padded)
+    zero_row(scratch.out, padded * out_bytes // 4)
+    maxima, sums = f32p(scratch.maxima), f32p(scratch.sums)
+    for r in range(padded):
+        maxima[r], sums[r] = NEVER, 0.0
+    size = element_size(pages.dtype)
+    for tile in range(item.first // POSITIONS * POSITIONS, item.last, TILE):
+        keys = min(TILE, item.last - tile)
+        _find_tile(heads, pages, batch, item, tile, keys, scratch)
+        score_tile(
+            pages.dtype, scratch.q, padded, scratch.panels, pages.block_size * size, heads.head_dim, scratch.scores
+        )
+        if heads.softcap:
+            softcap_row(scratch.scores, scratch.scores, TILE * padded, heads.softcap)
+        for r in range(padded):
+            position = item.position + min(r // group, item.tokens - 1)
+            first = max(item.first, position - heads.window + 1) if heads.window else item.first
+            weights, at = scratch.scores + 4 * TILE * r, 4 * r
+            last = min(position + 1, item.last)
+            softmax_tile(
+                weights, first - tile, last - tile, scratch.maxima + at, scratch.sums + at, scratch.factors + at
+            )
+        value_tile(
+            pages.dtype,
+            size,
+            scratch.scores,
+            padded,
+            scratch.values,
+            heads.v_head_dim,
+            keys,
+            scratch.factors,
+            scratch.out,
+            out_bytes,
+        )
+    return scratch
+
+
+@njit
+def _stage_queries(q: int, q_stride: int, heads: Heads, item: Item, scratch: Scratch, padded: int) -> None:
+    """Copy the item's queries, multiplied by the scale, to neighbouring rows; rows that only pad are zero."""
+    group = heads.num_heads // heads.num_kv_heads
+    width = group * heads.head_dim
+    for t in range(item.tokens):
+        source = q + 4 * ((item.token + t) * q_stride + item.head * width)
+        scale_row(source, scratch.q + 4 * t * width, width, heads.scale)
+    rows = item.tokens * group
+    zero_row(scratch.q + 4 * rows * heads.head_dim, (padded - rows) * heads.head_dim)
+
+
+@njit
+def _find_tile(heads: Heads, pages: Pages, batch: Batch, item: Item, tile: int, keys: int, scratch: Scratch) -> None:
+    """Fill the address tables of the tile of ``keys`` positions from ``tile`` on."""
+    blocks = i32p(batch.block_table + 4 * item.sequence * batch.table_stride)
+    panels, values = i64p(scratch.panels), i64p(scratch.values)
+    size, block_size = element_size(pages.dtype), pages.block_size
+    k_width, v_bytes = heads.num_kv_heads * heads.head_dim, heads.num_kv_heads * heads.v_head_dim * size
+    for panel in range(TILE // POSITIONS):
+        position = tile + panel * POSITIONS
+        if position >= tile + keys:
+            panels[panel] = panels[0]
+            continue
+        block, within = blocks[position // block_size], position % block_size
+        feature = block * k_width + item.head * heads.head_dim
+        panels[panel] = pages.k + (feature * block_size + within) * size
+        row = pages.v + (block * block_size + within) * v_bytes + item.head * heads.v_head_dim * size
+        for i in range(POSITIONS):
+            values[panel * POSITIONS + i] = row + i * v_bytes
+
+
+@njit
+def _store(y: int, y_stride: int, heads: Heads, item: Item, scratch: Scratch) -> None:
+    """Divide by the sums of weights and write the item's rows of the result."""
+    group, width = heads.num_heads // heads.num_kv_heads, heads.v_head_dim
+    sums, out_bytes = f32p(scratch.sums), 4 * out_stride(width)
+    for r in range(item.tokens * group):
+        feature = (item.head * group + r % group) * width
+        target = y + 4 * ((item.token + r // group) * y_stride + feature)
+        scale_row(scratch.out + r * out_bytes, target, width, 1.0 / sums[r])
+
+
+@njit
+def _partial(partials: int, heads: Heads, sequence: int, head: int, part: int) -> int:
+    """The partial result of a part: maxima and sums of its rows, then their sums of values."""
+    group = heads.num_heads // heads.num_kv_heads
+    index = (sequence * heads.num_kv_heads + head) * MAX_SPLITS + part
+    return partials + index * 4 * group * (out_stride(heads.v_head_dim) + 16)
+
+
+@njit
+def _store_partial(heads: Heads, item: Item, scratch: Scratch, partial: int) -> None:
+    """Copy an item's running state to its place among the partial results."""
+    group, stride = heads.num_heads // heads.num_kv_heads, out_stride(heads.v_head_dim)
+    maxima, sums, state = f32p(scratch.maxima), f32p(scratch.sums), f32p(partial)
+    for r in range(group):
+        state[r], state[group + r] = maxima[r], sums[r]
+    scale_row(scratch.out, partial + 64 * group, group * stride, 1.0)
+
+
+@njit
+def attention_merge(y: int, y_stride: int, heads: Heads, batch: Batch, partials: int, start: int, stop: int) -> None:
+    """Join the parts of split contexts: items [start, stop) of ``sequences * num_kv_heads``."""
+    begin, context = i32p(batch.query_start), i32p(batch.context_len)
+    group, stride = heads.num_heads // heads.num_kv_heads, out_stride(heads.v_head_dim)
+    for number in range(start, stop):
+        s, head = number // heads.num_kv_heads, number % heads.num_kv_heads
+        splits = count_splits(begin[s + 1] - begin[s], context[s], heads.window)
+        if splits == 1:
+            continue
+        for r in range(group):
+            top, total = np.float32(NEVER), np.float32(0)
+            for part in range(splits):
+                top = max(top, f32p(_partial(partials, heads, s, head, part))[r])
+            for part in range(splits):
+                state = f32p(_partial(partials, heads, s, head, part))
+                total += np.float32(math.exp(state[r] - top)) * state[group + r]
+            target = y + 4 * (begin[s] * y_stride + (head * group + r) * heads.v_head_dim)
+            zero_row(target, heads.v_head_dim)
+            for part in range(splits):
+                partial = _partial(partials, heads, s, head, part)
+                factor = np.float32(math.exp(f32p(partial)[r] - top)) / total
+                add_scaled_row(partial + 64 * group + 4 * r * stride, target, heads.v_head_dim, factor)

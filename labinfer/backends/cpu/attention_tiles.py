@@ -1,0 +1,199 @@
+"""The three steps of attention on one tile of 64 positions, as vector code: scores, softmax weights, sums of values.
+
+Queries come in groups of 6, 3 or 1 rows whose results stay in registers. Where a tile's keys and values lie is a table
+of addresses, so that cache blocks need not be neighbours: one address per 16 positions of a key panel, one per position
+of the values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from labinfer.backends.cpu.isa import F32, I32, I64, LEVEL, Value, njit
+from labinfer.backends.cpu.paged_cache import CACHE_DTYPES, widen
+from labinfer.backends.cpu.simd import Emit, i64p, kernel
+
+TILE = 64
+"""Positions in a tile."""
+
+WIDE = 4 if LEVEL == "avx512vnni" else 1
+"""Vectors side by side in registers: 6 rows x 4 with 32 registers of 512 bits, 6 x 1 with 16 of 256."""
+
+WIDE_COLUMNS = 16 * WIDE
+
+NEVER = -1e30
+"""The score of what is not seen, and the greatest score before any is known."""
+
+
+def _scores(rows: int, vectors: int, dtypes: tuple[str, ...]) -> Any:
+    """``s[rows, 16 * vectors] = q[rows, head_dim] . keys``; ``panels`` is the address of ``vectors`` addresses."""
+
+    def scores(
+        e: Emit,
+        dtype: Value,
+        q: Value,
+        q_bytes: Value,
+        panels: Value,
+        panel_bytes: Value,
+        n: Value,
+        s: Value,
+        s_bytes: Value,
+    ) -> None:
+        starts = [e.load(e.add(panels, 8 * v), I64) for v in range(vectors)]
+        for name in dtypes:
+            with e.when(e.b.icmp_signed("==", dtype, e.i(CACHE_DTYPES[name]))):
+                totals = [[e.var(e.const(0.0)) for _ in range(vectors)] for _ in range(rows)]
+                with e.loop(n) as i:
+                    at = e.mul(i, panel_bytes)
+                    keys = [widen(e, name, e.add(start, at)) for start in starts]
+                    for row in range(rows):
+                        x = e.bcast(e.add(q, e.mul(q_bytes, row), e.mul(i, 4)))
+                        for total, key in zip(totals[row], keys, strict=True):
+                            total.set(e.fma(x, key, total.get()))
+                for row in range(rows):
+                    for v in range(vectors):
+                        e.store(totals[row][v].get(), e.add(s, e.mul(s_bytes, row), 64 * v))
+
+    return kernel(scores)
+
+
+def _values(rows: int, vectors: int, masked: bool) -> Any:
+    """``out[rows, 16 * vectors] = out * factors + p[rows, keys] . values``, the last columns masked if ``masked``.
+
+    ``table`` holds an address per key, ``offset`` is what to add to each in bytes.
+    """
+
+    def values(
+        e: Emit,
+        dtype: Value,
+        p: Value,
+        table: Value,
+        offset: Value,
+        columns: Value,
+        keys: Value,
+        factors: Value,
+        out: Value,
+        out_bytes: Value,
+    ) -> None:
+        mask = e.first_lanes(columns) if masked else None
+        for name, code in CACHE_DTYPES.items():
+            step = 64 if name == "f32" else 32
+            with e.when(e.b.icmp_signed("==", dtype, e.i(code))):
+                totals = []
+                for row in range(rows):
+                    factor = e.bcast(e.add(factors, 4 * row))
+                    at = e.add(out, e.mul(out_bytes, row))
+                    totals.append([e.var(e.b.fmul(factor, e.load(e.add(at, 64 * v)))) for v in range(vectors)])
+                with e.loop(keys) as k:
+                    at = e.add(e.load(e.add(table, e.mul(k, 8)), I64), offset)
+                    seen = [widen(e, name, e.add(at, step * v), mask) for v in range(vectors)]
+                    for row in range(rows):
+                        x = e.bcast(e.add(p, 4 * TILE * row, e.mul(k, 4)))
+                        for total, value in zip(totals[row], seen, strict=True):
+                            total.set(e.fma(x, value, total.get()))
+                for row in range(rows):
+                    for v in range(vectors):
+                        e.store(totals[row][v].get(), e.add(out, e.mul(out_bytes, row), 64 * v))
+
+    return kernel(values)
+
+
+def _softmax_tile(e: Emit, s: Value, first: Value, last: Value, maximum: Value, total: Value, factor: Value) -> None:
+    """One row of scores into weights, zero outside [first, last); updates the row's running maximum and sum.
+
+    ``factor`` receives what earlier sums must be multiplied by (online softmax, Milakov & Gimelshein, arXiv:1805.02867).
+    """
+    b, vectors = e.b, range(TILE // 16)
+    seen = [b.and_(e.first_lanes(e.add(last, -16 * v)), b.not_(e.first_lanes(e.add(first, -16 * v)))) for v in vectors]
+    scores = [b.select(seen[v], e.load(e.add(s, 64 * v)), e.const(NEVER)) for v in vectors]
+    before = e.load(maximum, F32)
+    greatest = e.hmax(e.max(e.max(scores[0], scores[1]), e.max(scores[2], scores[3])))
+    greatest = b.select(b.fcmp_ordered(">", before, greatest), before, greatest)
+    top = e.splat(greatest)
+    weights = [b.select(seen[v], e.exp(b.fsub(scores[v], top)), e.const(0.0)) for v in vectors]
+    for v in vectors:
+        e.store(weights[v], e.add(s, 64 * v))
+    scaled = b.extract_element(e.exp(b.fsub(e.splat(before), top)), b.trunc(e.i(0), I32))
+    added = e.sum(b.fadd(b.fadd(weights[0], weights[1]), b.fadd(weights[2], weights[3])))
+    e.store(greatest, maximum)
+    e.store(scaled, factor)
+    e.store(b.fadd(b.fmul(e.load(total, F32), scaled), added), total)
+
+
+_scores6, _scores3, _scores1 = (_scores(rows, WIDE, tuple(CACHE_DTYPES)) for rows in (6, 3, 1))
+_transposed6, _transposed1 = (_scores(rows, 1, ("f32",)) for rows in (6, 1))
+_wide6, _wide3, _wide1 = (_values(rows, WIDE, False) for rows in (6, 3, 1))
+_tail6, _tail3, _tail1 = (_values(rows, 1, True) for rows in (6, 3, 1))
+softmax_tile = kernel(_softmax_tile)
+
+
+@njit
+def padded_rows(rows: int) -> int:
+    """``rows`` made a sum of groups of 6, 3 and 1 with at most one group of 1."""
+    return rows + 1 if rows % 3 == 2 else rows
+
+
+@njit
+def score_tile(dtype: int, q: int, rows: int, panels: int, panel_bytes: int, head_dim: int, s: int) -> None:
+    """``s[rows, TILE]`` from ``q`` [rows, head_dim]; ``rows`` is padded, ``panels`` the address of 4 addresses."""
+    for at in range(0, TILE // 16, WIDE):
+        table, out, width = panels + 8 * at, s + 64 * at, 4 * head_dim
+        r = 0
+        while rows - r >= 6:
+            _scores6(dtype, q + r * width, width, table, panel_bytes, head_dim, out + 4 * TILE * r, 4 * TILE)
+            r += 6
+        if rows - r >= 3:
+            _scores3(dtype, q + r * width, width, table, panel_bytes, head_dim, out + 4 * TILE * r, 4 * TILE)
+            r += 3
+        if rows - r >= 1:
+            _scores1(dtype, q + r * width, width, table, panel_bytes, head_dim, out + 4 * TILE * r, 4 * TILE)
+
+
+@njit
+def score_transposed(keys: int, count: int, q: int, lanes: int, n: int, table: int, s: int) -> None:
+    """``s[count, lanes] = keys[count, n] . q[n, lanes]`` in float32; ``lanes`` is a multiple of 16.
+
+    ``table`` is room for one address.
+    """
+    for at in range(0, 4 * lanes, 64):
+        i64p(table)[0] = q + at
+        r = 0
+        while count - r >= 6:
+            _transposed6(0, keys + 4 * r * n, 4 * n, table, 4 * lanes, n, s + at + 4 * lanes * r, 4 * lanes)
+            r += 6
+        while count - r >= 1:
+            _transposed1(0, keys + 4 * r * n, 4 * n, table, 4 * lanes, n, s + at + 4 * lanes * r, 4 * lanes)
+            r += 1
+
+
+@njit
+def value_tile(
+    dtype: int, size: int, p: int, rows: int, table: int, width: int, keys: int, factors: int, out: int, out_bytes: int
+) -> None:
+    """``out[rows, width] = out * factors + p . values`` over the first ``keys`` positions; ``size`` bytes an element."""
+    column = 0
+    while column < width:
+        whole = width - column >= WIDE_COLUMNS
+        offset, columns, to = column * size, width - column, out + 4 * column
+        r = 0
+        while r < rows:
+            weights, factor, y = p + 4 * TILE * r, factors + 4 * r, to + out_bytes * r
+            if rows - r >= 6:
+                if whole:
+                    _wide6(dtype, weights, table, offset, columns, keys, factor, y, out_bytes)
+                else:
+                    _tail6(dtype, weights, table, offset, columns, keys, factor, y, out_bytes)
+                r += 6
+            elif rows - r >= 3:
+                if whole:
+                    _wide3(dtype, weights, table, offset, columns, keys, factor, y, out_bytes)
+                else:
+                    _tail3(dtype, weights, table, offset, columns, keys, factor, y, out_bytes)
+                r += 3
+            else:
+                if whole:
+                    _wide1(dtype, weights, table, offset, columns, keys, factor, y, out_bytes)
+                else:
+                    _tail1(dtype, weights, table, offset, columns, keys, factor, y, out_bytes)
+                r += 1
+        column += WIDE_COLUMNS if whole else 16
