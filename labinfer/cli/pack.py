@@ -8,6 +8,7 @@ import click
 
 if TYPE_CHECKING:
     from labinfer.compiler.packing import Packing
+    from labinfer.errors import DoesNotFit
 
 
 @click.command()
@@ -39,12 +40,16 @@ def pack(problem: str, capacity: int | None, as_json: bool, effort: float) -> No
 
         click.echo(json.dumps(dataclasses.asdict(packing), indent=2))
     if capacity is not None and packing.peak > capacity:
-        raise _does_not_fit(packing, capacity)
+        error = _does_not_fit(packing, capacity)
+        if not as_json:
+            raise error
+        click.echo(error, err=True)  # raised, it would become a second JSON document on standard output
+        raise SystemExit(error.exit_code)
     if not as_json:
         _print_table(packing, len(buffers), capacity)
 
 
-def _does_not_fit(packing: Packing, capacity: int) -> Exception:
+def _does_not_fit(packing: Packing, capacity: int) -> DoesNotFit:
     from labinfer.errors import DoesNotFit
 
     if packing.lower_bound > capacity:
