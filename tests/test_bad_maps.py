@@ -77,8 +77,10 @@ def test_one_mistake(tmp_path: Path, code: str) -> None:
     matching = [error for error in errors if error.code == code]
     assert matching, [error.code for error in errors]
     error = matching[0]
-    assert isinstance(error, InvalidFile) and error.exit_code == 3
-    assert error.place is not None and (error.place.file, error.place.line) == (str(tmp_path / "tiny.yaml"), line)
+    assert isinstance(error, InvalidFile)
+    assert error.exit_code == 3
+    assert error.place is not None
+    assert (error.place.file, error.place.line) == (str(tmp_path / "tiny.yaml"), line)
     assert says in str(error)
     assert "^" in str(error) or code == "graph.states-fit"
 
@@ -99,7 +101,9 @@ def test_a_shape_mismatch_names_both_producers(tmp_path: Path) -> None:
 def test_reading_what_is_made_later_is_told_as_a_cycle(tmp_path: Path) -> None:
     [error] = failures(tmp_path, ("in: h, out: qkv", "in: context, out: qkv"))
     assert error.code == "map.undefined-name"
-    assert error.remedy is not None and "cycle" in error.remedy and "tiny.yaml:21" in error.remedy
+    assert error.remedy is not None
+    assert "cycle" in error.remedy
+    assert "tiny.yaml:21" in error.remedy
 
 
 @pytest.mark.parametrize(
@@ -124,7 +128,8 @@ def test_nested_repeats_are_refused(tmp_path: Path) -> None:
         tmp_path, ("blocks:\n", inner), ("    - {op: add, in: [h, out], out: h}\n",
         "    - {op: add, in: [h, out], out: h}\n    - {repeat: inner, as: sub, times: 2, carry: h}\n"),
     )  # fmt: skip
-    assert error.code == "map.repeat" and "nest" in error.message
+    assert error.code == "map.repeat"
+    assert "nest" in error.message
 
 
 def test_all_errors_of_a_map_in_one_run(tmp_path: Path) -> None:
@@ -141,8 +146,10 @@ def test_all_errors_of_a_map_in_one_run(tmp_path: Path) -> None:
 
 def test_an_unknown_name_in_an_expression(tmp_path: Path) -> None:
     [error] = failures(tmp_path, ("3 * hidden_size", "3 * hidden_sizes"))
-    assert error.code == "map.undefined-name" and error.remedy == "did you mean 'hidden_size'?"
-    assert error.place is not None and error.place.line == 18
+    assert error.code == "map.undefined-name"
+    assert error.remedy == "did you mean 'hidden_size'?"
+    assert error.place is not None
+    assert error.place.line == 18
 
 
 def test_errors_in_and_after_the_layers_are_told_together(tmp_path: Path) -> None:
@@ -189,7 +196,9 @@ def test_unused_tensors_are_told(tmp_path: Path) -> None:
 
     save_file(tensors() | {"stray": tensors()["embed"]}, checkpoint / "model.safetensors")
     [error] = failures(tmp_path, weights=checkpoint)
-    assert error.code == "weights.unused-tensor" and "'stray'" in error.message and error.exit_code == 5
+    assert error.code == "weights.unused-tensor"
+    assert "'stray'" in error.message
+    assert error.exit_code == 5
 
 
 @pytest.mark.parametrize(
@@ -229,9 +238,7 @@ HOSTILE = {
     "long list": MAP.replace('"[hidden_size, hidden_size, hidden_size]"', '"[1] * 10**9"'),
     "many layers": MAP.replace("times: num_layers", "times: 10**9"),
     "wide": MAP.replace("vocab_size, default: 16", "vocab_size, default: 10**18"),
-    "chain": MAP.replace("{hf: hidden_size}", "{value: c0}").replace("config:
-", "config:
-" + CHAIN),
+    "chain": MAP.replace("{hf: hidden_size}", "{value: c0}").replace("config:\n", "config:\n" + CHAIN),
     "big state": MAP.replace("v: hidden_size}", "v: 10**18}"),
 }  # fmt: skip
 
