@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -72,12 +72,8 @@ class Node:
     @property
     def group(self) -> str:
         """The block of the map that the op stands in, '' for none: ``attn.qkv``."""
-        path = self.short_name.split(".")
-        return (
-            ".".join(part for part in path[:-1] if not part.isdigit())
-            if len(path) > 1 and not path[-1].isdigit()
-            else ""
-        )
+        path = [part for part in self.short_name.split(".") if not part.isdigit()]
+        return ".".join(path[:-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +91,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Ops that stand together, once for all layers alike: what they are, how they hang together, what goes in and out."""
+    """Ops that stand together, once for all layers alike, and how they hang together."""
 
     title: str
     nodes: tuple[Node, ...]
@@ -104,7 +100,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """A block in one place of the schedule, with full names: the ops, in order, and the slots of the values they make."""
+    """A block in one place of the schedule, with full names: its ops in order, the slots of the values they make."""
 
     stage: int
     block: int
@@ -115,7 +111,7 @@ class Instance:
 
 @dataclass(slots=True)
 class Section:
-    """A block drawn once for all its ``layers`` (empty for ops outside every layer); ``group`` numbers a repeated pattern."""
+    """A block drawn once for its ``layers`` (empty for ops outside every layer); ``group``: its repeated pattern."""
 
     stage: int
     block: int
@@ -169,8 +165,35 @@ def draw(plan: Plan) -> Drawing:
                 known[key] = len(drawing.blocks)
                 drawing.blocks.append(_block(drawing, number, entry.block, ops))
             drawing.instances.append(Instance(number, known[key], layer, ops, slots))
+    _add_outlets(drawing)
     drawing.sections, drawing.repeats = _fold_patterns(_sections(drawing.instances))
     return drawing
+
+
+def outside_reads(instance: Instance) -> list[str]:
+    """The values that an instance of a block takes from elsewhere, in order of their first use."""
+    made = {name for op in instance.ops for part in op.primitives() for name in part.outputs}
+    return list(dict.fromkeys(name for op in instance.ops for name in op.inputs if name not in made))
+
+
+def _add_outlets(drawing: Drawing) -> None:
+    """Give each block a link outwards for every value that is needed outside of it."""
+    needed = {name for stage in drawing.plan.stages for name in stage.outputs}
+    for instance in drawing.instances:
+        needed.update(outside_reads(instance))
+    seen: set[int] = set()
+    for instance in drawing.instances:
+        if instance.block not in seen:
+            seen.add(instance.block)
+            outlets = [
+                Link(index, None, fold_name(name))
+                for index, op in enumerate(instance.ops)
+                for part in op.primitives()
+                for name in part.outputs
+                if name in needed
+            ]
+            block = drawing.blocks[instance.block]
+            drawing.blocks[instance.block] = replace(block, links=(*block.links, *outlets))
 
 
 def _instances(stage: Stage) -> Iterator[tuple[Entry, int | None, tuple[Op, ...], dict[str, Slot]]]:
@@ -211,9 +234,6 @@ def _block(drawing: Drawing, stage: int, title: str, ops: Sequence[Op]) -> Block
                 links.append(Link(writers[part.state], index, fold_name(part.state), cache=True))
             elif part.state:
                 writers[part.state] = index
-    read = {name for op in ops for name in op.inputs}
-    for index, op in enumerate(ops):
-        links += [Link(index, None, fold_name(name)) for name in op.outputs if name not in read]
     return Block(title, nodes, tuple(links))
 
 

@@ -1,17 +1,24 @@
 """Layered drawing of a directed acyclic graph, top to bottom (Sugiyama, Tagawa, Toda 1981).
 
 Ranks by longest path, order within a rank by barycentres, x by four alignments whose median is taken (Brandes and Köpf,
-"Fast and Simple Horizontal Coordinate Assignment", 2001). An edge over several ranks gets a lane of its own there, which
-stays straight; this is what keeps residual connections beside the ops and not across them.
+"Fast and Simple Horizontal Coordinate Assignment", 2001). An edge over several ranks gets a lane of its own, and
+lanes stay straight: this is what keeps residual connections beside the ops and not across them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 LANE = 14.0
 """Width of a lane, in pixels."""
+
+ARROW = 7.0
+"""Room for an arrow head above a node."""
+
+STRAIGHT_GAP = 0.68
+"""Share of the gap between ranks that is left where all edges go straight down."""
 
 Point = tuple[float, float]
 
@@ -39,7 +46,7 @@ class _Net:
     ranks: list[list[int]]
 
 
-def layered(sizes: Sequence[Point], edges: Sequence[tuple[int, int]], gap: Point = (20.0, 22.0)) -> Layout:
+def layered(sizes: Sequence[Point], edges: Sequence[tuple[int, int]], gap: Point = (20.0, 25.0)) -> Layout:
     """Lay out nodes of the given ``sizes`` (width, height).
 
     ``edges`` go from lower to higher numbers. ``gap`` is the space between neighbours, and between ranks.
@@ -47,18 +54,28 @@ def layered(sizes: Sequence[Point], edges: Sequence[tuple[int, int]], gap: Point
     net = _net(sizes, edges)
     _order(net)
     x = _coordinates(net, gap[0])
+    _straighten(net, x, gap[0] * 0.6)
     left = min((x[v] - net.width[v] / 2 for v in range(len(x))), default=0.0)
     x = [value - left for value in x]
     tops, heights, y = [], [], 0.0
-    for rank in net.ranks:
+    for level, rank in enumerate(net.ranks):
         height = max((sizes[v][1] for v in rank if v < net.real), default=0.0)
         tops.append(y)
         heights.append(height)
-        y += height + gap[1]
+        y += height + (gap[1] if _bends(net, level, x) else gap[1] * STRAIGHT_GAP)
     centres = [(x[v], tops[net.rank[v]] + heights[net.rank[v]] / 2) for v in range(net.real)]
     routes = _routes(net, sizes, edges, x, centres, tops, heights)
     width = max((x[v] + net.width[v] / 2 for v in range(len(x))), default=0.0)
-    return Layout(centres, routes, width, max(0.0, y - gap[1]))
+    return Layout(centres, routes, width, tops[-1] + heights[-1] if tops else 0.0)
+
+
+def _bends(net: _Net, level: int, x: Sequence[float]) -> bool:
+    """Whether an edge below the rank ``level`` goes sideways, or several meet, so that it takes room."""
+    return any(
+        len(net.down[v]) > 1 or len(net.up[w]) > 1 or abs(x[v] - x[w]) > 1
+        for v in net.ranks[level]
+        for w in net.down[v]
+    )
 
 
 def _net(sizes: Sequence[Point], edges: Sequence[tuple[int, int]]) -> _Net:
@@ -83,7 +100,7 @@ def _net(sizes: Sequence[Point], edges: Sequence[tuple[int, int]]) -> _Net:
             net.up.append([])
             net.down.append([])
         chain.append(target)
-        for a, b in zip(chain, chain[1:], strict=False):
+        for a, b in pairwise(chain):
             net.down[a].append(b)
             net.up[b].append(a)
         net.chains.append(chain)
@@ -103,8 +120,8 @@ def _order(net: _Net) -> None:
         for level in range(len(net.ranks)) if down else reversed(range(len(net.ranks))):
             near = net.up if down else net.down
             rank = net.ranks[level]
-            keys = {v: sum(place[u] for u in near[v]) / len(near[v]) if near[v] else float(place[v]) for v in rank}
-            rank.sort(key=lambda v: keys[v])  # noqa: B023 - used at once
+            keys = {v: _mean([place[u] for u in _widest(net, near[v])], place[v]) for v in rank}
+            rank.sort(key=keys.__getitem__)
             place.update({v: i for i, v in enumerate(rank)})
         crossings = _crossings(net)
         if crossings < fewest:
@@ -112,9 +129,19 @@ def _order(net: _Net) -> None:
     net.ranks = best
 
 
+def _widest(net: _Net, near: Sequence[int]) -> list[int]:
+    """The neighbours that a vertex is placed by: real nodes before pills, pills before lanes."""
+    width = max((net.width[u] for u in near), default=0.0)
+    return [u for u in near if net.width[u] > 0.8 * width]
+
+
+def _mean(values: Sequence[int], otherwise: float) -> float:
+    return sum(values) / len(values) if values else otherwise
+
+
 def _crossings(net: _Net) -> int:
     total = 0
-    for upper, lower in zip(net.ranks, net.ranks[1:], strict=False):
+    for upper, lower in pairwise(net.ranks):
         place = {v: i for i, v in enumerate(lower)}
         ends = [place[w] for v in upper for w in sorted(net.down[v], key=place.__getitem__)]
         total += sum(a > b for i, a in enumerate(ends) for b in ends[i + 1 :])
@@ -150,27 +177,26 @@ def _coordinates(net: _Net, gap: float) -> list[float]:
 def _conflicts(net: _Net) -> set[tuple[int, int]]:
     """Edges that cross a lane between two ranks: the lane stays straight, they do not count for alignment."""
     found: set[tuple[int, int]] = set()
-    for upper, lower in zip(net.ranks, net.ranks[1:], strict=False):
+    for upper, lower in pairwise(net.ranks):
         above, below = ({v: i for i, v in enumerate(rank)} for rank in (upper, lower))
         edges = [(v, w) for v in upper for w in net.down[v]]
         lanes = [(above[v], below[w]) for v, w in edges if v >= net.real and w >= net.real]
         for v, w in edges:
-            if v < net.real or w < net.real:
-                if any((above[v] - a) * (below[w] - b) < 0 for a, b in lanes):
-                    found.add((v, w))
-                    found.add((w, v))
+            crosses = any((above[v] - a) * (below[w] - b) < 0 for a, b in lanes)
+            if crosses and (v < net.real or w < net.real):
+                found |= {(v, w), (w, v)}
     return found
 
 
 def _align(net: _Net, ranks: list[list[int]], near: list[list[int]], blocked: set[tuple[int, int]]) -> list[int]:
-    """The topmost vertex of the vertical run that each vertex joins. Nodes follow nodes and lanes follow lanes first."""
+    """The topmost vertex of the vertical run that each vertex joins; lanes only join lanes."""
     root, after = list(range(len(net.rank))), list(range(len(net.rank)))
     place = {v: i for rank in ranks for i, v in enumerate(rank)}
     for rank in ranks:
         last = -1
         for v in rank:
-            alike = [u for u in near[v] if (u < net.real) == (v < net.real)]
-            others = sorted(alike or (near[v] if v < net.real else ()), key=place.__getitem__)
+            alike = [u for u in _widest(net, near[v]) if v < net.real or u >= net.real]
+            others = sorted(alike, key=place.__getitem__)
             for u in dict.fromkeys(others[i] for i in ((len(others) - 1) // 2, len(others) // 2) if others):
                 if after[v] == v and last < place[u] and (u, v) not in blocked:
                     after[u], root[v] = v, root[u]
@@ -184,7 +210,7 @@ def _compact(net: _Net, ranks: list[list[int]], root: list[int], gap: float) -> 
     before: dict[int, dict[int, float]] = {r: {} for r in set(root)}
     behind: dict[int, dict[int, float]] = {r: {} for r in set(root)}
     for rank in ranks:
-        for a, b in zip(rank, rank[1:], strict=False):
+        for a, b in pairwise(rank):
             distance = (net.width[a] + net.width[b]) / 2 + gap
             before[root[b]][root[a]] = max(before[root[b]].get(root[a], 0.0), distance)
             behind[root[a]][root[b]] = max(behind[root[a]].get(root[b], 0.0), distance)
@@ -206,6 +232,24 @@ def _compact(net: _Net, ranks: list[list[int]], root: list[int], gap: float) -> 
     return [x[r] for r in root]
 
 
+def _straighten(net: _Net, x: list[float], reach: float) -> None:
+    """Move nodes that almost lie over their middle user, and lanes under their source or over their target: no jogs."""
+    for rank in reversed(net.ranks):
+        for i, v in enumerate(rank):
+            below = sorted(x[w] for w in net.down[v] if w < net.real) if v < net.real else []
+            shift = below[len(below) // 2] - x[v] if len(below) % 2 else 0.0
+            besides = [rank[j] for j in (i - 1, i + 1) if 0 <= j < len(rank)]
+            room = all(abs(x[v] + shift - x[u]) >= (net.width[u] + net.width[v]) / 2 + LANE / 2 for u in besides)
+            if 0 < abs(shift) <= 2 * reach and room:
+                x[v] += shift
+    for source, *lanes, target in net.chains:
+        for end in (source, target):
+            if lanes and 0 < abs(x[lanes[0]] - x[end]) <= reach:
+                for lane in lanes:
+                    x[lane] = x[end]
+                break
+
+
 def _routes(
     net: _Net,
     sizes: Sequence[Point],
@@ -215,7 +259,11 @@ def _routes(
     tops: list[float],
     heights: list[float],
 ) -> list[list[Point]]:
-    """The points of each edge: from under its source, down its lane, to the top of its target."""
+    """The points of each edge: from under its source, down its lane, to the top of its target.
+
+    Between ranks an edge goes sideways on a line of its own source, so that edges of two sources never run together.
+    """
+    bottoms = [top + height for top, height in zip(tops, heights, strict=True)]
     arriving: dict[int, list[int]] = {}
     for number, (_, target) in enumerate(edges):
         arriving.setdefault(target, []).append(number)
@@ -223,14 +271,35 @@ def _routes(
     for target, numbers in arriving.items():
         numbers.sort(key=lambda number: x[net.chains[number][-2]])
         step = min(28.0, (sizes[target][0] - 24) / len(numbers))
-        for i, number in enumerate(numbers):
-            entry[number] = x[target] + (i - (len(numbers) - 1) / 2) * step
+        straight = [i for i, number in enumerate(numbers) if abs(x[net.chains[number][-2]] - x[target]) < 1]
+        middle = straight[0] if straight and len(numbers) < 4 else (len(numbers) - 1) / 2
+        entry.update({number: x[target] + (i - middle) * step for i, number in enumerate(numbers)})
+    track = _tracks(net, x)
     routes = []
     for number, (source, target) in enumerate(edges):
+        chain = net.chains[number]
         points = [(x[source], centres[source][1] + sizes[source][1] / 2)]
-        for lane in net.chains[number][1:-1]:
-            top = tops[net.rank[lane]]
-            points += [(x[lane], top), (x[lane], top + heights[net.rank[lane]])]
-        points.append((entry[number], centres[target][1] - sizes[target][1] / 2))
+        for a, b in pairwise(chain):
+            level, end = net.rank[a], x[b] if b != target else entry[number]
+            start = points[-1][0]
+            if abs(start - end) > 0.5:
+                side = bottoms[level] + (tops[level + 1] - bottoms[level] - ARROW) * track[a]
+                points += [(start, side), (end, side)]
+            points.append((end, tops[level + 1]))
+            if b != target:
+                points.append((end, bottoms[level + 1]))
+        points[-1] = (entry[number], centres[target][1] - sizes[target][1] / 2)
         routes.append(points)
     return routes
+
+
+def _tracks(net: _Net, x: Sequence[float]) -> dict[int, float]:
+    """How far down the gap below its rank (0 to 1) each vertex's edges go sideways."""
+    found: dict[int, float] = {}
+    for rank in net.ranks:
+        users = [v for v in rank if net.down[v]]
+        reach = {v: max(abs(x[w] - x[v]) for w in net.down[v]) for v in users}
+        bent = sorted((v for v in users if reach[v] > 16), key=lambda v: reach[v])
+        found.update(dict.fromkeys(users, 0.5))
+        found.update({v: (i + 1) / (len(bent) + 1) for i, v in enumerate(bent)})
+    return found

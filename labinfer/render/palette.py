@@ -36,9 +36,21 @@ DEVICES = ("linear", "attention", "norm", "position", "activation", "lookup", "e
 HEAT_LEVELS = 7
 
 GROUND: tuple[dict[str, Color], dict[str, Color]] = (
-    {"page": (250, 250, 248), "surface": (255, 255, 255), "ink": (28, 30, 36), "muted": (92, 98, 110), "line": (214, 217, 223), "edge": (158, 164, 176)},
-    {"page": (20, 22, 27), "surface": (29, 32, 39), "ink": (232, 234, 240), "muted": (160, 167, 181), "line": (58, 63, 74), "edge": (106, 114, 130)},
-)  # fmt: skip
+    {
+        "surface": (255, 255, 255),
+        "ink": (28, 30, 36),
+        "muted": (92, 98, 110),
+        "line": (214, 217, 223),
+        "edge": (158, 164, 176),
+    },
+    {
+        "surface": (29, 32, 39),
+        "ink": (232, 234, 240),
+        "muted": (160, 167, 181),
+        "line": (58, 63, 74),
+        "edge": (106, 114, 130),
+    },
+)
 """Neutral colours on a light and on a dark ground."""
 
 
