@@ -9,15 +9,16 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "LLM": "labinfer.llm",
     "compile": "labinfer.api",
+    "validate": "labinfer.api",
     "load": "labinfer.llm",
     "Plan": "labinfer.compiler.plan",
     "SamplingParams": "labinfer.runtime.sampling_params",
 }
 
-__all__ = ["LLM", "Plan", "SamplingParams", "__version__", "compile", "load"]
+__all__ = ["LLM", "Plan", "SamplingParams", "__version__", "compile", "load", "validate"]
 
 if TYPE_CHECKING:
-    from labinfer.api import compile
+    from labinfer.api import compile, validate
     from labinfer.compiler.plan import Plan
     from labinfer.llm import LLM, load
     from labinfer.runtime.sampling_params import SamplingParams

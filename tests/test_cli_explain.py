@@ -1,7 +1,9 @@
 """``labinfer explain``: the report and its figures."""
 
 import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,3 +106,11 @@ def test_failures(tmp_path: Path, labinfer_cli: Cli, arguments: list[str], exit_
 def test_ranges():
     assert ranges([]) == "-"
     assert ranges([3, 0, 1, 2, 7]) == "0-3, 7"
+
+
+def test_a_terminal_that_lacks_characters_gets_the_report_all_the_same(tmp_path: Path, tiny_model: Path):
+    words = [sys.executable, "-m", "labinfer", "explain", str(tiny_model)]
+    environment = {**os.environ, "PYTHONIOENCODING": "koi8-r"}
+    result = subprocess.run(words, capture_output=True, env=environment, timeout=60)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert b"(? 2)" in result.stdout

@@ -129,7 +129,7 @@ def test_schema_describes_every_op(tmp_path: Path, labinfer_cli: Cli):
     printed = json.loads(labinfer_cli("schema").stdout)
     assert printed["$schema"].endswith("2020-12/schema")
     for kind, spec in OPS.items():
-        line = printed["$defs"][f"op {kind}"]
+        line = printed["$defs"][f"op_{kind}"]
         assert line["description"]
         slots = {slot.name for slot in spec.weights}
         assert slots | set(spec.Attrs.model_fields) <= set(line["properties"])

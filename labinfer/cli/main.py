@@ -7,6 +7,7 @@ Exit codes: 0 ok, 1 runtime, 2 usage, 3 invalid map or plan, 4 does not fit or n
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import signal
 import sys
@@ -203,6 +204,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return shell_complete(cli, {}, "labinfer", "_LABINFER_COMPLETE", instruction)
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without a character shows '?', never an error
     out = Output()
     try:
         exit_code = _invoke(argv, out)

@@ -19,8 +19,8 @@ def map_schema() -> Schema:
     definitions: Schema = schema["$defs"]
     line = definitions.pop("OpLine")
     for kind, spec in OPS.items():
-        definitions[f"op {kind}"] = op_line(kind, spec, line["properties"], definitions)
-    ops = [{"$ref": f"#/$defs/op {kind}"} for kind in OPS]
+        definitions[f"op_{kind}"] = op_line(kind, spec, line["properties"], definitions)
+    ops = [{"$ref": f"#/$defs/op_{kind}"} for kind in OPS]
     definitions["OpLine"] = {"description": first_paragraph(line.get("description", "")), "oneOf": ops}
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "LABInfer model map"}
     return {**head, **{key: value for key, value in schema.items() if key != "title"}}
