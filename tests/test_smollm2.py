@@ -15,6 +15,9 @@ from labinfer import catalogue
 _GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "smollm2.json").read_text())
 
 
+pytestmark = pytest.mark.timeout(900)  # 128 steps of a real model in numpy
+
+
 @pytest.fixture(scope="module")
 def gguf() -> Path:
     path = catalogue.find("smollm2-135m").pulled()

@@ -105,7 +105,10 @@ def hub_copy(folder: Path, target: Path) -> Path:
     if config["model_type"] == "qwen3_moe" and "num_local_experts" in hub:
         hub["num_experts"] = hub.pop("num_local_experts")
     if "rope_parameters" in config:
-        hub |= _old_rope(config["model_type"], hub.pop("rope_parameters", config["rope_parameters"]))
+        hub.pop("rope_parameters", None)
+        usual = _old_rope(config["model_type"], defaults["rope_parameters"])
+        stated = _old_rope(config["model_type"], config["rope_parameters"])
+        hub |= {key: value for key, value in stated.items() if key == "rope_scaling" or usual.get(key) != value}
     (target / "config.json").write_text(json.dumps(hub, indent=2))
     return target
 
