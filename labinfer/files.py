@@ -23,7 +23,12 @@ def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
         return
     partial = path.with_name(f".{path.name[:100]}.{os.getpid()}.partial")
     try:
-        with partial.open("xb") as stream:
+        stream = partial.open("xb")
+    except OSError as problem:
+        problem.filename = str(path)  # the name the user knows
+        raise
+    try:
+        with stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

@@ -94,7 +94,7 @@ def test_model_directory_is_remembered_in_the_plan(labinfer_cli: Cli, tmp_path: 
         (["llama", "--weights", "missing"], 5, "weights.missing-file"),
         (["llama", "--json", "-o", "-"], 2, "stdout"),
         (["bad.yaml"], 3, "bad.yaml:2:1: error[yaml.duplicate-key]"),
-        (["llama", "-o", "no/such/folder/plan.json"], 1, "host.io"),
+        (["llama", "-o", "no/such/folder/plan.json"], 1, "no/such/folder/plan.json"),
     ],
 )
 def test_failures_have_their_exit_code_and_leave_nothing(
