@@ -9,6 +9,7 @@ from typing import Any
 from labinfer.api import checkpoint_source, find_plan, sha256
 from labinfer.compiler.fold import unfold_weights
 from labinfer.compiler.plan import Plan
+from labinfer.compiler.source import MAX_MAP_BYTES
 from labinfer.errors import StalePlan, WeightsError
 from labinfer.home import graphs_dir
 from labinfer.ops.formats import stored_bytes
@@ -86,9 +87,7 @@ def open_plan_checkpoint(plan: Plan, weights: str | Path | None, place: str) -> 
     checkpoint = open_checkpoint(path)
     try:
         found = dict(checkpoint_source(checkpoint).digests)
-        maps = [graphs_dir() / file for file in plan.source.maps]  # an absolute path stays what it is
-        if all(file.is_file() for file in maps):
-            found["map"] = sha256(*(file.read_bytes() for file in maps))
+        found |= map_digest([graphs_dir() / file for file in plan.source.maps])  # an absolute path stays what it is
         changed = [name for name, digest in plan.source.sha256.items() if found.get(name, digest) != digest]
         if changed:
             message = f"{place} is stale: {' and '.join(changed)} changed since it was compiled"
@@ -97,3 +96,13 @@ def open_plan_checkpoint(plan: Plan, weights: str | Path | None, place: str) -> 
         checkpoint.close()
         raise
     return checkpoint
+
+
+def map_digest(files: Sequence[Path]) -> dict[str, str]:
+    """The digest of a plan's map, or nothing when it is not on this machine."""
+    try:
+        if all(file.is_file() and file.stat().st_size <= MAX_MAP_BYTES for file in files):
+            return {"map": sha256(*(file.read_bytes() for file in files))}
+    except (OSError, ValueError):
+        pass
+    return {}

@@ -17,7 +17,7 @@ from labinfer.ops import spec_of
 from labinfer.ops.base import OpAttrs, TensorType
 
 GRAPH_INPUTS = ("token_ids", "positions")
-MAX_OPS = 200_000
+MAX_OPS = 40_000
 """Ops of a stage and weights of a plan, unfolded: ten times the largest model's."""
 
 
@@ -157,6 +157,8 @@ def _unfold_op(
     slots: dict[str, Slot] = {}
     body: tuple[Op, ...] = ()
     if op.body:
+        if any(part.body for part in op.body):
+            raise InvalidFile("plan.fused", f"a part of '{op.name}' has parts itself")
         parts = [_unfold_op(part, layer, received, attrs) for part in op.body]
         body = tuple(part for part, _ in parts)
         for _, made in parts:

@@ -16,6 +16,8 @@ from typing import Any, NoReturn, TypeAlias
 
 from labinfer.errors import ErrorSink, InvalidFile, Place
 
+MAX_MAP_BYTES = 1_000_000
+
 NodeValue: TypeAlias = "bool | int | float | str | list[Node] | dict[str, Node] | None"
 
 
@@ -40,7 +42,7 @@ def load_yaml(
     path: Path | str,
     *,
     text: str | None = None,
-    max_bytes: int = 1_000_000,
+    max_bytes: int = MAX_MAP_BYTES,
     max_depth: int = 32,
     max_nodes: int = 50_000,
 ) -> Node:
