@@ -9,6 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 pytest.importorskip("numba")
 
 from labinfer.backends.cpu import attention as cpu
+from labinfer.backends.cpu import mla
 from labinfer.backends.cpu.paged_cache import CACHE_DTYPES, kv_write
 from labinfer.ops import OPS, Call, Step
 
@@ -200,6 +201,50 @@ def test_a_query_that_is_no_number_gives_none(rng):
     assert np.isfinite(y[0]).all()
     assert np.isnan(y[1, 64:128]).all()
     assert np.isfinite(y[1, :64]).all()
+
+
+def attend_latents(paged, attrs, q, kv_b, dtype, cuts):
+    """The kernel's result, its items shared out at ``cuts`` as among threads."""
+    memory = [paged.written(part, dtype, 0) for part in ("k", "v")]
+    latent = mla.Latent(
+        attrs.num_heads, attrs.nope_dim, attrs.rope_dim, attrs.v_dim, attrs.kv_rank, attrs.scale, kv_b.ctypes.data
+    )
+    pages = cpu.Pages(*(m.ctypes.data for m in memory), CACHE_DTYPES[dtype], paged.step.block_size)
+    batch = paged.batch()
+    wide = np.full((len(q), attrs.num_heads * attrs.v_dim + 5), NAN)
+    y, stride = wide[:, 2:-3], wide.shape[1]
+    items = mla.mla_items(latent, batch)
+    for start, stop in pairwise([0, *(round(cut * items) for cut in cuts), items]):
+        workspace = aligned(mla.mla_workspace_bytes(latent) + 64)
+        args = (q.ctypes.data, q.strides[0] // 4, y.ctypes.data, stride, latent, pages, batch)
+        mla.mla_attention(*args, workspace.ctypes.data, start, stop)
+        assert (workspace[-64:] == 0xFF).all(), "wrote beyond its workspace"
+    assert np.isnan(wide[:, :2]).all()
+    assert np.isnan(wide[:, -3:]).all()
+    return y
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("heads", [1, 4, 8, 11, 16])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"nope_dim": 16, "rope_dim": 8, "v_dim": 12, "kv_rank": 24},
+        {"nope_dim": 5, "rope_dim": 2, "v_dim": 7, "kv_rank": 9},
+        {"nope_dim": 128, "rope_dim": 64, "v_dim": 128, "kv_rank": 512},
+    ],
+    ids=["small", "odd", "v2"],
+)
+def test_mla_attention(rng, dtype, heads, sizes):
+    scale = (sizes["nope_dim"] + sizes["rope_dim"]) ** -0.5
+    attrs = OPS["mla_attention"].Attrs(num_heads=heads, scale=scale, **sizes)
+    paged = Paged(rng, [(70, 70), (100, 1), (9, 3), (200, 20)], 16, k=attrs.kv_rank, v=attrs.rope_dim)
+    q = normal(rng, 94, heads * (attrs.nope_dim + attrs.rope_dim) + 9)[:, 4:-5]
+    kv_b = normal(rng, heads * (attrs.nope_dim + attrs.v_dim), attrs.kv_rank) * attrs.kv_rank**-0.5
+    y = attend_latents(paged, attrs, q, kv_b, dtype, (0.3, 0.6))
+    expected = reference("mla_attention", attrs, q, paged, dtype, kv_b=kv_b)
+    assert_allclose(y, expected, rtol=1e-5, atol=5e-6)
+    assert_array_equal(attend_latents(paged, attrs, q, kv_b, dtype, ()), y)
 
 
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)

@@ -61,7 +61,7 @@ class Pages(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The sequences of a step: addresses of the int32 arrays of ``Step``, and the length of a row of ``block_table``."""
+    """The sequences of a step: addresses of ``Step``'s int32 arrays, and the length of a row of ``block_table``."""
 
     sequences: int
     query_start: int
@@ -71,7 +71,7 @@ class Batch(NamedTuple):
 
 
 class Item(NamedTuple):
-    """Queries of a sequence for one key-value head: ``tokens`` tokens of the step from ``token`` on, at ``position``.
+    """Queries of a sequence for one key-value head: ``tokens`` of the step from ``token`` on, at ``position``.
 
     They look at positions [first, last) of the sequence, as far as causality and window let each.
     """

@@ -101,7 +101,7 @@ def _values(rows: int, vectors: int, masked: bool) -> Any:
 def _softmax_tile(e: Emit, s: Value, first: Value, last: Value, maximum: Value, total: Value, factor: Value) -> None:
     """One row of scores into weights, zero outside [first, last); updates the row's running maximum and sum.
 
-    ``factor`` receives what earlier sums must be multiplied by (online softmax, Milakov & Gimelshein, arXiv:1805.02867).
+    ``factor`` receives what earlier sums must be multiplied by (Milakov & Gimelshein, arXiv:1805.02867).
     """
     b, vectors = e.b, range(TILE // 16)
     seen = [b.and_(e.first_lanes(e.add(last, -16 * v)), b.not_(e.first_lanes(e.add(first, -16 * v)))) for v in vectors]
@@ -170,7 +170,7 @@ def score_transposed(keys: int, count: int, q: int, lanes: int, n: int, table: i
 def value_tile(
     dtype: int, size: int, p: int, rows: int, table: int, width: int, keys: int, factors: int, out: int, out_bytes: int
 ) -> None:
-    """``out[rows, width] = out * factors + p . values`` over the first ``keys`` positions; ``size`` bytes an element."""
+    """``out[rows, width] = out * factors + p . values`` over ``keys`` positions; ``size`` bytes an element."""
     column = 0
     while column < width:
         whole = width - column >= WIDE_COLUMNS

@@ -1,0 +1,225 @@
+"""``mla_attention``: attention over a cached latent, with ``kv_b`` absorbed into queries and results.
+
+A head's score ``q . (kv_b_k @ latent)`` is ``(q @ kv_b_k) . latent``, and its result ``kv_b_v @ (sum of weights times
+latents)``: only latents are read, once for all heads of an item, and no head's keys or values are ever made
+(DeepSeek-V2, arXiv:2405.04434, section 2.1.2). The same kernel serves decode and prefill.
+
+An item is (sequence, run of tokens, group of heads). Its queries lie across the lanes of a vector, for they share
+keys. ``kv_b`` is read as float32 rows, once per item and head. Contexts are not split: a sequence has as many items as
+groups of heads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from labinfer.backends.cpu.attention import Batch, Pages, out_stride
+from labinfer.backends.cpu.attention_tiles import NEVER, TILE, padded_rows, score_transposed, softmax_tile, value_tile
+from labinfer.backends.cpu.elementwise import add_scaled_row, dot_row, scale_row, zero_row
+from labinfer.backends.cpu.isa import njit
+from labinfer.backends.cpu.paged_cache import element_size, read_row
+from labinfer.backends.cpu.simd import f32p, i32p, i64p
+
+GROUP_HEADS = 8
+"""Heads of an item at most."""
+
+ITEM_ROWS = 48
+"""Rows of an item, tokens times heads."""
+
+
+class Latent(NamedTuple):
+    """The attributes of ``mla_attention``, and the address of ``kv_b`` [num_heads * (nope_dim + v_dim), kv_rank]."""
+
+    num_heads: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+    kv_rank: int
+    scale: float
+    kv_b: int
+
+
+class MlaItem(NamedTuple):
+    """``tokens`` tokens of the step from ``token`` on, at ``position`` of their sequence, and ``heads`` heads."""
+
+    sequence: int
+    token: int
+    tokens: int
+    position: int
+    head: int
+    heads: int
+
+
+class MlaScratch(NamedTuple):
+    """Addresses inside a thread's workspace. Rows are (token, head); ``lanes`` of them fill whole vectors."""
+
+    rows: int
+    lanes: int
+    table: int
+    values: int
+    maxima: int
+    sums: int
+    factors: int
+    scores: int
+    across: int
+    q: int
+    row: int
+    keys: int
+    out: int
+
+
+@njit
+def group_heads(latent: Latent) -> int:
+    """Heads of an item; the last group may have fewer."""
+    return min(GROUP_HEADS, latent.num_heads)
+
+
+@njit
+def _scratch_at(workspace: int, latent: Latent, tokens: int, heads: int) -> MlaScratch:
+    """The layout of a workspace for ``tokens * heads`` rows; every piece is a whole number of cache lines."""
+    rows = padded_rows(tokens * heads)
+    lanes = (rows + 15) // 16 * 16
+    width = out_stride(latent.kv_rank + latent.rope_dim)
+    values = workspace + 64
+    maxima = values + 8 * TILE
+    scores = maxima + 3 * 4 * lanes
+    across = scores + 4 * TILE * lanes
+    q = across + 4 * TILE * lanes
+    row = q + 4 * width * lanes
+    keys = row + 4 * width * tokens
+    out = keys + 4 * width * TILE
+    sums = maxima + 4 * lanes
+    return MlaScratch(rows, lanes, workspace, values, maxima, sums, sums + 4 * lanes, scores, across, q, row, keys, out)
+
+
+@njit
+def mla_workspace_bytes(latent: Latent) -> int:
+    """Bytes of workspace that each thread needs, whatever the context."""
+    heads = group_heads(latent)
+    scratch = _scratch_at(0, latent, ITEM_ROWS // heads, heads)
+    return scratch.out + 4 * scratch.rows * out_stride(latent.kv_rank)
+
+
+@njit
+def mla_items(latent: Latent, batch: Batch) -> int:
+    """The number of work items of a step."""
+    begin, heads = i32p(batch.query_start), group_heads(latent)
+    step, runs = ITEM_ROWS // heads, 0
+    for s in range(batch.sequences):
+        runs += (begin[s + 1] - begin[s] + step - 1) // step
+    return runs * ((latent.num_heads + heads - 1) // heads)
+
+
+@njit
+def mla_attention(
+    q: int,
+    q_stride: int,
+    y: int,
+    y_stride: int,
+    latent: Latent,
+    pages: Pages,
+    batch: Batch,
+    workspace: int,
+    start: int,
+    stop: int,
+) -> None:
+    """Work items [start, stop) of ``mla_items``; ``workspace`` (``mla_workspace_bytes``) is this thread's."""
+    begin, context = i32p(batch.query_start), i32p(batch.context_len)
+    heads = group_heads(latent)
+    step, groups, before = ITEM_ROWS // heads, (latent.num_heads + heads - 1) // heads, 0
+    for s in range(batch.sequences):
+        tokens = begin[s + 1] - begin[s]
+        runs = (tokens + step - 1) // step
+        for number in range(max(start - before, 0), min(stop - before, runs * groups)):
+            part, head = number // groups, number % groups * heads
+            # Later runs see more: taken in turn from both ends, equal ranges of items cost about the same.
+            skip = (part // 2 if part % 2 == 0 else runs - 1 - part // 2) * step
+            count, position = min(step, tokens - skip), context[s] - tokens + skip
+            item = MlaItem(s, begin[s] + skip, count, position, head, min(heads, latent.num_heads - head))
+            scratch = _scratch_at(workspace, latent, count, item.heads)
+            _absorb_queries(q, q_stride, latent, item, scratch)
+            _attend_latents(latent, pages, batch, item, scratch)
+            _expand_values(y, y_stride, latent, item, scratch)
+        before += runs * groups
+
+
+@njit
+def _absorb_queries(q: int, q_stride: int, latent: Latent, item: MlaItem, scratch: MlaScratch) -> None:
+    """``q`` [features, lanes]: each query times ``kv_b``'s key rows, beside its turned part, times the scale."""
+    rank, width = latent.kv_rank, latent.kv_rank + latent.rope_dim
+    across = f32p(scratch.q)
+    zero_row(scratch.q, width * scratch.lanes)
+    for h in range(item.heads):
+        head = item.head + h
+        weight = latent.kv_b + 4 * head * (latent.nope_dim + latent.v_dim) * rank
+        source = q + 4 * (item.token * q_stride + head * (latent.nope_dim + latent.rope_dim))
+        zero_row(scratch.row, item.tokens * width)
+        for n in range(latent.nope_dim):
+            for t in range(item.tokens):
+                by = f32p(source + 4 * t * q_stride)[n] * latent.scale
+                add_scaled_row(weight + 4 * n * rank, scratch.row + 4 * t * width, rank, by)
+        for t in range(item.tokens):
+            turned = source + 4 * (t * q_stride + latent.nope_dim)
+            scale_row(turned, scratch.row + 4 * (t * width + rank), latent.rope_dim, latent.scale)
+            row, lane = f32p(scratch.row + 4 * t * width), t * item.heads + h
+            for i in range(width):
+                across[i * scratch.lanes + lane] = row[i]
+
+
+@njit
+def _attend_latents(latent: Latent, pages: Pages, batch: Batch, item: MlaItem, scratch: MlaScratch) -> None:
+    """Unnormalised sums of latents, maxima and sums of weights of every row, tile by tile of positions."""
+    width, out_bytes = latent.kv_rank + latent.rope_dim, 4 * out_stride(latent.kv_rank)
+    maxima, sums, values = f32p(scratch.maxima), f32p(scratch.sums), i64p(scratch.values)
+    scores, across = f32p(scratch.scores), f32p(scratch.across)
+    zero_row(scratch.out, scratch.rows * out_bytes // 4)
+    for r in range(scratch.rows):
+        maxima[r], sums[r] = NEVER, 0.0
+    for i in range(TILE):
+        values[i] = scratch.keys + 4 * width * i
+    last = item.position + item.tokens
+    for tile in range(0, last, TILE):
+        count = min(TILE, last - tile)
+        _read_tile(latent, pages, batch, item.sequence, tile, count, scratch)
+        score_transposed(scratch.keys, count, scratch.q, scratch.lanes, width, scratch.table, scratch.across)
+        for r in range(scratch.rows):
+            for i in range(count):
+                scores[r * TILE + i] = across[i * scratch.lanes + r]
+            position = item.position + min(r // item.heads, item.tokens - 1)
+            at = 4 * r
+            weights, factor = scratch.scores + TILE * at, scratch.factors + at
+            softmax_tile(weights, 0, position + 1 - tile, scratch.maxima + at, scratch.sums + at, factor)
+        value_tile(
+            0, 4, scratch.scores, scratch.rows, scratch.values, latent.kv_rank, count, scratch.factors, scratch.out,
+            out_bytes,
+        )  # fmt: skip
+
+
+@njit
+def _read_tile(
+    latent: Latent, pages: Pages, batch: Batch, sequence: int, tile: int, count: int, scratch: MlaScratch
+) -> None:
+    """``keys`` [count, kv_rank + rope_dim] in float32: latents and turned parts of the positions from ``tile`` on."""
+    blocks = i32p(batch.block_table + 4 * sequence * batch.table_stride)
+    size, rank = element_size(pages.dtype), latent.kv_rank
+    for i in range(count):
+        position = tile + i
+        slot = blocks[position // pages.block_size] * pages.block_size + position % pages.block_size
+        row = scratch.keys + 4 * (rank + latent.rope_dim) * i
+        read_row(pages.dtype, pages.k + slot * rank * size, row, rank)
+        read_row(pages.dtype, pages.v + slot * latent.rope_dim * size, row + 4 * rank, latent.rope_dim)
+
+
+@njit
+def _expand_values(y: int, y_stride: int, latent: Latent, item: MlaItem, scratch: MlaScratch) -> None:
+    """Every row's average latent times ``kv_b``'s value rows, into the result."""
+    rank, stride = latent.kv_rank, 4 * out_stride(latent.kv_rank)
+    sums = f32p(scratch.sums)
+    for h in range(item.heads):
+        head = item.head + h
+        weight = latent.kv_b + 4 * (head * (latent.nope_dim + latent.v_dim) + latent.nope_dim) * rank
+        for v in range(latent.v_dim):
+            for t in range(item.tokens):
+                r = t * item.heads + h
+                total = dot_row(weight + 4 * v * rank, scratch.out + r * stride, rank)
+                f32p(y + 4 * (item.token + t) * y_stride)[head * latent.v_dim + v] = total / sums[r]
