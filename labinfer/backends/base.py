@@ -13,25 +13,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from labinfer.errors import DoesNotFit, UsageError, did_you_mean
-from labinfer.ops.base import OPS, Call, TensorType
+from labinfer.ops.base import OPS, Call, KernelBounds, TensorType
 
 Kernel = Callable[[Call], None]
 """Runs one op: reads ``call.inputs``, ``weights``, ``cache`` and ``step``, writes ``call.outputs``."""
 
-BACKENDS: dict[str, str] = {"reference": "labinfer.backends.reference.device:ReferenceDevice"}
+BACKENDS: dict[str, str] = {
+    "reference": "labinfer.backends.reference.device:ReferenceDevice",
+    "cpu": "labinfer.backends.cpu.device:CpuDevice",
+}
 """Device kinds and the class that implements each; a device is named ``kind`` or ``kind:number``."""
 
 
-Workspace = Callable[[str, Sequence[TensorType], Sequence[tuple[str, Sequence[int]]], int, int], int]
-
-
-def no_workspace(
-    kind: str,
-    inputs: Sequence[TensorType],
-    weights: Sequence[tuple[str, Sequence[int]]],
-    tokens: int,
-    rows: int,
-) -> int:
+def no_workspace(bounds: KernelBounds) -> int:
     """For kernels that need no scratch memory."""
     return 0
 
@@ -41,14 +35,13 @@ class Capabilities:
     """What the compiler must know of a device.
 
     ``parameters`` names the layout weights take there and ``weight_bytes(format, shape)`` gives its size; ``fusions``
-    are the fused ops it has kernels for; ``workspace(kind, inputs, weights, tokens, rows)`` gives the scratch bytes of
-    a kernel, from the types of its activations and the (format, shape) of its weights.
+    are the fused ops it has kernels for; ``workspace`` gives the scratch bytes that a kernel needs at its bounds.
     """
 
     parameters: str
     weight_bytes: Callable[[str, Sequence[int]], int]
     fusions: tuple[str, ...] = ()
-    workspace: Workspace = no_workspace
+    workspace: Callable[[KernelBounds], int] = no_workspace
 
 
 @dataclass(eq=False, slots=True)

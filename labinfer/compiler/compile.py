@@ -18,6 +18,7 @@ from labinfer.compiler.settings import ModelSource, model_scope
 from labinfer.compiler.target import Placement, Target, place
 from labinfer.errors import DoesNotFit, InvalidFile, UsageError
 from labinfer.ops.base import TensorType
+from labinfer.ops.base import KernelBounds
 from labinfer.ops.fusions import FUSIONS
 
 KV_ITEM_SIZE = 4
@@ -165,10 +166,16 @@ def _stage(
 
     def workspace(op: Op) -> int:
         weights = [graph.weights[name] for part in op.primitives() for name in part.weights.values()]
-        stored = [(weight.format, weight.shape) for weight in weights]
-        types = [graph.values[name] for name in op.inputs]
-        tokens, rows = limits.max_num_batched_tokens, limits.max_logits_rows
-        return aligned(target.workspace(op.kind, types, stored, tokens, rows))
+        bounds = KernelBounds(
+            op.kind,
+            tuple(part.attrs for part in op.primitives()),
+            tuple(graph.values[name] for name in op.inputs),
+            tuple((weight.format, weight.shape) for weight in weights),
+            limits.max_num_batched_tokens,
+            limits.max_logits_rows,
+            limits.max_num_seqs,
+        )
+        return aligned(target.workspace(bounds))
 
     made = {name for part in parts for name in part.outputs}
     inputs = dict.fromkeys(n for part in parts for n in part.inputs if n not in made and n not in GRAPH_INPUTS)

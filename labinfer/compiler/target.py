@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from labinfer.compiler.graph import Op, OpGraph
 from labinfer.errors import DoesNotFit, UsageError, did_you_mean
-from labinfer.ops.base import TensorType
+from labinfer.ops.base import KernelBounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,7 @@ class Target:
     """What the compiler needs to know of a device.
 
     ``parameters`` names the layout that weights take there, ``weight_bytes(format, shape)`` gives its size; ``fusions``
-    are the fused ops it has kernels for; ``workspace`` gives the scratch bytes of a kernel (see the backend interface);
+    are the fused ops it has kernels for; ``workspace`` gives the scratch bytes that a kernel needs at its bounds;
     ``memory`` is a cap in bytes; ``layers`` the layers (first, last) a person gave it, None for an even share.
     """
 
@@ -24,7 +24,7 @@ class Target:
     parameters: str
     weight_bytes: Callable[[str, Sequence[int]], int]
     fusions: tuple[str, ...]
-    workspace: Callable[[str, Sequence[TensorType], Sequence[tuple[str, Sequence[int]]], int, int], int]
+    workspace: Callable[[KernelBounds], int]
     memory: int | None = None
     layers: tuple[int, int] | None = None
 

@@ -93,7 +93,8 @@ class Step:
     ``positions[T]``; ``query_start[S+1]`` bounds each sequence's tokens; ``context_len[S]`` counts a sequence's tokens
     up to and with this step; ``total_len[S]`` counts all its tokens known so far (prompt and generated), which
     length-dependent rope looks at; ``block_table[S, B]`` lists its cache blocks in order; ``slot_mapping[T]`` says
-    where each token's keys and values go; ``logits_rows[R]`` picks the tokens whose logits are wanted.
+    where each token's keys and values go; ``logits_rows[R]`` picks the tokens whose logits are wanted. A block holds
+    ``block_size`` tokens; no step has more than ``max_num_seqs`` sequences.
     """
 
     token_ids: np.ndarray
@@ -105,6 +106,7 @@ class Step:
     slot_mapping: np.ndarray
     logits_rows: np.ndarray
     block_size: int = 16
+    max_num_seqs: int = 1
 
 
 @dataclass(slots=True)
@@ -124,6 +126,23 @@ class Call:
     step: Step | None = None
     workspace: Any = None
     parts: tuple[Call, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class KernelBounds:
+    """The largest call of a kernel that a plan allows: what its scratch memory is sized for.
+
+    ``attrs`` are those of the op, or of each part of a fused one; ``weights`` are (stored format, shape) in the order of
+    the parts and their slots.
+    """
+
+    kind: str
+    attrs: tuple[Any, ...]
+    inputs: tuple[TensorType, ...]
+    weights: tuple[tuple[str, tuple[int, ...]], ...]
+    tokens: int
+    rows: int
+    sequences: int
 
 
 class OpSpec:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from labinfer.backends.base import Device, KernelFailure
+from labinfer.backends.base import Device, Kernel, KernelFailure
 from labinfer.compiler.fold import GRAPH_INPUTS, Slot, steps, unfold_inputs, unfold_ops
 from labinfer.compiler.graph import Op
 from labinfer.compiler.plan import Limits, Stage
@@ -29,13 +29,14 @@ Listener = Callable[[int, Op, Call], None]
 """Called after an op has run with its index, the op and its arrays; may change the outputs in place."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Bound:
-    """An op with its arrays; ``program`` runs it alone, and is None for a window, which needs no kernel."""
+    """An op with its arrays. A window has no ``kernel``; ``program`` runs the op alone, once it has been asked for."""
 
     op: Op
-    program: Callable[[], None] | None
+    kernel: Kernel | None
     call: Call
+    program: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,9 @@ class Interpreter:
     def run_listened(self, tape: Tape) -> None:
         """The slow loop: each op's kernel, if it has one, then every listener."""
         for index, bound in enumerate(tape.bound):
-            if bound.program is not None:
+            if bound.kernel is not None:
+                if bound.program is None:
+                    bound.program = self.device.program([(bound.kernel, bound.call)])
                 bound.program()
             for listener in self.listeners:
                 listener(index, bound.op, bound.call)
@@ -118,15 +121,11 @@ class Interpreter:
         for name, slot in self.slots.items():
             shape = tuple(dim(size, tokens, rows) for size in slot.type.shape)
             values[name] = self.device.view(self.arena, slot.at, shape, slot.type.dtype, slot.row_bytes)
-        bound, calls = [], []
+        bound = []
         for op in self.ops:
-            call = self.call(op, values)
-            program = None
-            if not is_view(op.kind):
-                entry = (self.device.F.kernels[op.kind], call)
-                calls.append(entry)
-                program = self.device.program([entry])
-            bound.append(Bound(op, program, call))
+            kernel = None if is_view(op.kind) else self.device.F.kernels[op.kind]
+            bound.append(Bound(op, kernel, self.call(op, values)))
+        calls = [(each.kernel, each.call) for each in bound if each.kernel is not None]
         return Tape(self.device.program(calls), tuple(bound), values)
 
     def call(self, op: Op, values: Mapping[str, Any]) -> Call:

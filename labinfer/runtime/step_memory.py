@@ -21,7 +21,7 @@ class StepMemory:
         for name, shape in limits.step_shapes.items():
             self.arrays[name] = device.view(self.buffer, offset, shape, "i32")
             offset += 4 * prod(shape)
-        self.step = Step(**self.arrays, block_size=limits.block_size)
+        self.step = Step(**self.arrays, block_size=limits.block_size, max_num_seqs=limits.max_num_seqs)
 
     def load(self, step: Step) -> None:
         """Copy ``step``, whose arrays are numpy's, to the device."""

@@ -1,1 +1,12 @@
 """The CPU backend: numba kernels that read weights in their stored format, with the machine's vector instructions."""
+
+from labinfer.backends.base import Capabilities
+from labinfer.backends.cpu.layout import weight_bytes
+from labinfer.backends.cpu.workspace import workspace
+
+CAPABILITIES = Capabilities(
+    parameters="panels",
+    weight_bytes=weight_bytes,
+    fusions=("norm_qkv", "norm_glu", "rope_kv_write", "linear_add"),
+    workspace=workspace,
+)

@@ -80,9 +80,9 @@ def packed_bytes(format: str, rows: int, columns: int) -> int:
 
 
 def weight_bytes(format: str, shape: Sequence[int]) -> int:
-    """Bytes that a stored tensor of ``shape`` takes here: each matrix of it its panels, a vector float32."""
+    """Bytes that a stored tensor of ``shape`` takes here: each matrix of it its panels, a vector float32 in lines."""
     if len(shape) < 2:
-        return 4 * prod(shape)
+        return -(-4 * prod(shape) // 64) * 64
     return prod(shape[:-2]) * packed_bytes(format, shape[-2], shape[-1])
 
 

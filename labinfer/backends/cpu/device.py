@@ -1,0 +1,100 @@
+"""The CPU device: packed weights, and whole steps run as one compiled tape by persistent threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from labinfer.backends.base import Buffer, FunctionTable, Kernel
+from labinfer.backends.cpu import isa
+from labinfer.backends.cpu.emit import EMITTERS, Emitter, PackedWeight
+from labinfer.backends.cpu.layout import packed_bytes
+from labinfer.backends.cpu.machine import default_threads
+from labinfer.backends.cpu.panels import pack
+from labinfer.backends.cpu.rope import rope_tables
+from labinfer.backends.cpu.tape import table
+from labinfer.backends.cpu.workers import Workers
+from labinfer.backends.host import DTYPES, HostDevice
+from labinfer.ops.base import Call
+from labinfer.ops.dequantization import dequantize
+
+
+class CpuKernel:
+    """An op kind of a device; called, it runs one op by itself."""
+
+    def __init__(self, device: CpuDevice, kind: str) -> None:
+        self.device, self.kind = device, kind
+
+    def __call__(self, call: Call) -> None:
+        """Run one op."""
+        self.device.program([(self, call)])()
+
+
+class CpuDevice(HostDevice):
+    """Runs ops at the speed of memory. ``threads`` workers share every op; ``digits`` 1 trades exactness for speed."""
+
+    def __init__(self, name: str, memory_limit: int | None = None, threads: int | None = None, digits: int = 2) -> None:
+        super().__init__(name, memory_limit)
+        self.threads, self.digits = threads or default_threads(), digits
+        self.workers = Workers(self.threads)
+        self.tables: dict[Any, np.ndarray] = {}
+        self.latents: set[int] = set()
+        kernels = {kind: CpuKernel(self, kind) for kind in EMITTERS}
+        self.F = FunctionTable(kernels, lambda shape, dtype: np.empty(shape, DTYPES[dtype]))
+
+    def parameter(self, buffer: Buffer, offset: int, format: str, shape: tuple[int, ...]) -> Any:
+        """A vector as float32; a matrix, or a stack of them, in panels."""
+        if len(shape) == 1:
+            return self.view(buffer, offset, shape, "f32")
+        size = packed_bytes(format, shape[-2], shape[-1])
+        memory = buffer.memory[offset : offset + prod(shape[:-2]) * size]
+        return PackedWeight(memory, format, shape[-2], shape[-1], size)
+
+    def store(self, parameter: Any, raw: Any, format: str, shape: tuple[int, ...], index: int | None) -> None:
+        """Pack the stored bytes into panels, or widen a vector."""
+        if isinstance(parameter, PackedWeight):
+            start = (index or 0) * parameter.nbytes
+            pack(format, raw, shape[0], shape[1], parameter.memory[start : start + parameter.nbytes])
+        else:
+            np.copyto(parameter, dequantize(raw, format, shape))
+
+    def rope_table(self, attrs: Any, length: int, weights: Mapping[str, Any]) -> np.ndarray:
+        """Cosines and sines for positions below ``length``, made once for all layers that turn alike."""
+        factors = [weights.get(name) for name in ("freq_factors", "long_freq_factors")]
+        key = (attrs, length, *(None if f is None else f.tobytes() for f in factors))
+        if key not in self.tables:
+            self.tables[key] = rope_tables(attrs, length, *factors)
+        return self.tables[key]
+
+    def program(self, calls: Sequence[tuple[Kernel, Call]]) -> Callable[[], None]:
+        """The calls as one tape, run by all workers in one compiled loop."""
+        kinds = [kernel.kind for kernel, _ in calls if isinstance(kernel, CpuKernel)]
+        self.latents |= {
+            id(call.cache) for (_, call), kind in zip(calls, kinds, strict=True) if kind == "mla_attention"
+        }
+        rows = []
+        for (_, call), kind in zip(calls, kinds, strict=True):
+            emitter = Emitter(self, call)
+            EMITTERS[kind](emitter, call)
+            rows += emitter.rows
+        tape = table(rows)
+        workers, at, count = self.workers, tape.ctypes.data, len(tape)
+        step = calls[0][1].step
+
+        def run() -> None:
+            workers.run(at, count, 0 if step is None else len(step.context_len))
+            _ = tape  # the rows live as long as what runs them
+
+        return run
+
+    @property
+    def compute_share(self) -> float:
+        """The part of the cores it uses."""
+        return min(1.0, self.threads / default_threads())
+
+    def describe(self) -> str:
+        """What it is."""
+        return f"{self.threads} threads, {isa.LEVEL}{' with bf16' if isa.HAS_BF16 else ''}"

@@ -1,0 +1,340 @@
+"""From ops to rows of the tape: what each op, with its arrays, makes the step functions do.
+
+``EMITTERS`` has one function per op kind, primitive or fused. It gets the op's call and an ``Emitter`` that knows the
+device: its weights' layout, rope tables, threads and scratch memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from labinfer.backends.cpu import steps
+from labinfer.backends.cpu.attention import Heads, attention_partials_bytes, attention_workspace_bytes
+from labinfer.backends.cpu.elementwise import ACTIVATION_CODES
+from labinfer.backends.cpu.layout import PANEL_ROWS, activation_bytes, activation_digits
+from labinfer.backends.cpu.linear import linear_code
+from labinfer.backends.cpu.panels import FORMAT_CODES
+from labinfer.backends.cpu.tape import row
+from labinfer.backends.cpu.tiles import ACCUMULATE
+from labinfer.errors import LabinferError
+from labinfer.ops.base import Call, Step
+
+if TYPE_CHECKING:
+    from labinfer.backends.cpu.device import CpuDevice
+
+CACHE_F32 = 0
+"""The cache's dtype, as ``paged_cache.CACHE_DTYPES`` numbers it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A weight in panels: the address of its first, its stored format, rows and columns of a matrix, bytes of one.
+
+    A stack of experts has its matrices one after another.
+    """
+
+    memory: np.ndarray
+    format: str
+    rows: int
+    columns: int
+    nbytes: int
+
+    @property
+    def address(self) -> int:
+        """The address of the first panel."""
+        return address(self.memory)
+
+
+def address(array: Any) -> int:
+    """The address of an array's first element; 0 for None."""
+    return 0 if array is None else int(array.__array_interface__["data"][0])
+
+
+def stride(array: Any) -> int:
+    """Floats from row to row."""
+    return int(array.strides[0]) // 4
+
+
+class Emitter:
+    """Writes the rows of one op; ``take`` hands out its scratch memory."""
+
+    def __init__(self, device: CpuDevice, call: Call) -> None:
+        self.device, self.call, self.rows = device, call, list[list[int]]()
+        self.scratch = address(call.workspace)
+        self.left = 0 if call.workspace is None else call.workspace.nbytes
+
+    @property
+    def step(self) -> Step:
+        """The step batch."""
+        if self.call.step is None:
+            raise LabinferError("run.no-step", "this op needs a step batch")
+        return self.call.step
+
+    def take(self, nbytes: int) -> int:
+        """The address of so many bytes of the op's planned scratch memory."""
+        size = -(-nbytes // 64) * 64
+        if size > self.left:
+            raise LabinferError("run.workspace", f"a kernel needs {size} bytes of scratch, {self.left} were planned")
+        self.scratch, self.left = self.scratch + size, self.left - size
+        return self.scratch - size
+
+    def take_array(self, shape: tuple[int, ...]) -> np.ndarray:
+        """A float32 array over the op's scratch memory."""
+        count, start = prod(shape), self.take(4 * prod(shape)) - address(self.call.workspace)
+        array: np.ndarray = self.call.workspace.view(np.float32)[start // 4 : start // 4 + count].reshape(shape)
+        return array
+
+    def add(self, function: Callable[..., None], *arguments: float, then_wait: bool = True) -> None:
+        """Append a row."""
+        self.rows.append(row(function, *arguments, then_wait=then_wait))
+
+    def activations(self, x: Any, formats: list[str], then_wait: bool = True) -> dict[int, tuple[int, int]]:
+        """Rows of ``x`` as weights in ``formats`` want them: (address, bytes from row to row) by number of digits."""
+        found: dict[int, tuple[int, int]] = {}
+        tokens, columns = x.shape
+        for format in formats:
+            digits = activation_digits(format, self.device.digits)
+            if digits in found:
+                continue
+            if digits == 0 and columns % 2 == 0:
+                found[0] = address(x), x.strides[0]
+                continue
+            size = activation_bytes(format, columns, self.device.digits)
+            found[digits] = self.take(tokens * size), size
+            self.add(
+                steps.quantize_step, tokens, digits, address(x), stride(x), columns, *found[digits], then_wait=then_wait
+            )
+        return found
+
+    def product(
+        self, x: tuple[int, int], w: PackedWeight, y: Any, bias: Any, mode: int, then_wait: bool = True
+    ) -> None:
+        """``y (+)= x @ w.T + bias`` for activation rows ``x``."""
+        panels = -(-w.rows // PANEL_ROWS)
+        self.add(
+            steps.linear_step, linear_code(w.format, self.device.digits), w.address, w.columns, *x,
+            address(y), stride(y), len(y), panels, w.rows, address(bias), mode, then_wait=then_wait,
+        )  # fmt: skip
+
+    def linear(self, call: Call, x: Any, y: Any, mode: int = 0) -> None:
+        """One linear op on float32 rows."""
+        w = call.weights["weight"]
+        found = self.activations(x, [w.format])
+        digits = activation_digits(w.format, self.device.digits)
+        self.product(found[digits], w, y, call.weights.get("bias"), mode)
+
+    def normed(self, call: Call, x: Any, formats: list[str]) -> dict[int, tuple[int, int]]:
+        """``rms_norm`` of ``x`` straight into activation rows."""
+        tokens, columns = x.shape
+        normed = self.take_array(x.shape)
+        weight, eps, offset = address(call.weights.get("weight")), float(call.attrs.eps), float(call.attrs.offset)
+        digits = max(activation_digits(format, self.device.digits) for format in formats)
+        if digits == 0:
+            self.add(
+                steps.rms_norm_step, tokens, address(x), stride(x), weight, address(normed), columns, columns, columns,
+                eps, offset,
+            )  # fmt: skip
+            return self.activations(normed, formats)
+        format = next(each for each in formats if activation_digits(each, self.device.digits) == digits)
+        size = activation_bytes(format, columns, self.device.digits)
+        found = {digits: (self.take(tokens * size), size)}
+        self.add(
+            steps.norm_quantize_step, tokens, digits, address(x), stride(x), columns, *found[digits], weight,
+            address(normed), columns, eps, offset,
+        )  # fmt: skip
+        plain = [each for each in formats if activation_digits(each, self.device.digits) == 0]
+        return found | self.activations(normed, plain)
+
+    def turn(self, call: Call, positions: Any) -> tuple[int, int, int, int, int, int]:
+        """What a rope op does: table, rows, head_dim, rotary_start, half, interleaved."""
+        attrs = call.attrs
+        length = self.step.block_table.shape[1] * self.step.block_size
+        tables = self.device.rope_table(attrs, length, call.weights)
+        rows = address(positions)
+        if attrs.recompute_after:
+            rows = self.take(4 * len(positions))
+            self.add(
+                steps.longrope_rows_step, address(self.step.query_start), address(self.step.total_len),
+                address(positions), attrs.recompute_after, length, rows,
+            )  # fmt: skip
+        return address(tables), rows, attrs.head_dim, attrs.rotary_start, tables.shape[2], attrs.style == "interleaved"
+
+
+def _embedding(e: Emitter, call: Call) -> None:
+    w, y, ids = call.weights["weight"], call.outputs[0], call.inputs[0]
+    e.add(
+        steps.embedding_step, len(y), address(ids), FORMAT_CODES[w.format], w.address, w.columns, address(y), stride(y)
+    )
+
+
+def _linear(e: Emitter, call: Call) -> None:
+    e.linear(call, call.inputs[0], call.outputs[0])
+
+
+def _linear_add(e: Emitter, call: Call) -> None:
+    x, residual, y = call.parts[0].inputs[0], call.inputs[-1], call.outputs[0]
+    if len(call.inputs) == 1:
+        residual = x
+    if address(residual) != address(y):
+        e.add(steps.copy_step, *y.shape[:1], address(residual), stride(residual), address(y), stride(y), y.shape[1])
+    e.linear(call.parts[0], x, y, ACCUMULATE)
+
+
+def _norm_qkv(e: Emitter, call: Call) -> None:
+    norm, *products = call.parts
+    found = e.normed(norm, call.inputs[0], [part.weights["weight"].format for part in products])
+    for part, y in zip(products, call.outputs, strict=True):
+        w = part.weights["weight"]
+        digits = activation_digits(w.format, e.device.digits)
+        e.product(found[digits], w, y, part.weights.get("bias"), 0, then_wait=part is products[-1])
+
+
+def _norm_glu(e: Emitter, call: Call) -> None:
+    norm, gate, up, glu = call.parts
+    y = call.outputs[0]
+    weights = [gate.weights["weight"], up.weights["weight"]]
+    found = e.normed(norm, call.inputs[0], [w.format for w in weights])
+    other = e.take_array(y.shape)
+    for part, w, out in ((gate, weights[0], y), (up, weights[1], other)):
+        digits = activation_digits(w.format, e.device.digits)
+        e.product(found[digits], w, out, part.weights.get("bias"), 0, then_wait=part is up)
+    _emit_glu(e, glu.attrs.function, y, other, y)
+
+
+def _emit_glu(e: Emitter, function: str, gate: Any, up: Any, y: Any) -> None:
+    e.add(
+        steps.glu_step, len(y), ACTIVATION_CODES[function], address(gate), stride(gate), address(up), stride(up),
+        address(y), stride(y), y.shape[1],
+    )  # fmt: skip
+
+
+def _glu(e: Emitter, call: Call) -> None:
+    _emit_glu(e, call.attrs.function, call.inputs[0], call.inputs[1], call.outputs[0])
+
+
+def _activation(e: Emitter, call: Call) -> None:
+    x, y = call.inputs[0], call.outputs[0]
+    e.add(
+        steps.activation_step, len(y), ACTIVATION_CODES[call.attrs.function], address(x), stride(x), address(y),
+        stride(y), y.shape[1],
+    )  # fmt: skip
+
+
+def _rms_norm(e: Emitter, call: Call) -> None:
+    x, y, attrs = call.inputs[0], call.outputs[0], call.attrs
+    e.add(
+        steps.rms_norm_step, len(y), address(x), stride(x), address(call.weights.get("weight")), address(y), stride(y),
+        y.shape[1], attrs.group or y.shape[1], float(attrs.eps), float(attrs.offset),
+    )  # fmt: skip
+
+
+def _layer_norm(e: Emitter, call: Call) -> None:
+    x, y = call.inputs[0], call.outputs[0]
+    e.add(
+        steps.layer_norm_step, len(y), address(x), stride(x), address(call.weights["weight"]),
+        address(call.weights.get("bias")), address(y), stride(y), y.shape[1], float(call.attrs.eps),
+    )  # fmt: skip
+
+
+def _add(e: Emitter, call: Call) -> None:
+    x, other, y = call.inputs[0], call.inputs[1], call.outputs[0]
+    e.add(
+        steps.add_step, len(y), address(x), stride(x), address(other), stride(other), address(y), stride(y), y.shape[1]
+    )
+
+
+def _scale(e: Emitter, call: Call) -> None:
+    x, y = call.inputs[0], call.outputs[0]
+    e.add(steps.scale_step, len(y), address(x), stride(x), address(y), stride(y), y.shape[1], float(call.attrs.by))
+
+
+def _softcap(e: Emitter, call: Call) -> None:
+    x, y = call.inputs[0], call.outputs[0]
+    e.add(steps.softcap_step, len(y), address(x), stride(x), address(y), stride(y), y.shape[1], float(call.attrs.cap))
+
+
+def _select_rows(e: Emitter, call: Call) -> None:
+    x, y = call.inputs[0], call.outputs[0]
+    e.add(
+        steps.select_rows_step, len(y), address(x), stride(x), address(e.step.logits_rows), address(y), stride(y),
+        y.shape[1],
+    )  # fmt: skip
+
+
+def _rope(e: Emitter, call: Call) -> None:
+    x, y, attrs = call.inputs[0], call.outputs[0], call.attrs
+    turn = e.turn(call, call.inputs[1])
+    heads = y.shape[1] // attrs.head_dim
+    e.add(steps.rope_step, len(y), address(x), stride(x), address(y), stride(y), heads, *turn)
+
+
+def _kv_write(e: Emitter, call: Call) -> None:
+    names = list(call.cache)
+    for name, x in zip(names, call.inputs, strict=True):
+        panels = int(name == "k" and id(call.cache) not in e.device.latents)
+        e.add(
+            steps.kv_write_step, len(x), address(x), stride(x), address(call.cache[name]), x.shape[1], panels,
+            CACHE_F32, e.step.block_size, address(e.step.slot_mapping), then_wait=name == names[-1],
+        )  # fmt: skip
+
+
+def _rope_kv_write(e: Emitter, call: Call) -> None:
+    rope_q, rope_k, write = call.parts
+    q, k, v = rope_q.inputs[0], rope_k.inputs[0], call.inputs[-1]
+    y, cache, step = call.outputs[0], call.cache, e.step
+    turns = (*e.turn(rope_q, rope_q.inputs[1]), *e.turn(rope_k, rope_k.inputs[1]))
+    scratch_bytes = -(-4 * k.shape[1] // 64) * 64
+    scratch = e.take(scratch_bytes * e.device.threads)
+    e.add(
+        steps.rope_kv_write_step, len(y), address(q), stride(q), address(y), stride(y),
+        y.shape[1] // rope_q.attrs.head_dim, scratch, scratch_bytes, *turns,
+        address(k), stride(k), address(v), stride(v), address(cache["k"]), address(cache["v"]), k.shape[1], v.shape[1],
+        CACHE_F32, step.block_size, address(step.slot_mapping),
+    )  # fmt: skip
+
+
+def _attention(e: Emitter, call: Call) -> None:
+    q, y, attrs, step = call.inputs[0], call.outputs[0], call.attrs, e.step
+    value_dim = attrs.v_head_dim or attrs.head_dim
+    heads = Heads(
+        attrs.num_heads, attrs.num_kv_heads, attrs.head_dim, value_dim, attrs.scale, attrs.window or 0,
+        attrs.softcap or 0.0,
+    )  # fmt: skip
+    partials = e.take(attention_partials_bytes(heads, step.max_num_seqs))
+    scratch = e.take(-(-attention_workspace_bytes(heads) // 64) * 64 * e.device.threads)
+    arguments = (
+        address(q), stride(q), address(y), stride(y),
+        heads.num_heads, heads.num_kv_heads, heads.head_dim, value_dim, heads.window, float(heads.scale),
+        float(heads.softcap), address(call.cache["k"]), address(call.cache["v"]), CACHE_F32, step.block_size,
+        address(step.query_start), address(step.context_len), address(step.block_table), stride(step.block_table),
+        partials, scratch,
+    )  # fmt: skip
+    e.add(steps.attention_step, *arguments)
+    e.add(steps.attention_merge_step, *arguments)
+
+
+EMITTERS: dict[str, Callable[[Emitter, Call], None]] = {
+    "embedding": _embedding,
+    "linear": _linear,
+    "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
+    "add": _add,
+    "scale": _scale,
+    "softcap": _softcap,
+    "activation": _activation,
+    "glu": _glu,
+    "select_rows": _select_rows,
+    "rope": _rope,
+    "kv_write": _kv_write,
+    "attention": _attention,
+    "norm_qkv": _norm_qkv,
+    "norm_glu": _norm_glu,
+    "rope_kv_write": _rope_kv_write,
+    "linear_add": _linear_add,
+}
+"""Every op this backend runs, and how."""

@@ -1,0 +1,180 @@
+"""The step functions of the tape: each reads its arguments from its row and does its worker's share.
+
+``a`` is the address of the arguments, read as int64 (``i64p``) or float64 (``f64p``). What an argument means stands in
+``emit``, which writes the rows.
+"""
+
+from __future__ import annotations
+
+from labinfer.backends.cpu import elementwise, norm
+from labinfer.backends.cpu.attention import (
+    Batch,
+    Heads,
+    Pages,
+    attention,
+    attention_items,
+    attention_merge,
+    attention_workspace_bytes,
+)
+from labinfer.backends.cpu.linear import linear
+from labinfer.backends.cpu.paged_cache import kv_write
+from labinfer.backends.cpu.panels import unpack_row
+from labinfer.backends.cpu.quantize import quantize_row
+from labinfer.backends.cpu.rope import KeyValues, Turn, longrope_rows, rope, rope_kv_write
+from labinfer.backends.cpu.simd import i32p, i64p
+from labinfer.backends.cpu.tape import f64p, share
+
+
+def embedding_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """tokens, ids, format, table, columns, y, y_stride."""
+    p = i64p(a)
+    start, stop = share(p[0], worker, workers)
+    ids = i32p(p[1])
+    for t in range(start, stop):
+        unpack_row(p[2], p[3], p[4], ids[t], p[5] + 4 * t * p[6])
+
+
+def quantize_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """rows, digits, x, x_stride, columns, out, out_bytes."""
+    p = i64p(a)
+    start, stop = share(p[0], worker, workers)
+    for t in range(start, stop):
+        quantize_row(p[1], p[2] + 4 * t * p[3], p[4], p[5] + t * p[6])
+
+
+def norm_quantize_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """rows, digits, x, x_stride, columns, out, out_bytes, weight, y, y_stride, eps, offset."""
+    p, f = i64p(a), f64p(a)
+    start, stop = share(p[0], worker, workers)
+    for t in range(start, stop):
+        y = p[8] + 4 * t * p[9]
+        norm.rms_norm_row(p[2] + 4 * t * p[3], p[7], y, p[4], p[4], f[10], f[11])
+        quantize_row(p[1], y, p[4], p[5] + t * p[6])
+
+
+def linear_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """code, w, columns, x, x_bytes, y, y_stride, tokens, panels, rows, bias, mode."""
+    p = i64p(a)
+    start, stop = share(p[8], worker, workers)
+    if start < stop:
+        linear(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], start, stop, p[9], p[10], p[11])
+
+
+def rms_norm_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """rows, x, x_stride, weight, y, y_stride, n, group, eps, offset."""
+    p, f = i64p(a), f64p(a)
+    start, stop = share(p[0], worker, workers)
+    norm.rms_norm(p[1], p[2], p[3], p[4], p[5], p[6], p[7], f[8], f[9], start, stop)
+
+
+def layer_norm_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """rows, x, x_stride, weight, bias, y, y_stride, n, eps."""
+    p, f = i64p(a), f64p(a)
+    start, stop = share(p[0], worker, workers)
+    norm.layer_norm(p[1], p[2], p[3], p[4], p[5], p[6], p[7], f[8], start, stop)
+
+
+def add_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """rows, x, x_stride, y, y_stride, z, z_stride, n."""
+    p = i64p(a)
+    start, stop = share(p[0], worker, workers)
+    elementwise.add(p[1], p[2], p[3], p[4], p[5], p[6], p[7], start, stop)
+
+
+def copy_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """rows, x, x_stride, y, y_stride, n."""
+    p = i64p(a)
+    start, stop = share(p[0], worker, workers)
+    elementwise.copy_rows(p[1], p[2], p[3], p[4], p[5], start, stop)
+
+
+def scale_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """rows, x, x_stride, y, y_stride, n, by."""
+    p, f = i64p(a), f64p(a)
+    start, stop = share(p[0], worker, workers)
+    elementwise.scale(p[1], p[2], p[3], p[4], p[5], f[6], start, stop)
+
+
+def softcap_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """rows, x, x_stride, y, y_stride, n, cap. A row is wide: the columns are shared."""
+    p, f = i64p(a), f64p(a)
+    start, stop = share((p[5] + 15) // 16, worker, workers)
+    first, last = start * 16, min(stop * 16, p[5])
+    if first < last:
+        elementwise.softcap(p[1] + 4 * first, p[2], p[3] + 4 * first, p[4], last - first, f[6], 0, p[0])
+
+
+def activation_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """rows, function, x, x_stride, y, y_stride, n."""
+    p = i64p(a)
+    start, stop = share(p[0], worker, workers)
+    elementwise.activation(p[1], p[2], p[3], p[4], p[5], p[6], start, stop)
+
+
+def glu_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """rows, function, gate, gate_stride, up, up_stride, y, y_stride, n."""
+    p = i64p(a)
+    start, stop = share(p[0], worker, workers)
+    elementwise.glu(p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], start, stop)
+
+
+def select_rows_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """rows, x, x_stride, index, y, y_stride, n."""
+    p = i64p(a)
+    start, stop = share(p[0], worker, workers)
+    elementwise.select_rows(p[1], p[2], p[3], p[4], p[5], p[6], start, stop)
+
+
+def longrope_rows_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """query_start, total_len, positions, trained, max_len, rows."""
+    p = i64p(a)
+    if worker == 0:
+        longrope_rows(p[0], p[1], sequences, p[2], p[3], p[4], p[5])
+
+
+def rope_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """tokens, x, x_stride, y, y_stride, heads, then the turn: table, rows, head_dim, rotary_start, half, interleaved."""
+    p = i64p(a)
+    start, stop = share(p[0], worker, workers)
+    rope(p[1], p[2], p[3], p[4], p[5], Turn(p[6], p[7], p[8], p[9], p[10], p[11]), start, stop)
+
+
+def kv_write_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """tokens, x, x_stride, cache, width, panels, dtype, block_size, slots."""
+    p = i64p(a)
+    start, stop = share(p[0], worker, workers)
+    kv_write(p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], start, stop)
+
+
+def rope_kv_write_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """tokens, q, q_stride, y, y_stride, heads, scratch, scratch_bytes, two turns (6 each), KeyValues (11)."""
+    p = i64p(a)
+    start, stop = share(p[0], worker, workers)
+    q_turn = Turn(p[8], p[9], p[10], p[11], p[12], p[13])
+    k_turn = Turn(p[14], p[15], p[16], p[17], p[18], p[19])
+    new = KeyValues(p[20], p[21], p[22], p[23], p[24], p[25], p[26], p[27], p[28], p[29], p[30])
+    rope_kv_write(p[1], p[2], p[3], p[4], p[5], q_turn, k_turn, new, p[6] + worker * p[7], start, stop)
+
+
+def attention_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """q, q_stride, y, y_stride, heads (7: five ints, window, and scale and softcap as floats), pages (4), batch, memory.
+
+    p[4..8] num_heads, num_kv_heads, head_dim, v_head_dim, window; f[9] scale, f[10] softcap; p[11..14] the pages;
+    p[15..18] query_start, context_len, block_table, table_stride; p[19] partials, p[20] the workers' scratch.
+    """
+    p, f = i64p(a), f64p(a)
+    heads = Heads(p[4], p[5], p[6], p[7], f[9], p[8], f[10])
+    pages = Pages(p[11], p[12], p[13], p[14])
+    batch = Batch(sequences, p[15], p[16], p[17], p[18])
+    start, stop = share(attention_items(heads, batch), worker, workers)
+    scratch = p[20] + worker * ((attention_workspace_bytes(heads) + 63) // 64 * 64)
+    attention(p[0], p[1], p[2], p[3], heads, pages, batch, p[19], scratch, start, stop)
+
+
+def attention_merge_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """As ``attention_step``: joins what it split."""
+    p, f = i64p(a), f64p(a)
+    heads = Heads(p[4], p[5], p[6], p[7], f[9], p[8], f[10])
+    batch = Batch(sequences, p[15], p[16], p[17], p[18])
+    start, stop = share(sequences * p[5], worker, workers)
+    attention_merge(p[2], p[3], heads, batch, p[19], start, stop)
