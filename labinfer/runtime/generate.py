@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from labinfer.errors import UsageError
@@ -76,8 +77,13 @@ def _completion(request: Request, text: str, times: list[float]) -> Completion:
 
 def tokenize(model: Model, prompts: Prompts) -> list[Sequence[int]]:
     """Token ids of every prompt, whether it was given as text or as ids."""
-    alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-    listed: Any = [prompts] if alone else prompts
+    try:
+        listed: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+    except TypeError:
+        message = f"prompts must be texts or lists of token ids, not {type(prompts).__name__}"
+        raise UsageError("run.prompt", message) from None
+    if listed and isinstance(listed[0], Integral):  # numpy's numbers too
+        listed = [listed]
     if model.tokenizer is None and any(isinstance(prompt, str) for prompt in listed):
         raise UsageError("run.no-tokenizer", "this model has no tokenizer: give token ids instead of text")
     return [model.tokenizer.encode(p) if model.tokenizer and isinstance(p, str) else p for p in listed]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Listing
 from contextlib import contextmanager
 from itertools import count
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -107,7 +108,10 @@ class Model:
 
     def check_tokens(self, token_ids: Iterable[int]) -> list[int]:
         """``token_ids`` as a list of ints, all of them in the vocabulary."""
-        tokens = [int(token) for token in token_ids]
+        try:
+            tokens = [index(token) for token in token_ids]
+        except TypeError as error:
+            raise UsageError("run.token-id", f"token ids must be a list of whole numbers: {error}") from None
         wrong = next((token for token in tokens if not 0 <= token < self.vocab_size), None)
         if wrong is not None:
             message = f"token id {wrong} is outside the vocabulary of {self.vocab_size}"

@@ -1,0 +1,385 @@
+"""The engine: small budgets, sampling, ends of generation, wrong prompts, and nothing held afterwards."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import labinfer
+from labinfer import SamplingParams
+from labinfer.errors import LabinferError, UsageError
+from labinfer.llm import LLM
+from labinfer.runtime.engine import Engine
+from labinfer.runtime.kv_cache import BlockPool
+from labinfer.runtime.sampler import sample
+
+from .hf.agreement import assert_agree
+from .tiny import GOLDEN, tiny_checkpoint, tiny_map
+
+LLAMA = GOLDEN / "llama-llama3"
+GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+PROMPTS = [[5], [1, 2, 3], list(range(40)), [9] * 17, [7, 8], list(range(30, 50)), [95] * 33]
+
+
+def open_model(**options: Any) -> LLM:
+    return labinfer.load(LLAMA, **options)
+
+
+def tokens(model: LLM, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:
+    return [result.token_ids for result in model.generate(prompts, params)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[list[int]]:
+    with open_model() as model:
+        return [tokens(model, [prompt], GREEDY)[0] for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_batched_tokens": 1},
+        {"max_num_batched_tokens": 3, "max_num_seqs": 3},
+        {"max_logits_rows": 1},
+        {"max_num_batched_tokens": 5, "max_logits_rows": 2},
+        {"max_num_seqs": 1},
+        {"num_blocks": 4},  # only one long sequence at a time
+        {"num_blocks": 4, "max_num_batched_tokens": 3, "max_logits_rows": 1, "max_num_seqs": 2},
+        {"block_size": 1, "num_blocks": 60},
+        {"block_size": 7},
+        {"block_size": 300},
+    ],
+    ids=str,
+)
+def test_small_budgets_change_no_token(alone: list[list[int]], options: dict[str, int]) -> None:
+    with open_model(**options) as model:
+        assert tokens(model, PROMPTS, GREEDY) == alone
+        assert model.pool.num_free == model.pool.num_blocks
+
+
+@settings(max_examples=15)
+@given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6),
+    budget=st.integers(1, 9),
+    rows=st.integers(1, 4),
+    sequences=st.integers(1, 5),
+    blocks=st.integers(2, 9),
+)
+def test_any_budget_gives_the_tokens_of_each_alone(
+    lengths: list[int], budget: int, rows: int, sequences: int, blocks: int
+) -> None:
+    prompts = [list(range(length)) for length in lengths]
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    with open_model() as model:
+        expected = [tokens(model, [prompt], params)[0] for prompt in prompts]
+    limits = {"max_num_batched_tokens": budget, "max_logits_rows": rows, "max_num_seqs": sequences}
+    with open_model(num_blocks=blocks, **limits) as model:
+        assert tokens(model, prompts, params) == expected
+
+
+def test_a_seeded_request_is_the_same_alone_and_in_company() -> None:
+    params = SamplingParams(temperature=1.5, top_k=40, top_p=0.95, max_tokens=12, seed=11, ignore_eos=True)
+    with open_model() as model:
+        alone = [tokens(model, [prompt], params)[0] for prompt in PROMPTS]
+        assert tokens(model, PROMPTS, params) == alone
+    with open_model(max_num_batched_tokens=3, max_num_seqs=2) as model:
+        assert tokens(model, PROMPTS, params) == alone
+    assert len({tuple(made) for made in alone}) > 3
+
+
+def test_seeds_differ_and_none_is_not_a_seed() -> None:
+    with open_model() as model:
+
+        def run(seed: int | None) -> tuple[int, ...]:
+            params = SamplingParams(temperature=2.0, max_tokens=12, seed=seed, ignore_eos=True)
+            return tuple(tokens(model, [[1, 2]], params)[0])
+
+        assert run(1) == run(1)
+        assert len({run(seed) for seed in range(5)}) > 3
+        assert len({run(None) for _ in range(5)}) > 3
+
+
+LOGITS = np.array([0.1, 2.0, -1.0, 0.5, 1.9, -30.0, 0.1, 1.0], np.float32)
+
+
+def expected_distribution(params: SamplingParams) -> np.ndarray:
+    """Written out from the definition: temperature, then the k largest, then the smallest set of mass top_p."""
+    p = np.exp(LOGITS.astype(np.float64) / params.temperature)
+    if params.top_k > 0:
+        p[np.argsort(-p)[params.top_k :]] = 0
+    p /= p.sum()
+    order = np.argsort(-p, kind="stable")
+    for rank, token in enumerate(order):
+        if p[order[:rank]].sum() >= params.top_p:
+            p[token] = 0
+    return p / p.sum()
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(),
+        SamplingParams(temperature=0.5),
+        SamplingParams(temperature=3.0),
+        SamplingParams(top_k=3),
+        SamplingParams(top_k=-1),
+        SamplingParams(top_p=0.7),
+        SamplingParams(top_p=1e-9),
+        SamplingParams(temperature=2.0, top_k=5, top_p=0.8),
+        SamplingParams(top_k=100, top_p=0.999),
+    ],
+    ids=str,
+)
+def test_sampling_follows_the_distribution(params: SamplingParams) -> None:
+    expected, draws = expected_distribution(params), 20_000
+    random = np.random.default_rng(3)
+    counts = np.bincount([sample(LOGITS, params, random) for _ in range(draws)], minlength=len(LOGITS))
+    assert (counts[expected == 0] == 0).all()
+    likely = expected * draws > 5
+    chi_square = (((counts - expected * draws) ** 2)[likely] / (expected * draws)[likely]).sum()
+    assert chi_square < 30  # 7 degrees of freedom at most: p < 1e-4
+
+
+@pytest.mark.parametrize(
+    "params", [SamplingParams(top_k=1), SamplingParams(temperature=0), SamplingParams(temperature=1e-4)], ids=str
+)
+def test_greedy(params: SamplingParams) -> None:
+    assert {sample(LOGITS, params, np.random.default_rng(seed)) for seed in range(50)} == {1}
+    ties = np.array([0, 3, 3, 1], np.float32)
+    assert sample(ties, SamplingParams(temperature=0), np.random.default_rng(0)) == 1
+
+
+@settings(max_examples=200)
+@given(
+    logits=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=50),
+    temperature=st.sampled_from([0.0, 1e-3, 0.7, 1.0, 50.0]),
+    top_k=st.integers(-1, 60),
+    top_p=st.floats(1e-6, 1.0),
+)
+def test_any_finite_logits_give_a_token(logits: list[float], temperature: float, top_k: int, top_p: float) -> None:
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+    row = np.array(logits, np.float32)
+    token = sample(row, params, np.random.default_rng(0))
+    assert 0 <= token < len(logits)
+    if top_k > 0:
+        assert row[token] >= np.sort(row)[::-1][min(top_k, len(row)) - 1]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_no_numbers_are_an_error(bad: float) -> None:
+    row = LOGITS.copy()
+    if bad == -np.inf:
+        row[:] = bad  # one -inf bans a token, all of them leave none
+    else:
+        row[2] = bad
+    for params in (SamplingParams(temperature=0), SamplingParams()):
+        with pytest.raises(LabinferError) as caught:
+            sample(row, params, np.random.default_rng(0))
+        assert (caught.value.code, caught.value.exit_code) == ("run.not-a-number", 1)
+
+
+def test_not_a_number_inside_the_model_ends_the_run_and_frees_the_cache() -> None:
+    with open_model() as model:
+        with (
+            model.listen("layers.1.attn.out", lambda array: array * np.float32(np.nan)),
+            pytest.raises(LabinferError) as caught,
+        ):
+            model.generate(PROMPTS, GREEDY)
+        assert caught.value.code == "run.not-a-number"
+        assert model.pool.num_free == model.pool.num_blocks
+        assert len(tokens(model, [[1, 2]], GREEDY)[0]) == 10
+
+
+def test_ends_of_generation(alone: list[list[int]]) -> None:
+    first = alone[1]
+    with open_model() as model:
+        stop = first[3]
+        cut = first.index(stop) + 1
+        params = SamplingParams(temperature=0, max_tokens=10, stop_token_ids=[stop], ignore_eos=True)
+        [result] = model.generate([PROMPTS[1]], params)
+        assert (result.token_ids, result.finish_reason) == (first[:cut], "stop")
+        [result] = model.generate([PROMPTS[1]], GREEDY)
+        assert (result.token_ids, result.finish_reason) == (first, "length")
+        engine = Engine(model, eos_ids=[stop])
+        request = engine.add(PROMPTS[1], SamplingParams(temperature=0, max_tokens=10))
+        ignoring = engine.add(PROMPTS[1], GREEDY)
+        made = list(engine.run())
+        assert (request.generated, request.finish_reason) == (first[:cut], "stop")
+        assert (ignoring.generated, ignoring.finish_reason) == (first, "length")
+        assert Counter(each.request.number for each in made) == {0: cut, 1: 10}
+        assert [each.finish_reason for each in made if each.request is request] == [None] * (cut - 1) + ["stop"]
+
+
+def test_generation_stops_at_the_longest_sequence() -> None:
+    with open_model(max_model_len=20) as model:
+        [result] = model.generate([[1] * 15], SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
+        assert (len(result.token_ids), result.finish_reason) == (5, "length")
+        assert len(tokens(model, [[1] * 19], GREEDY)[0]) == 1
+        assert model.logits([1] * 20).shape == (20, 96)
+        for call in (lambda: model.generate([[1] * 20], GREEDY), lambda: model.logits([1] * 21)):
+            with pytest.raises(UsageError) as caught:
+                call()
+            assert caught.value.code == "run.too-long"
+        assert model.pool.num_free == model.pool.num_blocks
+
+
+@pytest.mark.parametrize(
+    ("prompts", "code"),
+    [
+        ([[]], "run.empty-prompt"),
+        ([[1], []], "run.empty-prompt"),
+        ([[1, 96]], "run.token-id"),
+        ([[-1]], "run.token-id"),
+        ([[2**70]], "run.token-id"),
+        ("text", "run.no-tokenizer"),
+        (["text", [1]], "run.no-tokenizer"),
+        ([[1.5]], "run.token-id"),
+        ([["a"]], "run.token-id"),
+        ([[None]], "run.token-id"),
+        ([None], "run.token-id"),
+        (7, "run.prompt"),
+        ([[1], 2], "run.token-id"),
+        ([1, [2]], "run.token-id"),
+        (None, "run.prompt"),
+    ],
+    ids=str,
+)
+def test_prompts_that_cannot_be_run(prompts: Any, code: str) -> None:
+    with open_model() as model:
+        with pytest.raises(UsageError) as caught:
+            model.generate(prompts, GREEDY)
+        assert caught.value.code == code
+        assert model.pool.num_free == model.pool.num_blocks
+
+
+def test_prompts_in_every_form(alone: list[list[int]]) -> None:
+    with open_model() as model:
+        assert model.generate([], GREEDY) == []
+        ids = [1, 2, 3]
+        forms: list[Any] = [
+            ids,
+            tuple(ids),
+            np.array(ids),
+            [np.int32(1), np.int64(2), 3],
+            [ids],
+            np.array([ids]),
+            iter(ids),
+        ]
+        for form in forms:
+            assert tokens(model, form, GREEDY) == [alone[1]]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -2}, {"top_p": 0}, {"top_p": 1.1}, {"max_tokens": 0},
+     {"seed": -1}],
+    ids=str,
+)  # fmt: skip
+def test_wrong_sampling_parameters(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        SamplingParams(**wrong)
+
+
+def test_a_failing_callback_leaves_nothing_behind(alone: list[list[int]]) -> None:
+    with open_model() as model:
+        engine = Engine(model)
+        for prompt in PROMPTS:
+            engine.add(prompt, GREEDY)
+        next(iter(engine.run()))
+        assert model.pool.num_free < model.pool.num_blocks
+        engine.abort()
+        assert model.pool.num_free == model.pool.num_blocks
+
+        def fail(array: np.ndarray) -> None:
+            raise KeyboardInterrupt
+
+        with model.listen("logits", fail), pytest.raises(KeyboardInterrupt):
+            model.generate(PROMPTS, GREEDY)
+        assert model.pool.num_free == model.pool.num_blocks
+        assert tokens(model, PROMPTS, GREEDY) == alone
+
+
+def test_sessions_and_generation_share_the_cache() -> None:
+    with open_model(num_blocks=4) as model:
+        whole = model.logits(list(range(40)))
+        with model.session() as session:
+            session.append(list(range(20)))  # two of the four blocks
+            with pytest.raises(LabinferError) as caught:
+                model.generate([list(range(40))], GREEDY)
+            assert caught.value.code == "run.cache-full"
+            with model.session() as other, pytest.raises(UsageError) as full:
+                other.append(list(range(40)))
+            assert full.value.code == "run.cache-full"
+            assert len(tokens(model, [[1, 2]], GREEDY)[0]) == 10
+            assert_agree(session.append(list(range(20, 40))), whole[20:], "after the others")
+        assert model.pool.num_free == 4
+
+
+def test_a_refused_append_changes_nothing() -> None:
+    with open_model(num_blocks=4) as model, model.session() as one, model.session() as two:
+        one.append([1] * 33)
+        two.append([2] * 3)
+        with pytest.raises(UsageError):
+            two.append([3] * 20)
+        expected = open_model().logits([2, 2, 2, 4])
+        assert_agree(two.append([4]), expected[3:], "after a refused append")
+        assert two.append([]).shape == (0, 96)
+
+
+def test_a_closed_model_says_so() -> None:
+    model = open_model()
+    model.close()
+    model.close()
+    for call in (lambda: model.logits([1]), lambda: model.generate([[1]], GREEDY)):
+        with pytest.raises(UsageError) as caught:
+            call()
+        assert caught.value.code == "run.closed"
+
+
+@pytest.mark.parametrize("budget", [1, 7, 64])
+def test_crossing_the_original_length_recomputes_the_cache(budget: int) -> None:
+    folder = GOLDEN / "phi3-longrope_crossed"
+    with np.load(folder / "expected.npz") as expected:
+        prompt, generated = expected["prompt"].tolist(), expected["generated"].tolist()
+        step_logits = expected["step_logits"]
+    with labinfer.load(folder, max_num_batched_tokens=budget) as model:
+        crossing = model.plan.recompute_after
+        assert crossing is not None
+        assert len(prompt) <= crossing < len(prompt) + len(step_logits)
+        with model.session() as session:
+            session.append(prompt)
+            for step, (token, row) in enumerate(zip(generated, step_logits, strict=False)):
+                assert_agree(session.append([token]), row[np.newaxis], f"step {step}")
+        params = SamplingParams(temperature=0, max_tokens=len(step_logits), ignore_eos=True)
+        others = [[3] * 5, list(range(20))]
+        assert tokens(model, [others[0], prompt, others[1]], params)[1] == generated[: len(step_logits)]
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 9)), max_size=60), st.integers(1, 30))
+def test_the_block_pool_gives_each_block_to_one_owner(events: list[tuple[bool, int]], num_blocks: int) -> None:
+    pool, owned = BlockPool(num_blocks), []
+    for take, count in events:
+        if take:
+            free = num_blocks - sum(map(len, owned))
+            assert pool.num_free == free
+            blocks = pool.allocate(count)
+            assert (blocks is None) == (count > free)
+            owned += [blocks] if blocks else []
+        elif owned:
+            pool.release(owned.pop(count % len(owned)))
+        held = [block for blocks in owned for block in blocks]
+        assert len(set(held)) == len(held)
+        assert set(held) <= set(range(num_blocks))
+
+
+def test_an_unshipped_family_runs_too(tmp_path: Path) -> None:
+    path = tiny_map(tmp_path)
+    plan = labinfer.compile(path, weights=tiny_checkpoint(tmp_path / "model"), max_num_batched_tokens=3)
+    with labinfer.load(plan) as model:
+        assert len(tokens(model, [[1, 2, 3, 4, 5], [7]], GREEDY)[0]) == 10
