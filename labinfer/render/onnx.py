@@ -56,9 +56,7 @@ def render_onnx(drawing: Drawing) -> str:
                 functions.append(_block_function(drawing, instance, prefix, functions))
             nodes.append(_layer_node(drawing, instance, prefix))
         called.add(instance.block)
-    weights = dict.fromkeys(
-        name for i in drawing.instances for op in i.ops for p in op.primitives() for name in p.weights.values()
-    )
+    weights = _weights(op for instance in drawing.instances for op in instance.ops)
     read = [name for name in GRAPH_INPUTS if any(name in op.inputs for i in drawing.instances for op in i.ops)]
     graph = {
         "name": plan.source.name,
@@ -107,6 +105,15 @@ def _layer_node(drawing: Drawing, instance: Instance, function: str) -> Json:
     }
 
 
+def _received_names(values: Iterable[str]) -> dict[str, str]:
+    """Names for the inputs of a function that none of the values it makes has."""
+    names: dict[str, str] = {}
+    for value in values:
+        name = value if value in GRAPH_INPUTS else f"in/{_short(value)}"
+        names[value] = name if name not in names.values() else f"{name}/{len(names)}"
+    return names
+
+
 def _short(name: str) -> str:
     """A name without its layer."""
     return fold_name(name).split(".{i}.", 1)[-1]
@@ -118,10 +125,7 @@ def _handed_on(drawing: Drawing, instance: Instance) -> list[str]:
 
 
 def _block_function(drawing: Drawing, instance: Instance, name: str, functions: list[Json]) -> Json:
-    received: dict[str, str] = {}
-    for value in outside_reads(instance):
-        short = value if value in GRAPH_INPUTS else f"in/{_short(value)}"
-        received[value] = short if short not in received.values() else f"{short}/{len(received)}"
+    received = _received_names(outside_reads(instance))
 
     def rename(value: str) -> str:
         return received.get(value) or _short(value)
@@ -158,13 +162,20 @@ def _nodes(drawing: Drawing, instance: Instance, rename: Rename, prefix: str, fu
 
 
 def _fused_function(drawing: Drawing, instance: Instance, op: Op, node: Node, name: str) -> Json:
-    parts = [
-        _node(part, inner, part.kind, _short, _facts(instance, part, inner))
-        for part, inner in zip(op.body, node.parts, strict=True)
-    ]
-    outputs = [*op.outputs, *_states(op, written=True)]
-    inputs = [*op.inputs, *_states(op, written=False), *_weights([op])]
-    return _function(name, [_short(v) for v in inputs], [_short(v) for v in outputs], parts)
+    received = _received_names([*op.inputs, *_states(op, written=False)])
+
+    def rename(value: str) -> str:
+        return received.get(value) or _short(value)
+
+    return _function(
+        name,
+        inputs=[*received.values(), *map(rename, _weights([op]))],
+        outputs=[rename(value) for value in (*op.outputs, *_states(op, written=True))],
+        nodes=[
+            _node(part, inner, part.kind, rename, _facts(instance, part, inner))
+            for part, inner in zip(op.body, node.parts, strict=True)
+        ],
+    )
 
 
 def _node(op: Op, node: Node, kind: str, rename: Rename, facts: Mapping[str, Any]) -> Json:

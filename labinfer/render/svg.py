@@ -129,9 +129,9 @@ def _box_svg(box: Box, number: int, tips: bool) -> str:
     return (
         f'<g class="op c-{box.category}" {key} {start}<rect class="box" {frame} rx="8"/>'
         f'<rect class="bar" x="0" y="8" width="3.5" height="{height - 16:.0f}" rx="1.75"/>'
-        f'<text x="14" y="16.5">{escape(box.title)}</text>'
-        f'<text class="mono soft" text-anchor="end" x="{width - 10:.1f}" y="16.5">{escape(box.corner)}</text>'
-        f'<text class="mono soft" x="14" y="31.5">{escape(box.detail)}</text></g>'
+        f'<text x="14" y="16">{escape(box.title)}</text>'
+        f'<text class="mono soft" text-anchor="end" x="{width - 10:.1f}" y="16">{escape(box.corner)}</text>'
+        f'<text class="mono soft" x="14" y="32">{escape(box.detail)}</text></g>'
     )
 
 
