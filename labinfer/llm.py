@@ -23,8 +23,8 @@ LOAD_LOGITS_ROWS = 64
 """Rows of logits that ``load`` and ``LLM`` plan for, so that ``Model.logits`` goes 64 positions a step."""
 
 
-def load(model: str | Path | None = None, **options: Any) -> LLM:
-    """A model ready to run, from anything ``compile`` takes or from a plan.json; see ``LLM``."""
+def load(model: str | Path | Plan | None = None, **options: Any) -> LLM:
+    """A model ready to run, from a plan, a plan.json or anything ``compile`` takes; see ``LLM``."""
     return LLM(model, **options)
 
 
