@@ -19,12 +19,14 @@ import numpy as np
 from labinfer.backends.cpu.attention_tiles import (
     NEVER,
     TILE,
+    Rows,
     padded_rows,
     score_tile,
     softmax_tile,
+    start_softmax,
     value_tile,
 )
-from labinfer.backends.cpu.elementwise import add_scaled_row, scale_row, softcap_row, zero_row
+from labinfer.backends.cpu.elementwise import add_scaled_row, scale_row, softcap_row, sum_row, zero_row
 from labinfer.backends.cpu.isa import njit
 from labinfer.backends.cpu.paged_cache import POSITIONS, element_size
 from labinfer.backends.cpu.simd import f32p, i32p, i64p
@@ -32,7 +34,7 @@ from labinfer.backends.cpu.simd import f32p, i32p, i64p
 MAX_SPLITS = 8
 """Parts that the context of a decoding sequence is cut into at most."""
 
-SPLIT_POSITIONS = 256
+SPLIT_POSITIONS = 128
 """Positions in such a part at least."""
 
 TILE_ROWS = 48
@@ -91,8 +93,8 @@ class Scratch(NamedTuple):
     panels: int
     values: int
     maxima: int
-    sums: int
     factors: int
+    sums: int
     scores: int
     q: int
     out: int
@@ -110,10 +112,12 @@ def scratch_at(workspace: int, rows: int, head_dim: int) -> Scratch:
     values = workspace + 64
     line = (4 * rows + 63) // 64 * 64
     maxima = values + 8 * TILE
-    scores = maxima + 3 * line
+    factors = maxima + line
+    sums = factors + line
+    scores = sums + 64 * rows
     q = scores + 4 * TILE * rows
     out = q + (4 * rows * head_dim + 63) // 64 * 64
-    return Scratch(workspace, values, maxima, maxima + line, maxima + 2 * line, scores, q, out)
+    return Scratch(workspace, values, maxima, factors, sums, scores, q, out)
 
 
 @njit
@@ -226,9 +230,8 @@ def _attend(q: int, q_stride: int, heads: Heads, pages: Pages, batch: Batch, ite
     out_bytes = 4 * out_stride(heads.v_head_dim)
     _stage_queries(q, q_stride, heads, item, scratch, padded)
     zero_row(scratch.out, padded * out_bytes // 4)
-    maxima, sums = f32p(scratch.maxima), f32p(scratch.sums)
-    for r in range(padded):
-        maxima[r], sums[r] = NEVER, 0.0
+    start_softmax(padded, scratch.maxima, scratch.sums)
+    seen = Rows(padded, group, item.tokens, item.position, heads.window, item.first, item.last)
     size = element_size(pages.dtype)
     for tile in range(item.first // POSITIONS * POSITIONS, item.last, TILE):
         keys = min(TILE, item.last - tile)
@@ -238,14 +241,7 @@ def _attend(q: int, q_stride: int, heads: Heads, pages: Pages, batch: Batch, ite
         )
         if heads.softcap:
             softcap_row(scratch.scores, scratch.scores, TILE * padded, heads.softcap)
-        for r in range(padded):
-            position = item.position + min(r // group, item.tokens - 1)
-            first = max(item.first, position - heads.window + 1) if heads.window else item.first
-            weights, at = scratch.scores + 4 * TILE * r, 4 * r
-            last = min(position + 1, item.last)
-            softmax_tile(
-                weights, first - tile, last - tile, scratch.maxima + at, scratch.sums + at, scratch.factors + at
-            )
+        softmax_tile(seen, tile, scratch.scores, scratch.maxima, scratch.sums, scratch.factors)
         value_tile(
             pages.dtype,
             size,
@@ -297,11 +293,11 @@ def _find_tile(heads: Heads, pages: Pages, batch: Batch, item: Item, tile: int, 
 def _store(y: int, y_stride: int, heads: Heads, item: Item, scratch: Scratch) -> None:
     """Divide by the sums of weights and write the item's rows of the result."""
     group, width = heads.num_heads // heads.num_kv_heads, heads.v_head_dim
-    sums, out_bytes = f32p(scratch.sums), 4 * out_stride(width)
+    out_bytes = 4 * out_stride(width)
     for r in range(item.tokens * group):
         feature = (item.head * group + r % group) * width
         target = y + 4 * ((item.token + r // group) * y_stride + feature)
-        scale_row(scratch.out + r * out_bytes, target, width, 1.0 / sums[r])
+        scale_row(scratch.out + r * out_bytes, target, width, 1.0 / sum_row(scratch.sums + 64 * r, 16))
 
 
 @njit
@@ -316,9 +312,9 @@ def _partial(partials: int, heads: Heads, sequence: int, head: int, part: int) -
 def _store_partial(heads: Heads, item: Item, scratch: Scratch, partial: int) -> None:
     """Copy an item's running state to its place among the partial results."""
     group, stride = heads.num_heads // heads.num_kv_heads, out_stride(heads.v_head_dim)
-    maxima, sums, state = f32p(scratch.maxima), f32p(scratch.sums), f32p(partial)
+    maxima, state = f32p(scratch.maxima), f32p(partial)
     for r in range(group):
-        state[r], state[group + r] = maxima[r], sums[r]
+        state[r], state[group + r] = maxima[r], sum_row(scratch.sums + 64 * r, 16)
     scale_row(scratch.out, partial + 64 * group, group * stride, 1.0)
 
 

@@ -7,11 +7,14 @@ of the values.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from labinfer.backends.cpu.isa import F32, I32, I64, LEVEL, Value, njit
+from llvmlite import ir
+
+from labinfer.backends.cpu.elementwise import pieces, zero_row
+from labinfer.backends.cpu.isa import F32, I32, I32X16, I64, LEVEL, Value, njit
 from labinfer.backends.cpu.paged_cache import CACHE_DTYPES, widen
-from labinfer.backends.cpu.simd import Emit, i64p, kernel
+from labinfer.backends.cpu.simd import Emit, f32p, i64p, kernel
 
 TILE = 64
 """Positions in a tile."""
@@ -98,33 +101,88 @@ def _values(rows: int, vectors: int, masked: bool) -> Any:
     return kernel(values)
 
 
-def _softmax_tile(e: Emit, s: Value, first: Value, last: Value, maximum: Value, total: Value, factor: Value) -> None:
-    """One row of scores into weights, zero outside [first, last); updates the row's running maximum and sum.
+def _seen(e: Emit, first: Value, last: Value) -> list[Value]:
+    """The masks of a tile's positions in [first, last)."""
+    starts = range(0, TILE, 16)
+    return [e.b.and_(e.first_lanes(e.add(last, -at)), e.b.not_(e.first_lanes(e.add(first, -at)))) for at in starts]
 
-    ``factor`` receives what earlier sums must be multiplied by (Milakov & Gimelshein, arXiv:1805.02867).
-    """
-    b, vectors = e.b, range(TILE // 16)
-    seen = [b.and_(e.first_lanes(e.add(last, -16 * v)), b.not_(e.first_lanes(e.add(first, -16 * v)))) for v in vectors]
-    scores = [b.select(seen[v], e.load(e.add(s, 64 * v)), e.const(NEVER)) for v in vectors]
-    before = e.load(maximum, F32)
-    greatest = e.hmax(e.max(e.max(scores[0], scores[1]), e.max(scores[2], scores[3])))
-    greatest = b.select(b.fcmp_ordered(">", before, greatest), before, greatest)
-    top = e.splat(greatest)
-    weights = [b.select(seen[v], e.exp(b.fsub(scores[v], top)), e.const(0.0)) for v in vectors]
-    for v in vectors:
-        e.store(weights[v], e.add(s, 64 * v))
-    scaled = b.extract_element(e.exp(b.fsub(e.splat(before), top)), b.trunc(e.i(0), I32))
-    added = e.sum(b.fadd(b.fadd(weights[0], weights[1]), b.fadd(weights[2], weights[3])))
-    e.store(greatest, maximum)
-    e.store(scaled, factor)
-    e.store(b.fadd(b.fmul(e.load(total, F32), scaled), added), total)
+
+def _raise_maximum(masked: bool) -> Any:
+    """One row of scores, seen in [first, last): raises the row's running maximum, stores the old one less the new."""
+
+    def raise_maximum(e: Emit, s: Value, first: Value, last: Value, maximum: Value, change: Value) -> None:
+        b, scores = e.b, [e.load(e.add(s, at)) for at in range(0, 4 * TILE, 64)]
+        if masked:
+            seen = _seen(e, first, last)
+            scores = [b.select(lanes, v, e.const(NEVER)) for lanes, v in zip(seen, scores, strict=True)]
+        greatest = scores[0]
+        for v in scores[1:]:
+            greatest = e.max(v, greatest)
+        for distance in (8, 4, 2, 1):
+            lanes = ir.Constant(I32X16, [lane ^ distance for lane in range(16)])
+            greatest = e.max(b.shuffle_vector(greatest, greatest, lanes), greatest)
+        before = e.load(maximum, F32)
+        top = b.extract_element(e.max(e.splat(before), greatest), b.trunc(e.i(0), I32))
+        e.store(top, maximum)
+        e.store(b.fsub(before, top), change)
+
+    return kernel(raise_maximum)
+
+
+def _weigh(masked: bool) -> Any:
+    """One row of scores into weights, zero outside [first, last); adds them, lane by lane, to the row's 16 sums."""
+
+    def weigh(e: Emit, s: Value, first: Value, last: Value, maximum: Value, sums: Value, factor: Value) -> None:
+        b, top = e.b, e.bcast(maximum)
+        total = b.fmul(e.load(sums), e.bcast(factor))
+        seen = _seen(e, first, last) if masked else []
+        for index, at in enumerate(range(0, 4 * TILE, 64)):
+            weights = e.exp(b.fsub(e.load(e.add(s, at)), top))
+            if masked:
+                weights = b.select(seen[index], weights, e.const(0.0))
+            e.store(weights, e.add(s, at))
+            total = b.fadd(total, weights)
+        e.store(total, sums)
+
+    return kernel(weigh)
+
+
+def _exp_row(e: Emit, x: Value, n: Value) -> None:
+    for piece in pieces(e, n):
+        piece.store(e.exp(piece.load(x)), x)
 
 
 _scores6, _scores3, _scores1 = (_scores(rows, WIDE, tuple(CACHE_DTYPES)) for rows in (6, 3, 1))
 _transposed6, _transposed1 = (_scores(rows, 1, ("f32",)) for rows in (6, 1))
 _wide6, _wide3, _wide1 = (_values(rows, WIDE, False) for rows in (6, 3, 1))
 _tail6, _tail3, _tail1 = (_values(rows, 1, True) for rows in (6, 3, 1))
-softmax_tile = kernel(_softmax_tile)
+_raise_all, _raise_seen = _raise_maximum(False), _raise_maximum(True)
+_weigh_all, _weigh_seen = _weigh(False), _weigh(True)
+_exp_changes = kernel(_exp_row)
+
+
+class Rows(NamedTuple):
+    """What the rows of an item may see: row ``r`` belongs to its token ``r // group``, the first at ``position``.
+
+    ``padded`` rows in all: those beyond the last token's see what it sees. ``window`` 0 for none; nothing before ``first`` or
+    from ``last`` on belongs to the item.
+    """
+
+    padded: int
+    group: int
+    tokens: int
+    position: int
+    window: int
+    first: int
+    last: int
+
+
+@njit
+def seen_by(rows: Rows, row: int) -> tuple[int, int]:
+    """The positions [first, last) that a row sees."""
+    end = rows.position + min(row // rows.group, rows.tokens - 1) + 1
+    first = max(rows.first, end - rows.window) if rows.window else rows.first
+    return first, min(end, rows.last)
 
 
 @njit
@@ -197,3 +255,35 @@ def value_tile(
                     _tail1(dtype, weights, table, offset, columns, keys, factor, y, out_bytes)
                 r += 1
         column += WIDE_COLUMNS if whole else 16
+
+
+@njit
+def start_softmax(rows: int, maxima: int, sums: int) -> None:
+    """Running maxima [rows] and sums [rows, 16] before the first tile."""
+    for r in range(rows):
+        f32p(maxima)[r] = NEVER
+    zero_row(sums, 16 * rows)
+
+
+@njit
+def softmax_tile(rows: Rows, tile: int, scores: int, maxima: int, sums: int, factors: int) -> None:
+    """Scores of the tile at position ``tile`` into weights, row by row, by what each row may see.
+
+    Keeps each row's running maximum and its weights' sums in 16 lanes; ``factors`` [rows] receives what the sums of
+    values so far must be multiplied by (online softmax, Milakov & Gimelshein, arXiv:1805.02867).
+    """
+    for r in range(rows.padded):
+        first, last = seen_by(rows, r)
+        at, s = 4 * r, scores + 4 * TILE * r
+        if first <= tile and last >= tile + TILE:
+            _raise_all(s, 0, 0, maxima + at, factors + at)
+        else:
+            _raise_seen(s, first - tile, last - tile, maxima + at, factors + at)
+    _exp_changes(factors, rows.padded)
+    for r in range(rows.padded):
+        first, last = seen_by(rows, r)
+        at, s = 4 * r, scores + 4 * TILE * r
+        if first <= tile and last >= tile + TILE:
+            _weigh_all(s, 0, 0, maxima + at, sums + 16 * at, factors + at)
+        else:
+            _weigh_seen(s, first - tile, last - tile, maxima + at, sums + 16 * at, factors + at)

@@ -97,6 +97,13 @@ def _dot(e: Emit, x: Value, y: Value, n: Value) -> Value:
     return e.sum(total.get())
 
 
+def _sum(e: Emit, x: Value, n: Value) -> Value:
+    total = e.var(e.const(0.0))
+    for piece in pieces(e, n):
+        total.set(e.b.fadd(total.get(), piece.load(x)))
+    return e.sum(total.get())
+
+
 add_row = kernel(_add)
 """``z = x + y`` of ``n`` floats."""
 scale_row = kernel(_scale, floats=("factor",))
@@ -111,6 +118,8 @@ add_scaled_row = kernel(_add_scaled, floats=("factor",))
 """``y += x * factor``."""
 dot_row = kernel(_dot, float32)
 """The sum of ``x * y``."""
+sum_row = kernel(_sum, float32)
+"""The sum of ``n`` floats."""
 
 
 def _gelu_tanh(e: Emit, x: Value) -> Value:

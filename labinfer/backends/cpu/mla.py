@@ -14,8 +14,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from labinfer.backends.cpu.attention import Batch, Pages, out_stride
-from labinfer.backends.cpu.attention_tiles import NEVER, TILE, padded_rows, score_transposed, softmax_tile, value_tile
-from labinfer.backends.cpu.elementwise import add_scaled_row, dot_row, scale_row, zero_row
+from labinfer.backends.cpu.attention_tiles import (
+    TILE,
+    Rows,
+    padded_rows,
+    score_transposed,
+    softmax_tile,
+    start_softmax,
+    value_tile,
+)
+from labinfer.backends.cpu.elementwise import add_scaled_row, dot_row, scale_row, sum_row, zero_row
 from labinfer.backends.cpu.isa import njit
 from labinfer.backends.cpu.paged_cache import element_size, read_row
 from labinfer.backends.cpu.simd import f32p, i32p, i64p
@@ -58,8 +66,8 @@ class MlaScratch(NamedTuple):
     table: int
     values: int
     maxima: int
-    sums: int
     factors: int
+    sums: int
     scores: int
     across: int
     q: int
@@ -82,14 +90,15 @@ def _scratch_at(workspace: int, latent: Latent, tokens: int, heads: int) -> MlaS
     width = out_stride(latent.kv_rank + latent.rope_dim)
     values = workspace + 64
     maxima = values + 8 * TILE
-    scores = maxima + 3 * 4 * lanes
+    factors = maxima + 4 * lanes
+    sums = factors + 4 * lanes
+    scores = sums + 64 * lanes
     across = scores + 4 * TILE * lanes
     q = across + 4 * TILE * lanes
     row = q + 4 * width * lanes
     keys = row + 4 * width * tokens
     out = keys + 4 * width * TILE
-    sums = maxima + 4 * lanes
-    return MlaScratch(rows, lanes, workspace, values, maxima, sums, sums + 4 * lanes, scores, across, q, row, keys, out)
+    return MlaScratch(rows, lanes, workspace, values, maxima, factors, sums, scores, across, q, row, keys, out)
 
 
 @njit
@@ -170,14 +179,13 @@ def _absorb_queries(q: int, q_stride: int, latent: Latent, item: MlaItem, scratc
 def _attend_latents(latent: Latent, pages: Pages, batch: Batch, item: MlaItem, scratch: MlaScratch) -> None:
     """Unnormalised sums of latents, maxima and sums of weights of every row, tile by tile of positions."""
     width, out_bytes = latent.kv_rank + latent.rope_dim, 4 * out_stride(latent.kv_rank)
-    maxima, sums, values = f32p(scratch.maxima), f32p(scratch.sums), i64p(scratch.values)
-    scores, across = f32p(scratch.scores), f32p(scratch.across)
+    scores, across, values = f32p(scratch.scores), f32p(scratch.across), i64p(scratch.values)
     zero_row(scratch.out, scratch.rows * out_bytes // 4)
-    for r in range(scratch.rows):
-        maxima[r], sums[r] = NEVER, 0.0
+    start_softmax(scratch.rows, scratch.maxima, scratch.sums)
     for i in range(TILE):
         values[i] = scratch.keys + 4 * width * i
     last = item.position + item.tokens
+    seen = Rows(scratch.rows, item.heads, item.tokens, item.position, 0, 0, last)
     for tile in range(0, last, TILE):
         count = min(TILE, last - tile)
         _read_tile(latent, pages, batch, item.sequence, tile, count, scratch)
@@ -185,10 +193,7 @@ def _attend_latents(latent: Latent, pages: Pages, batch: Batch, item: MlaItem, s
         for r in range(scratch.rows):
             for i in range(count):
                 scores[r * TILE + i] = across[i * scratch.lanes + r]
-            position = item.position + min(r // item.heads, item.tokens - 1)
-            at = 4 * r
-            weights, factor = scratch.scores + TILE * at, scratch.factors + at
-            softmax_tile(weights, 0, position + 1 - tile, scratch.maxima + at, scratch.sums + at, factor)
+        softmax_tile(seen, tile, scratch.scores, scratch.maxima, scratch.sums, scratch.factors)
         value_tile(
             0, 4, scratch.scores, scratch.rows, scratch.values, latent.kv_rank, count, scratch.factors, scratch.out,
             out_bytes,
@@ -214,7 +219,6 @@ def _read_tile(
 def _expand_values(y: int, y_stride: int, latent: Latent, item: MlaItem, scratch: MlaScratch) -> None:
     """Every row's average latent times ``kv_b``'s value rows, into the result."""
     rank, stride = latent.kv_rank, 4 * out_stride(latent.kv_rank)
-    sums = f32p(scratch.sums)
     for h in range(item.heads):
         head = item.head + h
         weight = latent.kv_b + 4 * (head * (latent.nope_dim + latent.v_dim) + latent.nope_dim) * rank
@@ -222,4 +226,6 @@ def _expand_values(y: int, y_stride: int, latent: Latent, item: MlaItem, scratch
             for t in range(item.tokens):
                 r = t * item.heads + h
                 total = dot_row(weight + 4 * v * rank, scratch.out + r * stride, rank)
-                f32p(y + 4 * (item.token + t) * y_stride)[head * latent.v_dim + v] = total / sums[r]
+                f32p(y + 4 * (item.token + t) * y_stride)[head * latent.v_dim + v] = total / sum_row(
+                    scratch.sums + 64 * r, 16
+                )

@@ -6,16 +6,9 @@ import math
 
 from numba import float32
 
-from labinfer.backends.cpu.elementwise import add_row, pieces, scale_row
+from labinfer.backends.cpu.elementwise import add_row, pieces, scale_row, sum_row
 from labinfer.backends.cpu.isa import Value, njit
 from labinfer.backends.cpu.simd import Emit, kernel
-
-
-def _sum(e: Emit, x: Value, n: Value) -> Value:
-    total = e.var(e.const(0.0))
-    for piece in pieces(e, n):
-        total.set(e.b.fadd(total.get(), piece.load(x)))
-    return e.sum(total.get())
 
 
 def _sum_squares(e: Emit, x: Value, n: Value, centre: Value) -> Value:
@@ -38,7 +31,6 @@ def _centre_scale(e: Emit, x: Value, weight: Value, y: Value, n: Value, centre: 
         piece.store(e.b.fmul(e.b.fmul(e.b.fsub(piece.load(x), middle), by), piece.load(weight)), y)
 
 
-sum_row = kernel(_sum, float32)
 sum_squares_row = kernel(_sum_squares, float32, floats=("centre",))
 rms_scale_row = kernel(_rms_scale, floats=("factor", "offset"))
 centre_scale_row = kernel(_centre_scale, floats=("centre", "factor"))
