@@ -7,7 +7,7 @@ from collections.abc import Sequence as Listing
 from contextlib import contextmanager
 from itertools import count
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class Model:
         weights, states = unfold_weights(plan), unfold_states(plan)
         try:
             for stage in plan.stages:
-                device = self.manager.device(stage.device)
+                device = self.manager.device(stage.device, plan.devices[stage.device].threads)
                 self.manager.grant(self.owner, stage.device, stage.bytes.total)
                 ops = [part for op, _ in unfold_ops(stage) for part in op.primitives()]
                 parameters = Parameters(stage, ops, weights, device, checkpoint, progress)
@@ -167,7 +167,7 @@ class Model:
         self.interpreters, self.memory = [], []
         self.manager.release(self.owner)
 
-    def __enter__(self) -> Model:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
