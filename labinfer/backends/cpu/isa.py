@@ -140,8 +140,8 @@ F32X16, I32X16, I16X32, I8X64 = vector(F32, 16), vector(I32, 16), vector(I16, 32
 def pointer(b: Value, address: Value, kind: Value) -> Value:
     """An int64 address as a pointer to ``kind``.
 
-    LLVM may split an address into two sums of which one is a pointer. When numba then inlines the function and that part
-    turns out to be zero, reading "from null" would count as impossible and be deleted: the attribute says it is not.
+    LLVM may split an address into two numbers and make a pointer of either. Where numba then inlines the function and
+    that one turns out to be zero, a read "from null" counts as impossible and goes: the attribute says it is not.
     """
     set.add(b.function.attributes, "null_pointer_is_valid")  # llvmlite's own add() does not know it
     return b.inttoptr(address, kind.as_pointer())

@@ -4,11 +4,11 @@ A weight is cut into panels of 16 rows; the last one is padded with zero rows. P
 ``g * panel_bytes(format, columns)``. Inside a panel the numbers of the 16 rows stand side by side, in blocks:
 
 - f32 and f16: a block is one column, 16 numbers. bf16: a block is two columns, 16 pairs.
-- The quantized formats have blocks of 32 columns. First the quants of all blocks, then the scales of all blocks (float16,
-  16 to a block), then what else the format has, each for all blocks. In eight 64-byte vectors of quants, byte
+- The quantized formats have blocks of 32 columns. First the quants of all blocks, then the scales of all blocks
+  (float16, 16 to a block), then what else the format has, each for all blocks. In eight 64-byte vectors of quants, byte
   ``4 * row + i`` of vector ``j`` belongs to column ``4 * j + i``: one byte dot product with four activations in every
-  lane then feeds 16 rows. Nibbles: vector ``j`` in the low ones of stored vector ``j``, vector ``4 + j`` in the high ones.
-  Fifth bits: one more vector whose bit ``j`` belongs to vector ``j``; q6_k's bit pairs: two vectors, four pairs each.
+  lane then feeds 16 rows. Nibbles: vector ``j`` in the low ones of stored vector ``j``, vector ``4 + j`` in the high
+  ones. Fifth bits: one more vector whose bit ``j`` belongs to vector ``j``. q6_k's bit pairs: two vectors, four each.
 - K-quants keep one byte for each scale and minimum of a sub-block, and float16 d (and dmin) for each 256 columns.
 
 An activation row is float32 for the plain formats, padded to an even length. For the quantized ones it is a record for
@@ -74,8 +74,11 @@ def panel_bytes(format: str, columns: int) -> int:
 
 
 def packed_bytes(format: str, rows: int, columns: int) -> int:
-    """Bytes of a packed weight [rows, columns]. What is stored, but for the padding of rows, for an odd number of blocks
-    (32 bytes a panel) and for the unpacked scales of q4_k (+2.8 %) and q5_k (+2.3 %)."""
+    """Bytes of a packed weight [rows, columns].
+
+    What is stored with rows padded to 16, but for panels padded to 64 bytes (at most 32 more, where blocks or columns
+    are odd) and for the unpacked scales of q4_k (+2.8 %) and q5_k (+2.3 %).
+    """
     return -(-rows // PANEL_ROWS) * panel_bytes(format, columns)
 
 

@@ -1,13 +1,13 @@
 """``linear``: y = x @ weight.T + bias for packed weights of every format, and the gated unit of two of them.
 
-One compiled function for each (format, digits); it is compiled, or taken from the cache, when ``linear_code`` first asks
-for it, and called by its address: neither the driver nor its cache knows about formats, and nothing that no model uses is
-ever compiled. Threads share a product by panels.
+There is one compiled function for each (format, digits). It is compiled, or taken from the cache, when ``linear_code``
+first asks for it, and called by its address: the driver knows nothing of formats, and what no model uses is never
+compiled. Threads share a product by panels.
 
-Error against float64 for the same dequantized weight: plain formats that of a float32 sum. Two digits: an activation is
-off by at most half a step of 1 / (128 * DIGIT_MAX) of its block's greatest, so a row is off by at most ``2**-15`` (VNNI) or
-``2**-14`` times ``sum(block greatest * sum(abs(w)))``; errors of both signs cancel, which leaves less than 2e-4 of max |y|.
-One digit: 128 times (or 64 times) that.
+Error against float64 for the same dequantized weight. Plain formats: that of a float32 sum. Two digits: an activation
+is off by at most half a step, ``2**-15`` of the greatest of its 32 neighbours (``2**-14`` at levels without VNNI), so a
+result by ``2**-15 * sum(greatest * abs(w))``; as the errors have both signs, less than 2e-4 of max |y| is left. One
+digit: 128 times as much.
 """
 
 from __future__ import annotations
@@ -15,15 +15,20 @@ from __future__ import annotations
 from typing import Any
 
 from numba import types
+from numba.core import cgutils
 
 from labinfer.backends.cpu import isa
-from labinfer.backends.cpu.isa import I64, Value, ir
-from labinfer.backends.cpu.layout import activation_digits, panel_format
+from labinfer.backends.cpu.elementwise import glu_row
+from labinfer.backends.cpu.isa import F32X16, I64, Value, njit
+from labinfer.backends.cpu.layout import PANEL_ROWS, activation_digits, panel_format
 from labinfer.backends.cpu.simd import Emit, kernel
 from labinfer.backends.cpu.tiles import tile
 
 CHUNK = 64
 """Tokens that meet a panel while it is in the L1 cache."""
+
+SCRATCH_FLOATS = 64 * CHUNK
+"""What ``linear_glu`` keeps on the stack: four panels of a chunk, or more of fewer tokens."""
 
 # What the body below finds among its globals; ``specialize`` gives each kernel its own.
 tile_pair: Any = None
@@ -72,7 +77,7 @@ _codes: dict[tuple[str, int], Any] = {}
 
 
 def linear_code(format: str, digits: int = 2) -> int:
-    """The code that ``linear`` takes for a weight in ``format``: the address of its kernel, compiled now if it must be."""
+    """The ``code`` of a weight in ``format``: the address of its kernel, compiled now if it must be."""
     key = format, activation_digits(format, digits)
     if key not in _codes:
         layout = panel_format(format)
@@ -91,14 +96,43 @@ def linear_code(format: str, digits: int = 2) -> int:
     return int(_codes[key].address)
 
 
-def _call(e: Emit, code: Value, *args: Value) -> None:
-    kind = ir.FunctionType(ir.VoidType(), [I64] * len(args))
-    e.b.call(e.b.inttoptr(code, kind.as_pointer()), args)
-
-
 def _emit_linear(e: Emit, code: Value, w: Value, columns: Value, x: Value, x_stride: Value, y: Value, y_stride: Value,
                  tokens: Value, g0: Value, g1: Value, rows: Value, bias: Value, mode: Value) -> None:  # fmt: skip
-    _call(e, code, w, columns, x, x_stride, y, y_stride, tokens, g0, g1, rows, bias, mode)
+    e.call_at(code, w, columns, x, x_stride, y, y_stride, tokens, g0, g1, rows, bias, mode)
 
 
 linear = kernel(_emit_linear)
+"""``y[t] (+)= W x[t] + bias`` in rows ``16 * g0`` to ``16 * g1`` of W [rows, columns], for ``tokens`` rows of x.
+
+``code`` is from ``linear_code``, ``w`` the packed weight, ``x`` the first activation row (``quantize.quantize_row``) and
+``x_stride`` the bytes from one to the next; rows of ``y`` are ``y_stride`` floats apart; ``bias`` is an address or 0.
+``mode`` is 0 or ACCUMULATE. Nothing beyond ``rows`` is written. For compiled functions.
+"""
+
+
+def _emit_scratch(e: Emit) -> Value:
+    return e.b.ptrtoint(cgutils.alloca_once(e.b, F32X16, size=SCRATCH_FLOATS // 16), I64)
+
+
+_scratch = kernel(_emit_scratch, types.int64)
+
+
+@njit
+def linear_glu(
+    gate_code: int, gate: int, gate_bias: int, up_code: int, up: int, up_bias: int, columns: int, x: int, x_stride: int,
+    y: int, y_stride: int, tokens: int, g0: int, g1: int, rows: int, function: int,
+) -> None:  # fmt: skip
+    """``y = function(gate x) * up x``, ``function`` one of ``elementwise.ACTIVATION_CODES``; the rest as in ``linear``."""
+    scratch = _scratch()  # what up gives for a few panels, beside what gate has put into y
+    for start in range(0, tokens, CHUNK):
+        count = min(CHUNK, tokens - start)
+        width = SCRATCH_FLOATS // (PANEL_ROWS * count)
+        rows_x, rows_y = x + start * x_stride, y + start * y_stride * 4
+        for g in range(g0, g1, width):
+            end = min(g + width, g1)
+            stride = (end - g) * PANEL_ROWS
+            linear(gate_code, gate, columns, rows_x, x_stride, rows_y, y_stride, count, g, end, rows, gate_bias, 0)
+            linear(up_code, up, columns, rows_x, x_stride, scratch - g * 64, stride, count, g, end, rows, up_bias, 0)
+            for t in range(count):
+                out = rows_y + t * y_stride * 4 + g * 64
+                glu_row(function, out, scratch + t * stride * 4, out, min(end * PANEL_ROWS, rows) - g * PANEL_ROWS)

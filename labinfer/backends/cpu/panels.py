@@ -1,80 +1,81 @@
 """Packing stored weights into the panels of ``layout``, and reading single rows back. No value changes.
 
 Packing moves words (four bytes of one row); only K-quants and fifth bits need bit work. It holds no GIL and writes only
-its ``out``, so several threads can pack weights at once. Stored layouts are ggml's (see ops/dequantization).
+its ``out``, so several threads can pack weights at once. What is stored is described in ``ops/dequantization``.
+
+As in ``linear``, each format has functions of its own that are compiled when they are first asked for.
 """
 
 from __future__ import annotations
+
+from functools import cache
+from typing import Any
 
 import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from labinfer.backends.cpu.isa import I8, I32, I64, Value, njit
-from labinfer.backends.cpu.layout import PANEL_FORMATS, PANEL_ROWS, packed_bytes, panel_bytes
-from labinfer.backends.cpu.simd import Emit, f32p, kernel, ldi32, ldu8, sti32, stu8, u16p
+from labinfer.backends.cpu.isa import I8, I32, I64, Value, cfunc, njit, specialize
+from labinfer.backends.cpu.layout import PANEL_ROWS, packed_bytes, panel_bytes, panel_format
+from labinfer.backends.cpu.simd import Emit, f32p, kernel, ldf, ldi32, ldu8, sti32, stu8, u16p
 from labinfer.errors import WeightsError
 from labinfer.ops.formats import stored_bytes
 
-FORMAT_CODES = {name: code for code, name in enumerate(PANEL_FORMATS)}
-"""The numbers by which ``unpack_row`` knows the formats."""
-
-_F32, _F16, _BF16, _Q8_0, _Q4_0, _Q4_1, _Q5_0, _Q5_1, _Q4_K, _Q5_K, _Q6_K = range(11)
-_COLUMNS = np.array([layout.columns for layout in PANEL_FORMATS.values()])
-_BYTES = np.array([layout.bytes for layout in PANEL_FORMATS.values()])
-_QUANT_BYTES = np.array([layout.quant_bytes for layout in PANEL_FORMATS.values()])
 _NIBBLES, _BIT, _PAIR = 0x0F0F0F0F, 0x01010101, 0x03030303  # four numbers of 4, 1 and 2 bits in a word
+
+# How blocks of 32 are stored: float16 numbers, words of fifth bits, words of quants.
+_BLOCKS = {
+    "q8_0": {"scales": 1, "fifth": 0, "words": 8},
+    "q4_0": {"scales": 1, "fifth": 0, "words": 4},
+    "q4_1": {"scales": 2, "fifth": 0, "words": 4},
+    "q5_0": {"scales": 1, "fifth": 1, "words": 4},
+    "q5_1": {"scales": 2, "fifth": 1, "words": 4},
+}
+
+# What functions below find among their globals; ``specialize`` gives each format's copy its own.
+scales, fifth, words, zero, block_columns, block_bytes, quant_bytes = 1, 0, 4, 8, 32, 288, 256
+pack_panel: Any = None
+word_of: Any = None
+scale_of: Any = None
 
 
 def pack(format: str, raw: NDArray[np.uint8], rows: int, columns: int, out: NDArray[np.uint8]) -> None:
     """Pack a weight [rows, columns] stored in ``raw`` (uint8, as in the file) into ``out`` (uint8 [packed_bytes]).
 
-    ``out`` should begin at a multiple of 64 bytes. Raises WeightsError when ``raw`` has not the size it should.
+    ``out`` must begin at a multiple of 64 bytes. Raises WeightsError when ``raw`` has not the size it should.
     """
     expected, size = stored_bytes(format, (rows, columns)), packed_bytes(format, rows, columns)
     if raw.dtype != np.uint8 or raw.size != expected or not raw.flags.c_contiguous:
         message = f"{format} of shape [{rows}, {columns}] takes {expected} contiguous bytes, {raw.nbytes} were given"
         raise WeightsError("weights.corrupt", message)
-    if out.dtype != np.uint8 or out.size != size or not out.flags.c_contiguous:
-        raise ValueError(f"{format} [{rows}, {columns}] packs into {size} bytes, not {out.nbytes}")
+    if out.dtype != np.uint8 or out.size != size or not out.flags.c_contiguous or out.ctypes.data % 64:
+        raise ValueError(f"{format} [{rows}, {columns}] packs into {size} bytes, aligned to 64, not {out.nbytes}")
     panel = panel_bytes(format, columns)
     if rows % PANEL_ROWS:
         out[-panel:] = 0
-    _pack(FORMAT_CODES[format], raw.ctypes.data, expected // max(rows, 1), rows, columns, out.ctypes.data, panel)
+    _packer(format)(raw.ctypes.data, expected // max(rows, 1), rows, columns, out.ctypes.data, panel)
 
 
-@njit
-def _pack(code: int, raw: int, row_bytes: int, rows: int, columns: int, out: int, panel: int) -> None:
+@cache
+def _packer(format: str) -> Any:
+    """The function that packs weights in ``format``."""
+    body = _PACKERS.get(format, _pack_blocks)
+    one = njit(specialize(body, f"pack_panel_{format}", **_BLOCKS.get(format, {"fifth": int(format == "q5_k")})))
+    return njit(specialize(_pack_panels, f"pack_{format}", pack_panel=one))
+
+
+def _pack_panels(raw: int, row_bytes: int, rows: int, columns: int, out: int, panel: int) -> None:
     for first in range(0, rows, PANEL_ROWS):
-        count = min(PANEL_ROWS, rows - first)
-        source, target = raw + first * row_bytes, out + first // PANEL_ROWS * panel
-        if code == _F32:
-            _pack_words(source, row_bytes, count, columns, target)
-        elif code == _F16:
-            _pack_f16(source, row_bytes, count, columns, target)
-        elif code == _BF16:
-            _pack_words(source, row_bytes, count, columns // 2, target)
-            if columns % 2:
-                _pack_last_bf16(source, row_bytes, count, columns, target)
-        elif code == _Q6_K:
-            _pack_q6_k(source, row_bytes, count, columns // 32, target)
-        elif code == _Q4_K or code == _Q5_K:
-            _pack_k(source, row_bytes, count, columns // 32, target, code == _Q5_K)
-        else:
-            scales = 2 if code == _Q4_1 or code == _Q5_1 else 1
-            fifth = 1 if code == _Q5_0 or code == _Q5_1 else 0
-            _pack_blocks(source, row_bytes, count, columns // 32, target, scales, fifth, code == _Q8_0)
+        count, target = min(PANEL_ROWS, rows - first), out + first // PANEL_ROWS * panel
+        pack_panel(raw + first * row_bytes, row_bytes, count, columns, target)
 
 
-@njit
-def _pack_words(source: int, row_bytes: int, rows: int, words: int, target: int) -> None:
-    """Word ``k`` of each row to word ``16 * k + row``."""
-    for k in range(words):
+def _pack_f32(source: int, row_bytes: int, rows: int, columns: int, target: int) -> None:
+    for k in range(columns):
         for r in range(rows):
             sti32(target, k * PANEL_ROWS + r, ldi32(source + r * row_bytes, k))
 
 
-@njit
 def _pack_f16(source: int, row_bytes: int, rows: int, columns: int, target: int) -> None:
     halves = u16p(target)
     for k in range(columns):
@@ -82,30 +83,29 @@ def _pack_f16(source: int, row_bytes: int, rows: int, columns: int, target: int)
             halves[k * PANEL_ROWS + r] = u16p(source + r * row_bytes)[k]
 
 
-@njit
-def _pack_last_bf16(source: int, row_bytes: int, rows: int, columns: int, target: int) -> None:
-    """The last of an odd number of columns: a pair with zero."""
-    for r in range(rows):
-        sti32(target, columns // 2 * PANEL_ROWS + r, u16p(source + r * row_bytes)[columns - 1])
+def _pack_bf16(source: int, row_bytes: int, rows: int, columns: int, target: int) -> None:
+    for k in range(columns // 2):
+        for r in range(rows):
+            sti32(target, k * PANEL_ROWS + r, ldi32(source + r * row_bytes, k))
+    if columns % 2:  # the last column makes a pair with zero
+        for r in range(PANEL_ROWS):
+            last = u16p(source + r * row_bytes)[columns - 1] if r < rows else 0
+            sti32(target, columns // 2 * PANEL_ROWS + r, last)
 
 
-@njit
-def _pack_blocks(
-    source: int, row_bytes: int, rows: int, blocks: int, target: int, scales: int, fifth: int, whole_bytes: bool
-) -> None:
+def _pack_blocks(source: int, row_bytes: int, rows: int, columns: int, target: int) -> None:
     """Blocks of 32 columns: float16 scales, perhaps a word of fifth bits, then nibbles or bytes."""
-    words = 8 if whole_bytes else 4
-    flip = -0x7F7F7F80 if whole_bytes else 0  # 0x80808080: signed bytes to unsigned ones with zero point 128
-    block_bytes, quant_bytes = 2 * scales + 4 * fifth + 4 * words, 64 * (words + fifth)
+    blocks = columns // 32
+    flip = -0x7F7F7F80 if words == 8 else 0  # 0x80808080: signed bytes to unsigned ones with zero point 128
+    stored, packed = 2 * scales + 4 * fifth + 4 * words, 64 * (words + fifth)
     for block in range(blocks):
         for r in range(rows):
-            at = source + r * row_bytes + block * block_bytes
-            quants = target + block * quant_bytes + 4 * r
+            at = source + r * row_bytes + block * stored
+            quants = target + block * packed + 4 * r
             for s in range(scales):
-                u16p(target + blocks * (quant_bytes + 32 * s))[block * PANEL_ROWS + r] = u16p(at)[s]
-            body = at + 2 * scales + 4 * fifth
+                u16p(target + blocks * (packed + 32 * s))[block * PANEL_ROWS + r] = u16p(at)[s]
             for j in range(words):
-                sti32(quants + 64 * j, 0, ldi32(body, j) ^ flip)
+                sti32(quants + 64 * j, 0, ldi32(at + 2 * scales + 4 * fifth, j) ^ flip)
             if fifth:
                 sti32(quants + 256, 0, _every_fourth_bit(ldi32(at + 2 * scales, 0)))
 
@@ -122,28 +122,20 @@ def _every_fourth_bit(bits: int) -> int:
     return word
 
 
-@njit
-def _copy_half(source: int, target: int, index: int) -> None:
-    u16p(target)[index] = u16p(source)[0]
-
-
-@njit
-def _pack_k(source: int, row_bytes: int, rows: int, blocks: int, target: int, fifth: bool) -> None:
+def _pack_k(source: int, row_bytes: int, rows: int, columns: int, target: int) -> None:
     """q4_k and q5_k: d, dmin, twelve bytes of scales and minima, perhaps 32 bytes of fifth bits, then nibbles."""
-    quant_bytes = 320 if fifth else 256
-    scales = target + blocks * quant_bytes
-    groups = blocks // 8
+    groups, blocks, packed, stored = columns // 256, columns // 32, 256 + 64 * fifth, 144 + 32 * fifth
+    at_d, at_dmin = target + blocks * packed, target + blocks * packed + groups * 32
     for group in range(groups):
         for r in range(rows):
-            at = source + r * row_bytes + group * (176 if fifth else 144)
-            _copy_half(at, scales, group * PANEL_ROWS + r)
-            _copy_half(at + 2, scales + groups * 32, group * PANEL_ROWS + r)
+            at = source + r * row_bytes + group * stored
+            u16p(at_d)[group * PANEL_ROWS + r] = u16p(at)[0]
+            u16p(at_dmin)[group * PANEL_ROWS + r] = u16p(at)[1]
             for s in range(8):
                 block = group * 8 + s
-                _pack_k_scale(at + 4, s, scales + groups * 64, block * PANEL_ROWS + r, blocks * PANEL_ROWS)
+                _pack_k_scale(at + 4, s, at_dmin + groups * 32, block * PANEL_ROWS + r, blocks * PANEL_ROWS)
                 # 32 bytes hold two blocks, one in the low nibbles and one in the high ones.
-                body, shift = at + (48 if fifth else 16) + s // 2 * 32, 4 * (s % 2)
-                quants = target + block * quant_bytes + 4 * r
+                body, shift, quants = at + 16 + 32 * fifth + s // 2 * 32, 4 * (s % 2), target + block * packed + 4 * r
                 for j in range(4):
                     low = (ldi32(body, j) >> shift) & _NIBBLES
                     sti32(quants + 64 * j, 0, low | (((ldi32(body, j + 4) >> shift) & _NIBBLES) << 4))
@@ -156,7 +148,7 @@ def _pack_k(source: int, row_bytes: int, rows: int, blocks: int, target: int, fi
 
 @njit
 def _pack_k_scale(at: int, s: int, out: int, index: int, minima: int) -> None:
-    """The six-bit scale and minimum of sub-block ``s`` (see ``ops/dequantization``), a byte each."""
+    """The six-bit scale and minimum of sub-block ``s``, a byte each; the layout is that of ``ops/dequantization``."""
     if s < 4:
         scale, minimum = ldu8(at, s) & 63, ldu8(at, s + 4) & 63
     else:
@@ -167,22 +159,20 @@ def _pack_k_scale(at: int, s: int, out: int, index: int, minima: int) -> None:
     stu8(out, index + minima, minimum)
 
 
-@njit
-def _pack_q6_k(source: int, row_bytes: int, rows: int, blocks: int, target: int) -> None:
+def _pack_q6_k(source: int, row_bytes: int, rows: int, columns: int, target: int) -> None:
     """128 bytes of nibbles, 64 of bit pairs, 16 signed scales, d."""
-    scales = target + blocks * 384
+    blocks = columns // 32
+    at_d, at_scales = target + blocks * 384, target + blocks * 388
     for group in range(blocks // 8):
         for r in range(rows):
             at = source + r * row_bytes + group * 210
-            _copy_half(at + 208, scales, group * PANEL_ROWS + r)
+            u16p(at_d)[group * PANEL_ROWS + r] = u16p(at + 208)[0]
             for s in range(8):
                 block, half, quarter = group * 8 + s, s // 4, s % 4
                 for part in range(2):
-                    index = block * 32 + part * PANEL_ROWS + r
-                    stu8(scales + blocks * 4, index, ldu8(at + 192, 2 * s + part))
+                    stu8(at_scales, block * 32 + part * PANEL_ROWS + r, ldu8(at + 192, 2 * s + part))
                 body, shift = at + 64 * half + 32 * (quarter % 2), quarter // 2 * 4
-                pairs = at + 128 + 32 * half
-                quants = target + block * 384 + 4 * r
+                pairs, quants = at + 128 + 32 * half, target + block * 384 + 4 * r
                 low, high = 0, 0
                 for j in range(4):
                     nibbles = (ldi32(body, j) >> shift) & _NIBBLES
@@ -193,7 +183,60 @@ def _pack_q6_k(source: int, row_bytes: int, rows: int, blocks: int, target: int)
                 sti32(quants + 320, 0, high)
 
 
+_PACKERS = {
+    "f32": _pack_f32, "f16": _pack_f16, "bf16": _pack_bf16, "q4_k": _pack_k, "q5_k": _pack_k, "q6_k": _pack_q6_k,
+}  # fmt: skip
+
+
 # ---- single rows, for the embedding
+
+
+def _emit_unpack_row(e: Emit, code: Value, w: Value, columns: Value, row: Value, out: Value) -> None:
+    e.call_at(code, w, columns, row, out)
+
+
+unpack_row = kernel(_emit_unpack_row)
+"""``unpack_row(code, w, columns, row, out)``: a row of the weight packed at ``w`` as float32 [columns] at ``out``.
+
+Exactly what ``dequantize`` gives; ``code`` is from ``unpack_code``. For compiled functions.
+"""
+
+
+@cache
+def _unpacker(format: str) -> Any:
+    layout = panel_format(format)
+    sizes = {"block_columns": layout.columns, "block_bytes": layout.bytes, "quant_bytes": layout.quant_bytes}
+    if layout.quantized:
+        word, scale, zero_point = _QUANTS[format]
+        names = {"word_of": word, "scale_of": njit(specialize(scale, f"scale_{format}", zero=zero_point))}
+        body = specialize(_unpack_quants, f"unpack_{format}", **sizes, **names)
+    else:
+        body = specialize(_unpack_plain, f"unpack_{format}", **sizes, word_of=_PLAIN[format])
+    return cfunc(types.void(*[types.int64] * 4), body)
+
+
+def unpack_code(format: str) -> int:
+    """The ``code`` of a weight in ``format``: the address of its function, compiled now if it must be."""
+    return int(_unpacker(format).address)
+
+
+def _unpack_plain(w: int, columns: int, row: int, out: int) -> None:
+    blocks = (columns + block_columns - 1) // block_columns
+    panel = w + row // PANEL_ROWS * ((blocks * block_bytes + 63) // 64 * 64)
+    for c in range(columns):
+        index = (c // block_columns * PANEL_ROWS + row % PANEL_ROWS) * block_columns + c % block_columns
+        f32p(out)[c] = word_of(panel, index)
+
+
+def _unpack_quants(w: int, columns: int, row: int, out: int) -> None:
+    blocks, lane = columns // 32, row % PANEL_ROWS
+    panel = w + row // PANEL_ROWS * ((blocks * block_bytes + 63) // 64 * 64)
+    for block in range(blocks):
+        for j in range(8):
+            scale, minimum = scale_of(panel + blocks * quant_bytes, blocks, block, lane, j // 4)
+            word = word_of(panel + block * quant_bytes + 4 * lane, j)
+            for i in range(4):
+                f32p(out)[block * 32 + 4 * j + i] = np.float32((word >> (8 * i)) & 255) * scale + minimum
 
 
 def _read_f16(e: Emit, p: Value, i: Value) -> Value:
@@ -210,59 +253,64 @@ def _read_i8(e: Emit, p: Value, i: Value) -> Value:
 
 _ldh, _ldbf = kernel(_read_f16, types.float32), kernel(_read_bf16, types.float32)
 _ldi8 = kernel(_read_i8, types.int64)
+_PLAIN = {"f32": ldf, "f16": _ldh, "bf16": _ldbf}
+
+
+# The quants of columns ``4 * j`` to ``4 * j + 3`` of a block, unsigned, a byte each.
 
 
 @njit
-def unpack_row(code: int, w: int, columns: int, row: int, out: int) -> None:
-    """Row ``row`` of the weight packed at ``w`` as float32 [columns] at ``out``; exactly what ``dequantize`` gives."""
-    blocks = (columns + _COLUMNS[code] - 1) // _COLUMNS[code]
-    panel = w + row // PANEL_ROWS * ((blocks * _BYTES[code] + 63) // 64 * 64)
-    lane, target = row % PANEL_ROWS, f32p(out)
-    if code == _F32:
-        for c in range(columns):
-            target[c] = f32p(panel)[c * PANEL_ROWS + lane]
-    elif code == _F16:
-        for c in range(columns):
-            target[c] = _ldh(panel, c * PANEL_ROWS + lane)
-    elif code == _BF16:
-        for c in range(columns):
-            target[c] = _ldbf(panel, c // 2 * 2 * PANEL_ROWS + 2 * lane + c % 2)
-    else:
-        for block in range(blocks):
-            quants = panel + block * _QUANT_BYTES[code] + 4 * lane
-            for j in range(8):
-                scale, minimum = _scale(code, panel + blocks * _QUANT_BYTES[code], blocks, block, lane, j // 4)
-                word = _quants(code, quants, j)
-                for i in range(4):
-                    target[block * 32 + 4 * j + i] = np.float32((word >> (8 * i)) & 255) * scale + minimum
+def _bytes(at: int, j: int) -> int:
+    return ldi32(at + 64 * j, 0)
 
 
 @njit
-def _quants(code: int, at: int, j: int) -> int:
-    """The unsigned quants of columns ``4 * j`` to ``4 * j + 3``, a byte each."""
-    if code == _Q8_0:
-        return ldi32(at + 64 * j, 0)
-    word = (ldi32(at + 64 * (j % 4), 0) >> (j // 4 * 4)) & _NIBBLES
-    if code == _Q6_K:
-        word |= ((ldi32(at + 256 + 64 * (j // 4), 0) >> (2 * (j % 4))) & _PAIR) << 4
-    elif code == _Q5_0 or code == _Q5_1 or code == _Q5_K:
-        word |= ((ldi32(at + 256, 0) >> j) & _BIT) << 4
-    return word
+def _nibbles(at: int, j: int) -> int:
+    return (ldi32(at + 64 * (j % 4), 0) >> (j // 4 * 4)) & _NIBBLES
 
 
 @njit
-def _scale(code: int, at: int, blocks: int, block: int, lane: int, half: int) -> tuple[float, float]:
-    """Scale and minimum of half a block: weight = scale * quant + minimum."""
-    index, group = block * PANEL_ROWS + lane, block // 8 * PANEL_ROWS + lane
-    if code == _Q6_K:
-        scale = _ldh(at, group) * np.float32(_ldi8(at + blocks * 4, block * 32 + half * PANEL_ROWS + lane))
-        return scale, scale * np.float32(-32.0)
-    if code == _Q4_K or code == _Q5_K:
-        scale = _ldh(at, group) * np.float32(ldu8(at + blocks * 8, index))
-        minimum = _ldh(at + blocks * 4, group) * np.float32(ldu8(at + blocks * 24, index))
-        return scale, -minimum
-    scale = _ldh(at, index)
-    if code == _Q4_1 or code == _Q5_1:
-        return scale, _ldh(at + blocks * 32, index)
-    zero = 8 if code == _Q4_0 else 16 if code == _Q5_0 else 128
+def _nibbles_and_bit(at: int, j: int) -> int:
+    return _nibbles(at, j) | (((ldi32(at + 256, 0) >> j) & _BIT) << 4)
+
+
+@njit
+def _nibbles_and_pair(at: int, j: int) -> int:
+    return _nibbles(at, j) | (((ldi32(at + 256 + 64 * (j // 4), 0) >> (2 * (j % 4))) & _PAIR) << 4)
+
+
+# Scale and minimum of half a block, weight = scale * quant + minimum; ``at`` is behind the panel's quants.
+
+
+def _scale_and_zero(at: int, blocks: int, block: int, lane: int, half: int) -> tuple[float, float]:
+    scale = _ldh(at, block * PANEL_ROWS + lane)
     return scale, scale * np.float32(-zero)
+
+
+def _scale_and_minimum(at: int, blocks: int, block: int, lane: int, half: int) -> tuple[float, float]:
+    index = block * PANEL_ROWS + lane
+    return _ldh(at, index), _ldh(at + blocks * 32, index)
+
+
+def _k_scale_and_minimum(at: int, blocks: int, block: int, lane: int, half: int) -> tuple[float, float]:
+    index, group = block * PANEL_ROWS + lane, block // 8 * PANEL_ROWS + lane
+    scale = _ldh(at, group) * np.float32(ldu8(at + blocks * 8, index))
+    return scale, -_ldh(at + blocks * 4, group) * np.float32(ldu8(at + blocks * 24, index))
+
+
+def _k_scale_of_16(at: int, blocks: int, block: int, lane: int, half: int) -> tuple[float, float]:
+    index = block * 32 + half * PANEL_ROWS + lane
+    scale = _ldh(at, block // 8 * PANEL_ROWS + lane) * np.float32(_ldi8(at + blocks * 4, index))
+    return scale, scale * np.float32(-zero)
+
+
+_QUANTS = {
+    "q8_0": (_bytes, _scale_and_zero, 128),
+    "q4_0": (_nibbles, _scale_and_zero, 8),
+    "q4_1": (_nibbles, _scale_and_minimum, 0),
+    "q5_0": (_nibbles_and_bit, _scale_and_zero, 16),
+    "q5_1": (_nibbles_and_bit, _scale_and_minimum, 0),
+    "q4_k": (_nibbles, _k_scale_and_minimum, 0),
+    "q5_k": (_nibbles_and_bit, _k_scale_and_minimum, 0),
+    "q6_k": (_nibbles_and_pair, _k_scale_of_16, 32),
+}

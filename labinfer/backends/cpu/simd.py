@@ -93,6 +93,11 @@ class Emit:
         name = f"llvm.masked.store.{isa.type_name(value.type)}.p0"
         isa.call(self.b, name, ir.VoidType(), value, self.pointer(address, value.type), ir.Constant(I32, 1), mask)
 
+    def prefetch(self, address: Value) -> None:
+        """Ask for the cache line at ``address``, which need not exist, to be brought to the L1 cache."""
+        hints = [ir.Constant(I32, hint) for hint in (0, 3, 1)]  # to read, to all levels, data
+        isa.call(self.b, "llvm.prefetch.p0", ir.VoidType(), self.pointer(address, I8), *hints)
+
     def splat(self, scalar: Value, lanes: int = 16) -> Value:
         """``scalar`` in every lane."""
         undefined = ir.Constant(vector(scalar.type, lanes), ir.Undefined)
@@ -237,6 +242,11 @@ class Emit:
         """Emit what runs only if ``condition`` (a bit) holds."""
         with self.b.if_then(condition):
             yield
+
+    def call_at(self, code: Value, *args: Value) -> None:
+        """Call the compiled function at address ``code`` (see ``isa.cfunc``) with int64 arguments."""
+        kind = ir.FunctionType(ir.VoidType(), [I64] * len(args))
+        self.b.call(self.b.inttoptr(code, kind.as_pointer()), args)
 
 
 class Var:
