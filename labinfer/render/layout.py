@@ -54,6 +54,7 @@ def layered(sizes: Sequence[Point], edges: Sequence[tuple[int, int]], gap: Point
     net = _net(sizes, edges)
     _order(net)
     x = _coordinates(net, gap[0])
+    _centre_pairs(net, x, gap[0])
     _straighten(net, x, gap[0] * 0.6)
     left = min((x[v] - net.width[v] / 2 for v in range(len(x))), default=0.0)
     x = [value - left for value in x]
@@ -230,6 +231,34 @@ def _compact(net: _Net, ranks: list[list[int]], root: list[int], gap: float) -> 
         if behind[r]:
             x[r] = max(x[r], min(x[b] - distance for b, distance in behind[r].items()))
     return [x[r] for r in root]
+
+
+def _centre_pairs(net: _Net, x: list[float], gap: float) -> None:
+    """Centre a diamond (gate and up, between norm and glu) under its top, moving outer lanes aside to make room."""
+    outer = {
+        v: chain[1:-1]
+        for chain in net.chains
+        for v in chain[1:-1]
+        if all(net.ranks[net.rank[u]][-1] == u for u in chain[1:-1])
+    }
+    for rank in net.ranks:
+        for a, b in pairwise(rank):
+            fed, feeds = ({u for v in (a, b) for u in near[v]} for near in (net.up, net.down))
+            only = {len(net.up[v]) == len(net.down[v]) == 1 for v in (a, b)} == {True}
+            if max(a, b) >= net.real or not only or len(fed) != 1 or len(feeds) != 1 or max(fed) >= net.real:
+                continue
+            shift = x[fed.pop()] - (x[a] + x[b]) / 2
+            last = rank.index(b) + 1
+            lane = rank[last] if shift > 0 and last < len(rank) else None
+            if lane in outer:
+                over = x[b] + shift + (net.width[b] + net.width[lane]) / 2 + gap - x[lane]
+                for u in outer[lane] if over > 0 else ():
+                    x[u] += over
+            first = rank.index(a) - 1
+            beside = [(a, rank[first])] if first >= 0 else []
+            beside += [(b, rank[last])] if last < len(rank) else []
+            if all(abs(x[v] + shift - x[u]) >= (net.width[u] + net.width[v]) / 2 + gap / 2 for v, u in beside):
+                x[a], x[b] = x[a] + shift, x[b] + shift
 
 
 def _straighten(net: _Net, x: list[float], reach: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from labinfer.compiler.fold import GRAPH_INPUTS
@@ -16,6 +16,9 @@ CARD_SIZE = (206.0, 56.0)
 PILL_HEIGHT = 26.0
 MONO = 7.25
 """Width of a character of the small monospaced text, in pixels."""
+
+MAX_USERS = 4
+"""Users of a value that comes in, beyond which each gets a pill of its own."""
 
 GROUP_PAD = 9.0
 GROUP_LABEL = 18.0
@@ -191,6 +194,11 @@ def block_picture(drawing: Drawing, index: int) -> Picture:
 
 
 def _lay_out(picture: Picture, edges: dict[tuple[int, int], bool]) -> None:
+    for index in [index for index, box in enumerate(picture.boxes) if box.kind == "pill"]:
+        users = [target for source, target in edges if source == index]
+        for target in users[1:] if len(users) > MAX_USERS else ():  # one pill for each user, not many long lines
+            edges[len(picture.boxes), target] = edges.pop((index, target))
+            picture.boxes.append(replace(picture.boxes[index]))
     layout = layered([box.size for box in picture.boxes], list(edges))
     for box, (x, y) in zip(picture.boxes, layout.centres, strict=True):
         box.at = (x - box.size[0] / 2, y - box.size[1] / 2)

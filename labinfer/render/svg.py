@@ -114,7 +114,7 @@ def _box_svg(box: Box, number: int, tips: bool) -> str:
     if box.kind == "pill":
         label = f'<text class="mono soft" text-anchor="middle" x="{width / 2:.1f}" y="17">{escape(box.title)}</text>'
         return f'<g class="pill" {start}<rect class="box" {frame} rx="13"/>{label}</g>'
-    key = f'data-key={quoteattr(_key(box))} tabindex="0" role="button"'
+    key = f'data-key={quoteattr(_key(box))} tabindex="0" role="button" aria-label={quoteattr(box.tip)}'
     if box.kind == "card":
         stack = (
             "".join(f'<rect class="shade" x="{d}" y="{d}" {frame} rx="10"/>' for d in (8, 4))
