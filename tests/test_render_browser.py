@@ -194,11 +194,15 @@ def test_arena_map(browser: Browser, qwen3: Plan, tmp_path: Path) -> None:
     sets = browser.run("document.querySelectorAll('.chart .set').length")
     assert sets == browser.run("D.stages[0].sets.length") > some > 5
     assert "lower bound" in browser.run("document.querySelector('.chart').textContent")
-    x, y = centre(browser, ".chart .set")
-    browser.hover(x, y)
-    assert "last used by" in browser.run("document.getElementById('tip').innerText")
+    for number in range(8):
+        browser.hover(*middle(browser, f"document.querySelectorAll('.chart .set')[{number}]"))
+        tip = browser.run("document.getElementById('tip').innerText")
+        assert "last used by" in tip
+        assert not re.search("null|undefined|NaN", tip)
     browser.click(*centre(browser, "#tab-summary"))
-    assert "KV cache" in browser.run("document.getElementById('summary').innerText")
+    summary = browser.run("document.getElementById('summary').innerText")
+    assert "KV cache" in summary
+    assert not re.search("null|undefined|NaN", summary)
     assert browser.complaints() == []
 
 
