@@ -293,5 +293,13 @@ def _target(item: str) -> Target:
             raise UsageError("device.layers", f"'{item}' should be like '{name}=0-7'")
         span = (int(first), int(last or first))
     return Target(
-        name, device_kind(name), known.parameters, known.weight_bytes, known.fusions, known.workspace, None, span
+        name=name,
+        kind=device_kind(name),
+        parameters=known.parameters,
+        weight_bytes=known.weight_bytes,
+        fusions=known.fusions,
+        workspace=known.workspace,
+        kv_dtypes=known.kv_dtypes,
+        threads=known.threads(),
+        layers=span,
     )

@@ -35,13 +35,16 @@ class Capabilities:
     """What the compiler must know of a device.
 
     ``parameters`` names the layout weights take there and ``weight_bytes(format, shape)`` gives its size; ``fusions``
-    are the fused ops it has kernels for; ``workspace`` gives the scratch bytes that a kernel needs at its bounds.
+    are the fused ops it has kernels for; ``workspace`` gives the scratch bytes that a kernel needs at its bounds;
+    ``kv_dtypes`` are the formats it can keep keys and values in; ``threads`` how many it uses unless told otherwise.
     """
 
     parameters: str
     weight_bytes: Callable[[str, Sequence[int]], int]
     fusions: tuple[str, ...] = ()
     workspace: Callable[[KernelBounds], int] = no_workspace
+    kv_dtypes: tuple[str, ...] = ("f32",)
+    threads: Callable[[], int | None] = lambda: None
 
 
 @dataclass(eq=False, slots=True)
@@ -133,7 +136,7 @@ class Device(ABC):
     F: FunctionTable
     allocator: Allocator
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, memory_limit: int | None = None, threads: int | None = None) -> None:
         self.name = name
 
     def allocate(self, nbytes: int, label: str) -> Buffer:

@@ -9,7 +9,7 @@ import numpy as np
 
 from labinfer.backends.base import Allocator, Buffer, Device
 
-DTYPES = {"f32": np.float32, "i32": np.int32}
+DTYPES = {"f32": np.float32, "i32": np.int32, "f16": np.float16, "bf16": np.uint16}
 
 ALIGNMENT = 4096
 """Bytes; a page, so that large buffers can be backed by huge pages and vector loads never straddle a line."""
@@ -31,8 +31,8 @@ class HostAllocator(Allocator):
 class HostDevice(Device):
     """A device whose memory numpy can see; what it computes with is left to the backend."""
 
-    def __init__(self, name: str, memory_limit: int | None = None) -> None:
-        super().__init__(name)
+    def __init__(self, name: str, memory_limit: int | None = None, threads: int | None = None) -> None:
+        super().__init__(name, memory_limit, threads)
         self.allocator = HostAllocator(memory_limit)
 
     def view(

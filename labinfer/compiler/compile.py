@@ -17,13 +17,8 @@ from labinfer.compiler.plan import Arena, Limits, Plan, PlanDevice, PlanValue, S
 from labinfer.compiler.settings import ModelSource, model_scope
 from labinfer.compiler.target import Placement, Target, place
 from labinfer.errors import DoesNotFit, InvalidFile, UsageError
-from labinfer.ops.base import TensorType
-from labinfer.ops.base import KernelBounds
+from labinfer.ops.base import KernelBounds, TensorType
 from labinfer.ops.fusions import FUSIONS
-
-KV_ITEM_SIZE = 4
-"""Bytes of one number in the cache: float32."""
-
 
 Fuse = Literal["auto", "all", "none"]
 FUSE: tuple[Fuse, ...] = get_args(Fuse)
@@ -34,7 +29,8 @@ class CompileOptions:
     """Bounds of the plan, as in vLLM; None asks for the default.
 
     ``max_num_batched_tokens`` tokens and ``max_num_seqs`` sequences a step, ``max_logits_rows`` rows of logits
-    (default: one a sequence), ``max_model_len`` tokens a sequence (default: the model's, at most 4096). ``fuse``:
+    (default: one a sequence), ``max_model_len`` tokens a sequence (default: the model's, at most 4096). ``kv_dtype`` is
+    how keys and values are kept, ``threads`` how many a CPU uses (default: its physical cores). ``fuse``:
     ``auto`` uses the fused kernels that the devices have, ``all`` every declared fusion, ``none`` no fusion.
     """
 
@@ -44,6 +40,8 @@ class CompileOptions:
     max_model_len: int | None = None
     block_size: int = 16
     num_blocks: int | None = None
+    kv_dtype: Literal["f32", "bf16", "f16"] = "f32"
+    threads: int | None = None
     fuse: Fuse = "auto"
     arena_effort_seconds: float = 1.0
 
@@ -72,6 +70,7 @@ def compile_plan(
 ) -> Plan:
     """The plan for running ``source`` on ``targets``; raises what is wrong with the map, the model or the devices."""
     tracer = tracer or Tracer()
+    targets = [_target(target, options) for target in targets]
     graph = compile_graph(blueprint, source, targets, options.fuse, tracer)
     limits, vocab_size = _limits(blueprint, source, options), _vocab_size(graph)
     placements = place(graph, targets)
@@ -97,6 +96,16 @@ def compile_plan(
     return plan
 
 
+def _target(target: Target, options: CompileOptions) -> Target:
+    """``target`` with the threads asked for, if it can keep the cache as asked."""
+    if options.kv_dtype not in target.kv_dtypes:
+        message = f"'{target.name}' cannot keep keys and values as {options.kv_dtype}"
+        raise DoesNotFit("device.kv-dtype", message, remedy=f"it can as {', '.join(target.kv_dtypes)}")
+    if options.threads is not None and not 0 < options.threads <= 1024:
+        raise UsageError("limits.range", f"threads must be from 1 to 1024, got {options.threads}")
+    return replace(target, threads=target.threads and (options.threads or target.threads))
+
+
 def _source(blueprint: Blueprint, source: ModelSource, graph: OpGraph, checkpoint: str | None) -> Source:
     return Source(
         family=blueprint.family,
@@ -110,7 +119,9 @@ def _source(blueprint: Blueprint, source: ModelSource, graph: OpGraph, checkpoin
 
 def _device(target: Target) -> PlanDevice:
     fusions = list(target.fusions)
-    return PlanDevice(kind=target.kind, memory=target.memory, parameters=target.parameters, fusions=fusions)
+    return PlanDevice(
+        kind=target.kind, memory=target.memory, parameters=target.parameters, threads=target.threads, fusions=fusions
+    )
 
 
 def _limits(blueprint: Blueprint, source: ModelSource, options: CompileOptions) -> Limits:
@@ -140,6 +151,7 @@ def _limits(blueprint: Blueprint, source: ModelSource, options: CompileOptions) 
         max_logits_rows=options.max_logits_rows or options.max_num_seqs,
         max_model_len=length,
         block_size=options.block_size,
+        kv_dtype=options.kv_dtype,
         num_blocks=options.num_blocks or blocks_each * options.max_num_seqs,
     )
 
@@ -174,6 +186,7 @@ def _stage(
             limits.max_num_batched_tokens,
             limits.max_logits_rows,
             limits.max_num_seqs,
+            target.threads or 1,
         )
         return aligned(target.workspace(bounds))
 
@@ -224,7 +237,9 @@ def _bytes(graph: OpGraph, parts: Sequence[Op], target: Target, limits: Limits, 
     slots = limits.num_blocks * limits.block_size
     return StageBytes(
         weights=sum(target.weight_bytes(graph.weights[name].format, graph.weights[name].shape) for name in weights),
-        kv_cache=sum(KV_ITEM_SIZE * slots * sum(graph.states[name].widths.values()) for name in states),
+        kv_cache=sum(
+            limits.cache_bytes_per_number * slots * sum(graph.states[name].widths.values()) for name in states
+        ),
         arena=arena,
         step=limits.step_bytes,
     )

@@ -39,6 +39,12 @@ class Limits(PlanModel):
     max_model_len: PositiveInt
     block_size: PositiveInt
     num_blocks: PositiveInt
+    kv_dtype: Literal["f32", "bf16", "f16"] = "f32"
+
+    @property
+    def cache_bytes_per_number(self) -> int:
+        """Bytes of one number in the KV cache."""
+        return ITEM_SIZE[self.kv_dtype]
 
     @property
     def step_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -174,11 +180,12 @@ class PlanState(PlanModel):
 
 
 class PlanDevice(PlanModel):
-    """A device of the plan; ``memory`` is its cap in bytes, ``parameters`` the layout weights take there."""
+    """A device: ``memory`` is its cap in bytes, ``parameters`` the layout of weights, ``threads`` how many it uses."""
 
     kind: str
     memory: PositiveInt | None = None
     parameters: str
+    threads: PositiveInt | None = None
     fusions: list[str] = Field(default_factory=list)
 
 

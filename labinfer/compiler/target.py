@@ -16,6 +16,7 @@ class Target:
 
     ``parameters`` names the layout that weights take there, ``weight_bytes(format, shape)`` gives its size; ``fusions``
     are the fused ops it has kernels for; ``workspace`` gives the scratch bytes that a kernel needs at its bounds;
+    ``kv_dtypes`` are the cache formats it reads; ``threads`` how many it uses, None where that means nothing;
     ``memory`` is a cap in bytes; ``layers`` the layers (first, last) a person gave it, None for an even share.
     """
 
@@ -25,6 +26,8 @@ class Target:
     weight_bytes: Callable[[str, Sequence[int]], int]
     fusions: tuple[str, ...]
     workspace: Callable[[KernelBounds], int]
+    kv_dtypes: tuple[str, ...]
+    threads: int | None
     memory: int | None = None
     layers: tuple[int, int] | None = None
 

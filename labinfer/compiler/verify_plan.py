@@ -281,7 +281,7 @@ class _PlanCheck:
         limits = self.plan.limits
         states = dict.fromkeys(op.state for op in ops if op.state)
         slots = limits.num_blocks * limits.block_size
-        cache = sum(4 * slots * sum(self.states[name].widths.values()) for name in states)
+        cache = sum(limits.cache_bytes_per_number * slots * sum(self.states[name].widths.values()) for name in states)
         for kind, stated, found in (
             ("kv_cache", stage.bytes.kv_cache, cache),
             ("arena", stage.bytes.arena, stage.arena.size),

@@ -132,8 +132,8 @@ class Call:
 class KernelBounds:
     """The largest call of a kernel that a plan allows: what its scratch memory is sized for.
 
-    ``attrs`` are those of the op, or of each part of a fused one; ``weights`` are (stored format, shape) in the order of
-    the parts and their slots.
+    ``attrs`` are those of the op, or of each part of a fused one; ``weights`` are (stored format, shape) in the order
+    of the parts and their slots.
     """
 
     kind: str
@@ -143,6 +143,7 @@ class KernelBounds:
     tokens: int
     rows: int
     sequences: int
+    threads: int
 
 
 class OpSpec:

@@ -15,8 +15,6 @@ from labinfer.ops.base import TensorType
 from labinfer.ops.formats import stored_bytes
 from labinfer.ops.fusions import is_view
 
-KV_ITEM_SIZE = 4
-
 
 @dataclass(frozen=True, slots=True)
 class FormatReport:
@@ -156,7 +154,7 @@ def stage_report(plan: Plan, stage: Stage, placed: list[PlacedOp]) -> StageRepor
         parameters=device.parameters,
         weights=stage.bytes.weights,
         kv_cache=stage.bytes.kv_cache,
-        kv_cache_per_token=KV_ITEM_SIZE * sum(sum(states[name].widths.values()) for name in used),
+        kv_cache_per_token=plan.limits.cache_bytes_per_number * sum(sum(states[name].widths.values()) for name in used),
         arena=stage.bytes.arena,
         step=stage.bytes.step,
         total=stage.bytes.total,
@@ -191,7 +189,7 @@ def decode_cost(plan: Plan, stages: list[list[PlacedOp]], weights: Mapping[str, 
                 weight_bytes += int(growth * stored[name] * share_read(each, weights[name]))
             if spec.state and op.outputs and op.state:
                 seen = min(context, getattr(op.attrs, "window", None) or context)
-                context_bytes += KV_ITEM_SIZE * seen * sum(states[op.state].widths.values())
+                context_bytes += plan.limits.cache_bytes_per_number * seen * sum(states[op.state].widths.values())
     return DecodeCost(flops, weight_bytes, context, context_flops, context_bytes)
 
 

@@ -15,20 +15,20 @@ from labinfer.compiler.plan import Limits
 
 
 class KVCache:
-    """The cache arrays of one stage, float32, in one allocation of exactly the plan's bytes."""
+    """The cache arrays of one stage, in one allocation of exactly the plan's bytes."""
 
     def __init__(self, device: Device, states: Mapping[str, State], names: Iterable[str], limits: Limits) -> None:
         slots = limits.num_blocks * limits.block_size
         chosen = [states[name] for name in names]
-        self.device = device
-        self.buffer = device.allocate(sum(4 * slots * sum(s.widths.values()) for s in chosen), "kv cache")
+        self.device, size = device, limits.cache_bytes_per_number
+        self.buffer = device.allocate(sum(size * slots * sum(s.widths.values()) for s in chosen), "kv cache")
         self.parts: dict[str, dict[str, Any]] = {}
         offset = 0
         for state in chosen:
             self.parts[state.name] = {}
             for part, width in state.widths.items():
-                self.parts[state.name][part] = device.view(self.buffer, offset, (slots, width), "f32")
-                offset += 4 * slots * width
+                self.parts[state.name][part] = device.view(self.buffer, offset, (slots, width), limits.kv_dtype)
+                offset += size * slots * width
 
     def close(self) -> None:
         """Give the memory back."""

@@ -16,10 +16,10 @@ class Manager:
     devices: dict[str, Device] = field(default_factory=dict)
     grants: dict[str, dict[str, int]] = field(default_factory=dict)
 
-    def device(self, name: str) -> Device:
-        """The device called ``name``; ``DoesNotFit`` when there is none."""
+    def device(self, name: str, threads: int | None = None) -> Device:
+        """The device called ``name``, opened with ``threads`` if it is not open yet; ``DoesNotFit`` without one."""
         if name not in self.devices:
-            self.devices[name] = backend_class(name)(name)
+            self.devices[name] = backend_class(name)(name, threads=threads)
         return self.devices[name]
 
     def grant(self, owner: str, device: str, nbytes: int) -> None:

@@ -2,11 +2,14 @@
 
 from labinfer.backends.base import Capabilities
 from labinfer.backends.cpu.layout import weight_bytes
-from labinfer.backends.cpu.workspace import workspace
+from labinfer.backends.cpu.machine import default_threads
+from labinfer.backends.cpu.workspace import scratch_bytes
 
 CAPABILITIES = Capabilities(
     parameters="panels",
     weight_bytes=weight_bytes,
     fusions=("norm_qkv", "norm_glu", "rope_kv_write", "linear_add"),
-    workspace=workspace,
+    workspace=scratch_bytes,
+    kv_dtypes=("f32", "bf16", "f16"),
+    threads=default_threads,
 )

@@ -18,17 +18,15 @@ from labinfer.backends.cpu.attention import Heads, attention_partials_bytes, att
 from labinfer.backends.cpu.elementwise import ACTIVATION_CODES
 from labinfer.backends.cpu.layout import PANEL_ROWS, activation_bytes, activation_digits
 from labinfer.backends.cpu.linear import linear_code
-from labinfer.backends.cpu.panels import FORMAT_CODES
+from labinfer.backends.cpu.panels import unpack_code
 from labinfer.backends.cpu.tape import row
 from labinfer.backends.cpu.tiles import ACCUMULATE
+from labinfer.backends.cpu.workspace import mla_scratch, route_scratch
 from labinfer.errors import LabinferError
 from labinfer.ops.base import Call, Step
 
 if TYPE_CHECKING:
     from labinfer.backends.cpu.device import CpuDevice
-
-CACHE_F32 = 0
-"""The cache's dtype, as ``paged_cache.CACHE_DTYPES`` numbers it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +56,11 @@ def address(array: Any) -> int:
 def stride(array: Any) -> int:
     """Floats from row to row."""
     return int(array.strides[0]) // 4
+
+
+def cache_dtype(call: Call) -> int:
+    """The cache's dtype, as ``paged_cache.CACHE_DTYPES`` numbers it."""
+    return {4: 0, 2: 1}[call.cache["k"].itemsize] + int(call.cache["k"].dtype == np.float16)
 
 
 class Emitter:
@@ -121,6 +124,16 @@ class Emitter:
             address(y), stride(y), len(y), panels, w.rows, address(bias), mode, then_wait=then_wait,
         )  # fmt: skip
 
+    def experts(
+        self, found: dict[int, tuple[int, int]], w: PackedWeight, y: Any, bounds: int, experts: int, then_wait: bool
+    ) -> None:
+        """Each expert's rows of the activations by its own matrix of the stack ``w``."""
+        x = found[activation_digits(w.format, self.device.digits)]
+        self.add(
+            steps.experts_step, linear_code(w.format, self.device.digits), w.address, w.nbytes, w.columns, *x,
+            address(y), stride(y), bounds, experts, -(-w.rows // PANEL_ROWS), w.rows, then_wait=then_wait,
+        )  # fmt: skip
+
     def linear(self, call: Call, x: Any, y: Any, mode: int = 0) -> None:
         """One linear op on float32 rows."""
         w = call.weights["weight"]
@@ -153,6 +166,9 @@ class Emitter:
     def turn(self, call: Call, positions: Any) -> tuple[int, int, int, int, int, int]:
         """What a rope op does: table, rows, head_dim, rotary_start, half, interleaved."""
         attrs = call.attrs
+        geometry = attrs.head_dim, attrs.rotary_start, attrs.turned // 2, int(attrs.style == "interleaved")
+        if attrs.length_dependent and not attrs.recompute_after:
+            return *self.dynamic_table(call, positions), *geometry
         length = self.step.block_table.shape[1] * self.step.block_size
         tables = self.device.rope_table(attrs, length, call.weights)
         rows = address(positions)
@@ -162,13 +178,24 @@ class Emitter:
                 steps.longrope_rows_step, address(self.step.query_start), address(self.step.total_len),
                 address(positions), attrs.recompute_after, length, rows,
             )  # fmt: skip
-        return address(tables), rows, attrs.head_dim, attrs.rotary_start, tables.shape[2], attrs.style == "interleaved"
+        return address(tables), rows, *geometry
+
+    def dynamic_table(self, call: Call, positions: Any) -> tuple[int, int]:
+        """Table and rows of a rope whose angles depend on the length of each sequence, filled in every step."""
+        attrs, count = call.attrs, len(positions)
+        table, rows = self.take(8 * count * (attrs.turned // 2)), self.take(4 * count)
+        self.add(
+            steps.dynamic_table_step, address(self.step.query_start), address(self.step.total_len), address(positions),
+            address(call.weights.get("freq_factors")), attrs.rotary_dim or attrs.turned, attrs.turned // 2, table, rows,
+            attrs.max_position, float(attrs.theta), float(attrs.scaling.factor),
+        )  # fmt: skip
+        return table, rows
 
 
 def _embedding(e: Emitter, call: Call) -> None:
     w, y, ids = call.weights["weight"], call.outputs[0], call.inputs[0]
     e.add(
-        steps.embedding_step, len(y), address(ids), FORMAT_CODES[w.format], w.address, w.columns, address(y), stride(y)
+        steps.embedding_step, len(y), address(ids), unpack_code(w.format), w.address, w.columns, address(y), stride(y)
     )
 
 
@@ -197,13 +224,18 @@ def _norm_qkv(e: Emitter, call: Call) -> None:
 def _norm_glu(e: Emitter, call: Call) -> None:
     norm, gate, up, glu = call.parts
     y = call.outputs[0]
-    weights = [gate.weights["weight"], up.weights["weight"]]
-    found = e.normed(norm, call.inputs[0], [w.format for w in weights])
-    other = e.take_array(y.shape)
-    for part, w, out in ((gate, weights[0], y), (up, weights[1], other)):
-        digits = activation_digits(w.format, e.device.digits)
-        e.product(found[digits], w, out, part.weights.get("bias"), 0, then_wait=part is up)
-    _emit_glu(e, glu.attrs.function, y, other, y)
+    g, u = gate.weights["weight"], up.weights["weight"]
+    found = e.normed(norm, call.inputs[0], [g.format, u.format])
+    digits = [activation_digits(w.format, e.device.digits) for w in (g, u)]
+    if digits[0] != digits[1]:
+        message = f"gate is stored as {g.format} and up as {u.format}, which take different activations"
+        raise LabinferError("run.mixed-formats", message, remedy="compile with --fuse none")
+    e.add(
+        steps.linear_glu_step, linear_code(g.format, e.device.digits), g.address,
+        address(gate.weights.get("bias")), linear_code(u.format, e.device.digits), u.address,
+        address(up.weights.get("bias")), g.columns, *found[digits[0]], address(y), stride(y), len(y),
+        -(-g.rows // PANEL_ROWS), g.rows, ACTIVATION_CODES[glu.attrs.function],
+    )  # fmt: skip
 
 
 def _emit_glu(e: Emitter, function: str, gate: Any, up: Any, y: Any) -> None:
@@ -279,12 +311,12 @@ def _kv_write(e: Emitter, call: Call) -> None:
         panels = int(name == "k" and id(call.cache) not in e.device.latents)
         e.add(
             steps.kv_write_step, len(x), address(x), stride(x), address(call.cache[name]), x.shape[1], panels,
-            CACHE_F32, e.step.block_size, address(e.step.slot_mapping), then_wait=name == names[-1],
+            cache_dtype(call), e.step.block_size, address(e.step.slot_mapping), then_wait=name == names[-1],
         )  # fmt: skip
 
 
 def _rope_kv_write(e: Emitter, call: Call) -> None:
-    rope_q, rope_k, write = call.parts
+    rope_q, rope_k, _ = call.parts
     q, k, v = rope_q.inputs[0], rope_k.inputs[0], call.inputs[-1]
     y, cache, step = call.outputs[0], call.cache, e.step
     turns = (*e.turn(rope_q, rope_q.inputs[1]), *e.turn(rope_k, rope_k.inputs[1]))
@@ -294,7 +326,7 @@ def _rope_kv_write(e: Emitter, call: Call) -> None:
         steps.rope_kv_write_step, len(y), address(q), stride(q), address(y), stride(y),
         y.shape[1] // rope_q.attrs.head_dim, scratch, scratch_bytes, *turns,
         address(k), stride(k), address(v), stride(v), address(cache["k"]), address(cache["v"]), k.shape[1], v.shape[1],
-        CACHE_F32, step.block_size, address(step.slot_mapping),
+        cache_dtype(call), step.block_size, address(step.slot_mapping),
     )  # fmt: skip
 
 
@@ -310,12 +342,65 @@ def _attention(e: Emitter, call: Call) -> None:
     arguments = (
         address(q), stride(q), address(y), stride(y),
         heads.num_heads, heads.num_kv_heads, heads.head_dim, value_dim, heads.window, float(heads.scale),
-        float(heads.softcap), address(call.cache["k"]), address(call.cache["v"]), CACHE_F32, step.block_size,
+        float(heads.softcap), address(call.cache["k"]), address(call.cache["v"]), cache_dtype(call), step.block_size,
         address(step.query_start), address(step.context_len), address(step.block_table), stride(step.block_table),
         partials, scratch,
     )  # fmt: skip
     e.add(steps.attention_step, *arguments)
     e.add(steps.attention_merge_step, *arguments)
+
+
+def _mla_attention(e: Emitter, call: Call) -> None:
+    q, y, attrs, step, w = call.inputs[0], call.outputs[0], call.attrs, e.step, call.weights["kv_b"]
+    kv_b = e.take(4 * w.rows * w.columns)
+    e.add(steps.unpack_step, w.rows, unpack_code(w.format), w.address, w.columns, kv_b)
+    scratch_bytes = mla_scratch(attrs.num_heads, attrs.rope_dim, attrs.kv_rank)
+    scratch = e.take(scratch_bytes * e.device.threads)
+    e.add(
+        steps.mla_attention_step, address(q), stride(q), address(y), stride(y),
+        attrs.num_heads, attrs.nope_dim, attrs.rope_dim, attrs.v_dim, attrs.kv_rank, float(attrs.scale), kv_b,
+        address(call.cache["k"]), address(call.cache["v"]), cache_dtype(call), step.block_size,
+        address(step.query_start), address(step.context_len), address(step.block_table), stride(step.block_table),
+        scratch, scratch_bytes,
+    )  # fmt: skip
+
+
+def _router(e: Emitter, call: Call) -> None:
+    x, (ids, weights), attrs = call.inputs[0], call.outputs, call.attrs
+    logits = e.take_array((len(x), attrs.num_experts))
+    w = call.weights["weight"]
+    digits = activation_digits(w.format, e.device.digits)
+    e.product(e.activations(x, [w.format])[digits], w, logits, None, 0)
+    groups = attrs.num_groups or 1
+    scratch_bytes = route_scratch(attrs.num_experts, groups)
+    e.add(
+        steps.route_step, len(x), address(logits), attrs.num_experts, address(ids), address(weights),
+        e.take(scratch_bytes * e.device.threads), scratch_bytes, attrs.num_experts, attrs.top_k,
+        attrs.score == "sigmoid", attrs.normalize, float(attrs.scale), groups, attrs.top_groups or groups,
+        attrs.group_score == "top2", address(call.weights.get("bias")),
+    )  # fmt: skip
+
+
+def _moe(e: Emitter, call: Call) -> None:
+    """As ``moe`` lays out: group the tokens by expert, gather, gate and up, down, combine."""
+    (x, ids, weights), y, attrs = call.inputs, call.outputs[0], call.attrs
+    gate, up, down = (call.weights[name] for name in ("gate", "up", "down"))
+    tokens, top_k = ids.shape
+    pairs = tokens * top_k
+    bounds, order, places = (e.take(4 * n) for n in (attrs.num_experts + 1, pairs, pairs))
+    e.add(steps.group_step, address(ids), pairs, top_k, attrs.num_experts, bounds, order, places)
+    gathered, results = e.take_array((pairs, x.shape[1])), e.take_array((pairs, y.shape[1]))
+    g, u = e.take_array((pairs, attrs.expert_size)), e.take_array((pairs, attrs.expert_size))
+    e.add(steps.select_rows_step, pairs, address(x), stride(x), order, address(gathered), x.shape[1], x.shape[1])
+    found = e.activations(gathered, [gate.format, up.format])
+    for w, out in ((gate, g), (up, u)):
+        e.experts(found, w, out, bounds, attrs.num_experts, then_wait=w is up)
+    _emit_glu(e, attrs.function, g, u, g)
+    e.experts(e.activations(g, [down.format]), down, results, bounds, attrs.num_experts, then_wait=True)
+    e.add(
+        steps.combine_step, tokens, address(results), y.shape[1], address(weights), places, top_k, address(y),
+        stride(y), y.shape[1],
+    )  # fmt: skip
 
 
 EMITTERS: dict[str, Callable[[Emitter, Call], None]] = {
@@ -332,6 +417,9 @@ EMITTERS: dict[str, Callable[[Emitter, Call], None]] = {
     "rope": _rope,
     "kv_write": _kv_write,
     "attention": _attention,
+    "mla_attention": _mla_attention,
+    "router": _router,
+    "moe": _moe,
     "norm_qkv": _norm_qkv,
     "norm_glu": _norm_glu,
     "rope_kv_write": _rope_kv_write,

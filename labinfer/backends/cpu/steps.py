@@ -16,11 +16,13 @@ from labinfer.backends.cpu.attention import (
     attention_merge,
     attention_workspace_bytes,
 )
-from labinfer.backends.cpu.linear import linear
+from labinfer.backends.cpu.linear import linear, linear_glu
+from labinfer.backends.cpu.mla import Latent, mla_attention, mla_items
+from labinfer.backends.cpu.moe import Routing, combine, group_by_expert, route
 from labinfer.backends.cpu.paged_cache import kv_write
 from labinfer.backends.cpu.panels import unpack_row
 from labinfer.backends.cpu.quantize import quantize_row
-from labinfer.backends.cpu.rope import KeyValues, Turn, longrope_rows, rope, rope_kv_write
+from labinfer.backends.cpu.rope import KeyValues, Turn, dynamic_table, longrope_rows, rope, rope_kv_write
 from labinfer.backends.cpu.simd import i32p, i64p
 from labinfer.backends.cpu.tape import f64p, share
 
@@ -58,6 +60,16 @@ def linear_step(a: int, sequences: int, worker: int, workers: int) -> None:
     start, stop = share(p[8], worker, workers)
     if start < stop:
         linear(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], start, stop, p[9], p[10], p[11])
+
+
+def linear_glu_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """gate: code, w, bias; up: code, w, bias; columns, x, x_bytes, y, y_stride, tokens, panels, rows, function."""
+    p = i64p(a)
+    start, stop = share(p[12], worker, workers)
+    if start < stop:
+        linear_glu(
+            p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], start, stop, p[13], p[14]
+        )  # fmt: skip
 
 
 def rms_norm_step(a: int, sequences: int, worker: int, workers: int) -> None:
@@ -132,8 +144,15 @@ def longrope_rows_step(a: int, sequences: int, worker: int, workers: int) -> Non
         longrope_rows(p[0], p[1], sequences, p[2], p[3], p[4], p[5])
 
 
+def dynamic_table_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """query_start, total_len, positions, freq_factors, rotary_dim, half, table, rows, max_position, theta, factor."""
+    p, f = i64p(a), f64p(a)
+    if worker == 0:
+        dynamic_table(p[0], p[1], sequences, p[2], p[3], p[4], p[5], f[9], f[10], p[8], p[6], p[7])
+
+
 def rope_step(a: int, sequences: int, worker: int, workers: int) -> None:
-    """tokens, x, x_stride, y, y_stride, heads, then the turn: table, rows, head_dim, rotary_start, half, interleaved."""
+    """tokens, x, x_stride, y, y_stride, heads, then a Turn: table, rows, head_dim, rotary_start, half, interleaved."""
     p = i64p(a)
     start, stop = share(p[0], worker, workers)
     rope(p[1], p[2], p[3], p[4], p[5], Turn(p[6], p[7], p[8], p[9], p[10], p[11]), start, stop)
@@ -156,8 +175,63 @@ def rope_kv_write_step(a: int, sequences: int, worker: int, workers: int) -> Non
     rope_kv_write(p[1], p[2], p[3], p[4], p[5], q_turn, k_turn, new, p[6] + worker * p[7], start, stop)
 
 
+def unpack_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """rows, format, table, columns, y: a packed weight as float32 rows."""
+    p = i64p(a)
+    start, stop = share(p[0], worker, workers)
+    for r in range(start, stop):
+        unpack_row(p[1], p[2], p[3], r, p[4] + 4 * r * p[3])
+
+
+def mla_attention_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """q, q_stride, y, y_stride, Latent (num_heads, nope, rope, v, rank; f[9] scale; p[10] kv_b), then as attention.
+
+    p[11..14] the pages; p[15..18] query_start, context_len, block_table, table_stride; p[19] scratch, p[20] its bytes.
+    """
+    p, f = i64p(a), f64p(a)
+    latent = Latent(p[4], p[5], p[6], p[7], p[8], f[9], p[10])
+    pages = Pages(p[11], p[12], p[13], p[14])
+    batch = Batch(sequences, p[15], p[16], p[17], p[18])
+    start, stop = share(mla_items(latent, batch), worker, workers)
+    mla_attention(p[0], p[1], p[2], p[3], latent, pages, batch, p[19] + worker * p[20], start, stop)
+
+
+def route_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """tokens, logits, stride, ids, weights, scratch, its bytes; the Routing from p[7] on, its scale as f[11]."""
+    p, f = i64p(a), f64p(a)
+    start, stop = share(p[0], worker, workers)
+    routing = Routing(p[7], p[8], p[9], p[10], f[11], p[12], p[13], p[14], p[15])
+    route(p[1], p[2], routing, p[3], p[4], p[5] + worker * p[6], start, stop)
+
+
+def group_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """ids, pairs, top_k, experts, bounds, tokens, places."""
+    p = i64p(a)
+    if worker == 0:
+        group_by_expert(p[0], p[1], p[2], p[3], p[4], p[5], p[6])
+
+
+def experts_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """code, w, bytes, columns, x, x_bytes, y, y_stride, bounds, experts, panels, rows: every expert's own product."""
+    p = i64p(a)
+    bound = i32p(p[8])
+    start, stop = share(p[10], worker, workers)
+    for e in range(p[9]):
+        first, count = bound[e], bound[e + 1] - bound[e]
+        if count and start < stop:
+            x, y = p[4] + first * p[5], p[6] + 4 * first * p[7]
+            linear(p[0], p[1] + e * p[2], p[3], x, p[5], y, p[7], count, start, stop, p[11], 0, 0)
+
+
+def combine_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """tokens, x, x_stride, weights, places, top_k, y, y_stride, n."""
+    p = i64p(a)
+    start, stop = share(p[0], worker, workers)
+    combine(p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], start, stop)
+
+
 def attention_step(a: int, sequences: int, worker: int, workers: int) -> None:
-    """q, q_stride, y, y_stride, heads (7: five ints, window, and scale and softcap as floats), pages (4), batch, memory.
+    """q, q_stride, y, y_stride, then what makes Heads, Pages and Batch, and the memory.
 
     p[4..8] num_heads, num_kv_heads, head_dim, v_head_dim, window; f[9] scale, f[10] softcap; p[11..14] the pages;
     p[15..18] query_start, context_len, block_table, table_stride; p[19] partials, p[20] the workers' scratch.

@@ -1,7 +1,8 @@
 """Persistent worker threads that run one tape together: they spin while steps follow one another and sleep otherwise.
 
-The calling thread is worker 0. A step is announced by one store to a shared counter, ops are separated by a spin barrier
-(under 0.1 microseconds for two threads), and a worker that has spun for about a millisecond goes to sleep in Python.
+The calling thread is worker 0. A step is announced by one store to a shared counter, ops are separated by a spin
+barrier (under 0.1 microseconds for two threads), and a worker that has spun for about a millisecond goes to sleep in
+Python.
 """
 
 from __future__ import annotations

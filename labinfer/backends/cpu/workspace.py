@@ -6,7 +6,6 @@ Every piece is rounded up to a cache line. The kernels take the same pieces in `
 from __future__ import annotations
 
 from labinfer.backends.cpu.layout import activation_bytes, panel_format
-from labinfer.backends.cpu.machine import default_threads
 from labinfer.ops.base import KernelBounds, TensorType, dim
 
 TILE = 64
@@ -14,6 +13,9 @@ TILE = 64
 
 TILE_ROWS = 48
 """Query rows of an attention item, or one token's where they are more."""
+
+MLA_GROUP_HEADS = 8
+"""Heads of a latent attention item at most."""
 
 MAX_SPLITS = 8
 """Parts that the context of a decoding sequence is cut into at most."""
@@ -24,7 +26,7 @@ def lines(nbytes: int) -> int:
     return -(-nbytes // 64) * 64
 
 
-def workspace(bounds: KernelBounds) -> int:
+def scratch_bytes(bounds: KernelBounds) -> int:
     """Bytes of scratch memory for a kernel at its bounds."""
     sizer = _SIZERS.get(bounds.kind)
     return sizer(bounds) if sizer else 0
@@ -51,18 +53,16 @@ def _normed(bounds: KernelBounds) -> int:
     return rows + _linear(bounds)
 
 
-def _norm_glu(bounds: KernelBounds) -> int:
-    size = next(shape[0] for _, shape in bounds.weights if len(shape) == 2)
-    return _normed(bounds) + lines(4 * bounds.tokens * size)
-
-
 def _rope(bounds: KernelBounds) -> int:
-    return sum(lines(4 * bounds.tokens) for attrs in bounds.attrs if getattr(attrs, "recompute_after", None))
+    """Each token's row of the tables where that is not its position, and dynamic scaling's own table of the step."""
+    turns = [attrs for attrs in bounds.attrs if getattr(attrs, "length_dependent", False)]
+    tables = sum(lines(8 * bounds.tokens * (attrs.turned // 2)) for attrs in turns if not attrs.recompute_after)
+    return len(turns) * lines(4 * bounds.tokens) + tables
 
 
 def _rope_kv_write(bounds: KernelBounds) -> int:
     k_width = int(bounds.inputs[2].shape[1])
-    return _rope(bounds) + lines(4 * k_width) * default_threads()
+    return _rope(bounds) + lines(4 * k_width) * bounds.threads
 
 
 def _attention(bounds: KernelBounds) -> int:
@@ -70,7 +70,45 @@ def _attention(bounds: KernelBounds) -> int:
     value_dim = attrs.v_head_dim or attrs.head_dim
     partials = attention_partials_bytes(attrs.num_heads, value_dim, bounds.sequences)
     each = attention_workspace_bytes(attrs.num_heads // attrs.num_kv_heads, attrs.head_dim, value_dim)
-    return lines(partials) + lines(each) * default_threads()
+    return lines(partials) + lines(each) * bounds.threads
+
+
+def _router(bounds: KernelBounds) -> int:
+    attrs = bounds.attrs[0]
+    scores = lines(4 * bounds.tokens * attrs.num_experts)
+    return _linear(bounds) + scores + route_scratch(attrs.num_experts, attrs.num_groups or 1) * bounds.threads
+
+
+def _moe(bounds: KernelBounds) -> int:
+    """Expert bounds, tokens, places; gathered rows, gate and up, results; activations of gathered rows and gates."""
+    attrs, columns = bounds.attrs[0], int(bounds.inputs[0].shape[1])
+    pairs = bounds.tokens * int(bounds.inputs[1].shape[1])
+    formats = {format for format, _ in bounds.weights}
+    quantized = [format for format in formats if panel_format(format).quantized or columns % 2 or attrs.expert_size % 2]
+    activations = sum(lines(pairs * activation_bytes(f, n)) for f in quantized for n in (columns, attrs.expert_size))
+    tables = lines(4 * (attrs.num_experts + 1)) + 2 * lines(4 * pairs)
+    return tables + 2 * lines(4 * pairs * columns) + 2 * lines(4 * pairs * attrs.expert_size) + activations
+
+
+def _mla(bounds: KernelBounds) -> int:
+    attrs = bounds.attrs[0]
+    kv_b = lines(4 * attrs.num_heads * (attrs.nope_dim + attrs.v_dim) * attrs.kv_rank)
+    return kv_b + mla_scratch(attrs.num_heads, attrs.rope_dim, attrs.kv_rank) * bounds.threads
+
+
+def route_scratch(num_experts: int, num_groups: int) -> int:
+    """Bytes that each thread needs to choose experts."""
+    return lines(4 * (2 * num_experts + num_groups))
+
+
+def mla_scratch(num_heads: int, rope_dim: int, kv_rank: int) -> int:
+    """Bytes that each thread needs for latent attention, whatever the context."""
+    heads = min(MLA_GROUP_HEADS, num_heads)
+    tokens = TILE_ROWS // heads
+    rows = padded_rows(tokens * heads)
+    lanes, width = (rows + 15) // 16 * 16, out_stride(kv_rank + rope_dim)
+    states = 64 + 8 * TILE + 8 * lanes + 64 * lanes + 8 * TILE * lanes
+    return lines(states + 4 * width * (lanes + tokens + TILE) + 4 * rows * out_stride(kv_rank))
 
 
 def padded_rows(rows: int) -> int:
@@ -86,7 +124,7 @@ def out_stride(v_head_dim: int) -> int:
 def attention_workspace_bytes(group: int, head_dim: int, v_head_dim: int) -> int:
     """Bytes that each thread needs for attention of ``group`` query heads to a key head, whatever the context."""
     rows = padded_rows(max(1, TILE_ROWS // group) * group)
-    states = 64 + 8 * TILE + 3 * lines(4 * rows)
+    states = 64 + 8 * TILE + 2 * lines(4 * rows) + 64 * rows
     return states + 4 * TILE * rows + lines(4 * rows * head_dim) + 4 * rows * out_stride(v_head_dim)
 
 
@@ -99,8 +137,11 @@ _SIZERS = {
     "linear": _linear,
     "linear_add": _linear,
     "norm_qkv": _normed,
-    "norm_glu": _norm_glu,
+    "norm_glu": _normed,
     "rope": _rope,
     "rope_kv_write": _rope_kv_write,
     "attention": _attention,
+    "router": _router,
+    "moe": _moe,
+    "mla_attention": _mla,
 }

@@ -11,11 +11,12 @@ from labinfer.backends.host import DTYPES, HostDevice
 from labinfer.ops.base import OPS, Call, OpSpec
 from labinfer.ops.dequantization import dequantize
 
+
 class ReferenceDevice(HostDevice):
     """Runs every op by its own reference, on ordinary memory, with weights widened to float32."""
 
-    def __init__(self, name: str, memory_limit: int | None = None) -> None:
-        super().__init__(name, memory_limit)
+    def __init__(self, name: str, memory_limit: int | None = None, threads: int | None = None) -> None:
+        super().__init__(name, memory_limit, threads)
         kernels = {kind: reference_kernel(spec) for kind, spec in OPS.items() if not spec.view}
         kernels["linear"] = linear
         self.F = FunctionTable(kernels, lambda shape, dtype: np.empty(shape, DTYPES[dtype]))
