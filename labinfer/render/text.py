@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from labinfer.render.drawing import Drawing, Node, layers_text, outside_reads
 from labinfer.render.palette import GROUND, HUES, mix
 
-Edge = tuple[str, str, bool, str]
-"""From, to, whether it goes through the cache, and what it says ('' for nothing)."""
+Edge = tuple[str, str, bool]
+"""From, to, and whether it goes through the cache."""
 
 
 def render_dot(drawing: Drawing) -> str:
@@ -38,9 +38,8 @@ def render_dot(drawing: Drawing) -> str:
             lines.append("  }")
     for name in drawing.plan.stages[-1].outputs:
         lines.append(f"  {_dot('out.' + name)} [label={_dot(name)}, shape=oval]")
-    for source, target, cache, label in _edges(drawing):
-        extra = [text for text in ("style=dashed" if cache else "", f"label={_dot(label)}" if label else "") if text]
-        lines.append(f"  {_dot(source)} -> {_dot(target)}" + (f" [{', '.join(extra)}]" if extra else ""))
+    for source, target, cache in _edges(drawing):
+        lines.append(f"  {_dot(source)} -> {_dot(target)}" + (" [style=dashed]" if cache else ""))
     return "\n".join([*lines, "}", ""])
 
 
@@ -61,12 +60,13 @@ def render_mermaid(drawing: Drawing) -> str:
             lines.append("  end")
     for name in drawing.plan.stages[-1].outputs:
         lines.append(f"  {_id('out.' + name)}([{_quoted(name)}])")
-    for source, target, cache, label in _edges(drawing):
-        arrow = "-.->" if cache else "-->"
-        lines.append(f"  {_id(source)} {arrow}{f'|{_quoted(label)}|' if label else ''} {_id(target)}")
+    for source, target, cache in _edges(drawing):
+        lines.append(f"  {_id(source)} {'-.->' if cache else '-->'} {_id(target)}")
     for category, (hue, _) in HUES.items():
         fill, line = (mix(hue, GROUND[0]["surface"], share) for share in (0.12, 0.6))
         lines.append(f"  classDef {category} fill:{fill},stroke:{line},color:#1c1e24")
+    lines.append("  classDef frame fill:none,stroke:#9aa1ad")
+    lines += [f"  class section{number} frame" for number, section in enumerate(drawing.sections) if section.layers]
     return "\n".join([*lines, ""])
 
 
@@ -98,7 +98,7 @@ def _tip(node: Node) -> str:
 
 
 def _edges(drawing: Drawing) -> Iterator[Edge]:
-    """Links inside of each section, and from section to section (through the first layer; the loop is labelled)."""
+    """Links inside of each section, and from section to section, as the first of its layers has them."""
     made: dict[str, str] = {name: "in." + name for name in _inputs(drawing)}
     sections: dict[tuple[int, int, int | None], int] = {}
     for number, section in enumerate(drawing.sections):
@@ -109,14 +109,14 @@ def _edges(drawing: Drawing) -> Iterator[Edge]:
         if first:
             for link in drawing.blocks[instance.block].links:
                 if link.source is not None and link.target is not None:
-                    yield _key(number, link.source), _key(number, link.target), link.cache, ""
+                    yield _key(number, link.source), _key(number, link.target), link.cache
             for index, op in enumerate(instance.ops):
                 for name in dict.fromkeys(name for name in op.inputs if name in made):
-                    yield made[name], _key(number, index), False, ""
+                    yield made[name], _key(number, index), False
         for index, op in enumerate(instance.ops):
             made.update({name: _key(number, index) for part in op.primitives() for name in part.outputs})
     for name in drawing.plan.stages[-1].outputs:
-        yield made[name], "out." + name, False, ""
+        yield made[name], "out." + name, False
 
 
 def _dot(text: str) -> str:
