@@ -114,10 +114,11 @@ def fields(model: Any, types: Callable[[dict[str, Any]], str] = field_type) -> s
 
 
 def meaning(model: Any, name: str, schema: dict[str, Any]) -> str:
-    """What a key means: its description in the code, else in ``MEANINGS``, which has no others."""
+    """What a key means: its description in the code, else in ``meanings.py``, which has no others."""
     described, here = schema.get("description", ""), MEANINGS.get(f"{model.__name__}.{name}", "")
-    assert not (described and here), f"{model.__name__}.{name} has a description of its own now: drop it from MEANINGS"
-    assert described or here or issubclass(model, OpAttrs), f"{model.__name__}.{name} needs a description or a MEANING"
+    key = f"{model.__name__}.{name}"
+    assert not (described and here), f"{key} has a description of its own now: take it out of docs/meanings.py"
+    assert described or here or issubclass(model, OpAttrs), f"say what {key} means in docs/meanings.py"
     return str(described or here).replace("``", "`")
 
 
@@ -205,9 +206,12 @@ def families() -> str:
         types, gguf = ([each] if isinstance(each, str) else each for each in (read.match.model_type, read.match.gguf))
         named = ", ".join(map(code, types)), ", ".join(map(code, gguf)) or "–"
         example = read.example.name if read.example else ""
-        lines = len(file.read_text("utf-8").splitlines())
-        rows.append([f"[{read.family}](graphs/{file.name})", *named, example, str(lines)])
-    return table(["map", "`model_type`", "GGUF architecture", "example model", "lines"], rows)
+        text = file.read_text("utf-8")
+        models = re.match(r"# (.+?)(?: \(|: |\. | as published)", text)
+        assert models, f"the first line of {file.name} should name its models"
+        lines = str(len(text.splitlines()))
+        rows.append([f"[{read.family}](graphs/{file.name})", models[1], *named, example, lines])
+    return table(["map", "models", "`model_type`", "GGUF architecture", "example in the map", "lines"], rows)
 
 
 def formats() -> str:
