@@ -111,6 +111,7 @@ EDITS: dict[str, tuple[Callable[[Data], Any], str]] = {
     "input missing": (line("layers.{i}.h", **{"in": ["$h"]}), "plan.value"),
     "input too many": (line("layers.{i}.h", **{"in": ["$h", "$h", "$h"]}), "plan.value"),
     "input unknown": (line("layers.{i}.h", **{"in": ["$h", "layers.{i}.aut"]}), "plan.value"),
+    "inputs of different sizes": (line("layers.{i}.h", **{"in": ["$h", "layers.{i}.qkv"]}), "plan.type"),
     "output renamed onto another": (lambda d: d["stages"][0]["blocks"]["end"][0].update(
         out={"h": {"type": "f32[R, 8]", "at": 768}}), "plan.value"),
     "weight renamed in the list": (weight(1, name="layers.{i}.kvq"), "plan.weight"),
@@ -227,6 +228,14 @@ def test_one_edit_of_two_stages(tmp_path: Path, name: str) -> None:
     edit, code = TWO_STAGES[name]
     edit(data)
     assert code in codes(path, data)
+
+
+def test_a_stage_receives_what_was_sent(tmp_path: Path) -> None:
+    path, data = tiny_plan(tmp_path, max_num_batched_tokens=4, devices="reference,reference:1")
+    next(iter(data["stages"][1]["inputs"].values()))["type"] = "i32[T, 8]"
+    path.write_text(json.dumps(data))
+    with pytest.raises(LabinferError, match=r"receives 'layers\.0\.h' as i32"):
+        load_plan(path)
 
 
 @pytest.mark.parametrize(

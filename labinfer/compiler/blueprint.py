@@ -7,6 +7,7 @@ model.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -250,7 +251,7 @@ def _find_base(path: Path, blueprint: Blueprint) -> Path:
 
     name = f"{blueprint.extends}.yaml"
     for folder in (path.parent, graphs_dir()):
-        if (folder / name).is_file() and Path(name).name == name:
+        if Path(name).name == name and os.path.isfile(folder / name):  # unlike is_file, False for a name too long
             return (folder / name).resolve()
     known = [file.stem for file in graphs_dir().glob("*.yaml")]
     remedy = did_you_mean(str(blueprint.extends), known)

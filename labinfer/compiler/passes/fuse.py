@@ -44,11 +44,13 @@ def matches(fusion: Fusion, window: Sequence[Op]) -> bool:
 def bind(part: Part, op: Op, bound: dict[str, str]) -> bool:
     """Bind the names of ``part`` to the values of ``op``; False when they contradict earlier bindings."""
     orders = [op.inputs, op.inputs[::-1]] if part.kind in COMMUTATIVE else [op.inputs]
+    if (len(part.inputs), len(part.outputs)) != (len(op.inputs), len(op.outputs)):
+        return False
     for inputs in orders:
-        names = {**dict(zip(part.inputs, inputs, strict=False)), **dict(zip(part.outputs, op.outputs, strict=False))}
-        sizes_agree = len(part.inputs) == len(inputs) and len(part.outputs) == len(op.outputs)
-        if sizes_agree and all(bound.get(name, value) == value for name, value in names.items()):
-            bound.update(names)
+        tried = dict(bound)
+        pairs = zip((*part.inputs, *part.outputs), (*inputs, *op.outputs), strict=True)
+        if all(tried.setdefault(name, value) == value for name, value in pairs):
+            bound.update(tried)
             return True
     return False
 
