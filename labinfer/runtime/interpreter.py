@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from labinfer.backends.base import Device, Kernel, KernelFailure
+from labinfer.backends.base import Buffer, Device, Kernel, KernelFailure
 from labinfer.compiler.fold import GRAPH_INPUTS, Slot, steps, unfold_inputs, unfold_ops
 from labinfer.compiler.graph import Op
 from labinfer.compiler.plan import Limits, Stage
@@ -58,9 +58,12 @@ class Interpreter:
         self.parameters, self.cache = parameters, cache
         self.ops: list[Op] = []
         self.slots: dict[str, Slot] = unfold_inputs(stage)
+        self.inner: dict[str, Slot] = {}
+        self.inner_memory: Buffer | None = None
         for op, made in unfold_ops(stage):
             self.ops.extend(steps(op, made))
-            self.slots.update({name: slot for name, slot in made.items() if slot.placed})
+            for name, slot in made.items():
+                (self.slots if slot.placed else self.inner)[name] = slot
         self.step_memory = StepMemory(device, limits)
         try:
             self.arena = device.allocate(stage.arena.size, "arena")
@@ -69,8 +72,7 @@ class Interpreter:
             raise
         self.tapes: OrderedDict[tuple[int, int], Tape] = OrderedDict()
         self.listeners: list[Listener] = []
-        if os.environ.get("LABINFER_POISON") == "1":
-            self.listeners.append(Poison(self.ops, self.slots, stage, limits, device, self.arena))
+        self.poison()
 
     def run(self, step: Step, received: Mapping[str, Any]) -> dict[str, Any]:
         """Run one step on ``received`` (host arrays of the stage's inputs); the stage's outputs as device arrays.
@@ -121,12 +123,59 @@ class Interpreter:
         for name, slot in self.slots.items():
             shape = tuple(dim(size, tokens, rows) for size in slot.type.shape)
             values[name] = self.device.view(self.arena, slot.at, shape, slot.type.dtype, slot.row_bytes)
+        values.update(self.inner_values(tokens, rows))
         bound = []
-        for op in self.ops:
+        for op in self.running():
             kernel = None if is_view(op.kind) else self.device.F.kernels[op.kind]
             bound.append(Bound(op, kernel, self.call(op, values)))
         calls = [(each.kernel, each.call) for each in bound if each.kernel is not None]
         return Tape(self.device.program(calls), tuple(bound), values)
+
+    def poison(self) -> None:
+        """With ``LABINFER_POISON=1``, fill dead memory with NaN after each op that runs."""
+        self.listeners = [each for each in self.listeners if not isinstance(each, Poison)]
+        if os.environ.get("LABINFER_POISON") == "1":
+            dead = Poison(self.running(), self.slots, self.stage, self.limits, self.device, self.arena)
+            self.listeners.insert(0, dead)
+
+    def running(self) -> list[Op]:
+        """The ops as they run: while fused ones are taken apart, their parts, with the scratch memory of the whole."""
+        if self.inner_memory is None:
+            return self.ops
+        return [replace(part, workspace=op.workspace) for op in self.ops for part in op.primitives()]
+
+    def inner_values(self, tokens: int, rows: int) -> dict[str, Any]:
+        """Arrays for the values inside fused ops, while these are taken apart."""
+        values: dict[str, Any] = {}
+        memory, offset = self.inner_memory, 0
+        if memory is None:
+            return values
+        for name, slot in self.inner.items():
+            shape = tuple(dim(size, tokens, rows) for size in slot.type.shape)
+            values[name] = self.device.view(memory, offset, shape, slot.type.dtype)
+            offset += self.inner_bytes(slot)
+        return values
+
+    def inner_bytes(self, slot: Slot) -> int:
+        """Bytes of a value at the plan's bounds, in whole cache lines."""
+        size = slot.type.nbytes(self.limits.max_num_batched_tokens, self.limits.max_logits_rows)
+        return -(-size // 64) * 64
+
+    def take_apart(self) -> None:
+        """Run fused ops part by part, with memory beside the plan's for what is otherwise only inside them."""
+        if self.inner_memory is None:
+            size = sum(self.inner_bytes(slot) for slot in self.inner.values())
+            self.inner_memory = self.device.allocate(size, "values inside fused ops")
+            self.tapes.clear()
+            self.poison()
+
+    def put_together(self) -> None:
+        """Run fused ops whole again, as planned."""
+        if self.inner_memory is not None:
+            self.tapes.clear()
+            self.device.deallocate(self.inner_memory)
+            self.inner_memory = None
+            self.poison()
 
     def call(self, op: Op, values: Mapping[str, Any]) -> Call:
         """``op`` with its arrays."""
@@ -145,9 +194,12 @@ class Interpreter:
     def listen(self, value: str, callback: Callable[[Any], Any]) -> Listener:
         """Call ``callback(array)`` whenever ``value`` is made; what it returns, unless None, replaces the value.
 
-        Returns the listener, for ``listeners.remove``. An unknown name is a ``UsageError``.
+        Returns the listener, for ``unlisten``. An unknown name is a ``UsageError``. A value that lives only inside a
+        fused op makes all fused ops of the stage run in parts while somebody listens.
         """
-        if value not in self.slots:
+        if value in self.inner:
+            self.take_apart()
+        elif value not in self.slots:
             raise UsageError(
                 "run.unknown-value", f"there is no value '{value}'", remedy=did_you_mean(value, self.slots)
             )
@@ -168,8 +220,15 @@ class Interpreter:
         self.listeners.append(listener)
         return listener
 
+    def unlisten(self, listener: Listener) -> None:
+        """Forget a listener; without any, the fast path is back."""
+        self.listeners.remove(listener)
+        if all(isinstance(each, Poison) for each in self.listeners):
+            self.put_together()
+
     def close(self) -> None:
         """Give the arena back."""
+        self.put_together()
         self.tapes.clear()
         self.device.deallocate(self.arena)
         self.step_memory.close()

@@ -146,7 +146,8 @@ class Model:
         ``value`` is a name of the plan, ``layers.3.attn.out``; ``array`` is a copy, float32 [T, features].
         """
         for interpreter in self.interpreters:
-            if value in interpreter.slots and value not in interpreter.stage.inputs:
+            here = value in interpreter.slots or value in interpreter.inner
+            if here and value not in interpreter.stage.inputs:
                 listener = interpreter.listen(value, callback)
                 break
         else:
@@ -156,7 +157,7 @@ class Model:
         try:
             yield
         finally:
-            interpreter.listeners.remove(listener)
+            interpreter.unlisten(listener)
 
     def close(self) -> None:
         """Give back everything that was allocated; the model cannot run any more."""
