@@ -180,20 +180,20 @@ def attention(
     begin, context = i32p(batch.query_start), i32p(batch.context_len)
     step, before = tile_tokens(heads), 0
     for s in range(batch.sequences):
-        tokens, length = begin[s + 1] - begin[s], context[s]
+        token, tokens, length = np.int64(begin[s]), begin[s + 1] - begin[s], np.int64(context[s])
         tiles = (tokens + step - 1) // step
         splits = count_splits(tokens, length, heads.window)
         items = tiles * splits * heads.num_kv_heads
         for number in range(max(start - before, 0), min(stop - before, items)):
             head, part = number % heads.num_kv_heads, number // heads.num_kv_heads
             if splits > 1:
-                item = _split_item(heads, s, begin[s], length, head, part, splits)
+                item = _split_item(heads, s, token, length, head, part, splits)
                 scratch = _attend(q, q_stride, heads, pages, batch, item, workspace)
                 _store_partial(heads, item, scratch, _partial(partials, heads, s, head, part))
             else:
                 # Later runs see more: taken in turn from both ends, equal ranges of items cost about the same.
                 run = part // 2 if part % 2 == 0 else tiles - 1 - part // 2
-                item = _run_item(heads, s, begin[s], tokens, length, head, run * step)
+                item = _run_item(heads, s, token, tokens, length, head, run * step)
                 scratch = _attend(q, q_stride, heads, pages, batch, item, workspace)
                 _store(y, y_stride, heads, item, scratch)
         before += items

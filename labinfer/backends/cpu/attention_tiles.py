@@ -155,7 +155,7 @@ def _exp_row(e: Emit, x: Value, n: Value) -> None:
 _scores6, _scores3, _scores1 = (_scores(rows, WIDE, tuple(CACHE_DTYPES)) for rows in (6, 3, 1))
 _transposed6, _transposed1 = (_scores(rows, 1, ("f32",)) for rows in (6, 1))
 _wide6, _wide3, _wide1 = (_values(rows, WIDE, False) for rows in (6, 3, 1))
-_tail6, _tail3, _tail1 = (_values(rows, 1, True) for rows in (6, 3, 1))
+_tail3, _tail1 = (_values(rows, 1, True) for rows in (3, 1))
 _raise_all, _raise_seen = _raise_maximum(False), _raise_maximum(True)
 _weigh_all, _weigh_seen = _weigh(False), _weigh(True)
 _exp_changes = kernel(_exp_row)
@@ -164,8 +164,8 @@ _exp_changes = kernel(_exp_row)
 class Rows(NamedTuple):
     """What the rows of an item may see: row ``r`` belongs to its token ``r // group``, the first at ``position``.
 
-    ``padded`` rows in all: those beyond the last token's see what it sees. ``window`` 0 for none; nothing before ``first`` or
-    from ``last`` on belongs to the item.
+    ``padded`` rows in all: those beyond the last token's see what it sees. ``window`` 0 for none; nothing before
+    ``first`` or from ``last`` on belongs to the item.
     """
 
     padded: int
@@ -236,11 +236,8 @@ def value_tile(
         r = 0
         while r < rows:
             weights, factor, y = p + 4 * TILE * r, factors + 4 * r, to + out_bytes * r
-            if rows - r >= 6:
-                if whole:
-                    _wide6(dtype, weights, table, offset, columns, keys, factor, y, out_bytes)
-                else:
-                    _tail6(dtype, weights, table, offset, columns, keys, factor, y, out_bytes)
+            if whole and rows - r >= 6:
+                _wide6(dtype, weights, table, offset, columns, keys, factor, y, out_bytes)
                 r += 6
             elif rows - r >= 3:
                 if whole:
