@@ -68,7 +68,7 @@ endef
 
 .venv/.test: pyproject.toml
 	@$(call venv,.venv)
-	@$(BIN)/pip install --quiet --editable '.[test]'
+	@$(BIN)/pip install --quiet --editable '.[cpu,test]'
 	@touch .venv/.core $@
 
 .venv-hf/.test: pyproject.toml

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,7 @@ def compile(
     *,
     weights: str | Path | None = None,
     config: str | Path | None = None,
-    devices: str | Sequence[str] = "reference",
+    devices: str | Sequence[str] | None = None,
     tracer: Tracer | None = None,
     progress: Progress | None = None,
     **options: Any,
@@ -273,8 +274,16 @@ def digest_json(value: object) -> str:
     return sha256(json.dumps(value, sort_keys=True, default=str).encode())
 
 
-def targets(devices: str | Sequence[str]) -> list[Target]:
+def default_devices() -> str:
+    """The devices when none are named: ``$LABINFER_DEVICES``, else ``cpu`` where its kernels can be compiled."""
+    from importlib.util import find_spec
+
+    return os.environ.get("LABINFER_DEVICES") or ("cpu" if find_spec("numba") else "reference")
+
+
+def targets(devices: str | Sequence[str] | None) -> list[Target]:
     """Devices as the compiler sees them, from ``"reference"`` or ``"reference:0=0-7,reference:1=8-15"`` or a list."""
+    devices = devices or default_devices()
     items = devices.split(",") if isinstance(devices, str) else list(devices)
     found = [_target(item.strip()) for item in items if item.strip()]
     names = [target.name for target in found]

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,9 @@ from subprocess import CompletedProcess
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# What a test does not say runs on the reference device, whatever is installed; tests/cpu says `cpu`.
+os.environ["LABINFER_DEVICES"] = "reference"
 
 # The machines that run this are slow and shared: what is checked is the result, never the time of one example.
 settings.register_profile("labinfer", deadline=None, suppress_health_check=[HealthCheck.too_slow])

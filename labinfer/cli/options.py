@@ -30,23 +30,29 @@ class Count(click.ParamType):  # type: ignore[type-arg]  # generic in newer clic
 
 
 PLAN_OPTIONS = {
-    "devices": "Devices, in order: reference, or by layers: reference:0=0-7,reference:1=8-15.",
+    "devices": "Devices, in order: cpu, reference; or by layers: cpu=0-7,reference=8-15.",
     "max_model_len": "Tokens a sequence may have, prompt and answer (default: the model's, at most 4k).",
     "max_num_seqs": "Sequences a step may compute.",
     "max_num_batched_tokens": "Tokens a step may compute (default: 512).",
     "max_logits_rows": "Rows of logits a step may compute (default: one a sequence).",
     "block_size": "Tokens in a block of the KV cache (default: 16).",
+    "kv_dtype": "How keys and values are kept: f32 (default), bf16 or f16.",
+    "threads": "Threads of a CPU device (default: its physical cores).",
     "num_blocks": "Blocks of the KV cache (default: enough for all sequences at full length).",
     "fuse": "Fused ops: those the devices have (auto, the default), all that are declared, or none.",
 }
 """Options that decide the plan, by the compiler's name for them, and their help."""
 
 
+CHOICES = {"fuse": ["auto", "all", "none"], "kv_dtype": ["f32", "bf16", "f16"]}
+"""What may be given for the options that are a choice."""
+
+
 def plan_options(function: Function) -> Function:
     """Give a command ``--weights`` and every option of ``PLAN_OPTIONS``; those not given arrive as None."""
     for name, text in reversed(PLAN_OPTIONS.items()):
-        kind: Any = {"devices": str, "fuse": click.Choice(["auto", "all", "none"])}.get(name, Count())
-        metavar = {"devices": "LIST", "fuse": None}.get(name, "N")
+        kind: Any = str if name == "devices" else click.Choice(CHOICES[name]) if name in CHOICES else Count()
+        metavar = "LIST" if name == "devices" else None if name in CHOICES else "N"
         function = click.option(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)(function)
     return click.option("--weights", metavar="PATH", help="Model directory or file to take the weights from.")(function)
 

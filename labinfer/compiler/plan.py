@@ -231,7 +231,8 @@ def _parse(path: Path) -> Plan:
     except FileNotFoundError:
         raise InvalidFile("plan.missing", "no such plan file", place=Place(str(path))) from None
     except json.JSONDecodeError as error:
-        text = error.doc.splitlines()[error.lineno - 1] if error.doc.splitlines() else None
+        lines = error.doc.splitlines()
+        text = lines[error.lineno - 1] if error.lineno <= len(lines) else None
         place = Place(str(path), error.lineno, error.colno, text)
         raise InvalidFile("plan.json", f"not JSON: {error.msg}", place=place) from None
     except (OSError, RecursionError, ValueError) as error:  # ValueError: not UTF-8, a key twice, a number without end
