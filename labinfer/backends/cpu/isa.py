@@ -117,7 +117,7 @@ def specialize(template: Callable[..., Any], name: str, **names: Any) -> Any:
 
     Unlike a closure, the copy has an entry of its own in the cache of compiled code.
     """
-    code, scope = template.__code__, {**template.__globals__, **names}  # type: ignore[attr-defined]
+    code, scope = template.__code__, {**template.__globals__, **names}
     copy = FunctionType(code, scope, name)
     copy.__qualname__, copy.__module__ = name, template.__module__
     return copy

@@ -27,6 +27,9 @@ from labinfer.backends.cpu.tiles import tile
 CHUNK = 64
 """Tokens that meet a panel while it is in the L1 cache."""
 
+PAIR_TOKENS = 32
+"""From so many tokens on, plain formats take two panels at once: a third fewer loads, but a worse stream of weights."""
+
 SCRATCH_FLOATS = 64 * CHUNK
 """What ``linear_glu`` keeps on the stack: four panels of a chunk, or more of fewer tokens."""
 
@@ -47,7 +50,7 @@ def _linear(w, columns, x, x_stride, y, y_stride, tokens, g0, g1, rows, bias, mo
         end = min(start + CHUNK, tokens)
         g = g0
         while g < g1:
-            width = 2 if paired and g + 2 <= g1 else 1
+            width = 2 if paired and end - start >= PAIR_TOKENS and g + 2 <= g1 else 1
             done = start
             if width == 2:
                 b = bias + g * 64 if bias else 0
@@ -104,7 +107,7 @@ def _emit_linear(e: Emit, code: Value, w: Value, columns: Value, x: Value, x_str
 linear = kernel(_emit_linear)
 """``y[t] (+)= W x[t] + bias`` in rows ``16 * g0`` to ``16 * g1`` of W [rows, columns], for ``tokens`` rows of x.
 
-``code`` is from ``linear_code``, ``w`` the packed weight, ``x`` the first activation row (``quantize.quantize_row``) and
+``code`` is from ``linear_code``, ``w`` the packed weight, ``x`` the first activation row (``quantize.quantize_row``),
 ``x_stride`` the bytes from one to the next; rows of ``y`` are ``y_stride`` floats apart; ``bias`` is an address or 0.
 ``mode`` is 0 or ACCUMULATE. Nothing beyond ``rows`` is written. For compiled functions.
 """
@@ -122,7 +125,7 @@ def linear_glu(
     gate_code: int, gate: int, gate_bias: int, up_code: int, up: int, up_bias: int, columns: int, x: int, x_stride: int,
     y: int, y_stride: int, tokens: int, g0: int, g1: int, rows: int, function: int,
 ) -> None:  # fmt: skip
-    """``y = function(gate x) * up x``, ``function`` one of ``elementwise.ACTIVATION_CODES``; the rest as in ``linear``."""
+    """``y = function(gate x) * up x`` with one of ``elementwise.ACTIVATION_CODES``; the rest is as in ``linear``."""
     scratch = _scratch()  # what up gives for a few panels, beside what gate has put into y
     for start in range(0, tokens, CHUNK):
         count = min(CHUNK, tokens - start)

@@ -261,22 +261,26 @@ _PLAIN = {"f32": ldf, "f16": _ldh, "bf16": _ldbf}
 
 @njit
 def _bytes(at: int, j: int) -> int:
-    return ldi32(at + 64 * j, 0)
+    word: int = ldi32(at + 64 * j, 0)
+    return word
 
 
 @njit
 def _nibbles(at: int, j: int) -> int:
-    return (ldi32(at + 64 * (j % 4), 0) >> (j // 4 * 4)) & _NIBBLES
+    word: int = (ldi32(at + 64 * (j % 4), 0) >> (j // 4 * 4)) & _NIBBLES
+    return word
 
 
 @njit
 def _nibbles_and_bit(at: int, j: int) -> int:
-    return _nibbles(at, j) | (((ldi32(at + 256, 0) >> j) & _BIT) << 4)
+    word: int = _nibbles(at, j) | (((ldi32(at + 256, 0) >> j) & _BIT) << 4)
+    return word
 
 
 @njit
 def _nibbles_and_pair(at: int, j: int) -> int:
-    return _nibbles(at, j) | (((ldi32(at + 256 + 64 * (j // 4), 0) >> (2 * (j % 4))) & _PAIR) << 4)
+    word: int = _nibbles(at, j) | (((ldi32(at + 256 + 64 * (j // 4), 0) >> (2 * (j % 4))) & _PAIR) << 4)
+    return word
 
 
 # Scale and minimum of half a block, weight = scale * quant + minimum; ``at`` is behind the panel's quants.

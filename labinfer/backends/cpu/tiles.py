@@ -21,8 +21,8 @@ ACCUMULATE = 1
 PREFETCH = 6144
 """How far ahead of the block being multiplied memory is asked for, in bytes.
 
-A block of quants is so much work that the CPU by itself looks too few cache lines ahead: without this, one core streams
-a third of what it can. Plain numbers need no help.
+A block of quants, or of plain numbers for several tokens, is so much work that the CPU by itself looks too few cache
+lines ahead: without this, one core streams a third of what it can.
 """
 
 
@@ -177,6 +177,8 @@ def _plain_sums(e: Emit, format: str, w: list[Value], blocks: Value, tokens: lis
     sums = [[e.var(const(0.0)) for _ in range(len(tokens) * turns)] for _ in w]
 
     def block(k: Value, turn: int) -> None:
+        for panel in w if len(tokens) > 1 else []:
+            e.prefetch(e.add(panel, e.mul(k, layout.bytes), PREFETCH))
         columns = [columns_of(e, e.add(panel, e.mul(k, layout.bytes))) for panel in w]
         for c in range(layout.columns):
             for t, token in enumerate(tokens):
