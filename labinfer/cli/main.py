@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Run": {
         "run": ("labinfer.cli.run:run", "Answer a prompt, or chat."),
+        "bench": ("labinfer.cli.bench:bench", "Measure a model, beside what the machine can do."),
     },
     "Maps and plans": {
         "compile": ("labinfer.cli.compile:compile_command", "Compile a model map into a plan."),

@@ -1,0 +1,181 @@
+"""Times of prefill and decode on a model, as llama-bench measures them: random prompts, decode from an empty cache."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Sequence as Listing
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Literal
+
+import numpy as np
+
+from labinfer.bench.ceiling import float32_flops, read_bandwidth
+from labinfer.bench.cost import decode_bytes, prefill_flops
+from labinfer.compiler.plan import Plan
+from labinfer.errors import UsageError
+from labinfer.runtime.model import Model
+from labinfer.runtime.parameters import Parameters
+from labinfer.runtime.sequence import Scheduled, Sequence, build_step
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A thing to measure: a prompt of ``tokens`` tokens, or ``tokens`` new tokens of each of ``batch`` sequences."""
+
+    kind: Literal["prefill", "decode"]
+    tokens: int
+    batch: int = 1
+
+    @property
+    def name(self) -> str:
+        """Its name in results: ``decode 128 x 8``."""
+        return f"{self.kind} {self.tokens} x {self.batch}"
+
+
+def plan_tests(prompt_lengths: Listing[int], decode_lengths: Listing[int], batch: Listing[int]) -> list[Workload]:
+    """The tests in the order they are shown."""
+    prefills = [Workload("prefill", length) for length in prompt_lengths]
+    return [*prefills, *(Workload("decode", length, size) for length in decode_lengths for size in batch)]
+
+
+def limits(tests: Listing[Workload], block_size: int = 16) -> dict[str, int]:
+    """Compiler options that give ``tests`` just enough room."""
+    batch = max(test.batch for test in tests)
+    return {
+        "max_num_seqs": batch,
+        "max_logits_rows": batch,
+        "max_model_len": max(test.tokens for test in tests),
+        "block_size": block_size,
+        "num_blocks": max(test.batch * -(-test.tokens // block_size) for test in tests),
+    }
+
+
+def check_room(plan: Plan, tests: Listing[Workload]) -> None:
+    """Raise ``UsageError`` for a test that the limits of ``plan`` have no room for."""
+    bounds = plan.limits
+    for test in tests:
+        blocks = test.batch * -(-test.tokens // bounds.block_size)
+        batch = min(bounds.max_num_seqs, bounds.max_logits_rows, bounds.max_num_batched_tokens)
+        if test.tokens > bounds.max_model_len or test.batch > batch or blocks > bounds.num_blocks:
+            message = f"the plan has no room for {test.kind} of {test.tokens} tokens, {test.batch} at once"
+            raise UsageError("bench.plan-limits", message, remedy="give the model, or compile with larger limits")
+
+
+def prefill(model: Model, length: int) -> list[float]:
+    """Seconds until the first token of a random prompt, in steps as large as the plan allows."""
+    chunk, block_size = model.plan.limits.max_num_batched_tokens, model.plan.limits.block_size
+    sequence = Sequence(np.random.default_rng(0).integers(model.vocab_size, size=length).tolist())
+    model.reserve(sequence, length)
+    start = time.perf_counter()
+    while sequence.num_computed < length:
+        size = min(chunk, length - sequence.num_computed)
+        last = sequence.num_computed + size == length
+        logits = model.run(build_step([Scheduled(sequence, size, int(last))], block_size))
+        sequence.num_computed += size
+    logits.argmax()
+    seconds = time.perf_counter() - start
+    model.release(sequence)
+    return [seconds]
+
+
+def decode(model: Model, batch: int, length: int) -> list[float]:
+    """Seconds of each of ``length`` steps that add a greedy token to each of ``batch`` sequences."""
+    random, block_size = np.random.default_rng(0), model.plan.limits.block_size
+    sequences = [Sequence([int(token)]) for token in random.integers(model.vocab_size, size=batch)]
+    for sequence in sequences:
+        model.reserve(sequence, length)
+    seconds = []
+    for _ in range(length):
+        start = time.perf_counter()
+        logits = model.run(build_step([Scheduled(sequence, 1, 1) for sequence in sequences], block_size))
+        for sequence, token in zip(sequences, logits.argmax(1), strict=True):
+            sequence.num_computed += 1
+            sequence.token_ids.append(int(token))
+        seconds.append(time.perf_counter() - start)
+    for sequence in sequences:
+        model.release(sequence)
+    return seconds
+
+
+def run_test(model: Model, test: Workload) -> list[float]:
+    """Seconds of each step of ``test``; a prefill counts as one."""
+    return prefill(model, test.tokens) if test.kind == "prefill" else decode(model, test.batch, test.tokens)
+
+
+def weight_memory(model: Model) -> list[np.ndarray]:
+    """The weights as they lie in this process's memory, as bytes; empty where a device keeps them elsewhere."""
+    memory = [part.buffer.memory for part in model.memory if isinstance(part, Parameters)]
+    return memory if all(isinstance(array, np.ndarray) for array in memory) else []
+
+
+def measure(model: Model, tests: Listing[Workload], repeat: int) -> dict[str, Any]:
+    """Run ``tests`` ``repeat`` times, each round beside a read of the weights; the results as plain data."""
+    check_room(model.plan, tests)
+    for test in tests:  # binds the tapes and compiles their kernels
+        run_test(model, test if test.kind == "prefill" else Workload("decode", min(2, test.tokens), test.batch))
+    memory, threads = weight_memory(model), num_threads(model.plan)
+    rounds: list[list[list[float]]] = []
+    bandwidths = []
+    for _ in range(repeat):
+        rounds.append([run_test(model, test) for test in tests])
+        if memory:
+            bandwidths.append(read_bandwidth(memory, threads))
+    peak = peak_rss()
+    machine = {
+        "threads": threads,
+        "read_bytes_per_second": median(bandwidths) if bandwidths else None,
+        "float32_flops_per_second": float32_flops() if memory else None,
+        "load_average": os.getloadavg()[0],
+    }
+    results = [
+        result(model.plan, test, [each[number] for each in rounds], machine) for number, test in enumerate(tests)
+    ]
+    return {"machine": machine, "peak_rss_bytes": peak, "tests": results}
+
+
+def result(plan: Plan, test: Workload, times: list[list[float]], machine: dict[str, Any]) -> dict[str, Any]:
+    """Figures of one test from the seconds of each step, by round: medians over rounds, quantiles over all steps."""
+    seconds = median(sum(each) for each in times)
+    speed = test.tokens * test.batch / seconds
+    found: dict[str, Any] = {"name": test.name, "kind": test.kind, "tokens": test.tokens, "batch": test.batch}
+    found["tokens_per_second"] = speed
+    if test.kind == "prefill":
+        rate = prefill_flops(plan, test.tokens) * speed / test.tokens
+        ceiling = machine["float32_flops_per_second"]
+        share = ceiling and rate / ceiling
+        return found | {"time_to_first_token_seconds": seconds, "flops_per_second": rate, "share_of_ceiling": share}
+    nbytes = decode_bytes(plan, test.batch, (test.tokens + 1) / 2)
+    rate, ceiling = nbytes * speed / test.batch, machine["read_bytes_per_second"]
+    p50, p99 = np.percentile([step for each in times for step in each], [50, 99]).tolist()
+    return found | {
+        "inter_token_p50_seconds": p50,
+        "inter_token_p99_seconds": p99,
+        "bytes_per_step": nbytes,
+        "bytes_per_token": nbytes / test.batch,
+        "bytes_per_second": rate,
+        "share_of_ceiling": ceiling and rate / ceiling,
+    }
+
+
+def num_threads(plan: Plan) -> int:
+    """Threads that the plan's devices compute with; where a plan does not say, those the process may use."""
+    from labinfer.backends.cpu.machine import default_threads
+
+    return max((device.threads or 0 for device in plan.devices.values()), default=0) or default_threads()
+
+
+def peak_rss() -> int:
+    """The most memory this process has had at once, in bytes.
+
+    Linux's own count starts anew with each program, while ``getrusage`` inherits that of the process that started it.
+    """
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
