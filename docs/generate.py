@@ -15,7 +15,7 @@ from typing import Any
 import click
 from meanings import MEANINGS
 
-from labinfer.cli.main import COMMANDS, cli
+from labinfer.cli.main import COMMANDS, SECTIONS, cli
 from labinfer.compiler import blueprint, plan
 from labinfer.compiler.blueprint import read_map
 from labinfer.errors import LabinferError
@@ -172,6 +172,14 @@ def shapes(spec: OpSpec) -> str:
     return " ".join(filter(None, [first_paragraph(spec.infer.__doc__), weights]))
 
 
+def command_index() -> str:
+    """The commands by section."""
+    rows = []
+    for section, names in SECTIONS.items():
+        rows += [[section, f"[{name}](#labinfer-{name})", line.rstrip(".")] for name, (_, line) in names.items()]
+    return table(["", "command", ""], rows)
+
+
 def commands() -> str:
     """The help of every command."""
     return "\n\n".join(f"## labinfer {name}\n\n```\n{help_text(name)}\n```" for name in COMMANDS)
@@ -248,7 +256,7 @@ def short_plan() -> str:
 
     limits = {"max_model_len": 64, "max_num_batched_tokens": 8, "max_num_seqs": 1}
     model = "tests/golden/llama-llama3"
-    found = json.loads(labinfer.compile(ROOT / model, **limits).dump())
+    found = json.loads(labinfer.compile(ROOT / model, devices="reference", **limits).dump())
     found["source"]["checkpoint"] = f"/…/{model}"
     found["source"]["sha256"] = {name: f"{digest[:4]}…" for name, digest in found["source"]["sha256"].items()}
     for block in found["stages"][0]["blocks"].values():
@@ -263,7 +271,8 @@ def schema_of(name: str) -> Callable[[], str]:
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    "ops": ops, "commands": commands, "exit codes": exit_codes, "families": families, "formats": formats,
+    "ops": ops, "command index": command_index, "commands": commands,
+    "exit codes": exit_codes, "families": families, "formats": formats,
     "fusions": fusions, "activations": activations, "plan fields": plan_fields, "short plan": short_plan,
     "map": schema_of("Blueprint"), "config": schema_of("ConfigEntry"), "check": schema_of("Check"),
     "match": schema_of("Match"), "op": schema_of("OpLine"), "use": schema_of("UseLine"),
@@ -277,7 +286,7 @@ def picture() -> str:
     import labinfer
     from labinfer.render import render
 
-    return render(labinfer.compile("llama"), "svg")
+    return render(labinfer.compile("llama", devices="reference"), "svg")
 
 
 def files() -> Iterator[tuple[Path, str]]:
