@@ -59,7 +59,7 @@ CASES = {
     "map.shape-mismatch": ("out_features: 3 * hidden_size", "out_features: 5 * hidden_size", 19, "made by 'linear' at"),
     "map.outputs": ("out: [q, k, v]", "out: [q, k]", 19, "makes 3 values"),
     "map.inputs": ("in: [h, out], out: h", "in: [h, out, h], out: h", 24, "'in' names 3"),
-    "map.repeat": ("times: num_layers", "times: 10**9", 13, "4096"),
+    "map.repeat": ("times: num_layers", "times: 10**9", 13, "1024"),
     "map.expression": ("3 * hidden_size", "3 * (hidden_size", 18, "out_features: 3 * (hidden_size"),
     "graph.states-fit": ("v: hidden_size}", "v: 2 * hidden_size}", 20, "state 'layers.0.kv'"),
     "map.state": ("v: hidden_size}", "v: -hidden_size}", 20, "kv"),

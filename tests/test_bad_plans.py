@@ -68,6 +68,17 @@ def at(name: str, **changes: Any) -> Callable[[Data], None]:
     return lambda data: place(data, name).update(changes)
 
 
+def onto(data: Data, name: str, distance: int) -> None:
+    """Move a value onto ``h``, which is needed throughout the layer."""
+    place(data, name)["at"] = place(data, "h")["at"] + distance
+
+
+def reach(data: Data, *names: str) -> None:
+    """Stretch the lower of two values so that its second row lies on the upper one."""
+    low, high = sorted((place(data, name) for name in names), key=lambda value: int(value["at"]))
+    low["row"] = high["at"] - low["at"]
+
+
 def line(name: str, **changes: Any) -> Callable[[Data], None]:
     """An edit of an op."""
     return lambda data: op(data, name).update(changes)
@@ -83,19 +94,19 @@ LAYER = ("stages", 0, "blocks", "layer")
 EDITS: dict[str, tuple[Callable[[Data], Any], str]] = {
     "negative offset": (at("h", at=-256), "plan.schema"),
     "negative size": (put(*STAGE, "arena", "size", -1), "plan.schema"),
-    "moved onto a live value": (at("layers.{i}.qkv", at=512), "plan.arena-overlap"),
-    "moved half onto a live value": (at("layers.{i}.context", at=452), "plan.arena-overlap"),
-    "moved beyond the arena": (at("layers.{i}.context", at=1024), "plan.arena-bounds"),
+    "moved onto a live value": (lambda d: onto(d, "layers.{i}.qkv", 0), "plan.arena-overlap"),
+    "moved half onto a live value": (lambda d: onto(d, "layers.{i}.context", 64), "plan.arena-overlap"),
+    "moved beyond the arena": (at("layers.{i}.context", at=1 << 20), "plan.arena-bounds"),
     "arena shrunk": (put(*STAGE, "arena", "size", 256), "plan.arena-bounds"),
     "off the grid": (at("layers.{i}.context", at=770), "plan.arena-bounds"),
     "no place": (lambda d: place(d, "layers.{i}.context").pop("at"), "plan.value"),
     "no place for the logits": (lambda d: place(d, "logits").pop("at"), "plan.value"),
     "pitch below the row": (at("layers.{i}.context", row=4), "plan.arena-bounds"),
     "pitch so large that the end is outside": (at("layers.{i}.context", row=512), "plan.arena-bounds"),
-    "pitch that reaches a live value": (at("layers.{i}.qkv", row=192), "plan.arena-overlap"),
+    "pitch that reaches a live value": (lambda d: reach(d, "h", "layers.{i}.qkv"), "plan.arena-overlap"),
     "window of another pitch": (at("layers.{i}.k", row=192), "plan.window"),
     "window at another column": (at("layers.{i}.k", at=36), "plan.window"),
-    "in place over what is still needed": (at("layers.{i}.out", at=512), "plan.arena-overlap"),
+    "in place over what is still needed": (lambda d: onto(d, "layers.{i}.out", 0), "plan.arena-overlap"),
     "bound below what the arena was planned for": (put("limits", "max_num_batched_tokens", 64), "plan.arena-bounds"),
     "unknown device": (put(*STAGE, "device", "reference:7"), "plan.unknown-device"),
     "wrong arena bytes": (put(*STAGE, "bytes", "arena", 12), "plan.bytes"),
@@ -216,7 +227,8 @@ TWO_STAGES: dict[str, tuple[Callable[[Data], Any], str]] = {
         lambda d: next(iter(d["stages"][1]["inputs"].values())).update(type="f32[T, 4]"), "plan.type"),
     "received without a place": (lambda d: next(iter(d["stages"][1]["inputs"].values())).pop("at"), "plan.value"),
     "received under a live value": (
-        lambda d: next(iter(d["stages"][1]["inputs"].values())).update(at=0), "plan.arena-overlap"),
+        lambda d: next(iter(d["stages"][1]["inputs"].values())).update(at=place(d, "layers.{i}.qkv", 1)["at"]),
+        "plan.arena-overlap"),
     "sent too early to live": (lambda d: d["stages"][0].update(outputs=["h"]), "plan.value"),
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ nor requests.
 from __future__ import annotations
 
 import importlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -210,7 +211,7 @@ def device_kind(name: str) -> str:
     if kind not in BACKENDS:
         remedy = did_you_mean(kind, BACKENDS) or f"known devices: {', '.join(BACKENDS)}"
         raise DoesNotFit("device.unknown", f"there is no device '{name}'", remedy=remedy)
-    if colon and not number.isdigit():
+    if colon and not re.fullmatch(r"[0-9]{1,4}", number):
         raise UsageError("device.name", f"'{name}' should be '{kind}' or '{kind}:NUMBER'")
     return kind
 

@@ -24,7 +24,7 @@ from labinfer.home import graphs_dir
 from labinfer.ops import OPS
 from labinfer.ops.base import OpAttrs, OpSpec, ShapeMismatch, TensorType
 
-MAX_LAYERS = 4096
+MAX_LAYERS = 1024
 GRAPH_INPUTS = {"token_ids": TensorType(("T",), "i32"), "positions": TensorType(("T",), "i32")}
 
 

@@ -25,7 +25,10 @@ class Window:
 
 @dataclass(slots=True)
 class Storage:
-    """One piece of memory: named after the value that made it, alive over the ops ``[lower, upper)``."""
+    """One piece of memory: named after the value that made it, alive over the ops ``[lower, upper)``.
+
+    ``values`` are those that lie in it, but for some that are dead.
+    """
 
     name: str
     type: TensorType
@@ -113,8 +116,8 @@ def _writable(
         name = op.inputs[operand] if operand < len(op.inputs) else ""
         if name not in windows or values[name] != kind or windows[name].storage in taken:
             continue
-        sharers = storages[windows[name].storage].values
-        alive = [other for other in sharers if last_use.get(other, -1) > index]
+        storage = storages[windows[name].storage]
+        storage.values = alive = [other for other in storage.values if last_use.get(other, -1) > index]
         if op.inputs.count(name) == 1 and not any(_overlap(name, other, values, windows) for other in alive):
             return name
     return None
