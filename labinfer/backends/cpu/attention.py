@@ -180,7 +180,8 @@ def attention(
     begin, context = i32p(batch.query_start), i32p(batch.context_len)
     step, before = tile_tokens(heads), 0
     for s in range(batch.sequences):
-        token, tokens, length = np.int64(begin[s]), begin[s + 1] - begin[s], np.int64(context[s])
+        # Adding makes an int64 of an int32: with one type for all, what follows is compiled once.
+        token, tokens, length = begin[s] + 0, begin[s + 1] - begin[s], context[s] + 0
         tiles = (tokens + step - 1) // step
         splits = count_splits(tokens, length, heads.window)
         items = tiles * splits * heads.num_kv_heads

@@ -90,13 +90,6 @@ def _add_scaled(e: Emit, x: Value, y: Value, n: Value, factor: Value) -> None:
         piece.store(e.fma(piece.load(x), by, piece.load(y)), y)
 
 
-def _dot(e: Emit, x: Value, y: Value, n: Value) -> Value:
-    total = e.var(e.const(0.0))
-    for piece in pieces(e, n):
-        total.set(e.fma(piece.load(x), piece.load(y), total.get()))
-    return e.sum(total.get())
-
-
 def _sum(e: Emit, x: Value, n: Value) -> Value:
     total = e.var(e.const(0.0))
     for piece in pieces(e, n):
@@ -116,8 +109,6 @@ zero_row = kernel(_zero)
 """``y = 0``."""
 add_scaled_row = kernel(_add_scaled, floats=("factor",))
 """``y += x * factor``."""
-dot_row = kernel(_dot, float32)
-"""The sum of ``x * y``."""
 sum_row = kernel(_sum, float32)
 """The sum of ``n`` floats."""
 

@@ -11,7 +11,9 @@ groups of heads.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from labinfer.backends.cpu.attention import Batch, Pages, out_stride
 from labinfer.backends.cpu.attention_tiles import (
@@ -23,16 +25,58 @@ from labinfer.backends.cpu.attention_tiles import (
     start_softmax,
     value_tile,
 )
-from labinfer.backends.cpu.elementwise import add_scaled_row, dot_row, scale_row, sum_row, zero_row
-from labinfer.backends.cpu.isa import njit
+from labinfer.backends.cpu.elementwise import copy_row, pieces, scale_row, sum_row, zero_row
+from labinfer.backends.cpu.isa import Value, njit
 from labinfer.backends.cpu.paged_cache import element_size, read_row
-from labinfer.backends.cpu.simd import f32p, i32p, i64p
+from labinfer.backends.cpu.simd import Emit, f32p, i32p, i64p, kernel
 
 GROUP_HEADS = 8
 """Heads of an item at most."""
 
 ITEM_ROWS = 48
 """Rows of an item, tokens times heads."""
+
+
+KEY_ROWS = 8
+"""Rows of ``kv_b`` that meet all queries of an item while they are in the L1 cache."""
+
+
+def _add_products(rows: int) -> Any:
+    """``y[rows, n] += x[rows, count] . w[count, n]``, the rows of ``x`` and ``y`` so many bytes apart."""
+
+    def add_products(
+        e: Emit, x: Value, x_bytes: Value, w: Value, count: Value, y: Value, y_bytes: Value, n: Value
+    ) -> None:
+        for piece in pieces(e, n):
+            totals = [e.var(piece.load(e.add(y, e.mul(y_bytes, row)))) for row in range(rows)]
+            with e.loop(count) as i:
+                weight = piece.load(e.add(w, e.mul(e.mul(i, n), 4)))
+                for row, total in enumerate(totals):
+                    by = e.bcast(e.add(x, e.mul(x_bytes, row), e.mul(i, 4)))
+                    total.set(e.fma(by, weight, total.get()))
+            for row, total in enumerate(totals):
+                piece.store(total.get(), e.add(y, e.mul(y_bytes, row)))
+
+    return kernel(add_products)
+
+
+def _dots(rows: int) -> Any:
+    """``y[row] = x[row] . w`` of ``n`` floats, the rows of ``x`` and the results so many bytes apart."""
+
+    def dots(e: Emit, x: Value, x_bytes: Value, w: Value, n: Value, y: Value, y_bytes: Value) -> None:
+        totals = [e.var(e.const(0.0)) for _ in range(rows)]
+        for piece in pieces(e, n):
+            weight = piece.load(w)
+            for row, total in enumerate(totals):
+                total.set(e.fma(piece.load(e.add(x, e.mul(x_bytes, row))), weight, total.get()))
+        for row, total in enumerate(totals):
+            e.store(e.sum(total.get()), e.add(y, e.mul(y_bytes, row)))
+
+    return kernel(dots)
+
+
+_add_products6, _add_products1 = _add_products(6), _add_products(1)
+_dots6, _dots1 = _dots(6), _dots(1)
 
 
 class Latent(NamedTuple):
@@ -163,16 +207,23 @@ def _absorb_queries(q: int, q_stride: int, latent: Latent, item: MlaItem, scratc
         weight = latent.kv_b + 4 * head * (latent.nope_dim + latent.v_dim) * rank
         source = q + 4 * (item.token * q_stride + head * (latent.nope_dim + latent.rope_dim))
         zero_row(scratch.row, item.tokens * width)
-        for n in range(latent.nope_dim):
-            for t in range(item.tokens):
-                by = f32p(source + 4 * t * q_stride)[n] * latent.scale
-                add_scaled_row(weight + 4 * n * rank, scratch.row + 4 * t * width, rank, by)
+        for n in range(0, latent.nope_dim, KEY_ROWS):
+            count, w = min(KEY_ROWS, latent.nope_dim - n), weight + 4 * n * rank
+            t = 0
+            while t < item.tokens:
+                x, y = source + 4 * (t * q_stride + n), scratch.row + 4 * t * width
+                if item.tokens - t >= 6:
+                    _add_products6(x, 4 * q_stride, w, count, y, 4 * width, rank)
+                    t += 6
+                else:
+                    _add_products1(x, 4 * q_stride, w, count, y, 4 * width, rank)
+                    t += 1
         for t in range(item.tokens):
             turned = source + 4 * (t * q_stride + latent.nope_dim)
-            scale_row(turned, scratch.row + 4 * (t * width + rank), latent.rope_dim, latent.scale)
+            copy_row(turned, scratch.row + 4 * (t * width + rank), latent.rope_dim)
             row, lane = f32p(scratch.row + 4 * t * width), t * item.heads + h
             for i in range(width):
-                across[i * scratch.lanes + lane] = row[i]
+                across[i * scratch.lanes + lane] = row[i] * np.float32(latent.scale)
 
 
 @njit
@@ -219,13 +270,20 @@ def _read_tile(
 def _expand_values(y: int, y_stride: int, latent: Latent, item: MlaItem, scratch: MlaScratch) -> None:
     """Every row's average latent times ``kv_b``'s value rows, into the result."""
     rank, stride = latent.kv_rank, 4 * out_stride(latent.kv_rank)
+    for r in range(item.tokens * item.heads):
+        average = scratch.out + r * stride
+        scale_row(average, average, rank, 1.0 / sum_row(scratch.sums + 64 * r, 16))
     for h in range(item.heads):
         head = item.head + h
         weight = latent.kv_b + 4 * (head * (latent.nope_dim + latent.v_dim) + latent.nope_dim) * rank
         for v in range(latent.v_dim):
-            for t in range(item.tokens):
-                r = t * item.heads + h
-                total = dot_row(weight + 4 * v * rank, scratch.out + r * stride, rank)
-                f32p(y + 4 * (item.token + t) * y_stride)[head * latent.v_dim + v] = total / sum_row(
-                    scratch.sums + 64 * r, 16
-                )
+            w, t = weight + 4 * v * rank, 0
+            while t < item.tokens:
+                x = scratch.out + (t * item.heads + h) * stride
+                target = y + 4 * ((item.token + t) * y_stride + head * latent.v_dim + v)
+                if item.tokens - t >= 6:
+                    _dots6(x, item.heads * stride, w, rank, target, 4 * y_stride)
+                    t += 6
+                else:
+                    _dots1(x, item.heads * stride, w, rank, target, 4 * y_stride)
+                    t += 1

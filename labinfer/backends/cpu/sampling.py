@@ -179,7 +179,7 @@ def _walk(ranking: Ranking, target: float, beyond: bool, kept: int) -> Place:
     """
     mass, counts, weight = f64p(ranking.mass), i64p(ranking.counts), f64p(ranking.weights)
     heap = i32p(ranking.heap)
-    rank, total, token = 0, 0.0, np.int64(0)
+    rank, total, token = 0, 0.0, 0
     for bucket in range(BUCKETS):
         count, after = counts[bucket], total + mass[bucket]
         if rank + count < kept and (after <= target if beyond else after < target):
@@ -187,7 +187,7 @@ def _walk(ranking: Ranking, target: float, beyond: bool, kept: int) -> Place:
             continue
         _fill_heap(ranking, bucket)
         for left in range(count, 0, -1):
-            token = np.int64(heap[0])
+            token = heap[0] + 0  # int64 like every other number of a Place
             rank, total = rank + 1, total + weight[token]
             if rank == kept or (total > target if beyond else total >= target):
                 return Place(token, rank, total)
