@@ -91,7 +91,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each measurement")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, labinfer.load(options.model or small_model(Path(folder))) as model:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        labinfer.load(options.model or small_model(Path(folder)), devices="reference") as model,
+    ):
         found = measure(model, options.seconds)
         name = model.plan.source.name if options.model else "tiny llama, 28 layers"
     print(f"{name}: {found['ops']:.0f} ops in a decode step, kernels that do nothing")

@@ -74,6 +74,14 @@ def test_optional_weights_follow_the_checkpoint(tmp_path: Path) -> None:
     assert (graph.weights["layers.0.out"].format, graph.weights["layers.0.out_bias"].format) == ("bf16", "f32")
 
 
+def test_ops_without_values_have_names_of_their_own(tmp_path: Path) -> None:
+    write = "    - {op: kv_write, in: [k, v], state: kv}\n"
+    graph = graph_of(tmp_path, lambda text: text.replace(write, 2 * write))
+    names = [op.name for op in graph.ops]
+    assert len(set(names)) == len(names)
+    assert {"layers.0.kv_write", "layers.0.kv_write.2"} <= set(names)
+
+
 def test_per_layer_values(tmp_path: Path) -> None:
     def change(text: str) -> str:
         return text.replace("config:\n", "config:\n  scale: {value: 0.25, only: i % 2 == 0, else: 2.0}\n").replace(

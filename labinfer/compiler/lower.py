@@ -6,7 +6,7 @@ values are equal share all evaluated results, so the work grows with the kinds o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -79,6 +79,15 @@ def lower(blueprint: Blueprint, source: ModelSource) -> OpGraph:
     return _Lowering(blueprint, source).run()
 
 
+def unused(name: str, taken: Container[str]) -> str:
+    """``name``, or ``name.2`` and so on when it is taken."""
+    full, count = name, 1
+    while full in taken:
+        count += 1
+        full = f"{name}.{count}"
+    return full
+
+
 def attribute_errors(line: OpLine, failure: ValidationError) -> list[InvalidFile]:
     """What pydantic found wrong with the attributes of ``line``, each at its place."""
     found = []
@@ -96,6 +105,7 @@ class _Lowering:
         self.scope = model_scope(blueprint, source)
         self.table = WeightTable(blueprint, source, self.sink)
         self.graph = OpGraph(source.name or blueprint.family, tuple(blueprint.inputs), ())
+        self.silent: set[str] = set()  # names of the ops that make no value
         self.expressions: dict[tuple[int, str], Expression] = {}
         self.evaluated: dict[tuple[int, str, tuple[TensorType, ...]], Evaluated | None] = {}
 
@@ -277,10 +287,7 @@ class _Lowering:
     def emit(self, line: OpLine, inputs: tuple[str, ...], result: Evaluated, names: Names, context: Context) -> None:
         graph, outputs = self.graph, []
         for name, kind in zip(as_list(line.out), result.outputs, strict=True):
-            full, count = context.path + name, 1
-            while full in graph.values:
-                count += 1
-                full = f"{context.path}{name}.{count}"
+            full = unused(context.path + name, graph.values)
             graph.values[full] = kind
             names.own[name] = full
             outputs.append(full)
@@ -300,7 +307,9 @@ class _Lowering:
         origin = Origin(map_name(place.file), place.line, place.column) if place else Origin("", 0, 0)
         state = self.state(line, context) if line.state else None
         device = self.device(line, context.scope) or context.device
-        name = outputs[0] if outputs else f"{context.path}{line.op}"
+        name = outputs[0] if outputs else unused(f"{context.path}{line.op}", self.silent)
+        if not outputs:
+            self.silent.add(name)
         op = Op(name, line.op, inputs, tuple(outputs), result.attrs, weights, origin, context.layer, state, device)
         graph.ops.append(op)
 
