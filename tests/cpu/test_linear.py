@@ -198,9 +198,10 @@ def test_zero_and_tiny_activations():
 @pytest.mark.skipif("LABINFER_CPU_ISA" in os.environ, reason="this is the run at a forced level")
 @pytest.mark.parametrize("level", isa.LEVELS[isa.LEVELS.index(isa.LEVEL) + 1 :])
 def test_lower_feature_levels(level):
-    """This file and that of the panels once more, in a process that may use less of the CPU."""
+    """This file and that of the panels once more, but for what compiles or runs long, where less of the CPU is used."""
     files = [__file__, __file__.replace("test_linear", "test_panels")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    command += ["-k", "not every_number and not one_digit"]
     result = subprocess.run(command, env={**os.environ, "LABINFER_CPU_ISA": level}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
 

@@ -24,6 +24,9 @@ from labinfer.backends.cpu.layout import PANEL_ROWS, activation_digits, panel_fo
 from labinfer.backends.cpu.simd import Emit, kernel
 from labinfer.backends.cpu.tiles import tile
 
+MANY, SOME = (8, 4) if isa.LEVEL == "avx512vnni" else (4, 2)
+"""Tokens of the larger tiles: as many as have room for their sums in the vector registers."""
+
 CHUNK = 64
 """Tokens that meet a panel while it is in the L1 cache."""
 
@@ -35,9 +38,9 @@ SCRATCH_FLOATS = 64 * CHUNK
 
 # What the body below finds among its globals; ``specialize`` gives each kernel its own.
 tile_pair: Any = None
-tile_8: Any = None
-tile_4: Any = None
-tile_1: Any = None
+tile_many: Any = None
+tile_some: Any = None
+tile_one: Any = None
 block_columns, block_bytes, paired = 1, 1, False
 
 
@@ -54,23 +57,23 @@ def _linear(w, columns, x, x_stride, y, y_stride, tokens, g0, g1, rows, bias, mo
             done = start
             if width == 2:
                 b = bias + g * 64 if bias else 0
-                while done + 8 <= end:
+                while done + MANY <= end:
                     tile_pair(
                         w + g * size, size, blocks, x + done * x_stride, x_stride,
                         y + g * 64 + done * row, row, rows - g * 16, b, mode,
                     )  # fmt: skip
-                    done += 8
+                    done += MANY
             for p in range(g, g + width):
                 panel, out, left, t = w + p * size, y + p * 64, rows - p * 16, done
                 b = bias + p * 64 if bias else 0
-                while t + 8 <= end:
-                    tile_8(panel, size, blocks, x + t * x_stride, x_stride, out + t * row, row, left, b, mode)
-                    t += 8
-                while t + 4 <= end:
-                    tile_4(panel, size, blocks, x + t * x_stride, x_stride, out + t * row, row, left, b, mode)
-                    t += 4
+                while t + MANY <= end:
+                    tile_many(panel, size, blocks, x + t * x_stride, x_stride, out + t * row, row, left, b, mode)
+                    t += MANY
+                while t + SOME <= end:
+                    tile_some(panel, size, blocks, x + t * x_stride, x_stride, out + t * row, row, left, b, mode)
+                    t += SOME
                 while t < end:
-                    tile_1(panel, size, blocks, x + t * x_stride, x_stride, out + t * row, row, left, b, mode)
+                    tile_one(panel, size, blocks, x + t * x_stride, x_stride, out + t * row, row, left, b, mode)
                     t += 1
             g += width
 
@@ -87,13 +90,13 @@ def linear_code(format: str, digits: int = 2) -> int:
         body = isa.specialize(
             _linear,
             f"linear_{format}_{key[1]}",
-            tile_pair=tile(*key, 8, 2),
-            tile_8=tile(*key, 8),
-            tile_4=tile(*key, 4),
-            tile_1=tile(*key, 1),
+            tile_pair=tile(*key, MANY, 2),
+            tile_many=tile(*key, MANY),
+            tile_some=tile(*key, SOME),
+            tile_one=tile(*key, 1),
             block_columns=layout.columns,
             block_bytes=layout.bytes,
-            paired=not layout.quantized,
+            paired=not layout.quantized and isa.LEVEL == "avx512vnni",
         )
         _codes[key] = isa.cfunc(_SIGNATURE, body)
     return int(_codes[key].address)
