@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -284,7 +284,9 @@ def default_devices() -> str:
 def targets(devices: str | Sequence[str] | None) -> list[Target]:
     """Devices as the compiler sees them, from ``"reference"`` or ``"reference:0=0-7,reference:1=8-15"`` or a list."""
     devices = devices or default_devices()
-    items = devices.split(",") if isinstance(devices, str) else list(devices)
+    items = devices.split(",") if isinstance(devices, str) else devices
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
+        raise UsageError("device.list", f"devices are names, got {devices!r}")
     found = [_target(item.strip()) for item in items if item.strip()]
     names = [target.name for target in found]
     if not found or len(set(names)) < len(names):
@@ -297,10 +299,10 @@ def _target(item: str) -> Target:
     known = capabilities(name)
     span: tuple[int, int] | None = None
     if assigned:
-        first, _, last = layers.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()) or int(last or first) < int(first):
+        match = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", layers)
+        span = (int(match[1]), int(match[2] or match[1])) if match else None
+        if span is None or span[1] < span[0]:
             raise UsageError("device.layers", f"'{item}' should be like '{name}=0-7'")
-        span = (int(first), int(last or first))
     return Target(
         name=name,
         kind=device_kind(name),
@@ -309,6 +311,7 @@ def _target(item: str) -> Target:
         fusions=known.fusions,
         workspace=known.workspace,
         kv_dtypes=known.kv_dtypes,
+        tables=known.tables,
         threads=known.threads(),
         layers=span,
     )

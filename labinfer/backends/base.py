@@ -37,7 +37,8 @@ class Capabilities:
 
     ``parameters`` names the layout weights take there and ``weight_bytes(format, shape)`` gives its size; ``fusions``
     are the fused ops it has kernels for; ``workspace`` gives the scratch bytes that a kernel needs at its bounds;
-    ``kv_dtypes`` are the formats it can keep keys and values in; ``threads`` how many it uses unless told otherwise.
+    ``kv_dtypes`` are the formats it can keep keys and values in; ``tables(attrs, max_model_len)`` gives the bytes of
+    constants it keeps for all ops with these attributes; ``threads`` how many it uses unless told otherwise.
     """
 
     parameters: str
@@ -45,6 +46,7 @@ class Capabilities:
     fusions: tuple[str, ...] = ()
     workspace: Callable[[KernelBounds], int] = no_workspace
     kv_dtypes: tuple[str, ...] = ("f32",)
+    tables: Callable[[Any, int], int] = lambda attrs, max_model_len: 0
     threads: Callable[[], int | None] = lambda: None
 
 
@@ -190,6 +192,9 @@ class Device(ABC):
 
     def synchronize(self) -> None:  # noqa: B027  most devices finish before they return
         """Wait until everything asked of the device is done."""
+
+    def close(self) -> None:  # noqa: B027  most devices hold nothing but memory
+        """Give back what the device holds beside its buffers; it cannot run any more."""
 
     @abstractmethod
     def memory(self) -> tuple[int, int]:

@@ -235,6 +235,7 @@ def _bytes(graph: OpGraph, parts: Sequence[Op], target: Target, limits: Limits, 
     weights = dict.fromkeys(name for part in parts for name in part.weights.values())
     states = dict.fromkeys(part.state for part in parts if part.state)
     slots = limits.num_blocks * limits.block_size
+    longest = -(-limits.max_model_len // limits.block_size) * limits.block_size
     return StageBytes(
         weights=sum(target.weight_bytes(graph.weights[name].format, graph.weights[name].shape) for name in weights),
         kv_cache=sum(
@@ -242,6 +243,7 @@ def _bytes(graph: OpGraph, parts: Sequence[Op], target: Target, limits: Limits, 
         ),
         arena=arena,
         step=limits.step_bytes,
+        tables=sum(target.tables(attrs, longest) for attrs in {part.attrs for part in parts if part.kind == "rope"}),
     )
 
 

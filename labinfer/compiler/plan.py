@@ -132,17 +132,18 @@ class Arena(PlanModel):
 
 
 class StageBytes(PlanModel):
-    """Exact bytes the stage takes on its device; ``step`` is the step batch."""
+    """Exact bytes the stage takes on its device; ``step`` is the step batch, ``tables`` constants such as rope's."""
 
     weights: NonNegativeInt
     kv_cache: NonNegativeInt
     arena: NonNegativeInt
     step: NonNegativeInt
+    tables: NonNegativeInt = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.kv_cache + self.arena + self.step
+        return self.weights + self.kv_cache + self.arena + self.step + self.tables
 
 
 class Stage(PlanModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from labinfer.compiler.graph import Op, OpGraph
 from labinfer.errors import DoesNotFit, UsageError, did_you_mean
@@ -16,7 +17,8 @@ class Target:
 
     ``parameters`` names the layout that weights take there, ``weight_bytes(format, shape)`` gives its size; ``fusions``
     are the fused ops it has kernels for; ``workspace`` gives the scratch bytes that a kernel needs at its bounds;
-    ``kv_dtypes`` are the cache formats it reads; ``threads`` how many it uses, None where that means nothing;
+    ``kv_dtypes`` are the cache formats it reads; ``tables`` gives the bytes of constants that ops of equal attributes
+    share; ``threads`` how many it uses, None where that means nothing;
     ``memory`` is a cap in bytes; ``layers`` the layers (first, last) a person gave it, None for an even share.
     """
 
@@ -27,6 +29,7 @@ class Target:
     fusions: tuple[str, ...]
     workspace: Callable[[KernelBounds], int]
     kv_dtypes: tuple[str, ...]
+    tables: Callable[[Any, int], int]
     threads: int | None
     memory: int | None = None
     layers: tuple[int, int] | None = None

@@ -156,7 +156,7 @@ def stage_report(plan: Plan, stage: Stage, placed: list[PlacedOp]) -> StageRepor
         kv_cache=stage.bytes.kv_cache,
         kv_cache_per_token=plan.limits.cache_bytes_per_number * sum(sum(states[name].widths.values()) for name in used),
         arena=stage.bytes.arena,
-        step=stage.bytes.step,
+        step=stage.bytes.step + stage.bytes.tables,
         total=stage.bytes.total,
         lower_bound=stage.arena.lower_bound,
         optimal=stage.arena.optimal,

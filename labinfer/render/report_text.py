@@ -70,7 +70,7 @@ def device_table(plan: Plan) -> list[str]:
     sizes = []
     for number, stage in enumerate(plan.stages):
         taken = stage.bytes
-        sizes.append((taken.weights, taken.kv_cache, taken.arena, taken.step, taken.total))
+        sizes.append((taken.weights, taken.kv_cache, taken.arena, taken.step + taken.tables, taken.total))
         layers = ranges(layer for block in layers_by_block(stage).values() for layer in block)
         rows.append([str(number), stage.device, layers, *map(human_bytes, sizes[-1])])
     if len(sizes) > 1:

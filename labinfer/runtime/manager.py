@@ -22,6 +22,12 @@ class Manager:
             self.devices[name] = backend_class(name)(name, threads=threads)
         return self.devices[name]
 
+    def close(self) -> None:
+        """Close every device that was opened."""
+        for device in self.devices.values():
+            device.close()
+        self.devices.clear()
+
     def grant(self, owner: str, device: str, nbytes: int) -> None:
         """Promise ``owner`` so many bytes of ``device``; ``DoesNotFit`` beyond the device's quota."""
         granted = self.grants.setdefault(device, {})

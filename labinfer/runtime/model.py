@@ -44,6 +44,7 @@ class Model:
         progress: Progress = lambda nbytes: None,
     ) -> None:
         self.plan, self.tokenizer, self.manager = plan, tokenizer, manager or Manager()
+        self.owns_manager = manager is None
         self.owner = f"{plan.source.name} #{next(_numbers)}"
         self.pool = BlockPool(plan.limits.num_blocks)
         self.interpreters: list[Interpreter] = []
@@ -167,6 +168,8 @@ class Model:
             memory.close()
         self.interpreters, self.memory = [], []
         self.manager.release(self.owner)
+        if self.owns_manager:
+            self.manager.close()
 
     def __enter__(self) -> Self:
         return self

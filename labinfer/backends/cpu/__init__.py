@@ -3,7 +3,7 @@
 from labinfer.backends.base import Capabilities
 from labinfer.backends.cpu.layout import weight_bytes
 from labinfer.backends.cpu.machine import default_threads
-from labinfer.backends.cpu.workspace import scratch_bytes
+from labinfer.backends.cpu.workspace import scratch_bytes, table_bytes
 
 CAPABILITIES = Capabilities(
     parameters="panels",
@@ -11,5 +11,6 @@ CAPABILITIES = Capabilities(
     fusions=("norm_qkv", "norm_glu", "rope_kv_write", "linear_add"),
     workspace=scratch_bytes,
     kv_dtypes=("f32", "bf16", "f16"),
+    tables=table_bytes,
     threads=default_threads,
 )

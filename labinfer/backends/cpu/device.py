@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
@@ -40,7 +41,7 @@ class CpuDevice(HostDevice):
         super().__init__(name, memory_limit)
         self.threads, self.digits = threads or default_threads(), digits
         self.workers = Workers(self.threads)
-        self.tables: dict[Any, np.ndarray] = {}
+        self.tables: weakref.WeakValueDictionary[Any, np.ndarray] = weakref.WeakValueDictionary()
         self.latents: set[int] = set()
         kernels = {kind: CpuKernel(self, kind) for kind in EMITTERS}
         self.F = FunctionTable(kernels, lambda shape, dtype: np.empty(shape, DTYPES[dtype]))
@@ -65,30 +66,43 @@ class CpuDevice(HostDevice):
         """Cosines and sines for positions below ``length``, made once for all layers that turn alike."""
         factors = [weights.get(name) for name in ("freq_factors", "long_freq_factors")]
         key = (attrs, length, *(None if f is None else f.tobytes() for f in factors))
-        if key not in self.tables:
-            self.tables[key] = rope_tables(attrs, length, *factors)
-        return self.tables[key]
+        table = self.tables.get(key)
+        if table is None:
+            made = rope_tables(attrs, length, *factors)
+            buffer = self.allocate(made.nbytes, "rope tables")
+            table = self.view(buffer, 0, made.shape, "f32")
+            np.copyto(table, made)
+            weakref.finalize(table, self.deallocate, buffer)
+            self.tables[key] = table
+        return table
 
     def program(self, calls: Sequence[tuple[Kernel, Call]]) -> Callable[[], None]:
         """The calls as one tape, run by all workers in one compiled loop."""
         kinds = [kernel.kind for kernel, _ in calls if isinstance(kernel, CpuKernel)]
-        self.latents |= {
-            id(call.cache) for (_, call), kind in zip(calls, kinds, strict=True) if kind == "mla_attention"
-        }
-        rows = []
+        for (_, call), kind in zip(calls, kinds, strict=True):  # who reads a cache decides how it is written
+            if kind == "mla_attention":
+                self.latents.add(id(call.cache))
+            elif kind == "attention":
+                self.latents.discard(id(call.cache))
+        rows, kept = [], []
         for (_, call), kind in zip(calls, kinds, strict=True):
             emitter = Emitter(self, call)
             EMITTERS[kind](emitter, call)
             rows += emitter.rows
+            kept += emitter.kept
         tape = table(rows)
         workers, at, count = self.workers, tape.ctypes.data, len(tape)
         step = calls[0][1].step
 
         def run() -> None:
             workers.run(at, count, 0 if step is None else len(step.context_len))
-            _ = tape  # the rows live as long as what runs them
+            _ = tape, kept  # the rows, and what they point to, live as long as what runs them
 
         return run
+
+    def close(self) -> None:
+        """End the threads."""
+        self.workers.close()
 
     @property
     def compute_share(self) -> float:

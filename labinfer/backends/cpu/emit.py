@@ -68,6 +68,7 @@ class Emitter:
 
     def __init__(self, device: CpuDevice, call: Call) -> None:
         self.device, self.call, self.rows = device, call, list[list[int]]()
+        self.kept: list[np.ndarray] = []
         self.scratch = address(call.workspace)
         self.left = 0 if call.workspace is None else call.workspace.nbytes
 
@@ -171,6 +172,7 @@ class Emitter:
             return *self.dynamic_table(call, positions), *geometry
         length = self.step.block_table.shape[1] * self.step.block_size
         tables = self.device.rope_table(attrs, length, call.weights)
+        self.kept.append(tables)
         rows = address(positions)
         if attrs.recompute_after:
             rows = self.take(4 * len(positions))

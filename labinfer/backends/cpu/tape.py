@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import types
 
 from labinfer.backends.cpu import isa
-from labinfer.backends.cpu.isa import I64, Value, ir, njit
+from labinfer.backends.cpu.isa import I64, Value, njit
 from labinfer.backends.cpu.simd import Emit, _pointer, flag_get, flag_set, i64p, kernel, pause, sched_yield
 
 ROW = 40
