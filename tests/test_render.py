@@ -9,6 +9,7 @@ import re
 import time
 import xml.etree.ElementTree as ET
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import labinfer
+from labinfer.backends.base import BACKENDS
 from labinfer.cli.graph import default_name
 from labinfer.cli.main import COMMANDS, main
 from labinfer.compiler.fold import unfold_ops
@@ -64,6 +66,24 @@ def test_layers_that_alternate_are_one_pattern() -> None:
 def test_layers_that_only_lie_elsewhere_are_alike() -> None:
     plan = labinfer.compile("qwen3.yaml", devices=TWO)
     assert len({section.block for section in draw(plan).sections if section.layers}) == 1
+
+
+@pytest.mark.parametrize("device", BACKENDS)
+@pytest.mark.parametrize("format_", FORMATS)
+def test_every_format_draws_plans_of_every_device(format_: str, device: str) -> None:
+    if device == "cpu":
+        pytest.importorskip("numba")
+    assert render(labinfer.compile("llama.yaml", devices=device), format_)
+
+
+def test_bytes_of_weights_are_those_stored_whatever_the_device_makes_of_them(qwen3: Plan) -> None:
+    plan = qwen3.model_copy(deep=True)
+    for device in plan.devices.values():
+        device.parameters = "a layout of its own"
+    drawing = draw(plan)
+    assert all(drawing.weight_bytes(name) == 2 * prod(weight.shape) for name, weight in drawing.weights.items())
+    embed = next(node for block in drawing.blocks for node in block.nodes if node.op.kind == "embedding")
+    assert embed.cost.weights == 2 * prod(drawing.weights[embed.op.weights["weight"]].shape)
 
 
 def test_layer_ranges_in_words() -> None:

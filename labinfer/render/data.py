@@ -100,7 +100,7 @@ def _node(drawing: Drawing, stage: int, op: Op, node: Node, slots: dict[str, Slo
                 "shape": list(drawing.weights[name].shape),
                 "format": drawing.weights[name].format,
                 "tensor": drawing.weights[name].tensor,
-                "bytes": drawing.weight_bytes(stage, name),
+                "bytes": drawing.weight_bytes(name),
             }
             for slot, name in weights.items()
         },

@@ -145,10 +145,10 @@ class Drawing:
         """Bytes of a value at the plan's bounds."""
         return kind.nbytes(self.plan.limits.max_num_batched_tokens, self.plan.limits.max_logits_rows)
 
-    def weight_bytes(self, stage: int, name: str) -> int:
-        """Bytes of a weight on the device of ``stage``."""
+    def weight_bytes(self, name: str) -> int:
+        """Bytes of a weight as it is stored; what it takes in a device's own layout only that device knows."""
         weight = self.weights[name]
-        return stored_bytes(self.plan.devices[self.device(stage)].parameters or weight.format, weight.shape)
+        return stored_bytes(weight.format, weight.shape)
 
 
 def draw(plan: Plan) -> Drawing:
@@ -163,7 +163,7 @@ def draw(plan: Plan) -> Drawing:
             key = _structure(stage, entry.block)
             if key not in known:
                 known[key] = len(drawing.blocks)
-                drawing.blocks.append(_block(drawing, number, entry.block, ops))
+                drawing.blocks.append(_block(drawing, entry.block, ops))
             drawing.instances.append(Instance(number, known[key], layer, ops, slots))
     _add_outlets(drawing)
     drawing.sections, drawing.repeats = _fold_patterns(_sections(drawing.instances))
@@ -220,8 +220,8 @@ def _structure(stage: Stage, block: str) -> str:
     return json.dumps([strip(op.model_dump(mode="json", by_alias=True)) for op in stage.blocks[block]])
 
 
-def _block(drawing: Drawing, stage: int, title: str, ops: Sequence[Op]) -> Block:
-    nodes = tuple(_node(drawing, stage, op) for op in ops)
+def _block(drawing: Drawing, title: str, ops: Sequence[Op]) -> Block:
+    nodes = tuple(_node(drawing, op) for op in ops)
     producers = {name: index for index, op in enumerate(ops) for part in op.primitives() for name in part.outputs}
     links: list[Link] = []
     writers: dict[str, int] = {}
@@ -237,14 +237,14 @@ def _block(drawing: Drawing, stage: int, title: str, ops: Sequence[Op]) -> Block
     return Block(title, nodes, tuple(links))
 
 
-def _node(drawing: Drawing, stage: int, op: Op) -> Node:
-    parts = tuple(_node(drawing, stage, part) for part in op.body)
+def _node(drawing: Drawing, op: Op) -> Node:
+    parts = tuple(_node(drawing, part) for part in op.body)
     if parts:
         costs = [part.cost for part in parts]
         cost = Cost(*(sum(getattr(c, name) for c in costs) for name in ("flops", "weights", "reads", "writes")))
         category = max(parts, key=lambda part: part.cost.flops).category
     else:
-        cost, category = _cost(drawing, stage, op), category_of(op.kind)
+        cost, category = _cost(drawing, op), category_of(op.kind)
     return Node(
         op=op,
         name=fold_name(op.name),
@@ -258,7 +258,7 @@ def _node(drawing: Drawing, stage: int, op: Op) -> Node:
     )
 
 
-def _cost(drawing: Drawing, stage: int, op: Op) -> Cost:
+def _cost(drawing: Drawing, op: Op) -> Cost:
     limits: Limits = drawing.plan.limits
     inputs = [drawing.values[name] for name in op.inputs]
     tokens, rows = limits.max_num_batched_tokens, limits.max_logits_rows
@@ -266,7 +266,7 @@ def _cost(drawing: Drawing, stage: int, op: Op) -> Cost:
     view = OPS[op.kind].view
     return Cost(
         flops=flops,
-        weights=sum(drawing.weight_bytes(stage, name) for name in op.weights.values()),
+        weights=sum(drawing.weight_bytes(name) for name in op.weights.values()),
         reads=0 if view else sum(drawing.value_bytes(kind) for kind in inputs),
         writes=0 if view else sum(drawing.value_bytes(drawing.values[name]) for name in op.outputs),
     )
