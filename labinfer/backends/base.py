@@ -138,6 +138,8 @@ class Device(ABC):
 
     F: FunctionTable
     allocator: Allocator
+    loaders = 1
+    """Threads that store weights at the same time."""
 
     def __init__(self, name: str, memory_limit: int | None = None, threads: int | None = None) -> None:
         self.name = name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -36,13 +37,14 @@ class Parameters:
         self.buffer = device.allocate(stage.bytes.weights, "weights")
         self.by_name: dict[str, Parameter] = {}
         offset = 0
+        for weight in used:
+            array = device.parameter(self.buffer, offset, weight.format, weight.shape)
+            self.by_name[weight.name] = Parameter(weight.name, device.name, weight, array)
+            offset += weight_bytes(weight.format, weight.shape)
         try:
-            for weight in used:
-                name = weight.name
-                array = device.parameter(self.buffer, offset, weight.format, weight.shape)
-                read_weight(weight, checkpoint, device, array, progress)
-                self.by_name[name] = Parameter(name, device.name, weight, array)
-                offset += weight_bytes(weight.format, weight.shape)
+            with ThreadPoolExecutor(device.loaders) as pool:  # reading and packing hold no GIL
+                for _ in pool.map(lambda each: read_weight(each, checkpoint, device, progress), self.by_name.values()):
+                    pass
         except BaseException:
             self.close()
             raise
@@ -57,8 +59,9 @@ class Parameters:
         self.device.deallocate(self.buffer)
 
 
-def read_weight(weight: Weight, checkpoint: Checkpoint, device: Device, array: Any, progress: Progress) -> None:
-    """Fill the device ``array`` with ``weight``; a tensor that differs from the plan is an error."""
+def read_weight(parameter: Parameter, checkpoint: Checkpoint, device: Device, progress: Progress) -> None:
+    """Fill the array of ``parameter``; a tensor that differs from the plan is an error."""
+    weight = parameter.weight
     for index, name in enumerate(weight.tensors()):
         info = checkpoint.tensors.get(name)
         shape = weight.shape if weight.stack is None else weight.shape[1:]
@@ -68,7 +71,7 @@ def read_weight(weight: Weight, checkpoint: Checkpoint, device: Device, array: A
             message = f"tensor '{name}' of {checkpoint.path} {found}, the plan says {weight.format}{list(stored)}"
             raise WeightsError("weights.changed", message, remedy="compile the plan again")
         raw = transformed(checkpoint.raw(name), info.format, info.shape, weight.transform)
-        device.store(array, raw, info.format, shape, None if weight.stack is None else index)
+        device.store(parameter.array, raw, info.format, shape, None if weight.stack is None else index)
         progress(info.nbytes)
 
 

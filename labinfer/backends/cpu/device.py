@@ -40,6 +40,7 @@ class CpuDevice(HostDevice):
     def __init__(self, name: str, memory_limit: int | None = None, threads: int | None = None, digits: int = 2) -> None:
         super().__init__(name, memory_limit)
         self.threads, self.digits = threads or default_threads(), digits
+        self.loaders = self.threads
         self.workers = Workers(self.threads)
         self.tables: weakref.WeakValueDictionary[Any, np.ndarray] = weakref.WeakValueDictionary()
         self.latents: set[int] = set()
