@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 
 import labinfer
 from labinfer.compiler.plan import Plan
-from labinfer.errors import LabinferError, UsageError
+from labinfer.errors import DoesNotFit, LabinferError, UsageError
 from labinfer.llm import LLM
 from labinfer.runtime.interpreter import MAX_TAPES
+from labinfer.runtime.manager import Manager
 from labinfer.runtime.poison import Poison
 
 from .tiny import FOLDERS, GOLDEN, tiny_plan
@@ -201,6 +203,19 @@ def test_an_error_in_a_kernel_names_the_op_and_its_origin(tmp_path: Path, listen
     assert (caught.value.code, caught.value.exit_code) == ("run.op-failed", 1)
     for part in ("'layers.0.context'", "attention", f"{tmp_path}/tiny.yaml:21:7", "out of luck"):
         assert part in caught.value.message
+
+
+def test_an_op_without_a_kernel_is_told_before_weights_are_loaded(tmp_path: Path) -> None:
+    path, _ = tiny_plan(tmp_path)
+    with closing(Manager()) as manager:
+        del manager.device("reference").F.kernels["attention"]  # type: ignore[attr-defined]
+        with pytest.raises(DoesNotFit) as caught:
+            labinfer.load(path, manager=manager)
+        assert manager.device("reference").allocator.peak == 0
+    assert (caught.value.code, caught.value.exit_code) == ("device.no-kernel", 4)
+    for part in ("'reference'", "'attention'", "'layers.0.context'", f"{tmp_path}/tiny.yaml:21:7"):
+        assert part in caught.value.message
+    assert "--devices" in (caught.value.remedy or "")
 
 
 def test_steps_of_mixed_sizes_reuse_their_tapes(model: LLM) -> None:

@@ -16,7 +16,7 @@ from labinfer.backends.base import Buffer, Device, Kernel, KernelFailure
 from labinfer.compiler.fold import GRAPH_INPUTS, Slot, steps, unfold_inputs, unfold_ops
 from labinfer.compiler.graph import Op
 from labinfer.compiler.plan import Limits, Stage
-from labinfer.errors import LabinferError, UsageError, did_you_mean
+from labinfer.errors import DoesNotFit, LabinferError, UsageError, did_you_mean
 from labinfer.ops.base import Call, Step, dim
 from labinfer.ops.fusions import is_view
 from labinfer.runtime.kv_cache import KVCache
@@ -46,6 +46,23 @@ class Tape:
     program: Callable[[], None]
     bound: tuple[Bound, ...]
     values: Mapping[str, Any]
+
+
+def kernel_of(device: Device, op: Op) -> Kernel:
+    """The kernel that runs ``op`` on ``device``; ``DoesNotFit`` when it has none."""
+    kernel = device.F.kernels.get(op.kind)
+    if kernel is None:
+        message = f"device '{device.name}' has no kernel for op '{op.kind}', which '{op.name}' (from {op.origin}) needs"
+        raise DoesNotFit("device.no-kernel", message, remedy="compile for a device that has one: --devices reference")
+    return kernel
+
+
+def check_kernels(stage: Stage, device: Device) -> None:
+    """Raise ``DoesNotFit`` unless ``device`` has a kernel for every op of ``stage``; to be asked before weights load."""
+    for op, made in unfold_ops(stage):
+        for step in steps(op, made):
+            if not is_view(step.kind):
+                kernel_of(device, step)
 
 
 class Interpreter:
@@ -126,7 +143,7 @@ class Interpreter:
         values.update(self.inner_values(tokens, rows))
         bound = []
         for op in self.running():
-            kernel = None if is_view(op.kind) else self.device.F.kernels[op.kind]
+            kernel = None if is_view(op.kind) else kernel_of(self.device, op)
             bound.append(Bound(op, kernel, self.call(op, values)))
         calls = [(each.kernel, each.call) for each in bound if each.kernel is not None]
         return Tape(self.device.program(calls), tuple(bound), values)

@@ -15,7 +15,7 @@ from labinfer.compiler.fold import unfold_ops, unfold_states, unfold_weights
 from labinfer.compiler.plan import Plan
 from labinfer.errors import UsageError, did_you_mean
 from labinfer.ops.base import Step
-from labinfer.runtime.interpreter import Interpreter
+from labinfer.runtime.interpreter import Interpreter, check_kernels
 from labinfer.runtime.kv_cache import BlockPool, KVCache
 from labinfer.runtime.manager import Manager
 from labinfer.runtime.parameters import Parameters, Progress
@@ -53,6 +53,7 @@ class Model:
         try:
             for stage in plan.stages:
                 device = self.manager.device(stage.device, plan.devices[stage.device].threads)
+                check_kernels(stage, device)
                 self.manager.grant(self.owner, stage.device, stage.bytes.total)
                 ops = [part for op, _ in unfold_ops(stage) for part in op.primitives()]
                 parameters = Parameters(stage, ops, weights, device, checkpoint, progress)
