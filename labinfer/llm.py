@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ class LLM(Model):
         self.checkpoint = checkpoint
         try:
             tokenizer = Tokenizer.load(checkpoint.path, checkpoint.config if checkpoint.kind == "gguf" else None)
-            super().__init__(plan, checkpoint, tokenizer, manager, loading(plan, progress or silent))
+            show = progress or silent
+            compiling = partial(show, "preparing kernels")
+            super().__init__(plan, checkpoint, tokenizer, manager, loading(plan, show), compiling)
         except BaseException:
             checkpoint.close()
             raise

@@ -120,13 +120,20 @@ def _examine(check: Callable[[], list[Finding]]) -> list[Finding]:
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@click.option("--warm", metavar="MODEL", help="First compile the kernels that MODEL needs, so that no start waits.")
 @click.pass_context
-def doctor(context: click.Context, as_json: bool) -> None:
+def doctor(context: click.Context, as_json: bool, warm: str | None) -> None:
     """Check this installation and say how to fix it.
 
     Exit code 1 when a check failed; a missing optional part is only a warning.
     """
     out = current()
+    if warm:
+        from labinfer.llm import LLM
+
+        with out.progress() as progress, LLM(warm, progress=progress) as model:
+            model.logits([0])
+        out.note(f"the kernels for {warm} are ready")
     findings = [finding for check in CHECKS for finding in _examine(check)]
     failed = any(finding.status == "failed" for finding in findings)
     if as_json:

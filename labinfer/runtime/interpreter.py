@@ -58,7 +58,7 @@ def kernel_of(device: Device, op: Op) -> Kernel:
 
 
 def check_kernels(stage: Stage, device: Device) -> None:
-    """Raise ``DoesNotFit`` unless ``device`` has a kernel for every op of ``stage``; to be asked before weights load."""
+    """Raise ``DoesNotFit`` unless ``device`` has a kernel for every op of ``stage``; asked before weights are loaded."""
     for op, made in unfold_ops(stage):
         for step in steps(op, made):
             if not is_view(step.kind):
@@ -134,8 +134,24 @@ class Interpreter:
         self.tapes.move_to_end((tokens, rows))
         return tape
 
+    def warm(self, compiling: Callable[[int, int], None]) -> None:
+        """Bind the tape of a decode step op by op, so that what a device must compile for them is compiled now."""
+        bound, values = self.resolve(1, 1)
+        calls = [(each.kernel, each.call) for each in bound if each.kernel is not None]
+        for done, entry in enumerate(calls):
+            compiling(done, len(calls))
+            self.device.program([entry])
+        compiling(len(calls), len(calls))
+        self.tapes[1, 1] = Tape(self.device.program(calls), bound, values)
+
     def bind(self, tokens: int, rows: int) -> Tape:
-        """Resolve every op to its kernel and arrays for steps of ``tokens`` tokens and ``rows`` logit rows."""
+        """The tape for steps of ``tokens`` tokens and ``rows`` logit rows."""
+        bound, values = self.resolve(tokens, rows)
+        calls = [(each.kernel, each.call) for each in bound if each.kernel is not None]
+        return Tape(self.device.program(calls), bound, values)
+
+    def resolve(self, tokens: int, rows: int) -> tuple[tuple[Bound, ...], dict[str, Any]]:
+        """Every op with its kernel and arrays, and every value's array."""
         values = {name: self.step_memory.arrays[name][:tokens] for name in GRAPH_INPUTS}
         for name, slot in self.slots.items():
             shape = tuple(dim(size, tokens, rows) for size in slot.type.shape)
@@ -145,8 +161,7 @@ class Interpreter:
         for op in self.running():
             kernel = None if is_view(op.kind) else kernel_of(self.device, op)
             bound.append(Bound(op, kernel, self.call(op, values)))
-        calls = [(each.kernel, each.call) for each in bound if each.kernel is not None]
-        return Tape(self.device.program(calls), tuple(bound), values)
+        return tuple(bound), values
 
     def poison(self) -> None:
         """With ``LABINFER_POISON=1``, fill dead memory with NaN after each op that runs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Listing
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
 from operator import index
@@ -42,6 +43,7 @@ class Model:
         tokenizer: Tokenizer | None = None,
         manager: Manager | None = None,
         progress: Progress = lambda nbytes: None,
+        compiling: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.plan, self.tokenizer, self.manager = plan, tokenizer, manager or Manager()
         self.owns_manager = manager is None
@@ -56,14 +58,27 @@ class Model:
                 check_kernels(stage, device)
                 self.manager.grant(self.owner, stage.device, stage.bytes.total)
                 ops = [part for op, _ in unfold_ops(stage) for part in op.primitives()]
-                parameters = Parameters(stage, ops, weights, device, checkpoint, progress)
+                parameters = Parameters(stage, ops, weights, device)
                 self.memory.append(parameters)
                 cache = KVCache(device, states, dict.fromkeys(op.state for op in ops if op.state), plan.limits)
                 self.memory.append(cache)
                 self.interpreters.append(Interpreter(stage, device, plan.limits, parameters.arrays(), cache))
+            self.load(checkpoint, progress, compiling)
         except BaseException:
             self.close()
             raise
+
+    def load(self, checkpoint: Checkpoint, progress: Progress, compiling: Callable[[int, int], None]) -> None:
+        """Read the weights, and meanwhile bind a first tape, which may have to compile kernels."""
+        weights = [memory for memory in self.memory if isinstance(memory, Parameters)]
+        for each in weights:  # binding looks at values of vectors (rope's factors), but only at places of matrices
+            each.load(checkpoint, progress, vectors=True)
+        with ThreadPoolExecutor(1) as background:
+            loading = [background.submit(each.load, checkpoint, progress, vectors=False) for each in weights]
+            for interpreter in self.interpreters:
+                interpreter.warm(compiling)
+            for each_loading in loading:
+                each_loading.result()
 
     @property
     def max_len(self) -> int:

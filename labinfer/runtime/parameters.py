@@ -21,12 +21,12 @@ Progress = Callable[[int], None]
 
 
 class Parameters:
-    """The weights of one stage, in the device's own layout and exactly the plan's bytes, each a ``Parameter``."""
+    """The weights of one stage, in the device's own layout and exactly the plan's bytes, each a ``Parameter``.
 
-    def __init__(
-        self, stage: Stage, ops: list[Op], weights: Mapping[str, Weight], device: Device, checkpoint: Checkpoint,
-        progress: Progress,
-    ) -> None:  # fmt: skip
+    Their arrays exist at once, ``load`` fills them.
+    """
+
+    def __init__(self, stage: Stage, ops: list[Op], weights: Mapping[str, Weight], device: Device) -> None:
         self.device = device
         weight_bytes = capabilities(device.name).weight_bytes
         used = [weights[name] for name in dict.fromkeys(name for op in ops for name in op.weights.values())]
@@ -41,13 +41,13 @@ class Parameters:
             array = device.parameter(self.buffer, offset, weight.format, weight.shape)
             self.by_name[weight.name] = Parameter(weight.name, device.name, weight, array)
             offset += weight_bytes(weight.format, weight.shape)
-        try:
-            with ThreadPoolExecutor(device.loaders) as pool:  # reading and packing hold no GIL
-                for _ in pool.map(lambda each: read_weight(each, checkpoint, device, progress), self.by_name.values()):
-                    pass
-        except BaseException:
-            self.close()
-            raise
+
+    def load(self, checkpoint: Checkpoint, progress: Progress, vectors: bool) -> None:
+        """Read the vectors, or everything else, with as many threads as the device takes."""
+        chosen = [each for each in self.by_name.values() if (len(each.weight.shape) == 1) == vectors]
+        with ThreadPoolExecutor(self.device.loaders) as pool:  # reading and packing hold no GIL
+            for _ in pool.map(lambda each: read_weight(each, checkpoint, self.device, progress), chosen):
+                pass
 
     def arrays(self) -> dict[str, Any]:
         """The device array of every weight."""
