@@ -85,6 +85,12 @@ def test_one_mistake(tmp_path: Path, code: str) -> None:
     assert "^" in str(error) or code == "graph.states-fit"
 
 
+def test_attention_must_read_the_cache_as_wide_as_it_is(tmp_path: Path) -> None:
+    errors = failures(tmp_path, ("num_kv_heads: 2", "num_kv_heads: 1"))
+    assert {(error.code, error.place.line) for error in errors if error.place} == {("graph.states-fit", 21)}
+    assert "{'k': 4, 'v': 4}, it has {'k': 8, 'v': 8}" in errors[0].message
+
+
 def test_the_valid_map_compiles(tmp_path: Path) -> None:
     assert labinfer.compile(tiny_map(tmp_path)).vocab_size == 16
 

@@ -142,6 +142,9 @@ EDITS: dict[str, tuple[Callable[[Data], Any], str]] = {
     "state missing": (lambda d: op(d, "layers.{i}.context").pop("state"), "plan.state"),
     "state of an op that has none": (line("layers.{i}.h", state="layers.{i}.kv"), "plan.state"),
     "state too narrow": (put("states", 0, "widths", {"k": 8, "v": 4}), "plan.state"),
+    "attention of fewer key heads": (
+        lambda d: op(d, "layers.{i}.context")["attrs"].update(num_kv_heads=1), "plan.state",
+    ),
     "state of other parts": (put("states", 0, "widths", {"key": 8, "value": 8}), "plan.state"),
     "states of too few layers": (put("states", 0, "layers", [0, 1]), "plan.state"),
     "schedule backwards": (lambda d: d["stages"][0]["schedule"].reverse(), "plan.value"),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from labinfer.compiler.graph import Op, OpGraph
 from labinfer.errors import ErrorSink, InvalidFile, Place
 from labinfer.ops import OPS
-from labinfer.ops.base import OpSpec, ShapeMismatch, TensorType
+from labinfer.ops.base import ShapeMismatch
 
 
 def read_after_made(graph: OpGraph) -> Iterator[tuple[Op, str]]:
@@ -60,19 +60,18 @@ def types_follow(graph: OpGraph) -> Iterator[tuple[Op, str]]:
 
 
 def states_fit(graph: OpGraph) -> Iterator[tuple[Op, str]]:
-    """What is written to a state is as wide as the state's parts, in order."""
+    """Every op that uses a state takes its parts to be as wide as they are."""
     for op in graph.ops:
         for part in op.primitives():
-            if part.outputs or part.state not in graph.states:
+            spec = OPS.get(part.kind)
+            if spec is None or not spec.state or part.state not in graph.states:
                 continue
-            found = written(OPS[part.kind], [graph.values[name] for name in part.inputs if name in graph.values])
-            if found != graph.states[part.state].widths:
-                yield op, f"writes {found} to state '{part.state}', which has {dict(graph.states[part.state].widths)}"
-
-
-def written(spec: OpSpec, inputs: Sequence[TensorType]) -> dict[str, object]:
-    """The widths of the state's parts that an op with these inputs writes: parts are called as the operands are."""
-    return {part: kind.shape[-1] for part, kind in zip(spec.inputs, inputs, strict=False)}
+            try:
+                found = spec.state_widths(part.attrs, [graph.values[n] for n in part.inputs if n in graph.values])
+            except ShapeMismatch:
+                continue  # types_follow tells
+            if found != (widths := dict(graph.states[part.state].widths)):
+                yield op, f"takes state '{part.state}' to have widths {found}, it has {widths}"
 
 
 def outputs_made(graph: OpGraph) -> Iterator[tuple[Op, str]]:

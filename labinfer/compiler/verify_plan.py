@@ -23,7 +23,6 @@ from labinfer.compiler.fold import (
 from labinfer.compiler.graph import Op
 from labinfer.compiler.passes.fuse import matches
 from labinfer.compiler.plan import Limits, Plan, Stage
-from labinfer.compiler.rules import written
 from labinfer.errors import ErrorSink, InvalidFile, LabinferError, Place, did_you_mean
 from labinfer.ops import OPS
 from labinfer.ops.base import ShapeMismatch, TensorType, dim
@@ -200,8 +199,10 @@ class _PlanCheck:
         state = self.states.get(op.state or "")
         if (spec.state and state is None) or (op.state and not spec.state):
             self.complain("plan.state", f"'{op.name}' uses state '{op.state}', which is not in the plan or not its own")
-        elif state and not op.outputs and written(spec, inputs) != state.widths:
-            self.complain("plan.state", f"'{op.name}' writes {', '.join(map(str, inputs))} to widths {state.widths}")
+        elif state and (widths := spec.state_widths(op.attrs, inputs)) != state.widths:
+            self.complain(
+                "plan.state", f"'{op.name}' takes '{op.state}' to have widths {widths}, it has {state.widths}"
+            )
 
     def fused(self, op: Op, whole: bool, stage: Stage) -> None:
         """A fused op is made of the parts that are declared for it, and its device can run it whole if it is to."""
@@ -285,4 +286,4 @@ class _PlanCheck:
             ("step", stage.bytes.step, limits.step_bytes),
         ):
             if stated != found:
-                self.complain("plan.bytes", f"{kind} take {found} bytes, the plan says {stated}")
+                self.complain("plan.bytes", f"{kind} takes {found} bytes, the plan says {stated}")

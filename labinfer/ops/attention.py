@@ -53,6 +53,10 @@ class KvWrite(OpSpec):
             raise ShapeMismatch(f"k {inputs[0]} and v {inputs[-1]} must have the same rows", [0, 1])
         return []
 
+    def state_widths(self, attrs: Any, inputs: Sequence[TensorType]) -> dict[str, int]:
+        """Parts are called as the operands are, and as wide."""
+        return {part: last_dim(x, operand) for operand, (part, x) in enumerate(zip(self.inputs, inputs, strict=False))}
+
     def flops(self, attrs: Any, inputs: Sequence[TensorType], tokens: int, rows: int, context: int) -> int:
         """None: rows are copied."""
         return 0
@@ -105,6 +109,11 @@ class Attention(OpSpec):
         expect_features(inputs[0], attrs.num_heads * attrs.head_dim, "num_heads * head_dim")
         width = attrs.num_heads * (attrs.v_head_dim or attrs.head_dim)
         return [TensorType((inputs[0].shape[0], width), inputs[0].dtype)]
+
+    def state_widths(self, attrs: Any, inputs: Sequence[TensorType]) -> dict[str, int]:
+        """``k`` num_kv_heads * head_dim, ``v`` num_kv_heads * v_head_dim."""
+        v_head_dim = attrs.v_head_dim or attrs.head_dim
+        return {"k": attrs.num_kv_heads * attrs.head_dim, "v": attrs.num_kv_heads * v_head_dim}
 
     def flops(self, attrs: Any, inputs: Sequence[TensorType], tokens: int, rows: int, context: int) -> int:
         """Two per query, key and feature, for scores and for the weighted sum of values."""
@@ -162,6 +171,10 @@ class MlaAttention(OpSpec):
     def weight_shapes(self, attrs: Any, inputs: Sequence[TensorType]) -> dict[str, tuple[int, ...]]:
         """``kv_b`` [num_heads * (nope_dim + v_dim), kv_rank]."""
         return {"kv_b": (attrs.num_heads * (attrs.nope_dim + attrs.v_dim), attrs.kv_rank)}
+
+    def state_widths(self, attrs: Any, inputs: Sequence[TensorType]) -> dict[str, int]:
+        """``k`` kv_rank, ``v`` rope_dim."""
+        return {"k": attrs.kv_rank, "v": attrs.rope_dim}
 
     def flops(self, attrs: Any, inputs: Sequence[TensorType], tokens: int, rows: int, context: int) -> int:
         """As absorbed by a good kernel: ``kv_b`` once per query, then attention in the latent space."""

@@ -176,6 +176,10 @@ class OpSpec:
         """Shape of each weight slot, in the checkpoint's row-major order."""
         return {}
 
+    def state_widths(self, attrs: Any, inputs: Sequence[TensorType]) -> dict[str, int]:
+        """For an op with ``state``: the width of each part of the cache that it reads or writes."""
+        raise NotImplementedError
+
     def flops(self, attrs: Any, inputs: Sequence[TensorType], tokens: int, rows: int, context: int) -> int:
         """Floating point operations of one step over ``tokens`` tokens that see ``context`` tokens each."""
         return 2 * sum(elements(x.shape, tokens, rows) for x in inputs)
