@@ -72,6 +72,18 @@ def test_measuring_gives_back_the_cache(tiny_model: Path) -> None:
     assert found["machine"]["read_bytes_per_second"] > 0
 
 
+def test_decode_figures_by_hand(tiny_model: Path) -> None:
+    plan = labinfer.compile(tiny_model, devices="reference")
+    nbytes = decode_bytes(plan, 2, 1.5)
+    times = [[1.0, 3.0], [1.0, 1.0], [2.0, 2.0]]
+    found = measure.decode_figures(plan, Workload("decode", 2, 2), times, [nbytes * 1.0, nbytes * 4.0, nbytes * 1.0])
+    assert found["bytes_per_token"] == nbytes / 2
+    assert found["bytes_per_second"] == nbytes * 2 / 4
+    assert found["share_of_ceiling"] == 0.5  # of 0.5, 0.25 and 0.5
+    assert found["inter_token_p50_seconds"] == 1.5
+    assert measure.decode_figures(plan, Workload("decode", 2, 2), times, [])["share_of_ceiling"] is None
+
+
 def test_decode_runs_the_steps_it_says(tiny_model: Path) -> None:
     with labinfer.load(tiny_model, **limits(TESTS)) as model:
         seen: list[tuple[int, int]] = []

@@ -131,33 +131,43 @@ def measure(model: Model, tests: Listing[Workload], repeat: int) -> dict[str, An
         "float32_flops_per_second": float32_flops() if memory else None,
         "load_average": os.getloadavg()[0],
     }
-    results = [
-        result(model.plan, test, [each[number] for each in rounds], machine) for number, test in enumerate(tests)
-    ]
+    results = []
+    for number, test in enumerate(tests):
+        times = [each[number] for each in rounds]
+        found: dict[str, Any] = {"name": test.name, "kind": test.kind, "tokens": test.tokens, "batch": test.batch}
+        found["tokens_per_second"] = test.tokens * test.batch / median(map(sum, times))
+        if test.kind == "prefill":
+            found |= prefill_figures(model.plan, test, times, machine["float32_flops_per_second"])
+        else:
+            found |= decode_figures(model.plan, test, times, bandwidths)
+        results.append(found)
     return {"machine": machine, "peak_rss_bytes": peak, "tests": results}
 
 
-def result(plan: Plan, test: Workload, times: list[list[float]], machine: dict[str, Any]) -> dict[str, Any]:
-    """Figures of one test from the seconds of each step, by round: medians over rounds, quantiles over all steps."""
-    seconds = median(sum(each) for each in times)
-    speed = test.tokens * test.batch / seconds
-    found: dict[str, Any] = {"name": test.name, "kind": test.kind, "tokens": test.tokens, "batch": test.batch}
-    found["tokens_per_second"] = speed
-    if test.kind == "prefill":
-        rate = prefill_flops(plan, test.tokens) * speed / test.tokens
-        ceiling = machine["float32_flops_per_second"]
-        share = ceiling and rate / ceiling
-        return found | {"time_to_first_token_seconds": seconds, "flops_per_second": rate, "share_of_ceiling": share}
+def prefill_figures(plan: Plan, test: Workload, times: list[list[float]], ceiling: float | None) -> dict[str, Any]:
+    """Medians over rounds of a prefill; ``ceiling`` is the machine's rate of float32 operations."""
+    seconds = median(map(sum, times))
+    rate = prefill_flops(plan, test.tokens) / seconds
+    share = ceiling and rate / ceiling
+    return {"time_to_first_token_seconds": seconds, "flops_per_second": rate, "share_of_ceiling": share}
+
+
+def decode_figures(plan: Plan, test: Workload, times: list[list[float]], bandwidths: list[float]) -> dict[str, Any]:
+    """Medians over rounds of a decode, quantiles over all its steps.
+
+    The share of the machine's read bandwidth is that within a round: on a shared machine it changes by the minute.
+    """
     nbytes = decode_bytes(plan, test.batch, (test.tokens + 1) / 2)
-    rate, ceiling = nbytes * speed / test.batch, machine["read_bytes_per_second"]
+    read = nbytes * test.tokens
+    shares = [read / sum(each) / bandwidth for each, bandwidth in zip(times, bandwidths, strict=False)]  # one a round
     p50, p99 = np.percentile([step for each in times for step in each], [50, 99]).tolist()
-    return found | {
+    return {
         "inter_token_p50_seconds": p50,
         "inter_token_p99_seconds": p99,
         "bytes_per_step": nbytes,
         "bytes_per_token": nbytes / test.batch,
-        "bytes_per_second": rate,
-        "share_of_ceiling": ceiling and rate / ceiling,
+        "bytes_per_second": read / median(map(sum, times)),
+        "share_of_ceiling": median(shares) if shares else None,
     }
 
 

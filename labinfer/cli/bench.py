@@ -43,7 +43,7 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # generic in newer cli
 @click.option(
     "--repeat", type=Count(), default=5, show_default=True, metavar="N", help="Rounds, or pairs with --compare."
 )
-@click.option("--devices", metavar="LIST", help="Devices to compile for (default: reference).")
+@click.option("--devices", metavar="LIST", help="Devices to compile for (default: cpu, where it is installed).")
 @click.option("--threads", type=Count(), metavar="N", help="Threads (default: one a physical core).")
 @click.option("--kv-dtype", type=click.Choice(["f32", "bf16", "f16"]), help="What keys and values are kept in.")
 @click.option("--weights", metavar="PATH", help="Model directory or file to take the weights from.")
@@ -59,7 +59,9 @@ def bench(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure prefill, decode and memory of a model, beside what the machine can do.
+    """Measure a model, beside what the machine can do.
+
+    Tokens/s of prefill and decode, time to the first token and between tokens, bytes read, load time and peak memory.
 
     MODEL is a plan or anything `labinfer compile` takes; the default is the embedded model. Decode starts from an empty
     cache, as with llama-bench. The machine's read bandwidth is measured on the weights themselves, in the same run and

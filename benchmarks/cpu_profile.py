@@ -1,0 +1,139 @@
+"""Where a step of the CPU backend spends its time: the tape with a clock between its ops.
+
+    python benchmarks/cpu_profile.py model.gguf                  # decode at a context of 64
+    python benchmarks/cpu_profile.py model.gguf --tokens 512     # prefill
+
+After each op's rows one more row lets the first worker note the time, so the step runs as always: one compiled loop,
+all workers; a barrier counts with the op before it. Medians over steps; bytes are those of the op's weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from labinfer.backends.cpu import isa
+from labinfer.backends.cpu.device import CpuDevice, CpuKernel
+from labinfer.backends.cpu.emit import EMITTERS, Emitter, PackedWeight
+from labinfer.backends.cpu.isa import I64, ir
+from labinfer.backends.cpu.simd import Emit, i64p, kernel
+from labinfer.backends.cpu.tape import row, table
+from labinfer.bench.ceiling import read_bandwidth
+from labinfer.bench.measure import limits, num_threads, plan_tests, weight_memory
+from labinfer.llm import LLM
+from labinfer.ops.base import Call
+from labinfer.runtime.sequence import Scheduled, Sequence, build_step
+
+
+def _cycles(e: Emit, out: Any) -> None:
+    count = e.b.call(e.b.module.declare_intrinsic("llvm.readcyclecounter", (), ir.FunctionType(I64, [])), ())
+    e.b.store(count, e.b.inttoptr(out, I64.as_pointer()))
+
+
+note_cycles = kernel(_cycles)
+
+
+def note_time(a: int, sequences: int, worker: int, workers: int) -> None:
+    """out."""
+    if worker == 0:
+        note_cycles(i64p(a)[0])
+
+
+def weights_of(call: Call) -> list[PackedWeight]:
+    """The matrices an op reads."""
+    own = [w for w in call.weights.values() if isinstance(w, PackedWeight)]
+    return own + [w for part in call.parts for w in weights_of(part)]
+
+
+class Profile:
+    """A step's tape with a clock after each op."""
+
+    def __init__(self, model: LLM, tokens: int) -> None:
+        (interpreter,) = model.interpreters
+        device = interpreter.device
+        assert isinstance(device, CpuDevice)
+        self.bound = [each for each in interpreter.bind(tokens, 1).bound if isinstance(each.kernel, CpuKernel)]
+        self.times = np.zeros(len(self.bound) + 1, np.int64)
+        rows = [row(note_time, self.times.ctypes.data)]
+        for number, each in enumerate(self.bound):
+            emitter = Emitter(device, each.call)
+            EMITTERS[each.kernel.kind](emitter, each.call)
+            rows += emitter.rows
+            rows[-1][1] = 1  # the clock is read when all workers are done
+            rows.append(row(note_time, self.times.ctypes.data + 8 * (number + 1), then_wait=False))
+        self.table, self.device = table(rows), device
+        self.interpreter = interpreter
+
+    def run(self, step: Any) -> np.ndarray:
+        """Cycles of each op in one step."""
+        self.interpreter.step_memory.load(step)
+        self.device.workers.run(self.table.ctypes.data, len(self.table), len(step.context_len))
+        return np.diff(self.times)
+
+
+def name(op: Any, call: Call) -> str:
+    """The kind of an op, with the shapes of the matrices it multiplies with."""
+    shapes = " ".join(f"{w.rows}x{w.columns}" for w in weights_of(call))
+    return f"{op.kind} {shapes}".strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--tokens", type=int, default=1)
+    parser.add_argument("--context", type=int, default=64, help="tokens before the step")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--steps", type=int, default=50)
+    options = parser.parse_args()
+    threads = {} if options.threads is None else {"threads": options.threads}
+    room = limits(plan_tests([options.tokens + options.context], [1], [1]))
+    with LLM(options.model, devices="cpu", max_num_batched_tokens=max(512, options.tokens), **room, **threads) as model:
+        sequence = Sequence([1] * (options.context + options.tokens))
+        model.reserve(sequence, len(sequence.token_ids))
+        for start in range(0, options.context, 512):  # fills the cache
+            size = min(512, options.context - start)
+            model.run(build_step([Scheduled(sequence, size, 1)], model.plan.limits.block_size))
+            sequence.num_computed += size
+        step = build_step([Scheduled(sequence, options.tokens, 1)], model.plan.limits.block_size)
+        profile = Profile(model, options.tokens)
+        show(profile, step, options.steps, model)
+
+
+def show(profile: Profile, step: Any, steps: int, model: LLM) -> None:
+    """Run and print the table."""
+    import time
+
+    profile.run(step)
+    cycles, seconds = [], []
+    for _ in range(steps):
+        start = time.perf_counter()
+        cycles.append(profile.run(step))
+        seconds.append(time.perf_counter() - start)
+    per_cycle = median(seconds) / median(int(each.sum()) for each in cycles)
+    each_op = np.median(cycles, axis=0) * per_cycle
+    spent: dict[str, float] = defaultdict(float)
+    count: dict[str, int] = defaultdict(int)
+    nbytes: dict[str, int] = defaultdict(int)
+    macs: dict[str, int] = defaultdict(int)
+    for bound, took in zip(profile.bound, each_op, strict=True):
+        key = name(bound.op, bound.call)
+        spent[key] += took
+        count[key] += 1
+        if bound.op.kind != "embedding":
+            nbytes[key] += sum(w.nbytes for w in weights_of(bound.call))
+            rows = 1 if bound.op.outputs[0] == "logits" else len(step.token_ids)
+            macs[key] += sum(w.rows * w.columns for w in weights_of(bound.call)) * rows
+    total = sum(spent.values())
+    reads = read_bandwidth(weight_memory(model), num_threads(model.plan)) / 1e9
+    print(f"{isa.LEVEL}, step {1000 * median(seconds):.3f} ms, plain read {reads:.1f} GB/s")
+    for key, took in sorted(spent.items(), key=lambda item: -item[1]):
+        rate = f"{nbytes[key] / took / 1e9:7.1f} GB/s {macs[key] / took / 1e9:8.0f} GMAC/s" if nbytes[key] else ""
+        print(f"{key:60} x{count[key]:<3} {1000 * took:9.3f} ms {100 * took / total:5.1f} % {rate}")
+
+
+if __name__ == "__main__":
+    main()
