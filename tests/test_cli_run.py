@@ -158,7 +158,7 @@ def test_a_stale_or_edited_plan_does_not_run(labinfer_cli: Cli, tmp_path: Path, 
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "rope_theta": 5000.0}))
     stale = labinfer_cli("run", "p.json", "hi")
-    assert (stale.returncode, "config changed" in stale.stderr) == (6, True)
+    assert (stale.returncode, "p.json is stale: config changed" in stale.stderr) == (6, True)
     text = (tmp_path / "p.json").read_text()
     (tmp_path / "p.json").write_text(text.replace('"at": 0', '"at": 99999999', 1))
     edited = labinfer_cli("run", "p.json", "hi")

@@ -187,10 +187,12 @@ def _read_stdin() -> str:
 
 def _load(model: str | None, weights: str | None, options: dict[str, Any]) -> LLM:
     """Load a model for one sequence, unless a plan or an option says more."""
-    from labinfer.api import ONE_SEQUENCE, find_plan
+    from labinfer.api import ONE_SEQUENCE, find_plan, is_plan
     from labinfer.llm import LLM
 
     with current().progress() as progress:
+        if model is not None and is_plan(model):
+            return LLM(model, weights=weights, progress=progress, **options)  # errors name the file
         plan = find_plan(model, weights=weights, progress=progress, defaults=ONE_SEQUENCE, **options)
         return LLM(plan, weights=weights, progress=progress)
 
