@@ -229,9 +229,12 @@ def _norm_glu(e: Emitter, call: Call) -> None:
     g, u = gate.weights["weight"], up.weights["weight"]
     found = e.normed(norm, call.inputs[0], [g.format, u.format])
     digits = [activation_digits(w.format, e.device.digits) for w in (g, u)]
-    if digits[0] != digits[1]:
-        message = f"gate is stored as {g.format} and up as {u.format}, which take different activations"
-        raise LabinferError("run.mixed-formats", message, remedy="compile with --fuse none")
+    if digits[0] != digits[1]:  # one kernel reads one kind of activations
+        made = e.take_array(y.shape)
+        e.product(found[digits[0]], g, y, gate.weights.get("bias"), 0, then_wait=False)
+        e.product(found[digits[1]], u, made, up.weights.get("bias"), 0)
+        _emit_glu(e, glu.attrs.function, y, made, y)
+        return
     e.add(
         steps.linear_glu_step, linear_code(g.format, e.device.digits), g.address,
         address(gate.weights.get("bias")), linear_code(u.format, e.device.digits), u.address,

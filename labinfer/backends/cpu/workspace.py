@@ -63,6 +63,22 @@ def _normed(bounds: KernelBounds) -> int:
     return rows + _linear(bounds)
 
 
+def _norm_glu(bounds: KernelBounds) -> int:
+    """As ``_normed``; and what up gives, where gate and up meet different activations."""
+    matrices = [(format, shape) for format, shape in bounds.weights if len(shape) == 2]
+    mixed = len({panel_format(format).quantized for format, _ in matrices}) > 1
+    tokens = dim(bounds.inputs[0].shape[0], bounds.tokens, bounds.rows)
+    return _normed(bounds) + mixed * lines(4 * tokens * matrices[0][1][0])
+
+
+def _norm_glu(bounds: KernelBounds) -> int:
+    """As ``_normed``; and what up gives, where gate and up meet different activations."""
+    matrices = [(format, shape) for format, shape in bounds.weights if len(shape) == 2]
+    mixed = len({panel_format(format).quantized for format, _ in matrices}) > 1
+    tokens = dim(bounds.inputs[0].shape[0], bounds.tokens, bounds.rows)
+    return _normed(bounds) + mixed * lines(4 * tokens * matrices[0][1][0])
+
+
 def _rope(bounds: KernelBounds) -> int:
     """Each token's row of the tables where that is not its position, and dynamic scaling's own table of the step."""
     turns = [attrs for attrs in bounds.attrs if getattr(attrs, "length_dependent", False)]
@@ -147,7 +163,7 @@ _SIZERS = {
     "linear": _linear,
     "linear_add": _linear,
     "norm_qkv": _normed,
-    "norm_glu": _normed,
+    "norm_glu": _norm_glu,
     "rope": _rope,
     "rope_kv_write": _rope_kv_write,
     "attention": _attention,
