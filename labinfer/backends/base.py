@@ -140,6 +140,8 @@ class Device(ABC):
     allocator: Allocator
     loaders = 1
     """Threads that store weights at the same time."""
+    draw: Callable[[Any, float, int, float, float], int] | None = None
+    """``draw(logits, temperature, top_k, top_p, random)``: the device's own way to pick a token from a host row."""
 
     def __init__(self, name: str, memory_limit: int | None = None, threads: int | None = None) -> None:
         self.name = name

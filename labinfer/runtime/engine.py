@@ -49,11 +49,12 @@ class Engine:
         if not parts:
             raise LabinferError("run.cache-full", "no cache blocks are left: sessions hold them all")
         logits = self.model.run(build_step([part for _, part in parts], self.model.plan.limits.block_size))
+        device_draw = self.model.interpreters[-1].device.draw
         made, row = [], 0
         for request, part in parts:
             part.sequence.num_computed += part.num_tokens
             if part.num_rows:
-                made.append(self.postprocess(request, sample(logits[row], request.params, request.random)))
+                made.append(self.postprocess(request, sample(logits[row], request.params, request.random, device_draw)))
                 row += 1
         return made
 
@@ -67,7 +68,7 @@ class Engine:
         reason = None
         if token in params.stop_token_ids or (token in self.eos_ids and not params.ignore_eos):
             reason = "stop"
-        elif len(request.generated) >= params.max_tokens or before + 1 >= self.model.max_len:
+        elif len(request.generated) == params.max_tokens or before + 1 >= self.model.max_len:
             reason = "length"
         if reason:
             self.scheduler.finish(request, reason)

@@ -16,6 +16,7 @@ from labinfer.backends.cpu.layout import packed_bytes
 from labinfer.backends.cpu.machine import default_threads
 from labinfer.backends.cpu.panels import pack
 from labinfer.backends.cpu.rope import rope_tables
+from labinfer.backends.cpu.sampling import sample, sampling_workspace_bytes
 from labinfer.backends.cpu.tape import table
 from labinfer.backends.cpu.workers import Workers
 from labinfer.backends.host import DTYPES, HostDevice
@@ -44,6 +45,7 @@ class CpuDevice(HostDevice):
         self.workers = Workers(self.threads)
         self.tables: weakref.WeakValueDictionary[Any, np.ndarray] = weakref.WeakValueDictionary()
         self.latents: set[int] = set()
+        self.sampling = np.empty(0, np.uint8)
         kernels = {kind: CpuKernel(self, kind) for kind in EMITTERS}
         self.F = FunctionTable(kernels, lambda shape, dtype: np.empty(shape, DTYPES[dtype]))
 
@@ -100,6 +102,15 @@ class CpuDevice(HostDevice):
             _ = tape, kept  # the rows, and what they point to, live as long as what runs them
 
         return run
+
+    def draw(self, logits: np.ndarray, temperature: float, top_k: int, top_p: float, random: float) -> int:
+        """A token from one row of logits, without sorting the vocabulary (see ``sampling``)."""
+        size = sampling_workspace_bytes(len(logits))
+        if self.sampling.size < size:
+            self.sampling = np.empty(size + 64, np.uint8)
+        return int(
+            sample(logits.ctypes.data, len(logits), temperature, top_k, top_p, random, self.sampling.ctypes.data)
+        )
 
     def close(self) -> None:
         """End the threads."""
