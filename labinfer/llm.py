@@ -49,7 +49,8 @@ class LLM(Model):
     ) -> None:
         if devices is not None:
             options["devices"] = devices
-        rows = {"max_logits_rows": min(LOAD_LOGITS_ROWS, options.get("max_num_batched_tokens", LOAD_LOGITS_ROWS))}
+        tokens = options.get("max_num_batched_tokens")
+        rows = {"max_logits_rows": min(LOAD_LOGITS_ROWS, tokens if isinstance(tokens, int) else LOAD_LOGITS_ROWS)}
         plan = find_plan(model, weights=weights, progress=progress, defaults=rows, **options)
         checkpoint = open_plan_checkpoint(plan, weights, str(model) if isinstance(model, str | Path) else "the plan")
         self.checkpoint = checkpoint

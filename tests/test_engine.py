@@ -220,6 +220,8 @@ def test_generation_stops_at_the_longest_sequence() -> None:
     with open_model(max_model_len=20) as model:
         [result] = model.generate([[1] * 15], SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
         assert (len(result.token_ids), result.finish_reason) == (5, "length")
+        [endless] = model.generate([[1] * 15], SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))
+        assert (endless.token_ids, endless.finish_reason) == (result.token_ids, "length")
         assert len(tokens(model, [[1] * 19], GREEDY)[0]) == 1
         assert model.logits([1] * 20).shape == (20, 96)
         for call in (lambda: model.generate([[1] * 20], GREEDY), lambda: model.logits([1] * 21)):
@@ -277,13 +279,27 @@ def test_prompts_in_every_form(alone: list[list[int]]) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -2}, {"top_p": 0}, {"top_p": 1.1}, {"max_tokens": 0},
+    [{"temperature": "hot"}, {"max_tokens": "8"}, {"top_k": None}, {"seed": 1.5},
+     {"temperature": -1}, {"temperature": float("nan")}, {"top_k": -2}, {"top_p": 0}, {"top_p": 1.1}, {"max_tokens": 0},
      {"seed": -1}],
     ids=str,
 )  # fmt: skip
 def test_wrong_sampling_parameters(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         SamplingParams(**wrong)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"max_num_batched_tokens": "8"}, {"max_num_batched_tokens": None}, {"max_num_batched_tokens": 0},
+     {"max_model_len": 8.5}, {"num_blocks": "many"}, {"threads": "4"}],
+    ids=str,
+)  # fmt: skip
+def test_wrong_limits_name_the_option(option: dict[str, Any]) -> None:
+    with pytest.raises(UsageError) as caught:
+        open_model(**option)
+    assert caught.value.code == "limits.range"
+    assert caught.value.message.startswith(next(iter(option)))
 
 
 def test_a_failing_callback_leaves_nothing_behind(alone: list[list[int]]) -> None:

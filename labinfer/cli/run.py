@@ -116,8 +116,7 @@ def run(
     ids = _token_ids(token_ids) if token_ids is not None else None
     files = _tap_files(taps)
     params = SamplingParams(
-        temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_new_tokens or sys.maxsize, seed=seed,
-        ignore_eos=ignore_eos,
+        temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_new_tokens, seed=seed, ignore_eos=ignore_eos,
     )  # fmt: skip
     answering = Answering(params, system, raw)
     chatting = text is None and ids is None and sys.stdin.isatty() and sys.stdout.isatty()

@@ -101,8 +101,8 @@ def _target(target: Target, options: CompileOptions) -> Target:
     if options.kv_dtype not in target.kv_dtypes:
         message = f"'{target.name}' cannot keep keys and values as {options.kv_dtype}"
         raise DoesNotFit("device.kv-dtype", message, remedy=f"it can as {', '.join(target.kv_dtypes)}")
-    if options.threads is not None and not 0 < options.threads <= 1024:
-        raise UsageError("limits.range", f"threads must be from 1 to 1024, got {options.threads}")
+    if options.threads is not None and not (isinstance(options.threads, int) and 0 < options.threads <= 1024):
+        raise UsageError("limits.range", f"threads must be a whole number from 1 to 1024, got {options.threads!r}")
     return replace(target, threads=target.threads and (options.threads or target.threads))
 
 
@@ -134,7 +134,8 @@ def _limits(blueprint: Blueprint, source: ModelSource, options: CompileOptions) 
         "num_blocks",
     ):
         value = getattr(options, name)
-        if value is not None and not (isinstance(value, int) and 0 < value < 1 << 31):
+        default = CompileOptions.__dataclass_fields__[name].default
+        if value != default and not (isinstance(value, int) and 0 < value < 1 << 31):
             raise UsageError("limits.range", f"{name} must be a positive whole number, got {value!r}")
     scope = model_scope(blueprint, source)
     longest = scope["max_context"] if "max_context" in blueprint.config else 4096

@@ -58,7 +58,7 @@ def kernel_of(device: Device, op: Op) -> Kernel:
 
 
 def check_kernels(stage: Stage, device: Device) -> None:
-    """Raise ``DoesNotFit`` unless ``device`` has a kernel for every op of ``stage``; asked before weights are loaded."""
+    """Raise ``DoesNotFit`` unless ``device`` has a kernel for each op of ``stage``; asked before weights are loaded."""
     for op, made in unfold_ops(stage):
         for step in steps(op, made):
             if not is_view(step.kind):

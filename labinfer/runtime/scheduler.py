@@ -52,7 +52,7 @@ class Scheduler:
         """Move waiting requests to the running ones while there is room."""
         while self.waiting and len(self.running) < self.limits.max_num_seqs:
             request = self.waiting[0]
-            length = min(len(request.prompt) + request.params.max_tokens, self.model.max_len)
+            length = min(len(request.prompt) + (request.params.max_tokens or self.model.max_len), self.model.max_len)
             if not self.model.reserve(request.sequence, length):
                 return
             self.running.append(self.waiting.popleft())
