@@ -37,6 +37,10 @@ class Placed(BaseModel):
         value = self._node.value
         return value[key].place if key and isinstance(value, dict) and key in value else self._node.place
 
+    def key_place(self, key: str) -> Place | None:
+        """Where ``key`` itself stands in this element."""
+        return self._node.key_places.get(key, self._node.place) if self._node else None
+
 
 class ConfigEntry(Placed):
     """A configuration value: where a checkpoint states it, what it is otherwise, and in which layers.
@@ -319,7 +323,7 @@ def _check_op(blueprint: Blueprint, line: OpLine) -> Iterator[LabinferError]:
             yield InvalidFile(
                 "map.unknown-attribute",
                 f"op '{line.op}' has no attribute '{key}'",
-                place=line.place(key),
+                place=line.key_place(key),
                 remedy=remedy,
             )
     missing = [slot.name for slot in spec.weights if not slot.optional and slot.name not in extra]
