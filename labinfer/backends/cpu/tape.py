@@ -25,7 +25,7 @@ ROW = 40
 LINE = 64
 """Bytes of a cache line: flags of different threads never share one."""
 
-SPINS_BEFORE_YIELD = 20_000
+SPINS_BEFORE_YIELD = 500
 
 f64p = _pointer(ir.DoubleType(), types.float64)
 
