@@ -86,6 +86,37 @@ def test_a_place_is_that_of_the_value(tmp_path: Path) -> None:
     assert place.text[place.column - 1 :].startswith("num_layers, carry")
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "key", "meant"),
+    [
+        ("hf: vocab_size, default:", "hf: vocab_size, defualt:", "config.vocab_size.defualt", "default"),
+        ("config:", "confg: {}\nconfig:", "confg", "config"),
+        ("times: num_layers", "times: num_layers, cary: h", "graph.1.cary", "carry"),
+        ("{hf: bias, optional: true}", "{hf: bias, optinal: true}", "weights.layers.out_bias.optinal", "optional"),
+        ("{hf: qkv}", "{hf: qkv, hf_fix: {trnspose: true}}", "weights.layers.qkv.hf_fix.trnspose", "transpose"),
+        ("model_type: tiny}", "model_type: tiny, gguf_hass: x}", "match.gguf_hass", "gguf_has"),
+    ],
+)
+def test_an_unknown_key_is_compared_with_those_of_its_level(
+    tmp_path: Path, old: str, new: str, key: str, meant: str
+) -> None:
+    assert old in MAP
+    with pytest.raises(InvalidFile) as caught:
+        read_map(tiny_map(tmp_path, lambda text: text.replace(old, new, 1)))
+    assert (caught.value.code, caught.value.message) == ("map.unknown-key", f"unknown key '{key}'")
+    assert caught.value.remedy == f"did you mean '{meant}'?"
+
+
+def test_an_unknown_attribute_is_marked_itself_and_not_its_value(tmp_path: Path) -> None:
+    with pytest.raises(InvalidFile) as caught:
+        read_map(tiny_map(tmp_path, lambda text: text.replace("op: select_rows", "op: select_rows, rows: 3")))
+    place = caught.value.place
+    assert caught.value.code == "map.unknown-attribute"
+    assert place is not None
+    assert place.text is not None
+    assert place.text[place.column - 1 :].startswith("rows: 3")
+
+
 def test_errors_of_a_base_are_told_at_the_base(tmp_path: Path) -> None:
     path = child(tmp_path)
     tiny_map(tmp_path, lambda text: text.replace("op: select_rows", "op: select_row"))

@@ -8,9 +8,9 @@ model.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, ValidationError
 
@@ -212,7 +212,7 @@ def _read_one(path: Path) -> Blueprint:
 def _schema_error(node: Node, detail: Any) -> LabinferError:
     """A pydantic finding as an error at its place in the text."""
     steps = [step for step in detail["loc"] if step not in ("op", "use", "repeat") or step == detail["loc"][-1]]
-    place, known = node.place, ""
+    place = node.place
     for step in steps:
         value = node.value
         if isinstance(value, dict) and step in value:
@@ -220,18 +220,30 @@ def _schema_error(node: Node, detail: Any) -> LabinferError:
         elif isinstance(value, list) and isinstance(step, int) and step < len(value):
             node = value[step]
             place = node.place
-        else:
-            known = str(step)
     where = ".".join(str(step) for step in steps)
     if detail["type"] == "extra_forbidden":
-        fields = [field.alias or name for name, field in Blueprint.model_fields.items()]
-        return InvalidFile(
-            "map.unknown-key",
-            f"unknown key '{where}'",
-            place=place,
-            remedy=did_you_mean(known or str(steps[-1]), fields),
-        )
+        remedy = did_you_mean(str(steps[-1]), _known_keys(detail["loc"][:-1]))
+        return InvalidFile("map.unknown-key", f"unknown key '{where}'", place=place, remedy=remedy)
     return InvalidFile("map.schema", f"{where}: {detail['msg']}", place=place)
+
+
+def _known_keys(steps: Sequence[int | str]) -> list[str]:
+    """The keys that the element at ``steps`` (as pydantic counts them, with the kinds of lines) may have."""
+    kinds: list[type[Placed]] = [Blueprint]
+    for step in steps:
+        owners = {
+            kind: field for kind in kinds for name, field in kind.model_fields.items() if step in (field.alias, name)
+        }
+        inner = [kind for field in owners.values() for kind in _models_in(field.annotation)]
+        kinds = inner or list(owners) or kinds  # an index or a name of the map's own leads to one of the same kinds
+    return [field.alias or name for kind in kinds for name, field in kind.model_fields.items()]
+
+
+def _models_in(annotation: Any) -> list[type[Placed]]:
+    """The models that a type is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, Placed):
+        return [annotation]
+    return [kind for part in get_args(annotation) for kind in _models_in(part)]
 
 
 def _attach(model: Any, node: Node) -> None:
