@@ -168,6 +168,24 @@ def test_missing_and_unused_tensors_are_told_together(tmp_path: Path) -> None:
     assert [error.code for error in errors] == ["weights.missing-tensor"] * 3 + ["weights.unused-tensor"]
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("3 * hidden_size", "3 * hidden_sizes"),
+        ("3 * hidden_size", "3 * (hidden_size"),
+        ("num_embeddings: vocab_size", "num_embeddings: vocab_sizes"),
+        ("scale: 0.5", "scale: hidden_size // 0"),
+        ("in: context, out: out,", "in: context, out: out, when: hidden_sizes,"),
+        ("times: num_layers", "times: num_layer"),
+        ("    - {op: add, in: [h, out], out: h}",
+         "    - {use: sum, as: s, when: hidden_sizes}\n    - {op: add, in: [h, s.y], out: h}\n"
+         "  sum:\n    - {op: add, in: [h, out], out: y}"),
+    ],
+)  # fmt: skip
+def test_one_wrong_expression_is_one_error(tmp_path: Path, old: str, new: str) -> None:
+    assert len(failures(tmp_path, (old, new))) == 1
+
+
 def test_a_wrong_layer_is_told_once(tmp_path: Path) -> None:
     assert len(failures(tmp_path, ("num_heads: 2,", "num_heads: -2,"))) == 1
 

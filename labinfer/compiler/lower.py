@@ -140,8 +140,16 @@ class _Lowering:
                     self.repeat(line, names, context)
             except LabinferError as error:
                 self.sink.add(error)
-                if isinstance(line, OpLine):
-                    names.own.update(dict.fromkeys(as_list(line.out)))  # what depends on it is not reported again
+                names.own.update(dict.fromkeys(self.made_by(line)))  # what depends on it is not reported again
+
+    def made_by(self, line: Line) -> list[str]:
+        """The names that ``line`` makes known where it stands; a repeated block hands on what was known before."""
+        if isinstance(line, OpLine):
+            return as_list(line.out)
+        if isinstance(line, RepeatLine):
+            return []
+        inner = [each for each in self.blueprint.blocks[line.use] if isinstance(each, OpLine)]
+        return [f"{line.name or line.use}.{name}" for each in inner for name in as_list(each.out)]
 
     def value(self, line: Line, key: str, text: Any, scope: Scope) -> Any:
         """The value of the expression under ``key`` of ``line``, parsed once."""
