@@ -313,5 +313,6 @@ def _target(item: str) -> Target:
         kv_dtypes=known.kv_dtypes,
         tables=known.tables,
         threads=known.threads(),
+        block_multiple=known.block_multiple,
         layers=span,
     )

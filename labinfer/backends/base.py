@@ -38,7 +38,8 @@ class Capabilities:
     ``parameters`` names the layout weights take there and ``weight_bytes(format, shape)`` gives its size; ``fusions``
     are the fused ops it has kernels for; ``workspace`` gives the scratch bytes that a kernel needs at its bounds;
     ``kv_dtypes`` are the formats it can keep keys and values in; ``tables(attrs, max_model_len)`` gives the bytes of
-    constants it keeps for all ops with these attributes; ``threads`` how many it uses unless told otherwise.
+    constants it keeps for all ops with these attributes; ``threads`` how many it uses unless told otherwise;
+    ``block_multiple`` is what the cache's block size must be a multiple of.
     """
 
     parameters: str
@@ -48,6 +49,7 @@ class Capabilities:
     kv_dtypes: tuple[str, ...] = ("f32",)
     tables: Callable[[Any, int], int] = lambda attrs, max_model_len: 0
     threads: Callable[[], int | None] = lambda: None
+    block_multiple: int = 1
 
 
 @dataclass(eq=False, slots=True)

@@ -101,6 +101,10 @@ def _target(target: Target, options: CompileOptions) -> Target:
     if options.kv_dtype not in target.kv_dtypes:
         message = f"'{target.name}' cannot keep keys and values as {options.kv_dtype}"
         raise DoesNotFit("device.kv-dtype", message, remedy=f"it can as {', '.join(target.kv_dtypes)}")
+    size, multiple = options.block_size, target.block_multiple
+    if isinstance(size, int) and size % multiple:
+        message = f"'{target.name}' needs a block size that is a multiple of {multiple}, got {size}"
+        raise UsageError("limits.block-size", message, remedy=f"--block-size {-(-size // multiple) * multiple}")
     if options.threads is not None and not (isinstance(options.threads, int) and 0 < options.threads <= 1024):
         raise UsageError("limits.range", f"threads must be a whole number from 1 to 1024, got {options.threads!r}")
     return replace(target, threads=target.threads and (options.threads or target.threads))

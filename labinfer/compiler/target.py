@@ -18,8 +18,8 @@ class Target:
     ``parameters`` names the layout that weights take there, ``weight_bytes(format, shape)`` gives its size; ``fusions``
     are the fused ops it has kernels for; ``workspace`` gives the scratch bytes that a kernel needs at its bounds;
     ``kv_dtypes`` are the cache formats it reads; ``tables`` gives the bytes of constants that ops of equal attributes
-    share; ``threads`` how many it uses, None where that means nothing;
-    ``memory`` is a cap in bytes; ``layers`` the layers (first, last) a person gave it, None for an even share.
+    share; ``threads`` how many it uses, None where that means nothing; ``block_multiple`` divides the size of a
+    block of the cache; ``memory`` is a cap in bytes; ``layers`` the layers (first, last) a person gave it, None for an even share.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Target:
     kv_dtypes: tuple[str, ...]
     tables: Callable[[Any, int], int]
     threads: int | None
+    block_multiple: int = 1
     memory: int | None = None
     layers: tuple[int, int] | None = None
 

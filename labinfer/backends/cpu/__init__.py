@@ -3,7 +3,7 @@
 from labinfer.backends.base import Capabilities
 from labinfer.backends.cpu.layout import weight_bytes
 from labinfer.backends.cpu.machine import default_threads
-from labinfer.backends.cpu.workspace import scratch_bytes, table_bytes
+from labinfer.backends.cpu.workspace import BLOCK_MULTIPLE, scratch_bytes, table_bytes
 
 CAPABILITIES = Capabilities(
     parameters="panels",
@@ -13,4 +13,5 @@ CAPABILITIES = Capabilities(
     kv_dtypes=("f32", "bf16", "f16"),
     tables=table_bytes,
     threads=default_threads,
+    block_multiple=BLOCK_MULTIPLE,
 )

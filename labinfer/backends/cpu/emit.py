@@ -21,8 +21,8 @@ from labinfer.backends.cpu.linear import linear_code
 from labinfer.backends.cpu.panels import unpack_code
 from labinfer.backends.cpu.tape import row
 from labinfer.backends.cpu.tiles import ACCUMULATE
-from labinfer.backends.cpu.workspace import mla_scratch, route_scratch
-from labinfer.errors import LabinferError
+from labinfer.backends.cpu.workspace import BLOCK_MULTIPLE, mla_scratch, route_scratch
+from labinfer.errors import LabinferError, UsageError
 from labinfer.ops.base import Call, Step
 
 if TYPE_CHECKING:
@@ -59,7 +59,10 @@ def stride(array: Any) -> int:
 
 
 def cache_dtype(call: Call) -> int:
-    """The cache's dtype, as ``paged_cache.CACHE_DTYPES`` numbers it."""
+    """The cache's dtype, as ``paged_cache.CACHE_DTYPES`` numbers it; a block of it must be whole key panels."""
+    if call.step is not None and call.step.block_size % BLOCK_MULTIPLE:
+        message = f"the block size {call.step.block_size} is not a multiple of {BLOCK_MULTIPLE}"
+        raise UsageError("limits.block-size", message, remedy="compile the plan again")
     return {4: 0, 2: 1}[call.cache["k"].itemsize] + int(call.cache["k"].dtype == np.float16)
 
 

@@ -10,6 +10,9 @@ from typing import Any
 from labinfer.backends.cpu.layout import activation_bytes, panel_format
 from labinfer.ops.base import KernelBounds, TensorType, dim
 
+BLOCK_MULTIPLE = 16
+"""Keys lie in panels of so many neighbouring positions; a block of the cache holds whole panels."""
+
 TILE = 64
 """Positions of an attention tile."""
 
