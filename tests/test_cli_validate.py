@@ -86,6 +86,14 @@ def test_tensors_that_do_not_fit_the_map(
     assert said in result.stderr
 
 
+@pytest.mark.parametrize("text", ["", " ", "[]", "{", '{"model_type": 3}'])
+def test_a_config_that_says_nothing_is_an_invalid_file(tmp_path: Path, labinfer_cli: Cli, text: str):
+    (tmp_path / "config.json").write_text(text)
+    for model in ("config.json", tmp_path):
+        result = labinfer_cli("compile", model, "--dry-run")
+        assert (result.returncode, "config.json" in result.stderr) == (3, True)
+
+
 def test_a_config_that_lacks_keys_names_them_all(tmp_path: Path, labinfer_cli: Cli):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
     result = labinfer_cli("validate", "llama", "--config", "config.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -57,5 +58,7 @@ def parse_json_object(data: bytes, what: str, file: Path, error: type[LabinferEr
 
 def read_json_object(path: Path, error: type[LabinferError]) -> dict[str, Any]:
     """The JSON object in the file ``path``; raises WeightsError when it cannot be opened, else ``error``."""
+    if os.path.isfile(path) and os.path.getsize(path) == 0:  # which cannot be mapped
+        return parse_json_object(b"", path.name, path, error)
     with map_file(path) as data:
         return parse_json_object(data[: MAX_JSON_BYTES + 1], path.name, path, error)
