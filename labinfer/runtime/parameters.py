@@ -72,6 +72,7 @@ def read_weight(parameter: Parameter, checkpoint: Checkpoint, device: Device, pr
             raise WeightsError("weights.changed", message, remedy="compile the plan again")
         raw = transformed(checkpoint.raw(name), info.format, info.shape, weight.transform)
         device.store(parameter.array, raw, info.format, shape, None if weight.stack is None else index)
+        checkpoint.release(name)
         progress(info.nbytes)
 
 

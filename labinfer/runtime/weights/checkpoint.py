@@ -61,6 +61,14 @@ class Checkpoint:
             raise WeightsError("weights.truncated", message, place=Place(str(info.file)), remedy="open it again")
         return np.frombuffer(data, np.uint8, info.nbytes, info.offset)
 
+    def release(self, name: str) -> None:
+        """Let go of the memory that holds a tensor's bytes; they are read from the file again when next touched."""
+        info = self.tensors[name]
+        data = (self._maps or {}).get(info.file)
+        if data is not None and hasattr(mmap, "MADV_DONTNEED"):
+            start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
+            data.madvise(mmap.MADV_DONTNEED, start, info.offset + info.nbytes - start)
+
     def close(self) -> None:
         """Unmap the files; arrays from ``raw`` that are still in use keep theirs mapped until they go."""
         maps, self._maps = self._maps or {}, None
