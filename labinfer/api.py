@@ -166,7 +166,7 @@ def find_map(model: str | Path) -> Path | None:
     path = Path(model)
     is_map, is_name = path.suffix in (".yaml", ".yml"), path.name == str(path)
     if is_map and path.is_file():
-        return path.resolve()
+        return path
     shipped = graphs_dir() / (path.name if is_map else f"{path.name}.yaml")
     if is_name and shipped.is_file() and (is_map or not path.exists()):
         return shipped

@@ -268,7 +268,7 @@ def _find_base(path: Path, blueprint: Blueprint) -> Path:
     name = f"{blueprint.extends}.yaml"
     for folder in (path.parent, graphs_dir()):
         if Path(name).name == name and os.path.isfile(folder / name):  # unlike is_file, False for a name too long
-            return (folder / name).resolve()
+            return folder / name
     known = [file.stem for file in graphs_dir().glob("*.yaml")]
     remedy = did_you_mean(str(blueprint.extends), known)
     raise InvalidFile(

@@ -115,7 +115,7 @@ def _source(blueprint: Blueprint, source: ModelSource, graph: OpGraph, checkpoin
         family=blueprint.family,
         name=graph.name,
         kind=source.kind,
-        maps=[map_name(file) for file in blueprint.files],
+        maps=[map_name(file.resolve()) for file in blueprint.files],
         checkpoint=checkpoint,
         sha256=dict(source.digests),
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +67,9 @@ class Evaluated:
     weight_shapes: Mapping[str, tuple[int, ...]]
 
 
-@lru_cache(maxsize=64)
-def map_name(file: str | Path) -> str:
-    """How plans name a map file: a shipped one by its name alone, so that plans mean the same on every machine."""
-    return Path(file).name if Path(file).parent == graphs_dir() else str(file)
+def map_name(file: Path) -> str:
+    """How a map file is named: a shipped one by its name alone, so that plans mean the same on every machine."""
+    return file.name if file.resolve().parent == graphs_dir() else str(file)
 
 
 def lower(blueprint: Blueprint, source: ModelSource) -> OpGraph:
@@ -102,6 +100,7 @@ def attribute_errors(line: OpLine, failure: ValidationError) -> list[InvalidFile
 class _Lowering:
     def __init__(self, blueprint: Blueprint, source: ModelSource) -> None:
         self.blueprint, self.source, self.sink = blueprint, source, ErrorSink()
+        self.map_names = {str(file): map_name(file) for file in blueprint.files}
         self.scope = model_scope(blueprint, source)
         self.table = WeightTable(blueprint, source, self.sink)
         self.graph = OpGraph(source.name or blueprint.family, tuple(blueprint.inputs), ())
@@ -312,7 +311,7 @@ class _Lowering:
                     message = f"op '{line.op}' cannot do without '{texts[slot.name]}'"
                     self.sink.add(InvalidFile("map.missing-weight", message, place=place))
         place = line.place()
-        origin = Origin(map_name(place.file), place.line, place.column) if place else Origin("", 0, 0)
+        origin = Origin(self.map_names[place.file], place.line, place.column) if place else Origin("", 0, 0)
         state = self.state(line, context) if line.state else None
         device = self.device(line, context.scope) or context.device
         name = outputs[0] if outputs else unused(f"{context.path}{line.op}", self.silent)
