@@ -19,7 +19,8 @@ class Target:
     are the fused ops it has kernels for; ``workspace`` gives the scratch bytes that a kernel needs at its bounds;
     ``kv_dtypes`` are the cache formats it reads; ``tables`` gives the bytes of constants that ops of equal attributes
     share; ``threads`` how many it uses, None where that means nothing; ``block_multiple`` divides the size of a
-    block of the cache; ``memory`` is a cap in bytes; ``layers`` the layers (first, last) a person gave it, None for an even share.
+    block of the cache;
+    ``memory`` is a cap in bytes; ``layers`` the layers (first, last) a person gave it, None for an even share.
     """
 
     name: str
