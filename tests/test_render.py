@@ -378,6 +378,14 @@ def test_command_writes_text_to_a_pipe(tmp_path: Path, capsys: Any) -> None:
     assert capsys.readouterr().out.startswith("<!doctype html>")
 
 
+def test_command_prints_one_json_document(capsys: Any) -> None:
+    assert main(["graph", "llama", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["nodes"]) > 100
+    assert main(["graph", "lama.yaml", "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["errors"][0]["code"] == "map.missing"
+    assert main(["graph", "llama", "--json", "-o", "x.json"]) == main(["graph", "llama", "--json", "-f", "svg"]) == 2
+
+
 def test_command_refuses_what_it_cannot_draw(tmp_path: Path, capsys: Any) -> None:
     assert main(["graph", "llama.yaml", "-f", "pdf"]) == 2
     assert "is not one of" in capsys.readouterr().err

@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from labinfer.cli.options import given, plan_options
+from labinfer.cli.options import given, json_option, plan_options
 from labinfer.cli.output import current
+from labinfer.errors import UsageError
 from labinfer.render import FORMATS
 
 
@@ -27,13 +28,20 @@ def _format_list() -> str:
 @click.option("-o", "--output", metavar="FILE", help="Where to write; - is stdout (default: see below).")
 @click.option("--config", metavar="FILE", help="A config.json to compile a map for, without weights.")
 @plan_options
+@json_option
 def graph(
-    model: str, format_: str, output: str | None, config: str | None, weights: str | None, **options: Any
+    model: str,
+    format_: str,
+    output: str | None,
+    config: str | None,
+    weights: str | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Draw a map or a plan.
 
     MODEL is a plan.json, or whatever `labinfer compile` takes. The html page and, on a terminal, every other format go
-    to a file named after the model; without a terminal text goes to stdout.
+    to a file named after the model; without a terminal text goes to stdout. --json is short for -f json -o -.
 
     \b
     labinfer graph llama.yaml                        llama.html
@@ -44,6 +52,10 @@ def graph(
     from labinfer.render import render
 
     out = current()
+    if as_json:
+        if output is not None or format_ not in ("html", "json"):
+            raise UsageError("cli.usage", "--json prints the graph as JSON", remedy="to write a file: -f json -o FILE")
+        format_, output = "json", "-"
     if config is not None:
         plan = compile(model, weights=weights, config=config, **given(options))
     else:

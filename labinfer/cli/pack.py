@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     help="Seconds to search before giving up; less is used when the lower bound or the capacity is reached.",
 )
 def pack(problem: str, capacity: int | None, as_json: bool, effort: float) -> None:
-    """Pack the buffers of PROBLEM, a CSV file with the columns id, lower, upper and size, into the smallest arena.
+    """Pack buffers with known lifetimes into one arena.
 
-    A buffer of SIZE bytes is alive in the half-open interval [lower, upper). Exits with 4 when --capacity is given and
+    PROBLEM is a CSV file with the columns id, lower, upper and size: a buffer of SIZE bytes is alive in the half-open
+    interval [lower, upper). The arena is made as small as can be. Exits with 4 when --capacity is given and
     not reached; the best packing found is then still printed with --json (its peak is above the capacity), and the
     error goes to standard error. Exits with 3 when the file is not valid.
     """
