@@ -20,6 +20,7 @@ test: .venv/.test lint ## Lint, types, import rules and all tests that need no t
 
 test-hf: .venv-hf/.test ## Compare live with transformers and CPU torch
 	$(HF)/pytest tests/hf
+	$(HF)/pytest tests/test_docs.py -k transformers
 
 lint: .venv/.test ## Lint, formatting, types, import rules
 	$(BIN)/ruff check .
