@@ -25,7 +25,7 @@ from labinfer.compiler.rules import verify_graph
 from labinfer.compiler.settings import ModelSource, TensorEntry, as_list, lookup
 from labinfer.compiler.target import Target
 from labinfer.errors import Errors, ErrorSink, InvalidFile, LabinferError, Place, UsageError, WeightsError, did_you_mean
-from labinfer.home import graphs_dir
+from labinfer.home import graphs_dir, models_dir
 from labinfer.ops.formats import FORMATS
 from labinfer.progress import Progress
 from labinfer.runtime.weights import Checkpoint, open_checkpoint, read_config
@@ -248,7 +248,9 @@ def checkpoint_source(checkpoint: Checkpoint) -> ModelSource:
     table = [[info.name, info.format, list(info.shape), info.offset] for info in checkpoint.tensors.values()]
     digests = {"config": digest_json(stated), "weights": digest_json(sorted(table))}
     path = Path(checkpoint.path)
-    name = str(checkpoint.config.get("general.name") or (path.name if path.is_dir() else path.stem))
+    pulled = path.resolve().parent.parent == models_dir().resolve()  # its file is known, what it calls itself is not
+    title = None if pulled else checkpoint.config.get("general.name")
+    name = str(title or (path.name if path.is_dir() else path.stem))
     kind = KINDS[checkpoint.kind]
     return ModelSource(kind, checkpoint.config, str(path), tensors, "f32", name, digests)
 

@@ -9,6 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from labinfer.api import checkpoint_source
 from labinfer.backends.base import BACKENDS
 from labinfer.compiler.map_schema import map_schema
 from labinfer.compiler.source import load_yaml
@@ -17,6 +18,9 @@ from labinfer.home import graphs_dir
 from labinfer.ops import OPS
 from labinfer.runtime.devices import list_devices
 from labinfer.runtime.manager import Manager
+from labinfer.runtime.weights import open_checkpoint
+
+from .weights.files import STRING, gguf, pair
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 MAPS = sorted(file.name for file in graphs_dir().glob("*.yaml"))
@@ -67,6 +71,15 @@ def test_a_map_is_named_as_it_was_typed(tmp_path: Path, labinfer_cli: Cli):
     assert labinfer_cli("validate", "maps/child.yaml").stderr.startswith("maps/base.yaml:")
     (tmp_path / "maps" / "child.yaml").write_text(child + "confg: {}\n")
     assert labinfer_cli("validate", "maps/child.yaml").stderr.startswith("maps/child.yaml:5:1: ")
+
+
+def test_a_pulled_model_is_called_by_its_file_and_another_as_it_says(tmp_path: Path, home: Path):
+    text = gguf([pair("general.architecture", STRING, "llama"), pair("general.name", STRING, "Mix 1 Ep 2")], [], b"")
+    for folder, name in ((tmp_path, "Mix 1 Ep 2"), (home / "models" / "smollm2-135m", "SmolLM2-135M-Instruct.Q4_1")):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(text)
+        with open_checkpoint(folder / "SmolLM2-135M-Instruct.Q4_1.gguf") as checkpoint:
+            assert checkpoint_source(checkpoint).name == name
 
 
 def test_a_branch_not_taken_is_checked(tmp_path: Path, labinfer_cli: Cli):
