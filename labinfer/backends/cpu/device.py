@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -19,8 +20,10 @@ from labinfer.backends.cpu.rope import rope_tables
 from labinfer.backends.cpu.sampling import sample, sampling_workspace_bytes
 from labinfer.backends.cpu.tape import table
 from labinfer.backends.cpu.workers import Workers
+from labinfer.backends.cpu.workspace import scratch_bytes
 from labinfer.backends.host import DTYPES, HostDevice
-from labinfer.ops.base import Call
+from labinfer.errors import UsageError
+from labinfer.ops.base import Call, KernelBounds, TensorType
 from labinfer.ops.dequantization import dequantize
 
 
@@ -31,8 +34,44 @@ class CpuKernel:
         self.device, self.kind = device, kind
 
     def __call__(self, call: Call) -> None:
-        """Run one op."""
+        """Run one op; arrays that kernels cannot read in place are copied, scratch memory is made.
+
+        Matrices must be in panels (``Device.parameter`` and ``store``): a ``UsageError`` says so.
+        """
+        weights = {name: _weight(self.kind, name, weight) for name, weight in call.weights.items()}
+        call = replace(call, inputs=tuple(map(_readable, call.inputs)), weights=weights)
+        call.workspace = self.workspace(call)
         self.device.program([(self, call)])()
+
+    def workspace(self, call: Call) -> np.ndarray | None:
+        """Scratch memory for one call, as a plan would reserve it."""
+        types = [TensorType(x.shape, "i32" if x.dtype.kind == "i" else "f32") for x in call.inputs]
+        panels = [weight for weight in call.weights.values() if isinstance(weight, PackedWeight)]
+        formats = tuple((weight.format, (weight.rows, weight.columns)) for weight in panels)
+        sequences = 1 if call.step is None else len(call.step.context_len)
+        tokens, threads = len(call.inputs[0]), self.device.threads
+        bounds = KernelBounds(self.kind, (call.attrs,), tuple(types), formats, tokens, tokens, sequences, threads)
+        raw = np.empty(scratch_bytes(bounds) // 4 + 16, np.int32)
+        return raw[-(raw.ctypes.data // 4) % 16 :]
+
+
+def _readable(x: Any) -> np.ndarray:
+    """``x`` as rows of float32 or int32, each without gaps."""
+    x = np.asarray(x)
+    x = x.astype(np.int32 if x.dtype.kind in "iub" else np.float32, copy=False)
+    return x if x.strides[-1] == x.itemsize else np.ascontiguousarray(x)
+
+
+def _weight(kind: str, name: str, weight: Any) -> Any:
+    """A weight as kernels take it: panels as they are, a vector as float32."""
+    if isinstance(weight, PackedWeight):
+        return weight
+    if np.ndim(weight) != 1:
+        message = f"'{name}' of '{kind}' is a plain array; this device multiplies with weights in panels"
+        raise UsageError(
+            "run.weight-layout", message, remedy="make one with device.parameter(...) and device.store(...)"
+        )
+    return np.ascontiguousarray(weight, np.float32)
 
 
 class CpuDevice(HostDevice):
@@ -60,8 +99,11 @@ class CpuDevice(HostDevice):
     def store(self, parameter: Any, raw: Any, format: str, shape: tuple[int, ...], index: int | None) -> None:
         """Pack the stored bytes into panels, or widen a vector."""
         if isinstance(parameter, PackedWeight):
-            start = (index or 0) * parameter.nbytes
-            pack(format, raw, shape[0], shape[1], parameter.memory[start : start + parameter.nbytes])
+            matrices = parameter.memory.reshape(-1, parameter.nbytes)
+            if index is not None:
+                matrices = matrices[index : index + 1]
+            for matrix, part in zip(matrices, raw.reshape(len(matrices), -1), strict=True):
+                pack(format, part, *shape[-2:], matrix)
         else:
             np.copyto(parameter, dequantize(raw, format, shape))
 

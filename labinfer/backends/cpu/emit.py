@@ -173,7 +173,8 @@ class Emitter:
         geometry = attrs.head_dim, attrs.rotary_start, attrs.turned // 2, int(attrs.style == "interleaved")
         if attrs.length_dependent and not attrs.recompute_after:
             return *self.dynamic_table(call, positions), *geometry
-        length = self.step.block_table.shape[1] * self.step.block_size
+        step = self.call.step
+        length = int(positions.max()) + 1 if step is None else step.block_table.shape[1] * step.block_size
         tables = self.device.rope_table(attrs, length, call.weights)
         self.kept.append(tables)
         rows = address(positions)
@@ -345,7 +346,7 @@ def _attention(e: Emitter, call: Call) -> None:
         attrs.num_heads, attrs.num_kv_heads, attrs.head_dim, value_dim, attrs.scale, attrs.window or 0,
         attrs.softcap or 0.0,
     )  # fmt: skip
-    partials = e.take(attention_partials_bytes(heads, step.max_num_seqs))
+    partials = e.take(attention_partials_bytes(heads, max(step.max_num_seqs, len(step.context_len))))
     scratch = e.take(-(-attention_workspace_bytes(heads) // 64) * 64 * e.device.threads)
     arguments = (
         address(q), stride(q), address(y), stride(y),
