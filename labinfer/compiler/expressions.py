@@ -12,8 +12,6 @@ import ast
 import math
 import operator
 import re
-import reprlib
-import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -21,6 +19,18 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeAlias
 
+from labinfer.compiler.arithmetic import (
+    BINARY,
+    COMPARE,
+    FUNCTIONS,
+    MAX_INTEGER,
+    UNARY,
+    bounded,
+    kind_of,
+    shorten,
+    show,
+    subscript,
+)
 from labinfer.errors import InvalidFile, Place, did_you_mean
 
 Value: TypeAlias = "bool | int | float | str | list[Value] | dict[str, Value] | None"
@@ -28,8 +38,6 @@ _Run: TypeAlias = Callable[[Mapping[str, Value]], Any]
 
 MAX_LENGTH = 2000  # characters of an expression
 MAX_NESTING = 50  # levels of its syntax tree
-MAX_INTEGER = 1 << 63
-MAX_ITEMS = 10_000  # characters and elements, counted through nested lists, of a built string, list or mapping
 MAX_CHAIN = 100  # definitions that wait for one another
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
@@ -76,10 +84,10 @@ class Expression:
         seen = _Recorder(scope)
         with suppress(ArithmeticError, TypeError, ValueError, RecursionError):
             self.run(seen)  # once more, to tell the names that were read
-        values = ", ".join(f"{name} = {_show(value)}" for name, value in seen.items())
+        values = ", ".join(f"{name} = {show(value)}" for name, value in seen.items())
         problem = "division by zero" if isinstance(error, ZeroDivisionError) else error.args[-1]
         where = f" where {values}" if values else ""
-        return InvalidFile("map.expression", f"{problem} in '{_shorten(self.source)}'{where}", place=self.place)
+        return InvalidFile("map.expression", f"{problem} in '{shorten(self.source)}'{where}", place=self.place)
 
 
 class _Recorder(dict[str, Value]):
@@ -100,13 +108,13 @@ def parse_expression(text: str | int | float | bool | None, place: Place | None 
     Raises ``InvalidFile`` (``map.expression``) with the place of the offending part.
     """
     if text is None or isinstance(text, (bool, int, float)):
-        return Expression(_show(text), frozenset(), place, lambda scope: text)
+        return Expression(show(text), frozenset(), place, lambda scope: text)
     if not isinstance(text, str):
-        raise InvalidFile("map.expression", f"expected an expression, not {_kind(text)}", place=place)
+        raise InvalidFile("map.expression", f"expected an expression, not {kind_of(text)}", place=place)
     try:
         run, names = _parse(text)
     except _Refused as error:
-        message, at = f"{error.message} in '{_shorten(text)}'", _inside(place, text, error.offset)
+        message, at = f"{error.message} in '{shorten(text)}'", _inside(place, text, error.offset)
         raise InvalidFile("map.expression", message, place=at, remedy=error.remedy) from None
     return Expression(text, names, place, run)
 
@@ -176,7 +184,7 @@ class Scope(Mapping[str, Value]):
         progress = self._in_progress
         if name in progress:
             names = list(progress)
-            chain = " -> ".join(_shorten(part) for part in [*names[names.index(name) :], name])
+            chain = " -> ".join(shorten(part) for part in [*names[names.index(name) :], name])
             place = self._expressions[name].place
             raise InvalidFile("map.cycle", f"'{name}' is defined by itself: {chain}", place=place)
         if len(progress) >= MAX_CHAIN:
@@ -292,12 +300,12 @@ class _Compiler:
         return operator.itemgetter(name)
 
     def binary(self, node: ast.BinOp, depth: int) -> _Run:
-        operation = _lookup(_BINARY, node.op, node)
+        operation = _lookup(BINARY, node.op, node)
         left, right = self.compile(node.left, depth), self.compile(node.right, depth)
         return lambda scope: operation(left(scope), right(scope))
 
     def unary(self, node: ast.UnaryOp, depth: int) -> _Run:
-        operation = _lookup(_UNARY, node.op, node)
+        operation = _lookup(UNARY, node.op, node)
         operand = self.compile(node.operand, depth)
         return lambda scope: operation(operand(scope))
 
@@ -317,7 +325,7 @@ class _Compiler:
 
     def compare(self, node: ast.Compare, depth: int) -> _Run:
         first = self.compile(node.left, depth)
-        operations = [_lookup(_COMPARE, op, node) for op in node.ops]
+        operations = [_lookup(COMPARE, op, node) for op in node.ops]
         steps = list(zip(operations, [self.compile(right, depth) for right in node.comparators], strict=True))
 
         def run(scope: Mapping[str, Value]) -> bool:
@@ -337,11 +345,11 @@ class _Compiler:
 
     def subscript(self, node: ast.Subscript, depth: int) -> _Run:
         container, key = self.compile(node.value, depth), self.compile(node.slice, depth)
-        return lambda scope: _subscript(container(scope), key(scope))
+        return lambda scope: subscript(container(scope), key(scope))
 
     def list_display(self, node: ast.List, depth: int) -> _Run:
         items = [self.compile(item, depth) for item in node.elts]
-        return lambda scope: _bounded([item(scope) for item in items])
+        return lambda scope: bounded([item(scope) for item in items])
 
     def dict_display(self, node: ast.Dict, depth: int) -> _Run:
         keys: list[str] = []
@@ -350,17 +358,17 @@ class _Compiler:
                 raise _Refused("a key that is not a quoted string is not allowed", node.col_offset)
             keys.append(key.value)
         values = [self.compile(value, depth) for value in node.values]
-        return lambda scope: _bounded({key: value(scope) for key, value in zip(keys, values, strict=True)})
+        return lambda scope: bounded({key: value(scope) for key, value in zip(keys, values, strict=True)})
 
     def call(self, node: ast.Call, depth: int) -> _Run:
         if not isinstance(node.func, ast.Name):
             raise _Refused("a call of anything but a named function is not allowed", node.col_offset)
         name = node.func.id
-        if name not in _FUNCTIONS:
-            raise _Refused(f"there is no function '{name}'", node.col_offset, did_you_mean(name, _FUNCTIONS))
+        if name not in FUNCTIONS:
+            raise _Refused(f"there is no function '{name}'", node.col_offset, did_you_mean(name, FUNCTIONS))
         if node.keywords:
             raise _Refused("a keyword argument is not allowed", node.col_offset)
-        function, least, most = _FUNCTIONS[name]
+        function, least, most = FUNCTIONS[name]
         if not least <= len(node.args) <= most:
             count = str(least) if least == most else f"{least} to {most}"
             raise _Refused(f"{name}() takes {count} arguments, not {len(node.args)}", node.col_offset)
@@ -394,206 +402,4 @@ _RULES: dict[type[ast.AST], Callable[[_Compiler, Any, int], _Run]] = {
     ast.UnaryOp: _Compiler.unary, ast.BoolOp: _Compiler.boolean, ast.Compare: _Compiler.compare,
     ast.IfExp: _Compiler.ternary, ast.Subscript: _Compiler.subscript, ast.List: _Compiler.list_display,
     ast.Dict: _Compiler.dict_display, ast.Call: _Compiler.call,
-}  # fmt: skip
-
-
-# Operations: the TypeError, ValueError or ArithmeticError they raise becomes a map.expression error
-
-
-def _show(value: object) -> str:
-    """A value as a message shows it."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return reprlib.repr(value)
-
-
-def _shorten(text: str) -> str:
-    text = " ".join(text.split()).encode(errors="backslashreplace").decode()
-    return text if len(text) <= 100 else text[:97] + "..."
-
-
-def _kind(value: object) -> str:
-    return _KINDS.get(type(value), type(value).__name__)
-
-
-_KINDS: dict[type, str] = {
-    type(None): "none", bool: "a boolean", int: "an integer", float: "a float", str: "a string", list: "a list",
-    dict: "a mapping",
-}  # fmt: skip
-
-
-def _number(result: Any) -> Any:
-    """``result`` when it is an integer of 64 bits or a finite float."""
-    if isinstance(result, int) and abs(result) <= MAX_INTEGER:
-        return result
-    if isinstance(result, float) and math.isfinite(result):
-        return result
-    problem = "not a real number" if isinstance(result, complex) else "out of range"
-    raise OverflowError(f"the result is {problem}")
-
-
-def _bounded(value: Any) -> Any:
-    """``value`` when it holds at most ``MAX_ITEMS`` characters and elements, however nested or shared."""
-    size, waiting = 0, [value]
-    while waiting:
-        item = waiting.pop()
-        size += len(item) if isinstance(item, (str, list, dict)) else 0
-        if size > MAX_ITEMS:
-            raise OverflowError(f"the result holds more than {MAX_ITEMS:,} items")
-        if isinstance(item, (list, dict)):
-            waiting.extend(item if isinstance(item, list) else item.values())
-    return value
-
-
-def _are_numbers(left: Any, right: Any) -> bool:
-    return isinstance(left, (int, float)) and isinstance(right, (int, float))
-
-
-def _numeric(symbol: str, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """A binary operation on two numbers."""
-
-    def operation(left: Any, right: Any) -> Any:
-        if _are_numbers(left, right):
-            return _number(function(left, right))
-        raise TypeError(f"'{symbol}' cannot join {_kind(left)} and {_kind(right)}")
-
-    return operation
-
-
-_add_numbers, _multiply_numbers = _numeric("+", operator.add), _numeric("*", operator.mul)
-
-
-def _add(left: Any, right: Any) -> Any:
-    if type(left) is type(right) and isinstance(left, (str, list)):
-        return _bounded(left + right)
-    return _add_numbers(left, right)
-
-
-def _multiply(left: Any, right: Any) -> Any:
-    if isinstance(left, int) and isinstance(right, (str, list)):
-        left, right = right, left
-    if isinstance(left, (str, list)) and isinstance(right, int):
-        if len(left) * right > MAX_ITEMS:
-            raise OverflowError(f"the result holds more than {MAX_ITEMS:,} items")
-        return _bounded(left * right)
-    return _multiply_numbers(left, right)
-
-
-def _power(base: Any, exponent: Any) -> Any:
-    if isinstance(base, int) and isinstance(exponent, int) and exponent * (base.bit_length() - 1) > 64:
-        raise OverflowError("the result is out of range")
-    return base**exponent
-
-
-def _ordered(symbol: str, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """An order comparison: numbers with numbers, strings with strings."""
-
-    def operation(left: Any, right: Any) -> Any:
-        if _are_numbers(left, right) or (isinstance(left, str) and isinstance(right, str)):
-            return function(left, right)
-        hint = " (only == and != can)" if left is None or right is None else ""
-        raise TypeError(f"'{symbol}' cannot compare {_kind(left)} with {_kind(right)}{hint}")
-
-    return operation
-
-
-def _contains(item: Any, container: Any) -> bool:
-    if isinstance(container, list):
-        return item in container
-    if isinstance(container, (str, dict)) and isinstance(item, str):
-        return item in container
-    raise TypeError(f"'in' cannot look for {_kind(item)} in {_kind(container)}")
-
-
-def _subscript(container: Any, key: Any) -> Any:
-    if isinstance(container, list) and type(key) is int:
-        if -len(container) <= key < len(container):
-            return container[key]
-        raise ValueError(f"index {key} is outside a list of {len(container)}")
-    if isinstance(container, dict) and isinstance(key, str):
-        if key in container:
-            return container[key]
-        hint = did_you_mean(key, container)
-        raise ValueError(f"there is no key {_show(key)}" + (f" ({hint})" if hint else ""))
-    hint = "; get(mapping, key, default) works on none too" if container is None else ""
-    raise TypeError(f"{_kind(container)} has no element {_show(key)}{hint}")
-
-
-def _math(name: str, function: Callable[..., Any], convert: bool = False) -> Callable[..., Any]:
-    """A function of numbers (and of text, if it may ``convert``) with a bounded result."""
-
-    def call(*arguments: Any) -> Any:
-        for x in arguments:
-            if not isinstance(x, (int, float)) and not (convert and isinstance(x, str)):
-                raise TypeError(f"'{name}' does not take {_kind(x)}")
-        return _number(function(*arguments))
-
-    return call
-
-
-_BINARY: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
-    ast.Add: _add, ast.Sub: _numeric("-", operator.sub), ast.Mult: _multiply, ast.Div: _numeric("/", operator.truediv),
-    ast.FloorDiv: _numeric("//", operator.floordiv), ast.Mod: _numeric("%", operator.mod),
-    ast.Pow: _numeric("**", _power),
-}  # fmt: skip
-_UNARY: dict[type[ast.AST], Callable[[Any], Any]] = {
-    ast.Not: operator.not_, ast.USub: _math("-", operator.neg), ast.UAdd: _math("+", operator.pos),
-}  # fmt: skip
-_COMPARE: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
-    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: _ordered("<", operator.lt),
-    ast.LtE: _ordered("<=", operator.le), ast.Gt: _ordered(">", operator.gt), ast.GtE: _ordered(">=", operator.ge),
-    ast.In: _contains, ast.NotIn: lambda item, container: not _contains(item, container),
-}  # fmt: skip
-
-
-def _bf16(x: Any) -> float:
-    """``x`` rounded to float32 and then to bfloat16, both to nearest even, as torch and ml_dtypes convert a double."""
-    (bits,) = struct.unpack("<I", struct.pack("<f", x))
-    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
-    (value,) = struct.unpack("<f", struct.pack("<I", rounded & 0xFFFFFFFF))
-    return float(value)
-
-
-def _round(x: Any, digits: Any = None) -> Any:
-    if digits is not None and not (type(digits) is int and abs(digits) <= 30):
-        raise ValueError("round() takes a number of digits from -30 to 30")
-    return round(x, digits)
-
-
-def _get(mapping: Any, key: Any, default: Any = None) -> Any:
-    if mapping is None:
-        return default
-    if isinstance(mapping, dict) and isinstance(key, str):
-        return mapping.get(key, default)
-    raise TypeError(f"get() takes a mapping or none and a string, not {_kind(mapping)} and {_kind(key)}")
-
-
-def _string(x: Any) -> str:
-    if isinstance(x, (list, dict)):
-        raise TypeError(f"str() does not take {_kind(x)}")
-    return x if isinstance(x, str) else _show(x)
-
-
-def _extreme(name: str, function: Callable[[Any], Any]) -> Callable[..., Any]:
-    """``min`` or ``max`` of several arguments or of one list: all numbers or all strings."""
-
-    def extreme(*arguments: Any) -> Any:
-        items = arguments[0] if len(arguments) == 1 else arguments
-        if not isinstance(items, (list, tuple)):
-            raise TypeError(f"{name}() takes several values or one list")
-        if all(isinstance(x, (int, float)) for x in items) or all(isinstance(x, str) for x in items):
-            return function(items)
-        raise TypeError(f"{name}() takes numbers or strings, not " + ", ".join(sorted({_kind(x) for x in items})))
-
-    return extreme
-
-
-_ANY = 100
-_FUNCTIONS: dict[str, tuple[Callable[..., Any], int, int]] = {  # with the least and most arguments
-    "min": (_extreme("min", min), 1, _ANY), "max": (_extreme("max", max), 1, _ANY), "abs": (_math("abs", abs), 1, 1),
-    "ceil": (_math("ceil", math.ceil), 1, 1), "floor": (_math("floor", math.floor), 1, 1),
-    "round": (_math("round", _round), 1, 2), "sqrt": (_math("sqrt", math.sqrt), 1, 1),
-    "log": (_math("log", math.log), 1, 2), "int": (_math("int", int, convert=True), 1, 1),
-    "float": (_math("float", float, convert=True), 1, 1), "bool": (bool, 1, 1), "str": (_string, 1, 1),
-    "len": (len, 1, 1), "bf16": (_math("bf16", _bf16), 1, 1), "get": (_get, 2, 3),
 }  # fmt: skip
