@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from meanings import MEANINGS
 
 from labinfer.cli.main import COMMANDS, SECTIONS, cli
 from labinfer.compiler import blueprint, plan
@@ -114,12 +113,10 @@ def fields(model: Any, types: Callable[[dict[str, Any]], str] = field_type) -> s
 
 
 def meaning(model: Any, name: str, schema: dict[str, Any]) -> str:
-    """What a key means: its description in the code, else in ``meanings.py``, which has no others."""
-    described, here = schema.get("description", ""), MEANINGS.get(f"{model.__name__}.{name}", "")
-    key = f"{model.__name__}.{name}"
-    assert not (described and here), f"{key} has a description of its own now: take it out of docs/meanings.py"
-    assert described or here or issubclass(model, OpAttrs), f"say what {key} means in docs/meanings.py"
-    return str(described or here).replace("``", "`")
+    """What a key means: its description in the code; only those of an op's attributes stand in a docstring."""
+    described = schema.get("description", "")
+    assert described or issubclass(model, OpAttrs), f"give {model.__name__}.{name} a description"
+    return str(described).replace("``", "`")
 
 
 def default_text(schema: dict[str, Any]) -> str:

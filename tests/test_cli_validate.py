@@ -8,10 +8,13 @@ from typing import Any
 
 import jsonschema
 import pytest
+from pydantic import BaseModel
 
 from labinfer.api import checkpoint_source
 from labinfer.backends.base import BACKENDS
+from labinfer.compiler.blueprint import Blueprint
 from labinfer.compiler.map_schema import map_schema
+from labinfer.compiler.plan import Plan
 from labinfer.compiler.source import load_yaml
 from labinfer.errors import DoesNotFit
 from labinfer.home import graphs_dir
@@ -135,6 +138,14 @@ def schema() -> jsonschema.Draft202012Validator:
     """A validator of maps."""
     jsonschema.Draft202012Validator.check_schema(map_schema())
     return jsonschema.Draft202012Validator(map_schema())
+
+
+@pytest.mark.parametrize("model", [Blueprint, Plan])
+def test_schema_says_what_every_key_means(model: type[BaseModel]):
+    schema = model.model_json_schema(by_alias=True)
+    for name, part in {model.__name__: schema, **schema["$defs"]}.items():
+        for key, field in part.get("properties", {}).items():
+            assert field.get("description"), f"{name}.{key}"
 
 
 @pytest.mark.parametrize("name", MAPS)

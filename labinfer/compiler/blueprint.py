@@ -62,8 +62,8 @@ class ConfigEntry(Placed):
 class Check(Placed):
     """A condition on the configuration that must hold, and what to say when it does not."""
 
-    that: Scalar
-    say: str
+    that: Scalar = Field(description="must be true; may not depend on the layer")
+    say: str = Field(description="what the error says when it is not")
 
 
 class Match(Placed):
@@ -79,31 +79,36 @@ class OpLine(Placed):
     """One op. Further keys are the op's attributes (expressions) and weight slots (logical weight names)."""
 
     model_config = ConfigDict(extra="allow")
-    op: str
-    inputs: Names = Field(alias="in")
-    out: Names = Field(default_factory=list)
-    when: Scalar = True
-    state: str | None = None
-    device: Scalar = None
+    op: str = Field(description="kind of op")
+    inputs: Names = Field(alias="in", description="values it reads, in the op's order")
+    out: Names = Field(default_factory=list, description="names of the values it makes")
+    when: Scalar = Field(True, description="false leaves the line out")
+    state: str | None = Field(None, description="state of this layer that it reads or writes")
+    device: Scalar = Field(None, description="device that runs it, such as `\"'reference:1'\"`")
 
 
 class UseLine(Placed):
     """Puts a block here; what it makes is known outside as ``name.value``."""
 
-    use: str
-    name: str | None = Field(None, alias="as")
-    when: Scalar = True
+    use: str = Field(description="block to put here")
+    name: str | None = Field(
+        None, alias="as", description="name under which its values are known; the block's own name when left out"
+    )
+    when: Scalar = Field(True, description="false leaves it out")
 
 
 class RepeatLine(Placed):
     """Repeats a block; ``carry`` names the values handed from one round to the next and on to what follows."""
 
-    repeat: str
-    name: str = Field(alias="as")
-    times: Scalar
-    index: str = "i"
-    carry: Names
-    device: Scalar = None
+    repeat: str = Field(description="block to repeat")
+    name: str = Field(
+        alias="as",
+        description="name of the repeat: values are called `layers.3.…`, weights come from the group of this name",
+    )
+    times: Scalar = Field(description="number of rounds, 1 to 1024")
+    index: str = Field("i", description="name of the round's number in expressions, from 0")
+    carry: Names = Field(description="values that a round hands to the next, and the last to what follows")
+    device: Scalar = Field(None, description="device that runs a round; may depend on the index")
 
 
 def _line_kind(line: Any) -> str:
@@ -119,49 +124,60 @@ Line = Annotated[
 class Regroup(Placed):
     """Reorders a tensor: its first axis reshaped to ``rows`` and permuted by ``order``, and/or a 2-D transpose."""
 
-    rows: list[Scalar] = Field(default_factory=list)
-    order: list[int] = Field(default_factory=list)
-    transpose: bool = False
+    rows: list[Scalar] = Field(default_factory=list, description="sizes that the first axis is reshaped to")
+    order: list[int] = Field(default_factory=list, description="permutation of those axes")
+    transpose: bool = Field(False, description="swap both axes of a matrix, before anything else")
 
 
 class WeightEntry(Placed):
     """A logical weight and the checkpoint tensor it is read from; ``{i}`` is the layer, ``{e}`` the expert."""
 
-    hf: Names | None = None
-    gguf: Names | None = None
+    hf: Names | None = Field(None, description="tensor name in safetensors; of several names the first that exists")
+    gguf: Names | None = Field(None, description="tensor name in GGUF")
     hf_fix: Regroup | None = Field(None, description="how the safetensors tensor becomes the weight")
     gguf_fix: Regroup | None = Field(None, description="how the GGUF tensor becomes the weight")
     stack: Scalar = Field(None, description="number of tensors {e} stacked along a new first axis")
     tie: str | None = Field(None, description="the weight used instead when tie_when holds")
-    tie_when: Scalar = None
+    tie_when: Scalar = Field(
+        None, description="true: there is no tensor of its own; a GGUF file says so by leaving it out"
+    )
     optional: bool = Field(False, description="used only when the checkpoint has it")
-    when: Scalar = True
+    when: Scalar = Field(True, description="false: the model has no such weight, and ops go without it")
 
 
 class Example(Placed):
     """The model that a map describes when it is compiled without weights."""
 
-    name: str
-    config: dict[str, Any]
+    name: str = Field(description="name of the model")
+    config: dict[str, Any] = Field(description="its config.json")
 
 
 class Blueprint(Placed):
     """A whole map file; after ``read_map`` also everything it inherits."""
 
-    labmap: Literal[1]
-    family: str
-    extends: str | None = None
-    match: Match
-    config: dict[str, ConfigEntry] = Field(default_factory=dict)
-    check: list[Check] = Field(default_factory=list)
-    inputs: list[Literal["token_ids", "positions"]] = Field(default_factory=list)
-    outputs: list[str] = Field(default_factory=list)
-    states: dict[str, dict[str, Scalar]] = Field(default_factory=dict)
-    graph: list[Line] = Field(default_factory=list)
-    blocks: dict[str, list[Line]] = Field(default_factory=dict)
-    weights: dict[str, dict[str, WeightEntry]] = Field(default_factory=dict)
+    labmap: Literal[1] = Field(description="version of the map language")
+    family: str = Field(description="name of the family")
+    extends: str | None = Field(
+        None, description="map to take everything from that is not said here: a name in this folder or in graphs/"
+    )
+    match: Match = Field(description="checkpoints that belong to this family")
+    config: dict[str, ConfigEntry] = Field(default_factory=dict, description="configuration values by name")
+    check: list[Check] = Field(default_factory=list, description="conditions that must hold")
+    inputs: list[Literal["token_ids", "positions"]] = Field(
+        default_factory=list, description="values that every step brings"
+    )
+    outputs: list[str] = Field(
+        default_factory=list, description="the result: one value, the logits `f32[R, vocab_size]`"
+    )
+    states: dict[str, dict[str, Scalar]] = Field(
+        default_factory=dict,
+        description="what the cache keeps for one token of one layer: state name, part, numbers per row",
+    )
+    graph: list[Line] = Field(default_factory=list, description="lines of the whole model, in order")
+    blocks: dict[str, list[Line]] = Field(default_factory=dict, description="lines by block name")
+    weights: dict[str, dict[str, WeightEntry]] = Field(default_factory=dict, description="weights by group and name")
     ignore: list[str] = Field(default_factory=list, description="checkpoint tensors that may stay unused (globs)")
-    example: Example | None = None
+    example: Example | None = Field(None, description="model that the map is compiled for when none is given")
     _files: tuple[Path, ...] = PrivateAttr(default=())
 
     @property

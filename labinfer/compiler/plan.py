@@ -33,13 +33,13 @@ class PlanModel(BaseModel):
 class Limits(PlanModel):
     """Upper bounds the plan holds for: tokens and sequences of a step, rows of logits, tokens of a sequence."""
 
-    max_num_batched_tokens: PositiveInt
-    max_num_seqs: PositiveInt
-    max_logits_rows: PositiveInt
-    max_model_len: PositiveInt
-    block_size: PositiveInt
-    num_blocks: PositiveInt
-    kv_dtype: Literal["f32", "bf16", "f16"] = "f32"
+    max_num_batched_tokens: PositiveInt = Field(description="tokens of a step: the bound of `T`")
+    max_num_seqs: PositiveInt = Field(description="sequences of a step")
+    max_logits_rows: PositiveInt = Field(description="rows of logits of a step: the bound of `R`")
+    max_model_len: PositiveInt = Field(description="tokens of a sequence, prompt and answer")
+    block_size: PositiveInt = Field(description="tokens in a cache block")
+    num_blocks: PositiveInt = Field(description="blocks of the cache")
+    kv_dtype: Literal["f32", "bf16", "f16"] = Field(default="f32", description="format of keys and values in the cache")
 
     @property
     def cache_bytes_per_number(self) -> int:
@@ -70,12 +70,14 @@ class Limits(PlanModel):
 class Source(PlanModel):
     """What the plan was made from, with sha256 digests; ``checkpoint`` is None when it was made without weights."""
 
-    family: str
-    name: str
-    kind: Literal["hf", "gguf"]
-    maps: list[str]
-    checkpoint: str | None = None
-    sha256: dict[str, str] = Field(default_factory=dict)
+    family: str = Field(description="family of the map")
+    name: str = Field(description="name of the model")
+    kind: Literal["hf", "gguf"] = Field(description="whose names the checkpoint uses: safetensors (`hf`) or `gguf`")
+    maps: list[str] = Field(description="map files, nearest first; shipped ones by name, others by path")
+    checkpoint: str | None = Field(default=None, description="path of the weights")
+    sha256: dict[str, str] = Field(
+        default_factory=dict, description="digests of `map`, `config` and `weights` (the tensor table, not the data)"
+    )
 
 
 class PlanValue(PlanModel):
@@ -85,9 +87,9 @@ class PlanValue(PlanModel):
     ``at`` is None for a value that lives only inside the kernel of a fused op.
     """
 
-    type: str
-    at: NonNegativeInt | None = None
-    row: PositiveInt | None = None
+    type: str = Field(description="dtype and shape")
+    at: NonNegativeInt | None = Field(default=None, description="byte offset in the arena")
+    row: PositiveInt | None = Field(default=None, description="bytes from row to row, when more than a row's own")
 
 
 class PlanOp(PlanModel):
@@ -96,16 +98,18 @@ class PlanOp(PlanModel):
     ``workspace`` is the scratch memory of its kernel: byte offset in the arena, and bytes.
     """
 
-    name: str
-    op: str
-    inputs: list[str] = Field(alias="in")
-    out: dict[str, PlanValue] = Field(default_factory=dict)
-    weights: dict[str, str] = Field(default_factory=dict)
-    attrs: dict[str, Any] = Field(default_factory=dict)
-    state: str | None = None
-    origin: str = ""
-    workspace: tuple[NonNegativeInt, PositiveInt] | None = None
-    body: list[PlanOp] = Field(default_factory=list)
+    name: str = Field(description="name of the op: that of its first result")
+    op: str = Field(description="kind")
+    inputs: list[str] = Field(alias="in", description="operands")
+    out: dict[str, PlanValue] = Field(default_factory=dict, description="results")
+    weights: dict[str, str] = Field(default_factory=dict, description="weight slot, and the weight in it")
+    attrs: dict[str, Any] = Field(default_factory=dict, description="attributes that differ from the default")
+    state: str | None = Field(default=None, description="state it uses")
+    origin: str = Field(default="", description="map file, line and column")
+    workspace: tuple[NonNegativeInt, PositiveInt] | None = Field(
+        default=None, description="scratch memory: byte offset in the arena, and bytes"
+    )
+    body: list[PlanOp] = Field(default_factory=list, description="parts of a fused op")
 
 
 class Entry(PlanModel):
@@ -114,31 +118,39 @@ class Entry(PlanModel):
     In each further layer a received value is the ``next`` one (made in the layer before), or the same where it is None.
     """
 
-    block: str
-    layers: tuple[NonNegativeInt, NonNegativeInt] | None = None
-    receives: dict[str, str] = Field(default_factory=dict)
-    next: dict[str, str | None] = Field(default_factory=dict)
+    block: str = Field(description="block to run")
+    layers: tuple[NonNegativeInt, NonNegativeInt] | None = Field(
+        default=None, description="first and last layer it runs for"
+    )
+    receives: dict[str, str] = Field(
+        default_factory=dict, description="`$name` in the block, and the value it stands for in the first of the layers"
+    )
+    next: dict[str, str | None] = Field(
+        default_factory=dict, description="`$name`, and the value it stands for in each further layer"
+    )
 
 
 class Arena(PlanModel):
     """The activation arena of a stage, in bytes, and how good its packing is."""
 
-    size: NonNegativeInt
-    lower_bound: NonNegativeInt
-    optimal: bool
-    algorithm: str
-    peak_op: str
-    live_at_peak: list[str]
+    size: NonNegativeInt = Field(description="bytes of the arena")
+    lower_bound: NonNegativeInt = Field(
+        description="bytes that no arena can do without: the largest sum of values alive at one time"
+    )
+    optimal: bool = Field(description="whether no smaller arena exists")
+    algorithm: str = Field(description="what found the packing")
+    peak_op: str = Field(description="op at which most is alive")
+    live_at_peak: list[str] = Field(description="values alive there")
 
 
 class StageBytes(PlanModel):
     """Exact bytes the stage takes on its device; ``step`` is the step batch, ``tables`` constants such as rope's."""
 
-    weights: NonNegativeInt
-    kv_cache: NonNegativeInt
-    arena: NonNegativeInt
-    step: NonNegativeInt
-    tables: NonNegativeInt = 0
+    weights: NonNegativeInt = Field(description="weights in the device's layout")
+    kv_cache: NonNegativeInt = Field(description="the cache")
+    arena: NonNegativeInt = Field(description="the arena")
+    step: NonNegativeInt = Field(description="the inputs of a step")
+    tables: NonNegativeInt = Field(default=0, description="constants that ops share, such as rope's cosines and sines")
 
     @property
     def total(self) -> int:
@@ -149,60 +161,62 @@ class StageBytes(PlanModel):
 class Stage(PlanModel):
     """What one device runs: received values, sent values, blocks, their schedule, and memory."""
 
-    device: str
-    inputs: dict[str, PlanValue] = Field(default_factory=dict)
-    outputs: list[str]
-    schedule: list[Entry]
-    blocks: dict[str, list[PlanOp]]
-    arena: Arena
-    bytes: StageBytes
+    device: str = Field(description="name of the device")
+    inputs: dict[str, PlanValue] = Field(default_factory=dict, description="values received from earlier stages")
+    outputs: list[str] = Field(description="values sent to later stages; of the last stage, the logits")
+    schedule: list[Entry] = Field(description="which blocks run, in order")
+    blocks: dict[str, list[PlanOp]] = Field(description="ops by block")
+    arena: Arena = Field(description="the arena and how good its packing is")
+    bytes: StageBytes = Field(description="memory")
 
 
 class PlanWeight(PlanModel):
     """A weight, or the same weight of several ``layers``; see ``labinfer.compiler.graph.Weight`` for the fields."""
 
-    name: str
-    layers: tuple[NonNegativeInt, NonNegativeInt] | None = None
-    shape: list[PositiveInt]
-    format: str
-    tensor: str
-    stack: PositiveInt | None = None
-    rows: list[PositiveInt] = Field(default_factory=list)
-    order: list[NonNegativeInt] = Field(default_factory=list)
-    transpose: bool = False
+    name: str = Field(description="name, with `{i}` for the layer")
+    layers: tuple[NonNegativeInt, NonNegativeInt] | None = Field(default=None, description="first and last layer")
+    shape: list[PositiveInt] = Field(description="shape as ops see it")
+    format: str = Field(description="stored format")
+    tensor: str = Field(description="tensor in the checkpoint, with `{i}` and, in a stack, `{e}`")
+    stack: PositiveInt | None = Field(default=None, description="tensors stacked along the first axis")
+    rows: list[PositiveInt] = Field(default_factory=list, description="transform: sizes of the first axis")
+    order: list[NonNegativeInt] = Field(default_factory=list, description="transform: permutation of those axes")
+    transpose: bool = Field(default=False, description="transform: both axes swapped")
 
 
 class PlanState(PlanModel):
     """What the cache keeps per token, for each part; for one name or for several ``layers``."""
 
-    name: str
-    layers: tuple[NonNegativeInt, NonNegativeInt] | None = None
-    widths: dict[str, PositiveInt]
+    name: str = Field(description="name, with `{i}` for the layer")
+    layers: tuple[NonNegativeInt, NonNegativeInt] | None = Field(default=None, description="first and last layer")
+    widths: dict[str, PositiveInt] = Field(description="numbers per token, by part")
 
 
 class PlanDevice(PlanModel):
     """A device: ``memory`` is its cap in bytes, ``parameters`` the layout of weights, ``threads`` how many it uses."""
 
-    kind: str
-    memory: PositiveInt | None = None
-    parameters: str
-    threads: PositiveInt | None = None
-    fusions: list[str] = Field(default_factory=list)
+    kind: str = Field(description="backend")
+    memory: PositiveInt | None = Field(default=None, description="cap in bytes")
+    parameters: str = Field(description="layout that weights take there")
+    threads: PositiveInt | None = Field(default=None, description="threads it uses")
+    fusions: list[str] = Field(default_factory=list, description="fused ops it has kernels for")
 
 
 class Plan(PlanModel):
     """A whole plan.json."""
 
-    schema_version: Literal[1] = 1
-    labinfer: str
-    source: Source
-    limits: Limits
-    vocab_size: PositiveInt
-    recompute_after: PositiveInt | None = None
-    devices: dict[str, PlanDevice]
-    stages: list[Stage]
-    states: list[PlanState]
-    weights: list[PlanWeight]
+    schema_version: Literal[1] = Field(default=1, description="version of this format")
+    labinfer: str = Field(description="version that wrote it")
+    source: Source = Field(description="what it was made from")
+    limits: Limits = Field(description="upper bounds it holds for")
+    vocab_size: PositiveInt = Field(description="columns of the logits")
+    recompute_after: PositiveInt | None = Field(
+        default=None, description="tokens beyond which cached keys of a sequence no longer hold (longrope)"
+    )
+    devices: dict[str, PlanDevice] = Field(description="devices by name")
+    stages: list[Stage] = Field(description="what each device runs, in order")
+    states: list[PlanState] = Field(description="what the cache keeps")
+    weights: list[PlanWeight] = Field(description="weights and the tensors they are read from")
 
     def dump(self) -> str:
         """The plan as JSON text: sorted by meaning, one op a line, ends with a newline."""
