@@ -103,7 +103,7 @@ class CpuDevice(HostDevice):
             if index is not None:
                 matrices = matrices[index : index + 1]
             for matrix, part in zip(matrices, raw.reshape(len(matrices), -1), strict=True):
-                pack(format, part, *shape[-2:], matrix)
+                pack(format, part, shape[-2], shape[-1], matrix)
         else:
             np.copyto(parameter, dequantize(raw, format, shape))
 

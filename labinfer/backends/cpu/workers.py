@@ -57,7 +57,8 @@ def serve(control: int, sync: int, worker: int, workers: int, turn: int, seen: i
 def call(control: int) -> int:
     """Keep spinning workers from going to sleep; returns how many are spinning."""
     fetch_add(control + CALLED * 8, 1)
-    return fetch_add(control + AWAKE * 8, 0)
+    awake: int = fetch_add(control + AWAKE * 8, 0)
+    return awake
 
 
 @njit
@@ -112,9 +113,14 @@ class Workers:
         self.count, self.threads = 1, []
 
 
+def _forked() -> None:
+    for workers in _all:
+        workers.forked()
+
+
 _all: weakref.WeakSet[Workers] = weakref.WeakSet()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: [workers.forked() for workers in _all])
+    os.register_at_fork(after_in_child=_forked)
 
 
 def _stop(control: np.ndarray, asleep: threading.Semaphore, sleepers: int) -> None:

@@ -74,14 +74,6 @@ def _norm_glu(bounds: KernelBounds) -> int:
     return _normed(bounds) + mixed * lines(4 * tokens * matrices[0][1][0])
 
 
-def _norm_glu(bounds: KernelBounds) -> int:
-    """As ``_normed``; and what up gives, where gate and up meet different activations."""
-    matrices = [(format, shape) for format, shape in bounds.weights if len(shape) == 2]
-    mixed = len({panel_format(format).quantized for format, _ in matrices}) > 1
-    tokens = dim(bounds.inputs[0].shape[0], bounds.tokens, bounds.rows)
-    return _normed(bounds) + mixed * lines(4 * tokens * matrices[0][1][0])
-
-
 def _rope(bounds: KernelBounds) -> int:
     """Each token's row of the tables where that is not its position, and dynamic scaling's own table of the step."""
     turns = [attrs for attrs in bounds.attrs if getattr(attrs, "length_dependent", False)]
