@@ -292,7 +292,8 @@ def test_wrong_sampling_parameters(wrong: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "option",
     [{"max_num_batched_tokens": "8"}, {"max_num_batched_tokens": None}, {"max_num_batched_tokens": 0},
-     {"max_model_len": 8.5}, {"num_blocks": "many"}, {"threads": "4"}],
+     {"max_model_len": 8.5}, {"num_blocks": "many"}, {"threads": "4"},
+     {"arena_effort_seconds": "1"}],
     ids=str,
 )  # fmt: skip
 def test_wrong_limits_name_the_option(option: dict[str, Any]) -> None:

@@ -141,6 +141,9 @@ def _limits(blueprint: Blueprint, source: ModelSource, options: CompileOptions) 
         default = CompileOptions.__dataclass_fields__[name].default
         if value != default and not (isinstance(value, int) and 0 < value < 1 << 31):
             raise UsageError("limits.range", f"{name} must be a positive whole number, got {value!r}")
+    if not isinstance(options.arena_effort_seconds, int | float):
+        message = f"arena_effort_seconds must be a number, got {options.arena_effort_seconds!r}"
+        raise UsageError("limits.range", message)
     scope = model_scope(blueprint, source)
     longest = scope["max_context"] if "max_context" in blueprint.config else 4096
     if not isinstance(longest, int) or longest < 1:
