@@ -140,9 +140,10 @@ def fetch_go(control: int) -> None:
 def _work(control: np.ndarray, sync: np.ndarray, asleep: threading.Semaphore, worker: int, count: int) -> None:
     """A worker thread; it keeps the memory it spins on alive, and not the ``Workers``."""
     turn = seen = 0
+    at = control.ctypes.data, sync.ctypes.data
     while not control[STOP]:
         asleep.acquire()
-        turn, seen = serve(control.ctypes.data, sync.ctypes.data, worker, count, turn, seen)
+        turn, seen = serve(*at, worker, count, turn, seen)
 
 
 def _aligned(count: int) -> np.ndarray:
