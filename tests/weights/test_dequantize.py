@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from labinfer.errors import WeightsError
-from labinfer.runtime.weights import FORMATS, dequantize, stored_bytes
 from labinfer.ops.dequantization import CHUNK_ELEMENTS
+from labinfer.runtime.weights import FORMATS, dequantize, stored_bytes
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "dequant.npz")
 BLOCK_FORMATS = [name for name, stored in FORMATS.items() if stored.block_size > 1]
