@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -242,15 +243,14 @@ def test_ctrl_c_stops_a_long_generation_and_the_model_goes_on() -> None:
     """Signals between and within steps: none may leave the workers in the middle of one."""
     with load(GOLDEN / "llama-llama3", threads=2) as model:
         expected = model.logits(PROMPT)
-        handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        handler = signal.signal(signal.SIGUSR1, signal.default_int_handler)
         try:
             for turn in range(60):
-                signal.setitimer(signal.ITIMER_REAL, 0.002 + turn * 0.000_17)
+                threading.Timer(0.002 + turn * 0.000_17, os.kill, (os.getpid(), signal.SIGUSR1)).start()
                 started = time.perf_counter()
                 with pytest.raises(KeyboardInterrupt):
                     run_for_a_minute(model)
                 assert time.perf_counter() - started < 30
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, handler)
+            signal.signal(signal.SIGUSR1, handler)
         np.testing.assert_array_equal(model.logits(PROMPT), expected)
