@@ -76,6 +76,8 @@ _PYPI = re.compile(
 
 def parse_source(text: str) -> Source:
     """Read a source as a catalogue writes it; ``UsageError`` when it has no known form or its file path climbs."""
+    if not text.isprintable():
+        raise UsageError("catalogue.bad-source", f"{text!r} holds characters that no path or name has")
     if found := _HUB.fullmatch(text) or _PYPI.fullmatch(text):
         fields = found.groupdict()
         file = fields["file"]
