@@ -68,6 +68,7 @@ def measure(model: LLM, seconds: float) -> dict[str, float]:
     [interpreter] = model.interpreters
     device = interpreter.device
     device.F.kernels = dict.fromkeys(device.F.kernels, nothing)
+    interpreter.tapes.clear()  # loading has bound one to the real kernels
     sequence = Sequence([1], blocks=[0])
     step = build_step([Scheduled(sequence, 1, 1)], model.plan.limits.block_size)
     tape = interpreter.prepare(step)
