@@ -16,6 +16,7 @@ from labinfer.llm import LLM
 from labinfer.runtime.interpreter import MAX_TAPES
 from labinfer.runtime.manager import Manager
 from labinfer.runtime.poison import Poison
+from labinfer.runtime.variables import Parameter, Tensor
 
 from .tiny import FOLDERS, GOLDEN, tiny_plan
 
@@ -235,3 +236,15 @@ def test_only_so_many_tapes_are_kept() -> None:
         [interpreter] = model.interpreters
         assert len(interpreter.tapes) == MAX_TAPES
         np.testing.assert_array_equal(model.logits(PROMPT), expected)
+
+
+def test_variables_by_name() -> None:
+    with labinfer.load(GOLDEN / "llama-biases") as model:
+        weight = model.variable("layers.0.q_proj")
+        assert isinstance(weight, Parameter)
+        assert weight.array.shape == weight.weight.shape
+        out = model.variable("layers.0.attn.out")
+        assert isinstance(out, Tensor)
+        assert (out.device, out.slot.type.shape[0]) == ("reference", "T")
+        with pytest.raises(UsageError, match="did you mean 'layers.0.q_proj'"):
+            model.variable("layers.0.q_porj")

@@ -21,6 +21,7 @@ from labinfer.runtime.kv_cache import BlockPool, KVCache
 from labinfer.runtime.manager import Manager
 from labinfer.runtime.parameters import Parameters, Progress
 from labinfer.runtime.sequence import Scheduled, Sequence, build_step
+from labinfer.runtime.variables import Tensor, Variable
 from labinfer.runtime.weights import Checkpoint
 
 if TYPE_CHECKING:
@@ -175,6 +176,19 @@ class Model:
             yield
         finally:
             interpreter.unlisten(listener)
+
+    def variable(self, name: str) -> Variable:
+        """The weight or activation called ``name``: a ``Parameter`` with its array, or a ``Tensor`` with its slot."""
+        for memory in self.memory:
+            if isinstance(memory, Parameters) and name in memory.by_name:
+                return memory.by_name[name]
+        for interpreter in self.interpreters:
+            if name in interpreter.slots:
+                return Tensor(name, interpreter.device.name, interpreter.slots[name])
+        known = [known for memory in self.memory if isinstance(memory, Parameters) for known in memory.by_name]
+        known += [value for interpreter in self.interpreters for value in interpreter.slots]
+        message = f"there is no weight and no activation '{name}' with a place of its own"
+        raise UsageError("run.unknown-variable", message, remedy=did_you_mean(name, known))
 
     def close(self) -> None:
         """Give back everything that was allocated; the model cannot run any more."""
