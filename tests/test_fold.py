@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -153,3 +154,13 @@ def test_names_fold_and_unfold(group: str, layer: int, rest: str) -> None:
 def test_names_outside_of_layers_stay(name: str) -> None:
     assert layer_of(name) is None
     assert fold_name(name) == name
+
+
+def test_names_that_end_in_digits(tmp_path: Path) -> None:
+    text = (graphs_dir() / "llama.yaml").read_text()
+    renamed = re.sub(r"\bh\b(?=[,\]}])", "h2", text)
+    (tmp_path / "digits.yaml").write_text(renamed)
+    plan = labinfer.compile(tmp_path / "digits.yaml")
+    names = [op.name for op, _ in unfold_ops(plan.stages[0])]
+    assert len(names) == len(set(names)) == 260
+    assert plan.stages[0].schedule[1].receives == {"$h2": "h2"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -65,7 +66,7 @@ class _Group:
         labels: dict[str, str] = {}
         for name in received:
             if name not in GRAPH_INPUTS:
-                label = "$" + name.rsplit(".", 1)[-1] if not name[-1].isdigit() else "$" + name.rsplit(".", 2)[-2]
+                label = "$" + re.sub(r"\.\d+$", "", name).rsplit(".", 1)[-1]
                 labels[name] = label if label not in labels.values() else f"{label}{len(labels)}"
         self.receives = {label: name for name, label in labels.items()}
         self.labels = labels
