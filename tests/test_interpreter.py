@@ -246,5 +246,5 @@ def test_variables_by_name() -> None:
         out = model.variable("layers.0.attn.out")
         assert isinstance(out, Tensor)
         assert (out.device, out.slot.type.shape[0]) == ("reference", "T")
-        with pytest.raises(UsageError, match="did you mean 'layers.0.q_proj'"):
+        with pytest.raises(UsageError, match=r"did you mean 'layers\.0\.q_proj'"):
             model.variable("layers.0.q_porj")
