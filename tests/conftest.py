@@ -14,6 +14,9 @@ from hypothesis import HealthCheck, settings
 # What a test does not say runs on the reference device, whatever is installed; tests/cpu says `cpu`.
 os.environ["LABINFER_DEVICES"] = "reference"
 
+# Started in the background, a shell's child ignores Ctrl-C, and so would every command that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # The machines that run this are slow and shared: what is checked is the result, never the time of one example.
 settings.register_profile("labinfer", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("labinfer")
