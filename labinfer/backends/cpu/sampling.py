@@ -16,9 +16,7 @@ from numba import types
 
 from labinfer.backends.cpu.elementwise import pieces
 from labinfer.backends.cpu.isa import F32, I32X16, I64, Value, const, njit, vector
-from labinfer.backends.cpu.simd import Emit, _pointer, f32p, i32p, i64p, kernel
-
-f64p = _pointer(ir.DoubleType(), types.float64)
+from labinfer.backends.cpu.simd import Emit, f32p, f64p, i32p, i64p, kernel
 
 BUCKETS = 1024
 

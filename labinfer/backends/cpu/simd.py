@@ -324,6 +324,7 @@ def _pointer(kind: Value, numba_type: Any) -> Any:
 
 
 f32p, i64p = _pointer(F32, types.float32), _pointer(I64, types.int64)
+f64p = _pointer(ir.DoubleType(), types.float64)
 i32p, u16p, u8p = _pointer(I32, types.int32), _pointer(I16, types.uint16), _pointer(I8, types.uint8)
 
 

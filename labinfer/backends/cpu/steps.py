@@ -23,8 +23,8 @@ from labinfer.backends.cpu.paged_cache import kv_write
 from labinfer.backends.cpu.panels import unpack_row
 from labinfer.backends.cpu.quantize import quantize_row
 from labinfer.backends.cpu.rope import KeyValues, Turn, dynamic_table, longrope_rows, rope, rope_kv_write
-from labinfer.backends.cpu.simd import i32p, i64p
-from labinfer.backends.cpu.tape import f64p, share
+from labinfer.backends.cpu.simd import f64p, i32p, i64p
+from labinfer.backends.cpu.tape import share
 
 
 def embedding_step(a: int, sequences: int, worker: int, workers: int) -> None:

@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import types
 
 from labinfer.backends.cpu import isa
-from labinfer.backends.cpu.isa import I64, Value, njit
-from labinfer.backends.cpu.simd import Emit, _pointer, flag_get, flag_set, i64p, kernel, pause, sched_yield
+from labinfer.backends.cpu.isa import Value, njit
+from labinfer.backends.cpu.simd import Emit, flag_get, flag_set, i64p, kernel, pause, sched_yield
 
 ROW = 40
 """Numbers of a row: the function's address, the barrier flag, and up to 38 arguments."""
@@ -27,12 +26,9 @@ LINE = 64
 
 SPINS_BEFORE_YIELD = 500
 
-f64p = _pointer(ir.DoubleType(), types.float64)
-
 
 def _emit_step(e: Emit, code: Value, arguments: Value, sequences: Value, worker: Value, workers: Value) -> None:
-    kind = ir.FunctionType(ir.VoidType(), [I64] * 4)
-    e.b.call(e.b.inttoptr(code, kind.as_pointer()), (arguments, sequences, worker, workers))
+    e.call_at(code, arguments, sequences, worker, workers)
 
 
 _call_step = kernel(_emit_step)
