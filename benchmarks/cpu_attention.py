@@ -18,8 +18,9 @@ import numba
 import numpy as np
 
 from labinfer.backends.cpu import attention as cpu
-from labinfer.backends.cpu.isa import LEVEL
+from labinfer.backends.cpu.features import LEVEL
 from labinfer.backends.cpu.paged_cache import CACHE_DTYPES
+from labinfer.backends.cpu.workspace import attention_partials_bytes, attention_scratch
 
 BLOCK_SIZE = 16
 
@@ -58,8 +59,11 @@ def layer_ms(heads: cpu.Heads, context: int, tokens: int, dtype: str, threads: i
     y = np.empty((tokens, heads.num_heads * heads.v_head_dim), np.float32)
     start, length = np.array([0, tokens], np.int32), np.array([context], np.int32)
     batch = cpu.Batch(1, start.ctypes.data, length.ctypes.data, table.ctypes.data, blocks)
-    partials = aligned(cpu.attention_partials_bytes(heads, 1))
-    spaces = [aligned(cpu.attention_workspace_bytes(heads)) for _ in range(threads)]
+    partials = aligned(attention_partials_bytes(heads.num_heads, heads.v_head_dim, 1))
+    spaces = [
+        aligned(attention_scratch(heads.num_heads // heads.num_kv_heads, heads.head_dim, heads.v_head_dim))
+        for _ in range(threads)
+    ]
     items, times = cpu.attention_items(heads, batch), max(1, 64 // tokens)
 
     def work(thread: int) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from labinfer.backends.cpu import isa
+from labinfer.backends.cpu.features import LEVEL
 from labinfer.backends.cpu.layout import (
     PANEL_FORMATS,
     PANEL_ROWS,
@@ -30,8 +31,9 @@ from labinfer.backends.cpu.layout import (
     activation_digits,
     packed_bytes,
 )
-from labinfer.backends.cpu.linear import linear, linear_code
-from labinfer.backends.cpu.panels import pack
+from labinfer.backends.cpu.linear import linear
+from labinfer.backends.cpu.machine_code import address
+from labinfer.backends.cpu.packed_weight import pack
 from labinfer.backends.cpu.quantize import quantize_row
 from labinfer.backends.cpu.simd import Emit, fetch_add, flag_get, kernel, pause
 from labinfer.ops.formats import stored_bytes
@@ -192,7 +194,10 @@ class Case:
         digits = activation_digits(self.format, self.digits)
         activations, y = aligned(self.tokens * stride), aligned(self.tokens * self.rows * 4)
         quantize_all(digits, x.ctypes.data, self.columns, self.tokens, activations.ctypes.data, stride)
-        code, panels = linear_code(self.format, self.digits), -(-self.rows // PANEL_ROWS)
+        code, panels = (
+            address(f"linear/{self.format}/{activation_digits(self.format, self.digits)}"),
+            -(-self.rows // PANEL_ROWS),
+        )
 
         def product(at: int, thread: int, sync: int) -> None:
             g0, g1 = panels * thread // self.threads, panels * (thread + 1) // self.threads
@@ -213,7 +218,7 @@ def main() -> None:
     parser.add_argument("--digits", type=int, default=2, choices=[1, 2])
     options = parser.parse_args()
     cycles = clock()
-    print(f"{isa.LEVEL}, {options.digits} digits, {cycles / 1e9:.2f} GHz")
+    print(f"{LEVEL}, {options.digits} digits, {cycles / 1e9:.2f} GHz")
     for format in options.formats:
         for shape in options.shapes:
             rows, columns = map(int, shape.split("x"))

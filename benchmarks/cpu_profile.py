@@ -11,36 +11,22 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-from labinfer.backends.cpu import isa
 from labinfer.backends.cpu.device import CpuDevice, CpuKernel
-from labinfer.backends.cpu.emit import EMITTERS, Emitter, PackedWeight
-from labinfer.backends.cpu.isa import I64, ir
-from labinfer.backends.cpu.simd import Emit, i64p, kernel
-from labinfer.backends.cpu.tape import row, table
+from labinfer.backends.cpu.emit import EMITTERS, Emitter
+from labinfer.backends.cpu.features import LEVEL
+from labinfer.backends.cpu.packed_weight import PackedWeight
+from labinfer.backends.cpu.tape import Row, table
 from labinfer.bench.ceiling import read_bandwidth
 from labinfer.bench.measure import limits, num_threads, plan_tests, weight_memory
 from labinfer.llm import LLM
 from labinfer.ops.base import Call
 from labinfer.runtime.sequence import Scheduled, Sequence, build_step
-
-
-def _cycles(e: Emit, out: Any) -> None:
-    count = e.b.call(e.b.module.declare_intrinsic("llvm.readcyclecounter", (), ir.FunctionType(I64, [])), ())
-    e.b.store(count, e.b.inttoptr(out, I64.as_pointer()))
-
-
-note_cycles = kernel(_cycles)
-
-
-def note_time(a: int, sequences: int, worker: int, workers: int) -> None:
-    """out."""
-    if worker == 0:
-        note_cycles(i64p(a)[0])
 
 
 def weights_of(call: Call) -> list[PackedWeight]:
@@ -58,13 +44,13 @@ class Profile:
         assert isinstance(device, CpuDevice)
         self.bound = [each for each in interpreter.bind(tokens, 1).bound if isinstance(each.kernel, CpuKernel)]
         self.times = np.zeros(len(self.bound) + 1, np.int64)
-        rows = [row(note_time, self.times.ctypes.data)]
+        rows = [Row("clock_step", (self.times.ctypes.data,))]
         for number, each in enumerate(self.bound):
             emitter = Emitter(device, each.call)
             EMITTERS[each.kernel.kind](emitter, each.call)
             rows += emitter.rows
-            rows[-1][1] = 1  # the clock is read when all workers are done
-            rows.append(row(note_time, self.times.ctypes.data + 8 * (number + 1), then_wait=False))
+            rows[-1] = replace(rows[-1], then_wait=True)  # the clock is read when all workers are done
+            rows.append(Row("clock_step", (self.times.ctypes.data + 8 * (number + 1),), then_wait=False))
         self.table, self.device = table(rows), device
         self.interpreter = interpreter
 
@@ -129,7 +115,7 @@ def show(profile: Profile, step: Any, steps: int, model: LLM) -> None:
             macs[key] += sum(w.rows * w.columns for w in weights_of(bound.call)) * rows
     total = sum(spent.values())
     reads = read_bandwidth(weight_memory(model), num_threads(model.plan)) / 1e9
-    print(f"{isa.LEVEL}, step {1000 * median(seconds):.3f} ms, plain read {reads:.1f} GB/s")
+    print(f"{LEVEL}, step {1000 * median(seconds):.3f} ms, plain read {reads:.1f} GB/s")
     for key, took in sorted(spent.items(), key=lambda item: -item[1]):
         rate = f"{nbytes[key] / took / 1e9:7.1f} GB/s {macs[key] / took / 1e9:8.0f} GMAC/s" if nbytes[key] else ""
         print(f"{key:60} x{count[key]:<3} {1000 * took:9.3f} ms {100 * took / total:5.1f} % {rate}")

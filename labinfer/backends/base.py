@@ -192,6 +192,9 @@ class Device(ABC):
 
         return run
 
+    def prepare(self, calls: Sequence[tuple[Kernel, Call]], progress: Callable[[int, int], None]) -> None:  # noqa: B027
+        """Get ready what ``calls`` need; a device that compiles does it here and tells ``progress`` (done, total)."""
+
     @abstractmethod
     def fill(self, buffer: Buffer, byte: int) -> None:
         """Set every byte of ``buffer``."""

@@ -135,14 +135,14 @@ class Interpreter:
         return tape
 
     def warm(self, compiling: Callable[[int, int], None]) -> None:
-        """Bind the tape of a decode step op by op, so that what a device must compile for them is compiled now."""
-        bound, values = self.resolve(1, 1)
-        calls = [(each.kernel, each.call) for each in bound if each.kernel is not None]
-        for done, entry in enumerate(calls):
-            compiling(done, len(calls))
-            self.device.program([entry])
-        compiling(len(calls), len(calls))
-        self.tapes[1, 1] = Tape(self.device.program(calls), bound, values)
+        """Get the kernels of the smallest and of the largest step ready, and bind the tape of a decode step."""
+        calls = [call for tokens in (1, self.limits.max_num_batched_tokens) for call in self.calls(tokens)]
+        self.device.prepare(calls, compiling)
+        self.tapes[1, 1] = self.bind(1, 1)
+
+    def calls(self, tokens: int) -> list[tuple[Kernel, Call]]:
+        """What runs for ``tokens`` tokens and one row of logits."""
+        return [(each.kernel, each.call) for each in self.resolve(tokens, 1)[0] if each.kernel is not None]
 
     def bind(self, tokens: int, rows: int) -> Tape:
         """The tape for steps of ``tokens`` tokens and ``rows`` logit rows."""

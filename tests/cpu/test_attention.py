@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 pytest.importorskip("numba")
 
 from labinfer.backends.cpu import attention as cpu
-from labinfer.backends.cpu import mla
+from labinfer.backends.cpu import mla, workspace
 from labinfer.backends.cpu.paged_cache import CACHE_DTYPES, kv_write
 from labinfer.ops import OPS, Call, Step
 
@@ -107,15 +107,17 @@ def attend(paged, attrs, q, dtype, cuts):
     batch = paged.batch()
     wide = np.full((len(q), attrs.num_heads * v_dim + 5), NAN)
     y, stride = wide[:, 2:-3], wide.shape[1]
-    partials = aligned(cpu.attention_partials_bytes(heads, batch.sequences))
+    partials = aligned(workspace.attention_partials_bytes(attrs.num_heads, v_dim, batch.sequences))
     items = cpu.attention_items(heads, batch)
     bounds = [0, *(round(cut * items) for cut in cuts), items]
     for start, stop in pairwise(bounds):
-        workspace = aligned(cpu.attention_workspace_bytes(heads) + 64)
-        address = workspace.ctypes.data
+        scratch = aligned(
+            workspace.attention_scratch(attrs.num_heads // attrs.num_kv_heads, attrs.head_dim, v_dim) + 64
+        )
+        address = scratch.ctypes.data
         args = (q.ctypes.data, q.strides[0] // 4, y.ctypes.data, stride, heads, pages, batch)
         cpu.attention(*args, partials.ctypes.data, address, start, stop)
-        assert (workspace[-64:] == 0xFF).all(), "wrote beyond its workspace"
+        assert (scratch[-64:] == 0xFF).all(), "wrote beyond its workspace"
     merges = batch.sequences * attrs.num_kv_heads
     for start, stop in ((0, merges // 2), (merges // 2, merges)):
         cpu.attention_merge(y.ctypes.data, stride, heads, batch, partials.ctypes.data, start, stop)
@@ -215,10 +217,10 @@ def attend_latents(paged, attrs, q, kv_b, dtype, cuts):
     y, stride = wide[:, 2:-3], wide.shape[1]
     items = mla.mla_items(latent, batch)
     for start, stop in pairwise([0, *(round(cut * items) for cut in cuts), items]):
-        workspace = aligned(mla.mla_workspace_bytes(latent) + 64)
+        scratch = aligned(workspace.mla_scratch(attrs.num_heads, attrs.rope_dim, attrs.kv_rank) + 64)
         args = (q.ctypes.data, q.strides[0] // 4, y.ctypes.data, stride, latent, pages, batch)
-        mla.mla_attention(*args, workspace.ctypes.data, start, stop)
-        assert (workspace[-64:] == 0xFF).all(), "wrote beyond its workspace"
+        mla.mla_attention(*args, scratch.ctypes.data, start, stop)
+        assert (scratch[-64:] == 0xFF).all(), "wrote beyond its workspace"
     assert np.isnan(wide[:, :2]).all()
     assert np.isnan(wide[:, -3:]).all()
     return y

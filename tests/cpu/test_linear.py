@@ -14,13 +14,13 @@ from numpy.testing import assert_array_equal
 
 pytest.importorskip("numba")
 
-from labinfer.backends.cpu import isa
-from labinfer.backends.cpu.elementwise import ACTIVATION_CODES
+from labinfer.backends.cpu import features, isa
 from labinfer.backends.cpu.layout import PANEL_FORMATS, activation_bytes, activation_digits, packed_bytes
-from labinfer.backends.cpu.linear import linear, linear_code, linear_glu
-from labinfer.backends.cpu.panels import pack
+from labinfer.backends.cpu.linear import linear, linear_glu
+from labinfer.backends.cpu.machine_code import address
+from labinfer.backends.cpu.packed_weight import pack
 from labinfer.backends.cpu.quantize import quantize_row
-from labinfer.backends.cpu.tiles import ACCUMULATE
+from labinfer.backends.cpu.tape import ACCUMULATE, ACTIVATION_CODES
 from labinfer.ops.activations import FUNCTIONS
 from labinfer.ops.dequantization import dequantize
 from labinfer.ops.formats import FORMATS
@@ -42,6 +42,10 @@ def run(
     rows: int, bias: int, mode: int,
 ) -> None:  # fmt: skip
     linear(code, w, columns, x, x_stride, y, y_stride, tokens, g0, g1, rows, bias, mode)
+
+
+def code_of(format: str, digits: int = 2) -> int:
+    return address(f"linear/{format}/{activation_digits(format, digits)}")
 
 
 class Weight:
@@ -75,7 +79,7 @@ class Activations:
         steps = np.zeros_like(x)
         if self.digits:
             greatest = x.reshape(len(x), -1, 32).max(axis=2)
-            steps = np.repeat(greatest * 0.5 / (isa.DIGIT_MAX * 128.0 ** (self.digits - 1)), 32, axis=1)
+            steps = np.repeat(greatest * 0.5 / (features.DIGIT_MAX * 128.0 ** (self.digits - 1)), 32, axis=1)
         # A zero point or minimum is taken off at the end, so that the sums are of larger numbers than the weights.
         larger = np.maximum(sizes, sizes.reshape(len(sizes), -1).max()) if self.digits else sizes
         return 1.001 * steps @ sizes.T + 2e-6 * (x @ larger.T)
@@ -89,7 +93,7 @@ def product(w: Weight, a: Activations, tokens: int, bias: np.ndarray | None = No
     for part in range(parts):
         g0, g1 = panels * part // parts, panels * (part + 1) // parts
         run(
-            linear_code(w.format, digits), w.packed.ctypes.data, w.columns, a.rows.ctypes.data, a.stride, y.ctypes.data,
+            code_of(w.format, digits), w.packed.ctypes.data, w.columns, a.rows.ctypes.data, a.stride, y.ctypes.data,
             y.shape[1], tokens, g0, g1, w.rows, 0 if bias is None else bias.ctypes.data, mode,
         )  # fmt: skip
     assert_array_equal(y[:, w.rows :], SENTINEL)
@@ -130,7 +134,7 @@ def test_a_large_product_is_within_the_stated_error(format):
     a = Activations(w, 3, spread=0.5)
     exact = a.x.astype(np.float64) @ w.meaning.T
     error = np.abs(product(w, a, 3) - exact).max() / np.abs(exact).max()
-    assert error <= (2e-6 if not a.digits else 2e-4 if isa.DIGIT_MAX == 127 else 4e-4)
+    assert error <= (2e-6 if not a.digits else 2e-4 if features.DIGIT_MAX == 127 else 4e-4)
 
 
 @pytest.mark.parametrize("format", [name for name, layout in PANEL_FORMATS.items() if layout.quantized])
@@ -163,7 +167,7 @@ def test_gated_unit(format, tokens):
     a = Activations(gate, tokens, spread=0.1)
     expected = FUNCTIONS["silu"](product(gate, a, tokens) + bias) * product(up, a, tokens)
     y = np.full((tokens, rows + 3), SENTINEL)
-    code, panels = linear_code(format), -(-rows // 16)
+    code, panels = code_of(format), -(-rows // 16)
     for g0, g1 in ((0, 2), (2, panels)):
         linear_glu(
             code, gate.packed.ctypes.data, bias.ctypes.data, code, up.packed.ctypes.data, 0, columns,
@@ -196,7 +200,7 @@ def test_zero_and_tiny_activations():
 
 
 @pytest.mark.skipif("LABINFER_CPU_ISA" in os.environ, reason="this is the run at a forced level")
-@pytest.mark.parametrize("level", isa.LEVELS[isa.LEVELS.index(isa.LEVEL) + 1 :])
+@pytest.mark.parametrize("level", features.LEVELS[features.LEVELS.index(features.LEVEL) + 1 :])
 def test_lower_feature_levels(level):
     """This file and that of the panels once more, but for what compiles or runs long, where less of the CPU is used."""
     files = [__file__, __file__.replace("test_linear", "test_panels")]
@@ -208,5 +212,7 @@ def test_lower_feature_levels(level):
 
 def test_a_level_the_cpu_has_not_is_refused():
     env = {**os.environ, "LABINFER_CPU_ISA": "avx1024"}
-    result = subprocess.run([sys.executable, "-c", "import labinfer.backends.cpu.isa"], env=env, capture_output=True)
+    result = subprocess.run(
+        [sys.executable, "-c", "import labinfer.backends.cpu.features"], env=env, capture_output=True
+    )
     assert b"LABINFER_CPU_ISA is 'avx1024', this CPU has" in result.stderr

@@ -8,6 +8,7 @@ pytest.importorskip("numba")
 
 from labinfer.backends.cpu import elementwise
 from labinfer.backends.cpu import moe as cpu
+from labinfer.backends.cpu.workspace import route_scratch
 from labinfer.ops import OPS, Call
 from labinfer.ops.activations import FUNCTIONS
 
@@ -30,7 +31,7 @@ def route(attrs, logits, bias=None, cuts=()):
     routing = cpu.Routing(attrs.num_experts, attrs.top_k, *flags, *groups, int(attrs.group_score == "top2"), address)
     ids, weights = np.full((tokens, attrs.top_k), -1, np.int32), np.zeros((tokens, attrs.top_k), np.float32)
     for start, stop in zip((0, *cuts), (*cuts, tokens), strict=True):
-        scratch = np.full(cpu.route_workspace_bytes(routing) + 4, 0xFF, np.uint8)
+        scratch = np.full(route_scratch(attrs.num_experts, groups[0]) + 4, 0xFF, np.uint8)
         stride = logits.strides[0] // 4
         args = (logits.ctypes.data, stride, routing, ids.ctypes.data, weights.ctypes.data, scratch.ctypes.data)
         cpu.route(*args, start, stop)

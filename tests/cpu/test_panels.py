@@ -10,7 +10,9 @@ pytest.importorskip("numba")
 
 from labinfer.backends.cpu import isa
 from labinfer.backends.cpu.layout import PANEL_FORMATS, activation_bytes, packed_bytes, panel_bytes, weight_bytes
-from labinfer.backends.cpu.panels import pack, unpack_code, unpack_row
+from labinfer.backends.cpu.machine_code import address
+from labinfer.backends.cpu.packed_weight import pack
+from labinfer.backends.cpu.panels import unpack_row
 from labinfer.errors import WeightsError
 from labinfer.ops.dequantization import dequantize
 from labinfer.ops.formats import FORMATS, stored_bytes
@@ -44,7 +46,7 @@ def test_every_row_comes_back_as_dequantized(format):
             raw = stored_weight(format, rows, columns)
             w = packed(format, raw, rows, columns)
             out = np.full((rows, columns), np.nan, np.float32)
-            unpack_all(unpack_code(format), w.ctypes.data, columns, rows, out.ctypes.data)
+            unpack_all(address(f"unpack/{format}"), w.ctypes.data, columns, rows, out.ctypes.data)
             assert_array_equal(out, dequantize(raw, format, (rows, columns)))
 
 
@@ -53,7 +55,7 @@ def test_rows_that_pad_the_last_panel_are_zero(format):
     columns = columns_of(format)[-1]
     w = packed(format, stored_weight(format, 17, columns), 17, columns)
     out = np.full((32, columns), np.nan, np.float32)
-    unpack_all(unpack_code(format), w.ctypes.data, columns, 32, out.ctypes.data)
+    unpack_all(address(f"unpack/{format}"), w.ctypes.data, columns, 32, out.ctypes.data)
     assert out[:17].any()
     assert not out[17:].any()
 

@@ -8,6 +8,7 @@ pytest.importorskip("numba")
 
 from labinfer.backends.cpu import rope as cpu
 from labinfer.backends.cpu.paged_cache import CACHE_DTYPES, kv_write
+from labinfer.backends.cpu.rope_tables import rope_tables
 from labinfer.ops import OPS, Call, Step
 
 MAX_LEN = 200
@@ -49,7 +50,7 @@ def step_of(rng):
 
 def turn_of(attrs, step, weights):
     """The tables of a rope and what the kernels need of it; the arrays must outlive the calls."""
-    tables = cpu.rope_tables(attrs, MAX_LEN, **weights)
+    tables = rope_tables(attrs, MAX_LEN, **weights)
     rows, half = step.positions.copy(), attrs.turned // 2
     spans = (step.query_start.ctypes.data, step.total_len.ctypes.data, len(step.total_len), step.positions.ctypes.data)
     if attrs.recompute_after:
@@ -101,7 +102,7 @@ def test_tables_agree_with_the_reference_bit_for_bit(rng):
     step = step_of(rng)
     x = np.zeros((len(step.positions), attrs.head_dim), np.float32)
     x[:, : attrs.turned // 2] = 1
-    tables = cpu.rope_tables(attrs, MAX_LEN, **weights)
+    tables = rope_tables(attrs, MAX_LEN, **weights)
     assert_array_equal(tables[step.positions].reshape(x.shape), reference(attrs, x, step, weights))
 
 

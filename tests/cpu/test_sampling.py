@@ -6,10 +6,16 @@ from numpy.testing import assert_allclose
 
 pytest.importorskip("numba")
 
+from ctypes import c_double, c_int64
+
 from labinfer.backends.cpu import sampling as cpu
+from labinfer.backends.cpu.machine_code import function
+from labinfer.backends.cpu.workspace import sampling_scratch
 from labinfer.errors import LabinferError
 from labinfer.runtime.sampler import sample
 from labinfer.runtime.sampling_params import SamplingParams
+
+SAMPLE = function("sample", c_int64, c_int64, c_int64, c_double, c_int64, c_double, c_double, c_int64)
 
 
 def logits_of(rng, n, spread=3.0):
@@ -20,10 +26,10 @@ def logits_of(rng, n, spread=3.0):
 
 def chosen(logits, params, random):
     n = len(logits)
-    workspace = np.full(cpu.sampling_workspace_bytes(n) + 8, 0xFF, np.uint8)
+    workspace = np.full(sampling_scratch(n) + 8, 0xFF, np.uint8)
     before = logits.copy()
     args = (n, float(params.temperature), params.top_k, float(params.top_p), random, workspace.ctypes.data)
-    token = cpu.sample(logits.ctypes.data, *args)
+    token = SAMPLE(logits.ctypes.data, *args)
     assert (workspace[-8:] == 0xFF).all(), "wrote beyond its workspace"
     np.testing.assert_array_equal(logits, before)
     return token
@@ -100,8 +106,8 @@ def test_weights_are_exact_to_float64():
     x = np.linspace(-600, 0, 1003, dtype=np.float32)
     given, weights = np.array([0.0, 1.0]), np.empty(len(x))
 
-    workspace = np.zeros(cpu.sampling_workspace_bytes(len(x)), np.uint8)
-    cpu.sample(x.ctypes.data, len(x), given[1], 0, 1.0, 0.5, workspace.ctypes.data)
+    workspace = np.zeros(sampling_scratch(len(x)), np.uint8)
+    SAMPLE(x.ctypes.data, len(x), given[1], 0, 1.0, 0.5, workspace.ctypes.data)
     start = 16 + 16 * cpu.BUCKETS
     weights = workspace[start : start + 8 * len(x)].view(np.float64)
     assert_allclose(weights, np.exp(x.astype(np.float64)), rtol=2e-15)

@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("numba")
 
-from labinfer.backends.cpu import steps
-from labinfer.backends.cpu.tape import ROW, row, share, table
+from labinfer.backends.cpu.driver import share
+from labinfer.backends.cpu.tape import ROW, Row, table
 from labinfer.backends.cpu.workers import Workers
 
 
@@ -23,22 +23,22 @@ def test_shares_cover_everything_once() -> None:
 
 
 def test_a_row_keeps_its_arguments() -> None:
-    made = table([row(steps.scale_step, 3, -1, 0.5, then_wait=False), row(steps.scale_step, True)])
+    made = table([Row("scale_step", (3, -1, 0.5), then_wait=False), Row("scale_step", (True,))])
     assert made.shape == (2, ROW)
     assert made[0, 1:4].tolist() == [0, 3, -1]
     assert made[0, 4:5].view(np.float64)[0] == 0.5
     assert made[1, 1:3].tolist() == [1, 1]
-    assert table([row(steps.scale_step, then_wait=False)])[-1, 1] == 1  # a step ends for all at once
+    assert table([Row("scale_step", (), then_wait=False)])[-1, 1] == 1  # a step ends for all at once
     assert table([]).shape == (0, ROW)
     with pytest.raises(ValueError, match="do not fit"):
-        row(steps.scale_step, *range(ROW - 1))
+        Row("scale_step", tuple(range(ROW - 1)))
 
 
 def chain(x: np.ndarray, ones: np.ndarray, length: int) -> np.ndarray:
     """A tape that adds ``ones`` to ``x``, ``length`` times over."""
     rows, n = x.shape
     at, one = x.ctypes.data, ones.ctypes.data
-    return table([row(steps.add_step, rows, at, n, one, n, at, n, n) for _ in range(length)])
+    return table([Row("add_step", (rows, at, n, one, n, at, n, n)) for _ in range(length)])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
@@ -67,7 +67,7 @@ def test_barriers_order_what_depends_on_other_workers() -> None:
     made, source, target = [], x, y
     for _ in range(40):
         addresses = source.ctypes.data, n, order.ctypes.data, target.ctypes.data, n, n
-        made.append(row(steps.select_rows_step, rows, *addresses))
+        made.append(Row("select_rows_step", (rows, *addresses)))
         source, target = target, source
     tape = table(made)
     try:

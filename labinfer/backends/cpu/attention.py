@@ -16,11 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from labinfer.backends.cpu import workspace as planned
 from labinfer.backends.cpu.attention_tiles import (
     NEVER,
-    TILE,
     Rows,
-    padded_rows,
     score_tile,
     softmax_tile,
     start_softmax,
@@ -30,15 +29,13 @@ from labinfer.backends.cpu.elementwise import add_scaled_row, scale_row, softcap
 from labinfer.backends.cpu.isa import njit
 from labinfer.backends.cpu.paged_cache import POSITIONS, element_size
 from labinfer.backends.cpu.simd import f32p, i32p, i64p
-
-MAX_SPLITS = 8
-"""Parts that the context of a decoding sequence is cut into at most."""
+from labinfer.backends.cpu.workspace import MAX_SPLITS, TILE, TILE_ROWS
 
 SPLIT_POSITIONS = 128
 """Positions in such a part at least."""
 
-TILE_ROWS = 48
-"""Query rows (tokens times the heads that share keys) of an item, or one token's where they are more."""
+
+padded_rows, out_stride = njit(planned.padded_rows), njit(planned.out_stride)
 
 
 class Heads(NamedTuple):
@@ -121,26 +118,6 @@ def scratch_at(workspace: int, rows: int, head_dim: int) -> Scratch:
 
 
 @njit
-def attention_workspace_bytes(heads: Heads) -> int:
-    """Bytes of workspace that each thread needs, whatever the context."""
-    rows = padded_rows(tile_tokens(heads) * (heads.num_heads // heads.num_kv_heads))
-    out = scratch_at(0, rows, heads.head_dim).out
-    return out + 4 * rows * out_stride(heads.v_head_dim)
-
-
-@njit
-def attention_partials_bytes(heads: Heads, max_sequences: int) -> int:
-    """Bytes for the partial results of split contexts, shared by all threads."""
-    return max_sequences * MAX_SPLITS * heads.num_heads * 4 * (out_stride(heads.v_head_dim) + 16)
-
-
-@njit
-def out_stride(v_head_dim: int) -> int:
-    """Floats from row to row of sums of values: whole vectors."""
-    return (v_head_dim + 15) // 16 * 16
-
-
-@njit
 def count_splits(tokens: int, context: int, window: int) -> int:
     """Parts that the context of a sequence with ``tokens`` tokens in the step is cut into."""
     seen = min(context, window) if window else context
@@ -174,8 +151,8 @@ def attention(
 ) -> None:
     """Work items [start, stop) of ``attention_items``.
 
-    ``partials`` (``attention_partials_bytes``) belongs to all threads, ``workspace`` (``attention_workspace_bytes``) to
-    this one; both lie on 64-byte boundaries. ``attention_merge`` must follow when all items are done.
+    ``partials`` belongs to all threads, ``workspace`` to this one; both lie on 64-byte boundaries (their sizes stand in
+    the module ``workspace``). ``attention_merge`` must follow when all items are done.
     """
     begin, context = i32p(batch.query_start), i32p(batch.context_len)
     step, before = tile_tokens(heads), 0

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 from llvmlite import ir
 
 from labinfer.backends.cpu.elementwise import pieces, zero_row
-from labinfer.backends.cpu.isa import F32, I32, I32X16, I64, LEVEL, Value, njit
+from labinfer.backends.cpu.features import LEVEL
+from labinfer.backends.cpu.isa import F32, I32, I32X16, I64, Value, njit
 from labinfer.backends.cpu.paged_cache import CACHE_DTYPES, widen
 from labinfer.backends.cpu.simd import Emit, f32p, i64p, kernel
-
-TILE = 64
-"""Positions in a tile."""
+from labinfer.backends.cpu.workspace import TILE
 
 WIDE = 4 if LEVEL == "avx512vnni" else 1
 """Vectors side by side in registers: 6 rows x 4 with 32 registers of 512 bits, 6 x 1 with 16 of 256."""
@@ -183,12 +182,6 @@ def seen_by(rows: Rows, row: int) -> tuple[int, int]:
     end = rows.position + min(row // rows.group, rows.tokens - 1) + 1
     first = max(rows.first, end - rows.window) if rows.window else rows.first
     return first, min(end, rows.last)
-
-
-@njit
-def padded_rows(rows: int) -> int:
-    """``rows`` made a sum of groups of 6, 3 and 1 with at most one group of 1."""
-    return rows + 1 if rows % 3 == 2 else rows
 
 
 @njit

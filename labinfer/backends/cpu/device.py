@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from ctypes import c_double, c_int64
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -11,16 +12,15 @@ from typing import Any
 import numpy as np
 
 from labinfer.backends.base import Buffer, FunctionTable, Kernel
-from labinfer.backends.cpu import isa
-from labinfer.backends.cpu.emit import EMITTERS, Emitter, PackedWeight
+from labinfer.backends.cpu import features, machine_code
+from labinfer.backends.cpu.emit import EMITTERS, Emitter
 from labinfer.backends.cpu.layout import packed_bytes
 from labinfer.backends.cpu.machine import default_threads
-from labinfer.backends.cpu.panels import pack
-from labinfer.backends.cpu.rope import rope_tables
-from labinfer.backends.cpu.sampling import sample, sampling_workspace_bytes
-from labinfer.backends.cpu.tape import table
+from labinfer.backends.cpu.packed_weight import PackedWeight, pack
+from labinfer.backends.cpu.rope_tables import rope_tables
+from labinfer.backends.cpu.tape import Row, kernels_of, table
 from labinfer.backends.cpu.workers import Workers
-from labinfer.backends.cpu.workspace import scratch_bytes
+from labinfer.backends.cpu.workspace import sampling_scratch, scratch_bytes
 from labinfer.backends.host import DTYPES, HostDevice
 from labinfer.errors import UsageError
 from labinfer.ops.base import Call, KernelBounds, TensorType
@@ -85,6 +85,9 @@ class CpuDevice(HostDevice):
         self.tables: weakref.WeakValueDictionary[Any, np.ndarray] = weakref.WeakValueDictionary()
         self.latents: set[int] = set()
         self.sampling = np.empty(0, np.uint8)
+        self.sample = machine_code.function(
+            "sample", c_int64, c_int64, c_int64, c_double, c_int64, c_double, c_double, c_int64
+        )
         kernels = {kind: CpuKernel(self, kind) for kind in EMITTERS}
         self.F = FunctionTable(kernels, lambda shape, dtype: np.empty(shape, DTYPES[dtype]))
 
@@ -121,20 +124,29 @@ class CpuDevice(HostDevice):
             self.tables[key] = table
         return table
 
-    def program(self, calls: Sequence[tuple[Kernel, Call]]) -> Callable[[], None]:
-        """The calls as one tape, run by all workers in one compiled loop."""
+    def rows(self, calls: Sequence[tuple[Kernel, Call]]) -> tuple[list[Row], list[np.ndarray]]:
+        """The rows of the tape for ``calls``, and the arrays they point to that nothing else keeps."""
         kinds = [kernel.kind for kernel, _ in calls if isinstance(kernel, CpuKernel)]
         for (_, call), kind in zip(calls, kinds, strict=True):  # who reads a cache decides how it is written
             if kind == "mla_attention":
                 self.latents.add(id(call.cache))
             elif kind == "attention":
                 self.latents.discard(id(call.cache))
-        rows, kept = [], []
+        rows, kept = list[Row](), list[np.ndarray]()
         for (_, call), kind in zip(calls, kinds, strict=True):
             emitter = Emitter(self, call)
             EMITTERS[kind](emitter, call)
             rows += emitter.rows
             kept += emitter.kept
+        return rows, kept
+
+    def prepare(self, calls: Sequence[tuple[Kernel, Call]], progress: Callable[[int, int], None]) -> None:
+        """Compile what is missing of the kernels that ``calls`` need."""
+        machine_code.prepare(kernels_of(self.rows(calls)[0]), progress)
+
+    def program(self, calls: Sequence[tuple[Kernel, Call]]) -> Callable[[], None]:
+        """The calls as one tape, run by all workers in one compiled loop."""
+        rows, kept = self.rows(calls)
         tape = table(rows)
         workers, at, count = self.workers, tape.ctypes.data, len(tape)
         step = calls[0][1].step
@@ -147,12 +159,11 @@ class CpuDevice(HostDevice):
 
     def draw(self, logits: np.ndarray, temperature: float, top_k: int, top_p: float, random: float) -> int:
         """A token from one row of logits, without sorting the vocabulary (see ``sampling``)."""
-        size = sampling_workspace_bytes(len(logits))
+        size = sampling_scratch(len(logits))
         if self.sampling.size < size:
             self.sampling = np.empty(size + 64, np.uint8)
-        return int(
-            sample(logits.ctypes.data, len(logits), temperature, top_k, top_p, random, self.sampling.ctypes.data)
-        )
+        scratch = self.sampling.ctypes.data
+        return self.sample(logits.ctypes.data, len(logits), temperature, top_k, top_p, random, scratch)
 
     def close(self) -> None:
         """End the threads."""
@@ -165,4 +176,4 @@ class CpuDevice(HostDevice):
 
     def describe(self) -> str:
         """What it is."""
-        return f"{self.threads} threads, {isa.LEVEL}{' with bf16' if isa.HAS_BF16 else ''}"
+        return f"{self.threads} threads, {features.LEVEL}{' with bf16' if features.HAS_BF16 else ''}"

@@ -13,10 +13,7 @@ from numba import float32
 
 from labinfer.backends.cpu.isa import Value, njit
 from labinfer.backends.cpu.simd import Emit, i32p, kernel
-from labinfer.ops.activations import FUNCTIONS
-
-ACTIVATION_CODES = {name: code for code, name in enumerate(FUNCTIONS)}
-"""The number that stands for an activation on a tape."""
+from labinfer.backends.cpu.tape import ACTIVATION_CODES
 
 
 @dataclass(frozen=True, slots=True)

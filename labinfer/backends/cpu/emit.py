@@ -7,45 +7,26 @@ device: its weights' layout, rope tables, threads and scratch memory.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from labinfer.backends.cpu import steps
-from labinfer.backends.cpu.attention import Heads, attention_partials_bytes, attention_workspace_bytes
-from labinfer.backends.cpu.elementwise import ACTIVATION_CODES
 from labinfer.backends.cpu.layout import PANEL_ROWS, activation_bytes, activation_digits
-from labinfer.backends.cpu.linear import linear_code
-from labinfer.backends.cpu.panels import unpack_code
-from labinfer.backends.cpu.tape import row
-from labinfer.backends.cpu.tiles import ACCUMULATE
-from labinfer.backends.cpu.workspace import BLOCK_MULTIPLE, mla_scratch, route_scratch
+from labinfer.backends.cpu.packed_weight import PackedWeight
+from labinfer.backends.cpu.tape import ACCUMULATE, ACTIVATION_CODES, Argument, Row
+from labinfer.backends.cpu.workspace import (
+    BLOCK_MULTIPLE,
+    attention_partials_bytes,
+    attention_scratch,
+    mla_scratch,
+    route_scratch,
+)
 from labinfer.errors import LabinferError, UsageError
 from labinfer.ops.base import Call, Step
 
 if TYPE_CHECKING:
     from labinfer.backends.cpu.device import CpuDevice
-
-
-@dataclass(frozen=True, slots=True)
-class PackedWeight:
-    """A weight in panels: the address of its first, its stored format, rows and columns of a matrix, bytes of one.
-
-    A stack of experts has its matrices one after another.
-    """
-
-    memory: np.ndarray
-    format: str
-    rows: int
-    columns: int
-    nbytes: int
-
-    @property
-    def address(self) -> int:
-        """The address of the first panel."""
-        return address(self.memory)
 
 
 def address(array: Any) -> int:
@@ -70,7 +51,7 @@ class Emitter:
     """Writes the rows of one op; ``take`` hands out its scratch memory."""
 
     def __init__(self, device: CpuDevice, call: Call) -> None:
-        self.device, self.call, self.rows = device, call, list[list[int]]()
+        self.device, self.call, self.rows = device, call, list[Row]()
         self.kept: list[np.ndarray] = []
         self.scratch = address(call.workspace)
         self.left = 0 if call.workspace is None else call.workspace.nbytes
@@ -96,9 +77,13 @@ class Emitter:
         array: np.ndarray = self.call.workspace.view(np.float32)[start // 4 : start // 4 + count].reshape(shape)
         return array
 
-    def add(self, function: Callable[..., None], *arguments: float, then_wait: bool = True) -> None:
+    def add(self, step: str, *arguments: Argument, then_wait: bool = True) -> None:
         """Append a row."""
-        self.rows.append(row(function, *arguments, then_wait=then_wait))
+        self.rows.append(Row(step, arguments, then_wait))
+
+    def kernel(self, format: str) -> str:
+        """The kernel that multiplies with weights in ``format``."""
+        return f"linear/{format}/{activation_digits(format, self.device.digits)}"
 
     def activations(self, x: Any, formats: list[str], then_wait: bool = True) -> dict[int, tuple[int, int]]:
         """Rows of ``x`` as weights in ``formats`` want them: (address, bytes from row to row) by number of digits."""
@@ -114,7 +99,7 @@ class Emitter:
             size = activation_bytes(format, columns, self.device.digits)
             found[digits] = self.take(tokens * size), size
             self.add(
-                steps.quantize_step, tokens, digits, address(x), stride(x), columns, *found[digits], then_wait=then_wait
+                "quantize_step", tokens, digits, address(x), stride(x), columns, *found[digits], then_wait=then_wait
             )
         return found
 
@@ -124,7 +109,7 @@ class Emitter:
         """``y (+)= x @ w.T + bias`` for activation rows ``x``."""
         panels = -(-w.rows // PANEL_ROWS)
         self.add(
-            steps.linear_step, linear_code(w.format, self.device.digits), w.address, w.columns, *x,
+            "linear_step", self.kernel(w.format), w.address, w.columns, *x,
             address(y), stride(y), len(y), panels, w.rows, address(bias), mode, then_wait=then_wait,
         )  # fmt: skip
 
@@ -134,7 +119,7 @@ class Emitter:
         """Each expert's rows of the activations by its own matrix of the stack ``w``."""
         x = found[activation_digits(w.format, self.device.digits)]
         self.add(
-            steps.experts_step, linear_code(w.format, self.device.digits), w.address, w.nbytes, w.columns, *x,
+            "experts_step", self.kernel(w.format), w.address, w.nbytes, w.columns, *x,
             address(y), stride(y), bounds, experts, -(-w.rows // PANEL_ROWS), w.rows, then_wait=then_wait,
         )  # fmt: skip
 
@@ -153,7 +138,7 @@ class Emitter:
         digits = max(activation_digits(format, self.device.digits) for format in formats)
         if digits == 0:
             self.add(
-                steps.rms_norm_step, tokens, address(x), stride(x), weight, address(normed), columns, columns, columns,
+                "rms_norm_step", tokens, address(x), stride(x), weight, address(normed), columns, columns, columns,
                 eps, offset,
             )  # fmt: skip
             return self.activations(normed, formats)
@@ -161,7 +146,7 @@ class Emitter:
         size = activation_bytes(format, columns, self.device.digits)
         found = {digits: (self.take(tokens * size), size)}
         self.add(
-            steps.norm_quantize_step, tokens, digits, address(x), stride(x), columns, *found[digits], weight,
+            "norm_quantize_step", tokens, digits, address(x), stride(x), columns, *found[digits], weight,
             address(normed), columns, eps, offset,
         )  # fmt: skip
         plain = [each for each in formats if activation_digits(each, self.device.digits) == 0]
@@ -181,7 +166,7 @@ class Emitter:
         if attrs.recompute_after:
             rows = self.take(4 * len(positions))
             self.add(
-                steps.longrope_rows_step, address(self.step.query_start), address(self.step.total_len),
+                "longrope_rows_step", address(self.step.query_start), address(self.step.total_len),
                 address(positions), attrs.recompute_after, length, rows,
             )  # fmt: skip
         return address(tables), rows, *geometry
@@ -191,7 +176,7 @@ class Emitter:
         attrs, count = call.attrs, len(positions)
         table, rows = self.take(8 * count * (attrs.turned // 2)), self.take(4 * count)
         self.add(
-            steps.dynamic_table_step, address(self.step.query_start), address(self.step.total_len), address(positions),
+            "dynamic_table_step", address(self.step.query_start), address(self.step.total_len), address(positions),
             address(call.weights.get("freq_factors")), attrs.rotary_dim or attrs.turned, attrs.turned // 2, table, rows,
             attrs.max_position, float(attrs.theta), float(attrs.scaling.factor),
         )  # fmt: skip
@@ -200,9 +185,7 @@ class Emitter:
 
 def _embedding(e: Emitter, call: Call) -> None:
     w, y, ids = call.weights["weight"], call.outputs[0], call.inputs[0]
-    e.add(
-        steps.embedding_step, len(y), address(ids), unpack_code(w.format), w.address, w.columns, address(y), stride(y)
-    )
+    e.add("embedding_step", len(y), address(ids), f"unpack/{w.format}", w.address, w.columns, address(y), stride(y))
 
 
 def _linear(e: Emitter, call: Call) -> None:
@@ -214,7 +197,7 @@ def _linear_add(e: Emitter, call: Call) -> None:
     if len(call.inputs) == 1:
         residual = x
     if address(residual) != address(y):
-        e.add(steps.copy_step, *y.shape[:1], address(residual), stride(residual), address(y), stride(y), y.shape[1])
+        e.add("copy_step", *y.shape[:1], address(residual), stride(residual), address(y), stride(y), y.shape[1])
     e.linear(call.parts[0], x, y, ACCUMULATE)
 
 
@@ -240,8 +223,8 @@ def _norm_glu(e: Emitter, call: Call) -> None:
         _emit_glu(e, glu.attrs.function, y, made, y)
         return
     e.add(
-        steps.linear_glu_step, linear_code(g.format, e.device.digits), g.address,
-        address(gate.weights.get("bias")), linear_code(u.format, e.device.digits), u.address,
+        "linear_glu_step", e.kernel(g.format), g.address,
+        address(gate.weights.get("bias")), e.kernel(u.format), u.address,
         address(up.weights.get("bias")), g.columns, *found[digits[0]], address(y), stride(y), len(y),
         -(-g.rows // PANEL_ROWS), g.rows, ACTIVATION_CODES[glu.attrs.function],
     )  # fmt: skip
@@ -249,7 +232,7 @@ def _norm_glu(e: Emitter, call: Call) -> None:
 
 def _emit_glu(e: Emitter, function: str, gate: Any, up: Any, y: Any) -> None:
     e.add(
-        steps.glu_step, len(y), ACTIVATION_CODES[function], address(gate), stride(gate), address(up), stride(up),
+        "glu_step", len(y), ACTIVATION_CODES[function], address(gate), stride(gate), address(up), stride(up),
         address(y), stride(y), y.shape[1],
     )  # fmt: skip
 
@@ -261,7 +244,7 @@ def _glu(e: Emitter, call: Call) -> None:
 def _activation(e: Emitter, call: Call) -> None:
     x, y = call.inputs[0], call.outputs[0]
     e.add(
-        steps.activation_step, len(y), ACTIVATION_CODES[call.attrs.function], address(x), stride(x), address(y),
+        "activation_step", len(y), ACTIVATION_CODES[call.attrs.function], address(x), stride(x), address(y),
         stride(y), y.shape[1],
     )  # fmt: skip
 
@@ -269,7 +252,7 @@ def _activation(e: Emitter, call: Call) -> None:
 def _rms_norm(e: Emitter, call: Call) -> None:
     x, y, attrs = call.inputs[0], call.outputs[0], call.attrs
     e.add(
-        steps.rms_norm_step, len(y), address(x), stride(x), address(call.weights.get("weight")), address(y), stride(y),
+        "rms_norm_step", len(y), address(x), stride(x), address(call.weights.get("weight")), address(y), stride(y),
         y.shape[1], attrs.group or y.shape[1], float(attrs.eps), float(attrs.offset),
     )  # fmt: skip
 
@@ -277,32 +260,30 @@ def _rms_norm(e: Emitter, call: Call) -> None:
 def _layer_norm(e: Emitter, call: Call) -> None:
     x, y = call.inputs[0], call.outputs[0]
     e.add(
-        steps.layer_norm_step, len(y), address(x), stride(x), address(call.weights["weight"]),
+        "layer_norm_step", len(y), address(x), stride(x), address(call.weights["weight"]),
         address(call.weights.get("bias")), address(y), stride(y), y.shape[1], float(call.attrs.eps),
     )  # fmt: skip
 
 
 def _add(e: Emitter, call: Call) -> None:
     x, other, y = call.inputs[0], call.inputs[1], call.outputs[0]
-    e.add(
-        steps.add_step, len(y), address(x), stride(x), address(other), stride(other), address(y), stride(y), y.shape[1]
-    )
+    e.add("add_step", len(y), address(x), stride(x), address(other), stride(other), address(y), stride(y), y.shape[1])
 
 
 def _scale(e: Emitter, call: Call) -> None:
     x, y = call.inputs[0], call.outputs[0]
-    e.add(steps.scale_step, len(y), address(x), stride(x), address(y), stride(y), y.shape[1], float(call.attrs.by))
+    e.add("scale_step", len(y), address(x), stride(x), address(y), stride(y), y.shape[1], float(call.attrs.by))
 
 
 def _softcap(e: Emitter, call: Call) -> None:
     x, y = call.inputs[0], call.outputs[0]
-    e.add(steps.softcap_step, len(y), address(x), stride(x), address(y), stride(y), y.shape[1], float(call.attrs.cap))
+    e.add("softcap_step", len(y), address(x), stride(x), address(y), stride(y), y.shape[1], float(call.attrs.cap))
 
 
 def _select_rows(e: Emitter, call: Call) -> None:
     x, y = call.inputs[0], call.outputs[0]
     e.add(
-        steps.select_rows_step, len(y), address(x), stride(x), address(e.step.logits_rows), address(y), stride(y),
+        "select_rows_step", len(y), address(x), stride(x), address(e.step.logits_rows), address(y), stride(y),
         y.shape[1],
     )  # fmt: skip
 
@@ -311,7 +292,7 @@ def _rope(e: Emitter, call: Call) -> None:
     x, y, attrs = call.inputs[0], call.outputs[0], call.attrs
     turn = e.turn(call, call.inputs[1])
     heads = y.shape[1] // attrs.head_dim
-    e.add(steps.rope_step, len(y), address(x), stride(x), address(y), stride(y), heads, *turn)
+    e.add("rope_step", len(y), address(x), stride(x), address(y), stride(y), heads, *turn)
 
 
 def _kv_write(e: Emitter, call: Call) -> None:
@@ -319,7 +300,7 @@ def _kv_write(e: Emitter, call: Call) -> None:
     for name, x in zip(names, call.inputs, strict=True):
         panels = int(name == "k" and id(call.cache) not in e.device.latents)
         e.add(
-            steps.kv_write_step, len(x), address(x), stride(x), address(call.cache[name]), x.shape[1], panels,
+            "kv_write_step", len(x), address(x), stride(x), address(call.cache[name]), x.shape[1], panels,
             cache_dtype(call), e.step.block_size, address(e.step.slot_mapping), then_wait=name == names[-1],
         )  # fmt: skip
 
@@ -332,7 +313,7 @@ def _rope_kv_write(e: Emitter, call: Call) -> None:
     scratch_bytes = -(-4 * k.shape[1] // 64) * 64
     scratch = e.take(scratch_bytes * e.device.threads)
     e.add(
-        steps.rope_kv_write_step, len(y), address(q), stride(q), address(y), stride(y),
+        "rope_kv_write_step", len(y), address(q), stride(q), address(y), stride(y),
         y.shape[1] // rope_q.attrs.head_dim, scratch, scratch_bytes, *turns,
         address(k), stride(k), address(v), stride(v), address(cache["k"]), address(cache["v"]), k.shape[1], v.shape[1],
         cache_dtype(call), step.block_size, address(step.slot_mapping),
@@ -342,31 +323,30 @@ def _rope_kv_write(e: Emitter, call: Call) -> None:
 def _attention(e: Emitter, call: Call) -> None:
     q, y, attrs, step = call.inputs[0], call.outputs[0], call.attrs, e.step
     value_dim = attrs.v_head_dim or attrs.head_dim
-    heads = Heads(
-        attrs.num_heads, attrs.num_kv_heads, attrs.head_dim, value_dim, attrs.scale, attrs.window or 0,
-        attrs.softcap or 0.0,
-    )  # fmt: skip
-    partials = e.take(attention_partials_bytes(heads, max(step.max_num_seqs, len(step.context_len))))
-    scratch = e.take(-(-attention_workspace_bytes(heads) // 64) * 64 * e.device.threads)
+    partials = e.take(
+        attention_partials_bytes(attrs.num_heads, value_dim, max(step.max_num_seqs, len(step.context_len)))
+    )
+    scratch_bytes = attention_scratch(attrs.num_heads // attrs.num_kv_heads, attrs.head_dim, value_dim)
+    scratch = e.take(scratch_bytes * e.device.threads)
     arguments = (
         address(q), stride(q), address(y), stride(y),
-        heads.num_heads, heads.num_kv_heads, heads.head_dim, value_dim, heads.window, float(heads.scale),
-        float(heads.softcap), address(call.cache["k"]), address(call.cache["v"]), cache_dtype(call), step.block_size,
-        address(step.query_start), address(step.context_len), address(step.block_table), stride(step.block_table),
-        partials, scratch,
+        attrs.num_heads, attrs.num_kv_heads, attrs.head_dim, value_dim, attrs.window or 0, float(attrs.scale),
+        float(attrs.softcap or 0.0), address(call.cache["k"]), address(call.cache["v"]), cache_dtype(call),
+        step.block_size, address(step.query_start), address(step.context_len), address(step.block_table),
+        stride(step.block_table), partials, scratch, scratch_bytes,
     )  # fmt: skip
-    e.add(steps.attention_step, *arguments)
-    e.add(steps.attention_merge_step, *arguments)
+    e.add("attention_step", *arguments)
+    e.add("attention_merge_step", *arguments)
 
 
 def _mla_attention(e: Emitter, call: Call) -> None:
     q, y, attrs, step, w = call.inputs[0], call.outputs[0], call.attrs, e.step, call.weights["kv_b"]
     kv_b = e.take(4 * w.rows * w.columns)
-    e.add(steps.unpack_step, w.rows, unpack_code(w.format), w.address, w.columns, kv_b)
+    e.add("unpack_step", w.rows, f"unpack/{w.format}", w.address, w.columns, kv_b)
     scratch_bytes = mla_scratch(attrs.num_heads, attrs.rope_dim, attrs.kv_rank)
     scratch = e.take(scratch_bytes * e.device.threads)
     e.add(
-        steps.mla_attention_step, address(q), stride(q), address(y), stride(y),
+        "mla_attention_step", address(q), stride(q), address(y), stride(y),
         attrs.num_heads, attrs.nope_dim, attrs.rope_dim, attrs.v_dim, attrs.kv_rank, float(attrs.scale), kv_b,
         address(call.cache["k"]), address(call.cache["v"]), cache_dtype(call), step.block_size,
         address(step.query_start), address(step.context_len), address(step.block_table), stride(step.block_table),
@@ -383,7 +363,7 @@ def _router(e: Emitter, call: Call) -> None:
     groups = attrs.num_groups or 1
     scratch_bytes = route_scratch(attrs.num_experts, groups)
     e.add(
-        steps.route_step, len(x), address(logits), attrs.num_experts, address(ids), address(weights),
+        "route_step", len(x), address(logits), attrs.num_experts, address(ids), address(weights),
         e.take(scratch_bytes * e.device.threads), scratch_bytes, attrs.num_experts, attrs.top_k,
         attrs.score == "sigmoid", attrs.normalize, float(attrs.scale), groups, attrs.top_groups or groups,
         attrs.group_score == "top2", address(call.weights.get("bias")),
@@ -397,17 +377,17 @@ def _moe(e: Emitter, call: Call) -> None:
     tokens, top_k = ids.shape
     pairs = tokens * top_k
     bounds, order, places = (e.take(4 * n) for n in (attrs.num_experts + 1, pairs, pairs))
-    e.add(steps.group_step, address(ids), pairs, top_k, attrs.num_experts, bounds, order, places)
+    e.add("group_step", address(ids), pairs, top_k, attrs.num_experts, bounds, order, places)
     gathered, results = e.take_array((pairs, x.shape[1])), e.take_array((pairs, y.shape[1]))
     g, u = e.take_array((pairs, attrs.expert_size)), e.take_array((pairs, attrs.expert_size))
-    e.add(steps.select_rows_step, pairs, address(x), stride(x), order, address(gathered), x.shape[1], x.shape[1])
+    e.add("select_rows_step", pairs, address(x), stride(x), order, address(gathered), x.shape[1], x.shape[1])
     found = e.activations(gathered, [gate.format, up.format])
     for w, out in ((gate, g), (up, u)):
         e.experts(found, w, out, bounds, attrs.num_experts, then_wait=w is up)
     _emit_glu(e, attrs.function, g, u, g)
     e.experts(e.activations(g, [down.format]), down, results, bounds, attrs.num_experts, then_wait=True)
     e.add(
-        steps.combine_step, tokens, address(results), y.shape[1], address(weights), places, top_k, address(y),
+        "combine_step", tokens, address(results), y.shape[1], address(weights), places, top_k, address(y),
         stride(y), y.shape[1],
     )  # fmt: skip
 

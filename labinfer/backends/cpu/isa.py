@@ -1,115 +1,60 @@
-"""What this CPU can do, and the few operations that depend on it. Nothing else in the backend knows CPU features.
+"""The few vector operations that depend on the level of the CPU (see ``features``), and how functions are compiled.
 
-Three levels: ``avx512vnni`` (byte dot products over 512 bits, and bf16 ones where the CPU has AVX512_BF16), ``avx2``
-(with FMA and F16C) and ``generic`` (plain LLVM vectors: any CPU). ``LABINFER_CPU_ISA`` forces a lower level.
-
-numba's cache of compiled code sees neither imported modules nor globals, so ``cache_key`` names the cache folder after
-the sources themselves. ``njit`` is the only way functions of this backend are compiled.
+numba's cache of compiled code sees neither imported modules nor globals, so the folder it lies in is named after the
+sources themselves (``machine_code.cache_key``). ``njit`` and ``compile_kernel`` are the only ways of compiling.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FunctionType
 from typing import Any, TypeVar
 
-import llvmlite.binding as llvm
 import numba
 from llvmlite import ir
 from numba.core import cgutils
 
-from labinfer.errors import UsageError
-from labinfer.home import cache_dir
+from labinfer.backends.cpu.features import FORCED, HAS_BF16, HAS_HALF, LEVEL, X86
+from labinfer.backends.cpu.machine_code import folder
 
 Value = Any
 """An LLVM value inside a kernel that is being emitted."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-LEVELS = ("avx512vnni", "avx2", "generic")
-"""Feature levels, best first."""
-
-_NEEDED = {
-    "avx512vnni": ("avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx2", "fma", "f16c"),
-    "avx2": ("avx2", "fma", "f16c"),
-    "generic": (),
-}
-_X86 = platform.machine().lower() in ("x86_64", "amd64")
-
-
-def _choose_level(features: dict[str, bool], forced: str | None) -> str:
-    """The best level the host's ``features`` allow, or ``forced``; raises UsageError for one it does not have."""
-    usable = [level for level in LEVELS if all(features.get(name) for name in _NEEDED[level])]
-    if forced is None:
-        return usable[0]
-    if forced not in usable:
-        message = f"LABINFER_CPU_ISA is '{forced}', this CPU has {', '.join(usable)}"
-        raise UsageError("device.isa", message, remedy="unset LABINFER_CPU_ISA to take the best")
-    return forced
-
-
-_features: dict[str, bool] = dict(llvm.get_host_cpu_features())
-_forced = os.environ.get("LABINFER_CPU_ISA") or None
-LEVEL = _choose_level(_features, _forced)
-HAS_BF16 = LEVEL == "avx512vnni" and bool(_features.get("avx512bf16"))
-HAS_HALF = LEVEL != "generic" or not _X86
-"""Whether float16 is converted by the CPU; x86-64 without F16C would call a library function for each number."""
-
-DIGIT_MAX = 127 if LEVEL == "avx512vnni" else 64
-"""Greatest size of an activation digit: without VNNI a pair of products must fit in 16 bits (2 * 255 * 64 < 2**15)."""
-
-if _X86 and _forced in ("avx2", "generic"):  # let LLVM use nothing above the forced level, so that a test tests it
+if X86 and FORCED in ("avx2", "generic"):  # let LLVM use nothing above the forced level, so that a test tests it
     numba.config.CPU_NAME = {"avx2": "haswell", "generic": "x86-64"}[LEVEL]
     numba.config.CPU_FEATURES = ""
 
 
-def cache_key() -> str:
-    """Names everything compiled code depends on: this folder's sources, the level, the versions of numba and LLVM."""
-    digest = hashlib.sha256(f"{LEVEL} {HAS_BF16} {numba.__version__} {llvm.llvm_version_info}".encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _jit_folder() -> Path | None:
-    """The folder of compiled code, or None where nothing can be written: then every start compiles anew."""
-    folder = cache_dir() / "jit" / cache_key()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    return folder if os.access(folder, os.W_OK) else None
-
-
-JIT_FOLDER = _jit_folder()
+_OPTIONS = {"nogil": True, "error_model": "numpy"}
 
 
 @contextmanager
-def _cached() -> Iterator[bool]:
-    """Have numba keep what is compiled inside in ``JIT_FOLDER``; gives whether it can."""
-    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(JIT_FOLDER or "")
+def _cache_folder() -> Iterator[None]:
+    """Have numba keep what is compiled inside beside our own machine code."""
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder())
     try:
-        yield JIT_FOLDER is not None
+        yield
     finally:
         numba.config.CACHE_DIR = before
 
 
 def njit(function: Function) -> Function:
-    """Compile a module-level function (closures never hit the cache): without the GIL, kept in ``JIT_FOLDER``."""
-    with _cached() as cache:
-        compiled: Function = numba.njit(nogil=True, cache=cache, error_model="numpy")(function)
+    """Compile a module-level function (closures never hit the cache) where it is first called, and keep the result."""
+    with _cache_folder():
+        compiled: Function = numba.njit(cache=True, **_OPTIONS)(function)
     return compiled
 
 
-def cfunc(signature: Any, function: Callable[..., Any]) -> Any:
-    """Compile a function now, to be called by its ``address``; nothing that calls it is compiled together with it."""
-    with _cached() as cache:
-        return numba.cfunc(signature, cache=cache, nopython=True, error_model="numpy")(function)
+def compile_kernel(function: Callable[..., Any], signature: Any) -> Any:
+    """Compile a function now; numba's compile result, with the LLVM module of all that it calls."""
+    dispatcher = numba.njit(**_OPTIONS)(function)
+    with _cache_folder():
+        dispatcher.compile(signature)
+    [result] = dispatcher.overloads.values()
+    return result
 
 
 def specialize(template: Callable[..., Any], name: str, **names: Any) -> Any:
@@ -171,7 +116,7 @@ def fma(b: Value, x: Value, y: Value, z: Value) -> Value:
 
 def pause(b: Value) -> None:
     """Tell the CPU that this is a spinning loop."""
-    if _X86:
+    if X86:
         call(b, "llvm.x86.sse2.pause", ir.VoidType())
 
 

@@ -1,8 +1,7 @@
 """``linear``: y = x @ weight.T + bias for packed weights of every format, and the gated unit of two of them.
 
-There is one compiled function for each (format, digits). It is compiled, or taken from the cache, when ``linear_code``
-first asks for it, and called by its address: the driver knows nothing of formats, and what no model uses is never
-compiled. Threads share a product by panels.
+There is one kernel for each (format, digits), called by its address: the driver knows nothing of formats, and what no
+model uses is never compiled. Threads share a product by panels.
 
 Error against float64 for the same dequantized weight. Plain formats: that of a float32 sum. Two digits: an activation
 is off by at most half a step, ``2**-15`` of the greatest of its 32 neighbours (``2**-14`` at levels without VNNI), so a
@@ -17,14 +16,14 @@ from typing import Any
 from numba import types
 from numba.core import cgutils
 
-from labinfer.backends.cpu import isa
 from labinfer.backends.cpu.elementwise import glu_row
-from labinfer.backends.cpu.isa import F32X16, I64, Value, njit
-from labinfer.backends.cpu.layout import PANEL_ROWS, activation_digits, panel_format
+from labinfer.backends.cpu.features import LEVEL
+from labinfer.backends.cpu.isa import F32X16, I64, Value, njit, specialize
+from labinfer.backends.cpu.layout import PANEL_ROWS, panel_format
 from labinfer.backends.cpu.simd import Emit, kernel
 from labinfer.backends.cpu.tiles import tile
 
-MANY, SOME = (8, 4) if isa.LEVEL == "avx512vnni" else (4, 2)
+MANY, SOME = (8, 4) if LEVEL == "avx512vnni" else (4, 2)
 """Tokens of the larger tiles: as many as have room for their sums in the vector registers."""
 
 CHUNK = 64
@@ -78,28 +77,23 @@ def _linear(w, columns, x, x_stride, y, y_stride, tokens, g0, g1, rows, bias, mo
             g += width
 
 
-_SIGNATURE = types.void(*[types.int64] * 12)
-_codes: dict[tuple[str, int], Any] = {}
+LINEAR = types.void(*[types.int64] * 12)
 
 
-def linear_code(format: str, digits: int = 2) -> int:
-    """The ``code`` of a weight in ``format``: the address of its kernel, compiled now if it must be."""
-    key = format, activation_digits(format, digits)
-    if key not in _codes:
-        layout = panel_format(format)
-        body = isa.specialize(
-            _linear,
-            f"linear_{format}_{key[1]}",
-            tile_pair=tile(*key, MANY, 2),
-            tile_many=tile(*key, MANY),
-            tile_some=tile(*key, SOME),
-            tile_one=tile(*key, 1),
-            block_columns=layout.columns,
-            block_bytes=layout.bytes,
-            paired=not layout.quantized and isa.LEVEL == "avx512vnni",
-        )
-        _codes[key] = isa.cfunc(_SIGNATURE, body)
-    return int(_codes[key].address)
+def linear_kernel(format: str, digits: int) -> Any:
+    """The kernel ``linear/FORMAT/DIGITS``, to be compiled with the signature ``LINEAR``."""
+    layout = panel_format(format)
+    return specialize(
+        _linear,
+        f"linear_{format}_{digits}",
+        tile_pair=tile(format, digits, MANY, 2),
+        tile_many=tile(format, digits, MANY),
+        tile_some=tile(format, digits, SOME),
+        tile_one=tile(format, digits, 1),
+        block_columns=layout.columns,
+        block_bytes=layout.bytes,
+        paired=not layout.quantized and LEVEL == "avx512vnni",
+    )
 
 
 def _emit_linear(e: Emit, code: Value, w: Value, columns: Value, x: Value, x_stride: Value, y: Value, y_stride: Value,
@@ -110,8 +104,9 @@ def _emit_linear(e: Emit, code: Value, w: Value, columns: Value, x: Value, x_str
 linear = kernel(_emit_linear)
 """``y[t] (+)= W x[t] + bias`` in rows ``16 * g0`` to ``16 * g1`` of W [rows, columns], for ``tokens`` rows of x.
 
-``code`` is from ``linear_code``, ``w`` the packed weight, ``x`` the first activation row (``quantize.quantize_row``),
-``x_stride`` the bytes from one to the next; rows of ``y`` are ``y_stride`` floats apart; ``bias`` is an address or 0.
+``code`` is the address of ``linear_kernel``, ``w`` the packed weight, ``x`` the first activation row
+(``quantize.quantize_row``), ``x_stride`` the bytes from one to the next; rows of ``y`` are ``y_stride`` floats apart;
+``bias`` is an address or 0.
 ``mode`` is 0 or ACCUMULATE. Nothing beyond ``rows`` is written. For compiled functions.
 """
 

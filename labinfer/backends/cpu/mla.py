@@ -15,11 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from labinfer.backends.cpu.attention import Batch, Pages, out_stride
+from labinfer.backends.cpu.attention import Batch, Pages, out_stride, padded_rows
 from labinfer.backends.cpu.attention_tiles import (
-    TILE,
     Rows,
-    padded_rows,
     score_transposed,
     softmax_tile,
     start_softmax,
@@ -29,13 +27,7 @@ from labinfer.backends.cpu.elementwise import copy_row, pieces, scale_row, sum_r
 from labinfer.backends.cpu.isa import Value, njit
 from labinfer.backends.cpu.paged_cache import element_size, read_row
 from labinfer.backends.cpu.simd import Emit, f32p, i32p, i64p, kernel
-
-GROUP_HEADS = 8
-"""Heads of an item at most."""
-
-ITEM_ROWS = 48
-"""Rows of an item, tokens times heads."""
-
+from labinfer.backends.cpu.workspace import MLA_GROUP_HEADS, TILE, TILE_ROWS
 
 KEY_ROWS = 8
 """Rows of ``kv_b`` that meet all queries of an item while they are in the L1 cache."""
@@ -123,7 +115,7 @@ class MlaScratch(NamedTuple):
 @njit
 def group_heads(latent: Latent) -> int:
     """Heads of an item; the last group may have fewer."""
-    return min(GROUP_HEADS, latent.num_heads)
+    return min(MLA_GROUP_HEADS, latent.num_heads)
 
 
 @njit
@@ -146,18 +138,10 @@ def _scratch_at(workspace: int, latent: Latent, tokens: int, heads: int) -> MlaS
 
 
 @njit
-def mla_workspace_bytes(latent: Latent) -> int:
-    """Bytes of workspace that each thread needs, whatever the context."""
-    heads = group_heads(latent)
-    scratch = _scratch_at(0, latent, ITEM_ROWS // heads, heads)
-    return scratch.out + 4 * scratch.rows * out_stride(latent.kv_rank)
-
-
-@njit
 def mla_items(latent: Latent, batch: Batch) -> int:
     """The number of work items of a step."""
     begin, heads = i32p(batch.query_start), group_heads(latent)
-    step, runs = ITEM_ROWS // heads, 0
+    step, runs = TILE_ROWS // heads, 0
     for s in range(batch.sequences):
         runs += (begin[s + 1] - begin[s] + step - 1) // step
     return runs * ((latent.num_heads + heads - 1) // heads)
@@ -176,10 +160,10 @@ def mla_attention(
     start: int,
     stop: int,
 ) -> None:
-    """Work items [start, stop) of ``mla_items``; ``workspace`` (``mla_workspace_bytes``) is this thread's."""
+    """Work items [start, stop) of ``mla_items``; ``workspace`` (``workspace.mla_scratch`` bytes) is this thread's."""
     begin, context = i32p(batch.query_start), i32p(batch.context_len)
     heads = group_heads(latent)
-    step, groups, before = ITEM_ROWS // heads, (latent.num_heads + heads - 1) // heads, 0
+    step, groups, before = TILE_ROWS // heads, (latent.num_heads + heads - 1) // heads, 0
     for s in range(batch.sequences):
         tokens = begin[s + 1] - begin[s]
         runs = (tokens + step - 1) // step

@@ -43,12 +43,6 @@ class Routing(NamedTuple):
 
 
 @njit
-def route_workspace_bytes(routing: Routing) -> int:
-    """Bytes of workspace that each thread needs: scores, what is chosen by, and the groups'."""
-    return 4 * (2 * routing.num_experts + routing.num_groups)
-
-
-@njit
 def route(
     logits: int, stride: int, routing: Routing, ids: int, weights: int, workspace: int, start: int, stop: int
 ) -> None:

@@ -1,25 +1,21 @@
 """Packing stored weights into the panels of ``layout``, and reading single rows back. No value changes.
 
-Packing moves words (four bytes of one row); only K-quants and fifth bits need bit work. It holds no GIL and writes only
-its ``out``, so several threads can pack weights at once. What is stored is described in ``ops/dequantization``.
+Packing moves words (four bytes of one row); only K-quants and fifth bits need bit work. It writes only its ``out``, so
+several threads can pack weights at once. What is stored is described in ``ops/dequantization``.
 
-As in ``linear``, each format has functions of its own that are compiled when they are first asked for.
+As in ``linear``, each format has kernels of its own.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
 from numba import types
-from numpy.typing import NDArray
 
-from labinfer.backends.cpu.isa import I8, I32, I64, Value, cfunc, njit, specialize
-from labinfer.backends.cpu.layout import PANEL_ROWS, packed_bytes, panel_bytes, panel_format
+from labinfer.backends.cpu.isa import I8, I32, I64, Value, njit, specialize
+from labinfer.backends.cpu.layout import PANEL_ROWS, panel_format
 from labinfer.backends.cpu.simd import Emit, f32p, kernel, ldf, ldi32, ldu8, sti32, stu8, u16p
-from labinfer.errors import WeightsError
-from labinfer.ops.formats import stored_bytes
 
 _NIBBLES, _BIT, _PAIR = 0x0F0F0F0F, 0x01010101, 0x03030303  # four numbers of 4, 1 and 2 bits in a word
 
@@ -39,29 +35,14 @@ word_of: Any = None
 scale_of: Any = None
 
 
-def pack(format: str, raw: NDArray[np.uint8], rows: int, columns: int, out: NDArray[np.uint8]) -> None:
-    """Pack a weight [rows, columns] stored in ``raw`` (uint8, as in the file) into ``out`` (uint8 [packed_bytes]).
-
-    ``out`` must begin at a multiple of 64 bytes. Raises WeightsError when ``raw`` has not the size it should.
-    """
-    expected, size = stored_bytes(format, (rows, columns)), packed_bytes(format, rows, columns)
-    if raw.dtype != np.uint8 or raw.size != expected or not raw.flags.c_contiguous:
-        message = f"{format} of shape [{rows}, {columns}] takes {expected} contiguous bytes, {raw.nbytes} were given"
-        raise WeightsError("weights.corrupt", message)
-    if out.dtype != np.uint8 or out.size != size or not out.flags.c_contiguous or out.ctypes.data % 64:
-        raise ValueError(f"{format} [{rows}, {columns}] packs into {size} bytes, aligned to 64, not {out.nbytes}")
-    panel = panel_bytes(format, columns)
-    if rows % PANEL_ROWS:
-        out[-panel:] = 0
-    _packer(format)(raw.ctypes.data, expected // max(rows, 1), rows, columns, out.ctypes.data, panel)
+PACK = types.void(*[types.int64] * 6)
 
 
-@cache
-def _packer(format: str) -> Any:
-    """The function that packs weights in ``format``."""
+def pack_kernel(format: str) -> Any:
+    """The kernel ``pack/FORMAT``: raw, row_bytes, rows, columns, out, panel_bytes; with the signature ``PACK``."""
     body = _PACKERS.get(format, _pack_blocks)
     one = njit(specialize(body, f"pack_panel_{format}", **_BLOCKS.get(format, {"fifth": int(format == "q5_k")})))
-    return njit(specialize(_pack_panels, f"pack_{format}", pack_panel=one))
+    return specialize(_pack_panels, f"pack_{format}", pack_panel=one)
 
 
 def _pack_panels(raw: int, row_bytes: int, rows: int, columns: int, out: int, panel: int) -> None:
@@ -198,26 +179,22 @@ def _emit_unpack_row(e: Emit, code: Value, w: Value, columns: Value, row: Value,
 unpack_row = kernel(_emit_unpack_row)
 """``unpack_row(code, w, columns, row, out)``: a row of the weight packed at ``w`` as float32 [columns] at ``out``.
 
-Exactly what ``dequantize`` gives; ``code`` is from ``unpack_code``. For compiled functions.
+Exactly what ``dequantize`` gives; ``code`` is the address of ``unpack_kernel``. For compiled functions.
 """
 
 
-@cache
-def _unpacker(format: str) -> Any:
+UNPACK = types.void(*[types.int64] * 4)
+
+
+def unpack_kernel(format: str) -> Any:
+    """The kernel ``unpack/FORMAT``, whose address is a ``code`` of ``unpack_row``, with the signature ``UNPACK``."""
     layout = panel_format(format)
     sizes = {"block_columns": layout.columns, "block_bytes": layout.bytes, "quant_bytes": layout.quant_bytes}
     if layout.quantized:
         word, scale, zero_point = _QUANTS[format]
         names = {"word_of": word, "scale_of": njit(specialize(scale, f"scale_{format}", zero=zero_point))}
-        body = specialize(_unpack_quants, f"unpack_{format}", **sizes, **names)
-    else:
-        body = specialize(_unpack_plain, f"unpack_{format}", **sizes, word_of=_PLAIN[format])
-    return cfunc(types.void(*[types.int64] * 4), body)
-
-
-def unpack_code(format: str) -> int:
-    """The ``code`` of a weight in ``format``: the address of its function, compiled now if it must be."""
-    return int(_unpacker(format).address)
+        return specialize(_unpack_quants, f"unpack_{format}", **sizes, **names)
+    return specialize(_unpack_plain, f"unpack_{format}", **sizes, word_of=_PLAIN[format])
 
 
 def _unpack_plain(w: int, columns: int, row: int, out: int) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from labinfer.backends.cpu.isa import DIGIT_MAX, F32, I8, I32X16, Value, njit, vector
+from labinfer.backends.cpu.features import DIGIT_MAX
+from labinfer.backends.cpu.isa import F32, I8, I32X16, Value, njit, vector
 from labinfer.backends.cpu.layout import HEADER_BYTES
 from labinfer.backends.cpu.simd import Emit, f32p, kernel
 

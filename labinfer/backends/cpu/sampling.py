@@ -17,8 +17,7 @@ from numba import types
 from labinfer.backends.cpu.elementwise import pieces
 from labinfer.backends.cpu.isa import F32, I32X16, I64, Value, const, njit, vector
 from labinfer.backends.cpu.simd import Emit, f32p, f64p, i32p, i64p, kernel
-
-BUCKETS = 1024
+from labinfer.backends.cpu.workspace import BUCKETS
 
 SPAN = 64.0
 """The buckets cover this much of ``logit / temperature`` below the greatest; e**-64 of its weight never matters."""
@@ -101,12 +100,6 @@ class Place(NamedTuple):
 
 
 @njit
-def sampling_workspace_bytes(n: int) -> int:
-    """Bytes of workspace for a vocabulary of ``n``."""
-    return 16 + 16 * BUCKETS + 12 * n
-
-
-@njit
 def argmax(logits: int, n: int) -> int:
     """The first of the greatest of ``n`` floats, or of those that are no numbers."""
     x, top = f32p(logits), greatest_of(logits, n)
@@ -116,7 +109,6 @@ def argmax(logits: int, n: int) -> int:
     return 0
 
 
-@njit
 def sample(logits: int, n: int, temperature: float, top_k: int, top_p: float, random: float, workspace: int) -> int:
     """A token id from ``n`` logits by a ``random`` number in [0, 1); greedy with temperature 0 or top_k 1.
 

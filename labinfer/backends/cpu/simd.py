@@ -328,7 +328,7 @@ f64p = _pointer(ir.DoubleType(), types.float64)
 i32p, u16p, u8p = _pointer(I32, types.int32), _pointer(I16, types.uint16), _pointer(I8, types.uint8)
 
 
-# ---- atomics on int64, and the way to wait
+# ---- atomics on int64, the way to wait, and the clock
 
 
 def _flag_set(e: Emit, p: Value, value: Value) -> None:
@@ -347,6 +347,11 @@ def _pause(e: Emit) -> None:
     isa.pause(e.b)
 
 
+def _cycles(e: Emit) -> Value:
+    return isa.call(e.b, "llvm.readcyclecounter", I64)
+
+
+cycles = kernel(_cycles, types.int64)
 flag_set = kernel(_flag_set)
 flag_get = kernel(_flag_get, types.int64)
 fetch_add = kernel(_fetch_add, types.int64)

@@ -14,8 +14,8 @@ from labinfer.backends.cpu.attention import (
     attention,
     attention_items,
     attention_merge,
-    attention_workspace_bytes,
 )
+from labinfer.backends.cpu.driver import share
 from labinfer.backends.cpu.linear import linear, linear_glu
 from labinfer.backends.cpu.mla import Latent, mla_attention, mla_items
 from labinfer.backends.cpu.moe import Routing, combine, group_by_expert, route
@@ -23,8 +23,13 @@ from labinfer.backends.cpu.paged_cache import kv_write
 from labinfer.backends.cpu.panels import unpack_row
 from labinfer.backends.cpu.quantize import quantize_row
 from labinfer.backends.cpu.rope import KeyValues, Turn, dynamic_table, longrope_rows, rope, rope_kv_write
-from labinfer.backends.cpu.simd import f64p, i32p, i64p
-from labinfer.backends.cpu.tape import share
+from labinfer.backends.cpu.simd import cycles, f64p, i32p, i64p
+
+
+def clock_step(a: int, sequences: int, worker: int, workers: int) -> None:
+    """out: worker 0 notes the processor's cycle counter there, for profiles."""
+    if worker == 0:
+        i64p(i64p(a)[0])[0] = cycles()
 
 
 def embedding_step(a: int, sequences: int, worker: int, workers: int) -> None:
@@ -234,15 +239,15 @@ def attention_step(a: int, sequences: int, worker: int, workers: int) -> None:
     """q, q_stride, y, y_stride, then what makes Heads, Pages and Batch, and the memory.
 
     p[4..8] num_heads, num_kv_heads, head_dim, v_head_dim, window; f[9] scale, f[10] softcap; p[11..14] the pages;
-    p[15..18] query_start, context_len, block_table, table_stride; p[19] partials, p[20] the workers' scratch.
+    p[15..18] query_start, context_len, block_table, table_stride; p[19] partials; p[20] scratch, p[21] its bytes for
+    each worker.
     """
     p, f = i64p(a), f64p(a)
     heads = Heads(p[4], p[5], p[6], p[7], f[9], p[8], f[10])
     pages = Pages(p[11], p[12], p[13], p[14])
     batch = Batch(sequences, p[15], p[16], p[17], p[18])
     start, stop = share(attention_items(heads, batch), worker, workers)
-    scratch = p[20] + worker * ((attention_workspace_bytes(heads) + 63) // 64 * 64)
-    attention(p[0], p[1], p[2], p[3], heads, pages, batch, p[19], scratch, start, stop)
+    attention(p[0], p[1], p[2], p[3], heads, pages, batch, p[19], p[20] + worker * p[21], start, stop)
 
 
 def attention_merge_step(a: int, sequences: int, worker: int, workers: int) -> None:

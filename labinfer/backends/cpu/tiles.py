@@ -14,9 +14,7 @@ from labinfer.backends.cpu import isa
 from labinfer.backends.cpu.isa import I8, I32, I32X16, Value, const, vector
 from labinfer.backends.cpu.layout import HEADER_BYTES, PANEL_FORMATS
 from labinfer.backends.cpu.simd import Emit, Var, kernel
-
-ACCUMULATE = 1
-"""Bit of ``mode``: add to ``y`` what stands there."""
+from labinfer.backends.cpu.tape import ACCUMULATE
 
 PREFETCH = 6144
 """How far ahead of the block being multiplied memory is asked for, in bytes.

@@ -4,8 +4,8 @@ The calling thread is worker 0. A step is announced by one store to a shared cou
 barrier (under 0.1 microseconds for two threads), and a worker that has spun for about a millisecond goes to sleep in
 Python.
 
-Ctrl-C may stop the caller between any two lines of Python. So announcing a step, running it and keeping the barrier's
-count is one compiled call, and whatever may fail comes before it.
+The compiled half is ``driver``. Ctrl-C may stop the caller between any two lines of Python. So announcing a step, running
+it and keeping the barrier's count is one compiled call, and whatever may fail comes before it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections.abc import Callable
+from ctypes import c_int64
 
 import numpy as np
 
-from labinfer.backends.cpu.isa import njit
-from labinfer.backends.cpu.simd import fetch_add, flag_get, flag_set, i64p, pause
-from labinfer.backends.cpu.tape import LINE, run_rows
+from labinfer.backends.cpu import machine_code
+from labinfer.backends.cpu.tape import LINE
 
 GO, AWAKE, CALLED, STOP, TABLE, ROWS, SEQUENCES, TURN = 0, 8, 16, 24, 25, 26, 27, 28
 """Places in the control block, counted in int64; what is written while others spin has a cache line of its own.
@@ -27,66 +28,30 @@ GO, AWAKE, CALLED, STOP, TABLE, ROWS, SEQUENCES, TURN = 0, 8, 16, 24, 25, 26, 27
 barrier count.
 """
 
-SPINS_BEFORE_SLEEP = 40_000
-
-
-@njit
-def serve(control: int, sync: int, worker: int, workers: int, turn: int, seen: int) -> tuple[int, int]:
-    """Run every announced tape; returns (turn, seen) when it is time to sleep, or to stop."""
-    block = i64p(control)
-    fetch_add(control + AWAKE * 8, 1)
-    while True:
-        spins = 0
-        while flag_get(control + GO * 8) == seen:
-            pause()
-            spins += 1
-            if spins > SPINS_BEFORE_SLEEP:
-                spins = 0
-                fetch_add(control + AWAKE * 8, -1)
-                # Adding 0 reads in one order with what others add; CALLED is cleared after GO, so it is read before.
-                if fetch_add(control + CALLED * 8, 0) == 0 and flag_get(control + GO * 8) == seen:
-                    return turn, seen
-                fetch_add(control + AWAKE * 8, 1)
-        seen += 1
-        if block[STOP]:
-            return turn, seen
-        turn = run_rows(block[TABLE], block[ROWS], block[SEQUENCES], worker, workers, sync, turn)
-
-
-@njit
-def call(control: int) -> int:
-    """Keep spinning workers from going to sleep; returns how many are spinning."""
-    fetch_add(control + CALLED * 8, 1)
-    awake: int = fetch_add(control + AWAKE * 8, 0)
-    return awake
-
-
-@njit
-def lead(control: int, sync: int, workers: int, table: int, rows: int, sequences: int) -> None:
-    """Announce a tape and run it as worker 0."""
-    block = i64p(control)
-    block[TABLE], block[ROWS], block[SEQUENCES] = table, rows, sequences
-    fetch_add(control + GO * 8, 1)
-    flag_set(control + CALLED * 8, 0)
-    block[TURN] = run_rows(table, rows, sequences, 0, workers, sync, block[TURN])
-
 
 class Workers:
     """``count`` threads, the caller's included; ``run`` executes a tape on all of them and returns when it is done."""
 
     def __init__(self, count: int) -> None:
+        machine_code.prepare(["serve", "call", "lead", "announce"])
+        self.call = machine_code.function("call", c_int64, c_int64)
+        self.lead = machine_code.function("lead", None, *[c_int64] * 6)
+        serve = machine_code.function("serve", None, *[c_int64] * 5)
+        announce = machine_code.function("announce", None, c_int64)
         self.count = count
         self.control, self.sync = _aligned(32), _aligned(8 * count)
         self.at = self.control.ctypes.data, self.sync.ctypes.data
         self.turn = threading.Lock()
         self.asleep = threading.Semaphore(0)
         self.threads = [
-            threading.Thread(target=_work, args=(self.control, self.sync, self.asleep, worker, count), daemon=True)
+            threading.Thread(
+                target=_work, args=(serve, self.control, self.sync, self.asleep, worker, count), daemon=True
+            )
             for worker in range(1, count)
         ]
         for thread in self.threads:
             thread.start()
-        self.stop = weakref.finalize(self, _stop, self.control, self.asleep, count - 1)
+        self.stop = weakref.finalize(self, _stop, announce, self.control, self.asleep, count - 1)
         _all.add(self)
 
     def run(self, table: int, rows: int, sequences: int) -> None:
@@ -94,10 +59,10 @@ class Workers:
         control, sync = self.at
         with self.turn:
             if self.threads:
-                sleeping = len(self.threads) - call(control)
+                sleeping = len(self.threads) - self.call(control)
                 if sleeping > 0:
                     self.asleep.release(sleeping)
-            lead(control, sync, self.count, table, rows, sequences)
+            self.lead(control, sync, self.count, table, rows, sequences)
 
     def close(self) -> None:
         """End the threads."""
@@ -123,27 +88,27 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
 
 
-def _stop(control: np.ndarray, asleep: threading.Semaphore, sleepers: int) -> None:
+def _stop(announce: Callable[..., int], control: np.ndarray, asleep: threading.Semaphore, sleepers: int) -> None:
     """Have all worker threads end, asleep or not."""
     control[STOP] = 1
-    fetch_go(control.ctypes.data)
+    announce(control.ctypes.data)
     if sleepers:
         asleep.release(sleepers)
 
 
-@njit
-def fetch_go(control: int) -> None:
-    """Announce that something is to be done: what was written before is seen by all who see the counter."""
-    fetch_add(control + GO * 8, 1)
-
-
-def _work(control: np.ndarray, sync: np.ndarray, asleep: threading.Semaphore, worker: int, count: int) -> None:
+def _work(
+    serve: Callable[..., int],
+    control: np.ndarray,
+    sync: np.ndarray,
+    asleep: threading.Semaphore,
+    worker: int,
+    count: int,
+) -> None:
     """A worker thread; it keeps the memory it spins on alive, and not the ``Workers``."""
-    turn = seen = 0
-    at = control.ctypes.data, sync.ctypes.data
+    state = np.zeros(2, np.int64)
     while not control[STOP]:
         asleep.acquire()
-        turn, seen = serve(*at, worker, count, turn, seen)
+        serve(control.ctypes.data, sync.ctypes.data, worker, count, state.ctypes.data)
 
 
 def _aligned(count: int) -> np.ndarray:

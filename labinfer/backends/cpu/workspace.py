@@ -17,13 +17,16 @@ TILE = 64
 """Positions of an attention tile."""
 
 TILE_ROWS = 48
-"""Query rows of an attention item, or one token's where they are more."""
+"""Query rows (tokens times the heads that share keys) of an attention item, or one token's where they are more."""
 
 MLA_GROUP_HEADS = 8
 """Heads of a latent attention item at most."""
 
 MAX_SPLITS = 8
 """Parts that the context of a decoding sequence is cut into at most."""
+
+BUCKETS = 1024
+"""Parts that drawing a token sorts the vocabulary into."""
 
 
 def lines(nbytes: int) -> int:
@@ -90,8 +93,8 @@ def _attention(bounds: KernelBounds) -> int:
     attrs = bounds.attrs[0]
     value_dim = attrs.v_head_dim or attrs.head_dim
     partials = attention_partials_bytes(attrs.num_heads, value_dim, bounds.sequences)
-    each = attention_workspace_bytes(attrs.num_heads // attrs.num_kv_heads, attrs.head_dim, value_dim)
-    return lines(partials) + lines(each) * bounds.threads
+    each = attention_scratch(attrs.num_heads // attrs.num_kv_heads, attrs.head_dim, value_dim)
+    return lines(partials) + each * bounds.threads
 
 
 def _router(bounds: KernelBounds) -> int:
@@ -115,6 +118,11 @@ def _mla(bounds: KernelBounds) -> int:
     attrs = bounds.attrs[0]
     kv_b = lines(4 * attrs.num_heads * (attrs.nope_dim + attrs.v_dim) * attrs.kv_rank)
     return kv_b + mla_scratch(attrs.num_heads, attrs.rope_dim, attrs.kv_rank) * bounds.threads
+
+
+def sampling_scratch(vocab_size: int) -> int:
+    """Bytes for drawing a token from a row of logits."""
+    return 16 + 16 * BUCKETS + 12 * vocab_size
 
 
 def route_scratch(num_experts: int, num_groups: int) -> int:
@@ -142,11 +150,11 @@ def out_stride(v_head_dim: int) -> int:
     return (v_head_dim + 15) // 16 * 16
 
 
-def attention_workspace_bytes(group: int, head_dim: int, v_head_dim: int) -> int:
+def attention_scratch(group: int, head_dim: int, v_head_dim: int) -> int:
     """Bytes that each thread needs for attention of ``group`` query heads to a key head, whatever the context."""
     rows = padded_rows(max(1, TILE_ROWS // group) * group)
     states = 64 + 8 * TILE + 2 * lines(4 * rows) + 64 * rows
-    return states + 4 * TILE * rows + lines(4 * rows * head_dim) + 4 * rows * out_stride(v_head_dim)
+    return lines(states + 4 * TILE * rows + lines(4 * rows * head_dim) + 4 * rows * out_stride(v_head_dim))
 
 
 def attention_partials_bytes(num_heads: int, v_head_dim: int, max_sequences: int) -> int:

@@ -1,0 +1,39 @@
+"""The kernels that are called by address, by name: the only list of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import types
+
+from labinfer.backends.cpu import driver, linear, panels, sampling, steps
+
+_I, _F = types.int64, types.float64
+
+STEP = types.void(_I, _I, _I, _I)
+"""Arguments of a row, sequences of the step, worker, workers."""
+
+_FORMATTED: dict[str, tuple[Callable[..., Any], Any]] = {
+    "linear": (lambda format, digits: linear.linear_kernel(format, int(digits)), linear.LINEAR),
+    "pack": (panels.pack_kernel, panels.PACK),
+    "unpack": (panels.unpack_kernel, panels.UNPACK),
+}
+"""Kernels with a version for each format: what makes it of the rest of the name, and its signature."""
+
+_SINGLE: dict[str, tuple[Callable[..., Any], Any]] = {
+    "serve": (driver.serve, types.void(_I, _I, _I, _I, _I)),
+    "call": (driver.call, _I(_I)),
+    "lead": (driver.lead, types.void(_I, _I, _I, _I, _I, _I)),
+    "announce": (driver.announce, types.void(_I)),
+    "sample": (sampling.sample, _I(_I, _I, _F, _I, _F, _F, _I)),
+}
+
+
+def export(name: str) -> tuple[Callable[..., Any], Any]:
+    """The Python function of a kernel, not compiled yet, and its signature."""
+    kind, *rest = name.split("/")
+    if kind in _FORMATTED:
+        make, signature = _FORMATTED[kind]
+        return make(*rest), signature
+    return _SINGLE.get(name) or (getattr(steps, name), STEP)

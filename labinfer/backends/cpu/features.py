@@ -1,0 +1,58 @@
+"""What this CPU can do, found without anything that compiles. Nothing else in the backend asks for CPU features.
+
+Three levels: ``avx512vnni`` (byte dot products over 512 bits, and bf16 ones where the CPU has AVX512_BF16), ``avx2``
+(with FMA and F16C) and ``generic`` (plain LLVM vectors: any CPU). ``LABINFER_CPU_ISA`` forces a lower level.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+
+from labinfer.errors import UsageError
+
+LEVELS = ("avx512vnni", "avx2", "generic")
+"""Feature levels, best first."""
+
+_NEEDED = {
+    "avx512vnni": ("avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx2", "fma", "f16c"),
+    "avx2": ("avx2", "fma", "f16c"),
+    "generic": (),
+}
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+def cpu_features() -> frozenset[str]:
+    """Names of the CPU's features, in small letters without ``-`` and ``_``: from Linux itself, elsewhere from LLVM."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            lines = [line for line in file if line.startswith(("flags", "Features"))]
+        names = lines[0].partition(":")[2].split() if lines else []
+    except OSError:
+        import llvmlite.binding as llvm
+
+        names = [name for name, has in llvm.get_host_cpu_features().items() if has]
+    return frozenset(name.replace("-", "").replace("_", "") for name in names)
+
+
+def choose_level(features: frozenset[str], forced: str | None) -> str:
+    """The best level that ``features`` allow, or ``forced``; raises UsageError for one the CPU does not have."""
+    usable = [level for level in LEVELS if features.issuperset(_NEEDED[level])]
+    if forced is None:
+        return usable[0]
+    if forced not in usable:
+        message = f"LABINFER_CPU_ISA is '{forced}', this CPU has {', '.join(usable)}"
+        raise UsageError("device.isa", message, remedy="unset LABINFER_CPU_ISA to take the best")
+    return forced
+
+
+FEATURES = cpu_features()
+FORCED = os.environ.get("LABINFER_CPU_ISA") or None
+LEVEL = choose_level(FEATURES, FORCED)
+HAS_BF16 = LEVEL == "avx512vnni" and "avx512bf16" in FEATURES
+HAS_HALF = LEVEL != "generic" or not X86
+"""Whether float16 is converted by the CPU; x86-64 without F16C would call a library function for each number."""
+
+DIGIT_MAX = 127 if LEVEL == "avx512vnni" else 64
+"""Greatest size of an activation digit: without VNNI a pair of products must fit in 16 bits (2 * 255 * 64 < 2**15)."""

@@ -1,0 +1,33 @@
+"""Cosines and sines of all positions, made once for all layers that turn alike (see ``rope`` for their layout)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from labinfer.ops.rope import Rope
+
+
+def rope_tables(
+    attrs: Rope.Attrs,
+    max_len: int,
+    freq_factors: np.ndarray | None = None,
+    long_freq_factors: np.ndarray | None = None,
+) -> np.ndarray:
+    """Cosines and sines for positions below ``max_len``: float32 ``[max_len, 2, turned / 2]``.
+
+    For longrope ``[2 * max_len, ...]``, the rows of sequences beyond the trained length in the second half.
+    """
+    short = np.float32(1) if freq_factors is None else freq_factors
+    long = short if long_freq_factors is None else long_freq_factors
+    variants: list[tuple[int | None, np.ndarray | np.float32]] = [(None, short)]
+    if attrs.recompute_after:
+        variants.append((attrs.recompute_after + 1, long))
+    positions = np.arange(max_len, dtype=np.float32)[:, None]
+    tables = np.empty((len(variants), max_len, 2, attrs.turned // 2), np.float32)
+    for table, (total_len, divisor) in zip(tables, variants, strict=True):
+        inv_freq, factor = attrs.frequencies(total_len)
+        angles = positions * (inv_freq / divisor)
+        np.cos(angles, out=table[:, 0])
+        np.sin(angles, out=table[:, 1])
+        table *= np.float32(factor)
+    return tables.reshape(-1, 2, attrs.turned // 2)
