@@ -136,11 +136,11 @@ class _Object:
 
     def place(self, number: int) -> int:
         """Where a symbol of this file lies."""
-        _, _, _, section, value, _ = self.symbols[number]
+        section, value = int(self.symbols[number][3]), int(self.symbols[number][4])
         at = self.sections[section].at if section < len(self.sections) else None
         if at is None:
             raise LabinferError("device.machine-code", f"symbol '{self.name(number)}' of an object file has no place")
-        return at + int(value)
+        return at + value
 
     def name(self, number: int) -> str:
         """The name of a symbol."""

@@ -4,8 +4,8 @@ The calling thread is worker 0. A step is announced by one store to a shared cou
 barrier (under 0.1 microseconds for two threads), and a worker that has spun for about a millisecond goes to sleep in
 Python.
 
-The compiled half is ``driver``. Ctrl-C may stop the caller between any two lines of Python. So announcing a step, running
-it and keeping the barrier's count is one compiled call, and whatever may fail comes before it.
+The compiled half is ``driver``. Ctrl-C may stop the caller between any two lines of Python. So announcing a step,
+running it and keeping the barrier's count is one compiled call, and whatever may fail comes before it.
 """
 
 from __future__ import annotations
