@@ -92,7 +92,16 @@ def prepare(names: Iterable[str], progress: Progress = lambda done, total: None)
     with _loading:
         for name in wanted:
             if name not in _addresses:
-                _addresses[name] = load(object_path(name, folder()).read_bytes())
+                _addresses[name] = _load(object_path(name, folder()))
+
+
+def _load(path: Path) -> int:
+    try:
+        return load(path.read_bytes())
+    except ValueError as damage:
+        path.unlink()
+        message = f"{path} is no object file of ours: {damage}"
+        raise LabinferError("device.machine-code", message, remedy="start again: it is compiled anew") from None
 
 
 def object_path(name: str, where: Path) -> Path:

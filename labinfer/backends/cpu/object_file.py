@@ -36,11 +36,17 @@ _loaded: list[Any] = []
 
 
 def load(data: bytes) -> int:
-    """Load an object file; the address of ``kernel``."""
-    return _Object(data).load() if sys.platform == "linux" and X86 else _load_with_llvm(data)
+    """Load an object file; the address of ``kernel``. Raises ValueError for what is damaged."""
+    if sys.platform != "linux" or not X86:
+        return load_with_llvm(data)
+    try:
+        return _Object(data).load()
+    except (struct.error, IndexError, StopIteration) as error:
+        raise ValueError(str(error) or "it has no kernel") from None
 
 
-def _load_with_llvm(data: bytes) -> int:
+def load_with_llvm(data: bytes) -> int:
+    """``load`` by LLVM, for any system that it knows."""
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()
@@ -132,14 +138,14 @@ class _Object:
         elif kind in _RELATIVE or kind in _SLOT:
             struct.pack_into("<i", memory, at, target + addend - at)
         else:
-            raise LabinferError("device.machine-code", f"an object file has a relocation of unknown type {kind}")
+            raise ValueError(f"it has a relocation of unknown type {kind}")
 
     def place(self, number: int) -> int:
         """Where a symbol of this file lies."""
         section, value = int(self.symbols[number][3]), int(self.symbols[number][4])
         at = self.sections[section].at if section < len(self.sections) else None
         if at is None:
-            raise LabinferError("device.machine-code", f"symbol '{self.name(number)}' of an object file has no place")
+            raise ValueError(f"symbol '{self.name(number)}' has no place")
         return at + value
 
     def name(self, number: int) -> str:
@@ -153,6 +159,4 @@ def _external(name: str) -> int:
     for library in (ctypes.CDLL(None), ctypes.CDLL("libm.so.6")):
         if hasattr(library, name):
             return ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
-    raise LabinferError(
-        "device.machine-code", f"the function '{name}', which a kernel calls, is nowhere in libc and libm"
-    )
+    raise ValueError(f"it calls '{name}', which is nowhere in libc and libm")
