@@ -262,6 +262,8 @@ class _TreeBuilder:
     def _syntax_error(self, error: Any) -> NoReturn:
         mark = error.problem_mark or error.context_mark
         place = self.lines.place(mark.line, mark.column) if mark else Place(self.lines.file)
+        if "maximum nesting depth" in (error.problem or ""):  # libyaml's own limit, met before we see the levels
+            raise InvalidFile("yaml.too-deep", f"nested deeper than {self.max_depth} levels", place=place) from None
         message = ", ".join(part for part in (error.context, error.problem) if part)
         tab = place.text is not None and place.text[place.column - 1 : place.column] == "\t"
         remedy = "indent with spaces, not tabs" if tab else None
