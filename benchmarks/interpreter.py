@@ -69,8 +69,9 @@ def measure(model: LLM, seconds: float) -> dict[str, float]:
     device = interpreter.device
     device.F.kernels = dict.fromkeys(device.F.kernels, nothing)
     interpreter.tapes.clear()  # loading has bound one to the real kernels
-    sequence = Sequence([1], blocks=[0])
-    step = build_step([Scheduled(sequence, 1, 1)], model.plan.limits.block_size)
+    sequence = Sequence([1], model.blocks.open_row())
+    model.blocks.grow(np.array([sequence.row]), np.array([1]))
+    step = build_step([Scheduled(sequence, 1, 1)], model.blocks)
     tape = interpreter.prepare(step)
     calls = [bound.call for bound in tape.bound if not is_view(bound.op.kind)]
 

@@ -6,6 +6,7 @@ import re
 
 from labinfer.errors import UsageError
 
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.ASCII | re.IGNORECASE)
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmM]?)", re.ASCII)
 _SCALES = {"": 1, "k": 1 << 10, "m": 1 << 20}
 
@@ -31,4 +32,14 @@ def parse_count(text: str) -> int:
     value = float(match[1]) * _SCALES[match[2].lower()] if match and len(text) < 32 else 0.0
     if value < 1 or value != int(value):
         raise UsageError("cli.count", f"'{text}' is no positive whole number such as 4096 or 4k (4096)")
+    return int(value)
+
+
+def parse_bytes(text: str) -> int:
+    """``1000000``, ``512MB`` (decimal) or ``2GiB`` (binary) as a number of bytes. Raises ``UsageError``."""
+    match = _BYTES.fullmatch(text.strip())
+    power = " kmgt".index(match[2].lower() or " ") if match else 0
+    value = float(match[1]) * (1024 if match[3] else 1000) ** power if match and len(text) < 32 else 0.0
+    if value < 1 or (match and match[3] and not match[2]):
+        raise UsageError("cli.bytes", f"'{text}' is no size such as 500MB or 2GiB")
     return int(value)

@@ -26,7 +26,7 @@ def decode_bytes(plan: Plan, batch: int, context: float) -> int:
                 read[name] = min(1.0, read.get(name, 0.0) + share)
             if each.op.kind in ("attention", "mla_attention") and each.op.state:
                 seen = min(context, getattr(each.op.attrs, "window", None) or context)
-                total += size * batch * seen * sum(states[each.op.state].widths.values())
+                total += size * batch * seen * states[each.op.state].width
         stored = {name: stored_bytes(weights[name].format, weights[name].shape) for name in read}
         growth = stage.bytes.weights / max(sum(stored.values()), 1)  # the device's layout may differ from the file's
         total += growth * sum(stored[name] * share for name, share in read.items())

@@ -19,7 +19,7 @@ from labinfer.compiler.plan import Plan
 from labinfer.errors import UsageError
 from labinfer.runtime.model import Model
 from labinfer.runtime.parameters import Parameters
-from labinfer.runtime.sequence import Scheduled, Sequence, build_step
+from labinfer.runtime.sequence import Scheduled, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,46 +58,42 @@ def check_room(plan: Plan, tests: Listing[Workload]) -> None:
     """Raise ``UsageError`` for a test that the limits of ``plan`` have no room for."""
     bounds = plan.limits
     for test in tests:
-        blocks = test.batch * -(-test.tokens // bounds.block_size)
+        blocks = [test.batch * bounds.sequence_blocks(group, test.tokens) for group in bounds.groups]
+        short = any(count > group.num_blocks for count, group in zip(blocks, bounds.groups, strict=True))
         batch = min(bounds.max_num_seqs, bounds.max_logits_rows, bounds.max_num_batched_tokens)
-        if test.tokens > bounds.max_model_len or test.batch > batch or blocks > bounds.num_blocks:
+        if test.tokens > bounds.max_model_len or test.batch > batch or short:
             message = f"the plan has no room for {test.kind} of {test.tokens} tokens, {test.batch} at once"
             raise UsageError("bench.plan-limits", message, remedy="give the model, or compile with larger limits")
 
 
 def prefill(model: Model, length: int) -> list[float]:
     """Seconds until the first token of a random prompt, in steps as large as the plan allows."""
-    chunk, block_size = model.plan.limits.max_num_batched_tokens, model.plan.limits.block_size
-    sequence = Sequence(np.random.default_rng(0).integers(model.vocab_size, size=length).tolist())
-    model.reserve(sequence, length)
+    chunk, row = model.plan.limits.max_num_batched_tokens, model.blocks.open_row()
+    sequence = Sequence(np.random.default_rng(0).integers(model.vocab_size, size=length).tolist(), row)
     start = time.perf_counter()
     while sequence.num_computed < length:
         size = min(chunk, length - sequence.num_computed)
         last = sequence.num_computed + size == length
-        logits = model.run(build_step([Scheduled(sequence, size, int(last))], block_size))
-        sequence.num_computed += size
+        logits = model.compute([Scheduled(sequence, size, int(last))])
     logits.argmax()
     seconds = time.perf_counter() - start
-    model.release(sequence)
+    model.blocks.close_row(row)
     return [seconds]
 
 
 def decode(model: Model, batch: int, length: int) -> list[float]:
     """Seconds of each of ``length`` steps that add a greedy token to each of ``batch`` sequences."""
-    random, block_size = np.random.default_rng(0), model.plan.limits.block_size
-    sequences = [Sequence([int(token)]) for token in random.integers(model.vocab_size, size=batch)]
-    for sequence in sequences:
-        model.reserve(sequence, length)
+    first = np.random.default_rng(0).integers(model.vocab_size, size=batch)
+    sequences = [Sequence([int(token)], model.blocks.open_row()) for token in first]
     seconds = []
     for _ in range(length):
         start = time.perf_counter()
-        logits = model.run(build_step([Scheduled(sequence, 1, 1) for sequence in sequences], block_size))
+        logits = model.compute([Scheduled(sequence, 1, 1) for sequence in sequences])
         for sequence, token in zip(sequences, logits.argmax(1), strict=True):
-            sequence.num_computed += 1
             sequence.token_ids.append(int(token))
         seconds.append(time.perf_counter() - start)
     for sequence in sequences:
-        model.release(sequence)
+        model.blocks.close_row(sequence.row)
     return seconds
 
 

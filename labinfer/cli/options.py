@@ -7,15 +7,16 @@ from typing import Any, TypeVar
 
 import click
 
-from labinfer.units import parse_count
+from labinfer.units import parse_bytes, parse_count
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class Count(click.ParamType):  # type: ignore[type-arg]  # generic in newer click only
-    """A positive number, typed as 4096, 4k (4096) or 1M."""
+class Number(click.ParamType):  # type: ignore[type-arg]  # generic in newer click only
+    """A positive number, read by ``parse``."""
 
-    name = "count"
+    def __init__(self, name: str, parse: Callable[[str], int]) -> None:
+        self.name, self.parse = name, parse
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """The number; a bad one is a usage error that names the option."""
@@ -24,9 +25,13 @@ class Count(click.ParamType):  # type: ignore[type-arg]  # generic in newer clic
         if isinstance(value, int):
             return value
         try:
-            return parse_count(value)
+            return self.parse(value)
         except UsageError as error:
             self.fail(error.message, param, ctx)
+
+
+COUNT = Number("count", parse_count)
+"""Typed as 4096, 4k (4096) or 1M."""
 
 
 PLAN_OPTIONS = {
@@ -39,6 +44,8 @@ PLAN_OPTIONS = {
     "kv_dtype": "How keys and values are kept: f32 (default), bf16 or f16.",
     "threads": "Threads of a CPU device (default: its physical cores).",
     "num_blocks": "Blocks of the KV cache (default: enough for all sequences at full length).",
+    "kv_memory": "Memory for the KV cache instead: 500MB, 2GiB.",
+    "swap_space": "GiB of host memory for cache blocks that are swapped out (default: 0).",
     "fuse": "Fused ops: those the devices have (auto, the default), all that are declared, or none.",
 }
 """Options that decide the plan, by the compiler's name for them, and their help."""
@@ -47,12 +54,16 @@ PLAN_OPTIONS = {
 CHOICES = {"fuse": ["auto", "all", "none"], "kv_dtype": ["f32", "bf16", "f16"]}
 """What may be given for the options that are a choice."""
 
+KINDS: dict[str, tuple[Any, str]] = {
+    "devices": (str, "LIST"), "kv_memory": (Number("size", parse_bytes), "SIZE"), "swap_space": (float, "GIB")
+}  # fmt: skip
+"""Types and placeholders of the options that are neither a choice nor a count."""
+
 
 def plan_options(function: Function) -> Function:
     """Give a command ``--weights`` and every option of ``PLAN_OPTIONS``; those not given arrive as None."""
     for name, text in reversed(PLAN_OPTIONS.items()):
-        kind: Any = str if name == "devices" else click.Choice(CHOICES[name]) if name in CHOICES else Count()
-        metavar = "LIST" if name == "devices" else None if name in CHOICES else "N"
+        kind, metavar = (click.Choice(CHOICES[name]), None) if name in CHOICES else KINDS.get(name, (COUNT, "N"))
         function = click.option(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)(function)
     return click.option("--weights", metavar="PATH", help="Model directory or file to take the weights from.")(function)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from labinfer.cli.options import Count, given, json_option, plan_options
+from labinfer.cli.options import COUNT, given, json_option, plan_options
 from labinfer.cli.output import current
 from labinfer.errors import UsageError
 
@@ -68,7 +68,7 @@ class Answering:
 @click.option("--top-k", type=int, default=0, metavar="N", help="Choose among the N likeliest tokens (0: all).")
 @click.option("--top-p", type=float, default=1.0, metavar="X", help="Choose among the likeliest that make up X.")
 @click.option("--seed", type=int, metavar="N", help="Make a sampled answer repeatable.")
-@click.option("--max-new-tokens", type=Count(), metavar="N", help="Tokens of the answer (default: as many as fit).")
+@click.option("--max-new-tokens", type=COUNT, metavar="N", help="Tokens of the answer (default: as many as fit).")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the end of the text.")
 @click.option(
     "--tap",

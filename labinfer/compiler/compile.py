@@ -9,11 +9,12 @@ from typing import Any, Literal, get_args
 from labinfer import __version__
 from labinfer.compiler.arena import ArenaPlan, aligned, plan_arena
 from labinfer.compiler.blueprint import Blueprint
+from labinfer.compiler.cache_groups import DeviceRoom, Room, assign_groups, block_bytes, cache_bytes, size_groups
 from labinfer.compiler.fold import GRAPH_INPUTS, fold_ops, fold_states, fold_weights, natural_row
 from labinfer.compiler.graph import Op, OpGraph
 from labinfer.compiler.lower import lower, map_name
 from labinfer.compiler.passes import Tracer, run_passes
-from labinfer.compiler.plan import Arena, Limits, Plan, PlanDevice, PlanValue, Source, Stage, StageBytes
+from labinfer.compiler.plan import Arena, CacheGroup, Limits, Plan, PlanDevice, PlanValue, Source, Stage, StageBytes
 from labinfer.compiler.settings import ModelSource, model_scope
 from labinfer.compiler.target import Placement, Target, place
 from labinfer.errors import DoesNotFit, InvalidFile, UsageError
@@ -29,9 +30,11 @@ class CompileOptions:
     """Bounds of the plan, as in vLLM; None asks for the default.
 
     ``max_num_batched_tokens`` tokens and ``max_num_seqs`` sequences a step, ``max_logits_rows`` rows of logits
-    (default: one a sequence), ``max_model_len`` tokens a sequence (default: the model's, at most 4096). ``kv_dtype`` is
-    how keys and values are kept, ``threads`` how many a CPU uses (default: its physical cores). ``fuse``:
-    ``auto`` uses the fused kernels that the devices have, ``all`` every declared fusion, ``none`` no fusion.
+    (default: one a sequence), ``max_model_len`` tokens a sequence (default: the model's, at most 4096). The cache has
+    ``num_blocks`` blocks of ``block_size`` tokens, or as many as ``kv_memory`` bytes hold (default: enough for all
+    sequences at full length, or as many as fit); ``swap_space`` GiB of host memory are for blocks swapped out.
+    ``kv_dtype`` is how keys and values are kept, ``threads`` how many a CPU uses (default: its physical cores).
+    ``fuse``: ``auto`` uses the fused kernels that the devices have, ``all`` every declared fusion, ``none`` no fusion.
     """
 
     max_num_batched_tokens: int = 512
@@ -40,6 +43,8 @@ class CompileOptions:
     max_model_len: int | None = None
     block_size: int = 16
     num_blocks: int | None = None
+    kv_memory: int | None = None
+    swap_space: float = 0
     kv_dtype: Literal["f32", "bf16", "f16"] = "f32"
     threads: int | None = None
     fuse: Fuse = "auto"
@@ -75,7 +80,9 @@ def compile_plan(
     limits, vocab_size = _limits(blueprint, source, options), _vocab_size(graph)
     placements = place(graph, targets)
     tracer.done("place", len(graph.ops), len(graph.ops), f"{len(placements)} stages")
+    limits.groups, graph.states = assign_groups(graph.states, graph.ops, limits.max_model_len)
     stages = [_stage(graph, placements, number, limits, options) for number in range(len(placements))]
+    _size_cache(graph, placements, stages, limits, options)
     _check_memory(stages, targets)
     arena = sum(stage.arena.size for stage in stages)
     tracer.done("arena", len(graph.ops), len(graph.ops), f"{arena} bytes, {stages[0].arena.algorithm}")
@@ -136,14 +143,18 @@ def _limits(blueprint: Blueprint, source: ModelSource, options: CompileOptions) 
         "max_model_len",
         "block_size",
         "num_blocks",
+        "kv_memory",
     ):
-        value = getattr(options, name)
+        value, bound = getattr(options, name), 1 << (60 if name == "kv_memory" else 31)
         default = CompileOptions.__dataclass_fields__[name].default
-        if value != default and not (isinstance(value, int) and 0 < value < 1 << 31):
+        if value != default and not (isinstance(value, int) and 0 < value < bound):
             raise UsageError("limits.range", f"{name} must be a positive whole number, got {value!r}")
-    if not isinstance(options.arena_effort_seconds, int | float):
-        message = f"arena_effort_seconds must be a number, got {options.arena_effort_seconds!r}"
-        raise UsageError("limits.range", message)
+    for name, most in (("arena_effort_seconds", float("inf")), ("swap_space", 1 << 20)):
+        value = getattr(options, name)
+        if not isinstance(value, int | float) or not 0 <= value <= most:
+            raise UsageError("limits.range", f"{name} must be a number from 0 on, got {value!r}")
+    if options.num_blocks and options.kv_memory:
+        raise UsageError("limits.cache", "num_blocks and kv_memory both say how large the cache is", remedy="give one")
     scope = model_scope(blueprint, source)
     longest = scope["max_context"] if "max_context" in blueprint.config else 4096
     if not isinstance(longest, int) or longest < 1:
@@ -152,7 +163,6 @@ def _limits(blueprint: Blueprint, source: ModelSource, options: CompileOptions) 
     if length > longest:
         message = f"max_model_len {length} is beyond the model's {longest}"
         raise UsageError("limits.max-model-len", message)
-    blocks_each = -(-length // options.block_size)
     return Limits(
         max_num_batched_tokens=options.max_num_batched_tokens,
         max_num_seqs=options.max_num_seqs,
@@ -160,7 +170,7 @@ def _limits(blueprint: Blueprint, source: ModelSource, options: CompileOptions) 
         max_model_len=length,
         block_size=options.block_size,
         kv_dtype=options.kv_dtype,
-        num_blocks=options.num_blocks or blocks_each * options.max_num_seqs,
+        groups=[CacheGroup(num_blocks=1)],
     )
 
 
@@ -241,18 +251,32 @@ def _value(name: str, graph: OpGraph, arena: ArenaPlan) -> dict[str, Any]:
 
 def _bytes(graph: OpGraph, parts: Sequence[Op], target: Target, limits: Limits, arena: int) -> StageBytes:
     weights = dict.fromkeys(name for part in parts for name in part.weights.values())
-    states = dict.fromkeys(part.state for part in parts if part.state)
-    slots = limits.num_blocks * limits.block_size
     longest = -(-limits.max_model_len // limits.block_size) * limits.block_size
     return StageBytes(
         weights=sum(target.weight_bytes(graph.weights[name].format, graph.weights[name].shape) for name in weights),
-        kv_cache=sum(
-            limits.cache_bytes_per_number * slots * sum(graph.states[name].widths.values()) for name in states
-        ),
+        kv_cache=0,  # until _size_cache
         arena=arena,
         step=limits.step_bytes,
         tables=sum(target.tables(attrs, longest) for attrs in {part.attrs for part in parts if part.kind == "rope"}),
     )
+
+
+def _size_cache(
+    graph: OpGraph, placements: Sequence[Placement], stages: Sequence[Stage], limits: Limits, options: CompileOptions
+) -> None:
+    """Give the groups their blocks, and the stages the bytes that these take."""
+    states = [dict.fromkeys(p.state for op in placed.ops for p in op.primitives() if p.state) for placed in placements]
+    sizes = [block_bytes(limits, [graph.states[name] for name in used]) for used in states]
+    devices = []
+    for target in dict.fromkeys(placed.target for placed in placements):
+        own = [number for number, placed in enumerate(placements) if placed.target is target]
+        left = None if target.memory is None else target.memory - sum(stages[number].bytes.total for number in own)
+        devices.append(DeviceRoom([sum(each) for each in zip(*(sizes[number] for number in own), strict=True)], left))
+    room = Room(options.num_blocks, options.kv_memory, int(options.swap_space * (1 << 30)))
+    limits.groups = size_groups(limits, devices, room)
+    for stage, each in zip(stages, sizes, strict=True):
+        stage.bytes.kv_cache = cache_bytes((group.num_blocks for group in limits.groups), each)
+        stage.bytes.swap = cache_bytes((group.swap_blocks for group in limits.groups), each)
 
 
 def _check_memory(stages: Sequence[Stage], targets: Sequence[Target]) -> None:

@@ -256,20 +256,19 @@ def unfold_weights(plan: Plan) -> dict[str, Weight]:
 
 
 def fold_states(states: Mapping[str, State]) -> list[PlanState]:
-    """States of consecutive layers with equal widths as one line each."""
+    """States of consecutive layers with equal widths and group as one line each."""
     folded: list[PlanState] = []
     for state in states.values():
         where = layer_of(state.name)
         layer = where[1] if where else None
-        fresh = PlanState(name=fold_name(state.name), widths=dict(state.widths))
+        fresh = PlanState(name=fold_name(state.name), widths=dict(state.widths), group=state.group)
         last = folded[-1] if folded else None
         if (
             layer is not None
             and last
             and last.layers
             and last.layers[1] == layer - 1
-            and last.name == fresh.name
-            and last.widths == fresh.widths
+            and (last.name, last.widths, last.group) == (fresh.name, fresh.widths, fresh.group)
         ):
             last.layers = (last.layers[0], layer)
         else:
@@ -284,7 +283,7 @@ def unfold_states(plan: Plan) -> dict[str, State]:
     for line in plan.states:
         for layer in _layers(line):
             name = line.name if layer is None else unfold_name(line.name, layer)
-            found[name] = State(name, line.widths)
+            found[name] = State(name, line.widths, line.group)
     return found
 
 

@@ -68,10 +68,16 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What the cache keeps of one layer: numbers per token for each part (``k``, ``v``)."""
+    """What the cache keeps of one layer: numbers per token for each part (``k``, ``v``), in blocks of ``group``."""
 
     name: str
     widths: Mapping[str, int]
+    group: int = 0
+
+    @property
+    def width(self) -> int:
+        """Numbers per token, all parts."""
+        return sum(self.widths.values())
 
 
 @dataclass(frozen=True, slots=True)

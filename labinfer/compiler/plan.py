@@ -30,6 +30,16 @@ class PlanModel(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True, defer_build=True)
 
 
+class CacheGroup(PlanModel):
+    """The blocks of those layers whose attention sees the same window; what the window has passed is given back."""
+
+    window: PositiveInt | None = Field(
+        default=None, description="tokens that attention sees, the newest included; all of them without one"
+    )
+    num_blocks: PositiveInt = Field(description="blocks of the cache")
+    swap_blocks: NonNegativeInt = Field(default=0, description="blocks of host memory for what is swapped out")
+
+
 class Limits(PlanModel):
     """Upper bounds the plan holds for: tokens and sequences of a step, rows of logits, tokens of a sequence."""
 
@@ -38,17 +48,36 @@ class Limits(PlanModel):
     max_logits_rows: PositiveInt = Field(description="rows of logits of a step: the bound of `R`")
     max_model_len: PositiveInt = Field(description="tokens of a sequence, prompt and answer")
     block_size: PositiveInt = Field(description="tokens in a cache block")
-    num_blocks: PositiveInt = Field(description="blocks of the cache")
     kv_dtype: Literal["f32", "bf16", "f16"] = Field(default="f32", description="format of keys and values in the cache")
+    groups: list[CacheGroup] = Field(
+        min_length=1, max_length=64, description="blocks of the cache: for layers that see all first, then by window"
+    )
 
     @property
     def cache_bytes_per_number(self) -> int:
         """Bytes of one number in the KV cache."""
         return ITEM_SIZE[self.kv_dtype]
 
+    def sequence_blocks(self, group: CacheGroup, tokens: int) -> int:
+        """Blocks of ``group`` that a sequence of ``tokens`` tokens owns at most: all, or a window and one step's."""
+        blocks = -(-tokens // self.block_size)
+        if group.window is None:
+            return blocks
+        return min(blocks, 1 + (group.window + self.max_num_batched_tokens + self.block_size - 2) // self.block_size)
+
+    @property
+    def max_sequence_len(self) -> int:
+        """Tokens of the longest sequence that the plan and its cache hold."""
+        bounds = [
+            group.num_blocks * self.block_size
+            for group in self.groups
+            if self.sequence_blocks(group, self.max_model_len) > group.num_blocks
+        ]
+        return min([self.max_model_len, *bounds])
+
     @property
     def step_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The arrays of a step batch at these bounds, by name, all int32 (see ``labinfer.ops.base.Step``)."""
+        """The arrays that a step's groups share, at these bounds, all int32 (see ``labinfer.ops.base.Step``)."""
         tokens, sequences = self.max_num_batched_tokens, self.max_num_seqs
         return {
             "token_ids": (tokens,),
@@ -56,15 +85,24 @@ class Limits(PlanModel):
             "query_start": (sequences + 1,),
             "context_len": (sequences,),
             "total_len": (sequences,),
-            "block_table": (sequences, -(-self.max_model_len // self.block_size)),
-            "slot_mapping": (tokens,),
             "logits_rows": (self.max_logits_rows,),
+        }
+
+    @property
+    def group_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The arrays of a step that each cache group has of its own."""
+        return {
+            "block_table": (self.max_num_seqs, -(-self.max_model_len // self.block_size)),
+            "slot_mapping": (self.max_num_batched_tokens,),
         }
 
     @property
     def step_bytes(self) -> int:
         """Bytes of a step batch at these bounds."""
-        return sum(4 * prod(shape) for shape in self.step_shapes.values())
+        shared, own = (
+            sum(4 * prod(shape) for shape in shapes.values()) for shapes in (self.step_shapes, self.group_shapes)
+        )
+        return shared + own * len(self.groups)
 
 
 class Source(PlanModel):
@@ -144,17 +182,21 @@ class Arena(PlanModel):
 
 
 class StageBytes(PlanModel):
-    """Exact bytes the stage takes on its device; ``step`` is the step batch, ``tables`` constants such as rope's."""
+    """Exact bytes the stage takes on its device; ``step`` is the step batch, ``tables`` constants such as rope's.
+
+    ``swap`` lies in host memory and does not count as the device's.
+    """
 
     weights: NonNegativeInt = Field(description="weights in the device's layout")
     kv_cache: NonNegativeInt = Field(description="the cache")
     arena: NonNegativeInt = Field(description="the arena")
     step: NonNegativeInt = Field(description="the inputs of a step")
     tables: NonNegativeInt = Field(default=0, description="constants that ops share, such as rope's cosines and sines")
+    swap: NonNegativeInt = Field(default=0, description="host memory for cache blocks that are swapped out")
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All of it on the device."""
         return self.weights + self.kv_cache + self.arena + self.step + self.tables
 
 
@@ -190,6 +232,7 @@ class PlanState(PlanModel):
     name: str = Field(description="name, with `{i}` for the layer")
     layers: tuple[NonNegativeInt, NonNegativeInt] | None = Field(default=None, description="first and last layer")
     widths: dict[str, PositiveInt] = Field(description="numbers per token, by part")
+    group: NonNegativeInt = Field(default=0, description="whose blocks of `limits.groups` hold it")
 
 
 class PlanDevice(PlanModel):

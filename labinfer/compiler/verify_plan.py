@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 from labinfer.compiler.fold import (
@@ -20,7 +21,7 @@ from labinfer.compiler.fold import (
     unfold_states,
     unfold_weights,
 )
-from labinfer.compiler.graph import Op
+from labinfer.compiler.graph import Op, State
 from labinfer.compiler.passes.fuse import matches
 from labinfer.compiler.plan import Limits, Plan, Stage
 from labinfer.errors import ErrorSink, InvalidFile, LabinferError, Place, did_you_mean
@@ -39,7 +40,7 @@ def verify_plan(plan: Plan, name: str) -> None:
     arrived: dict[str, TensorType] = {}
     try:
         check = _PlanCheck(plan)
-        for code, message in check.weight_lines():
+        for code, message in (*check.weight_lines(), *check.state_lines()):
             complain(code, message)
         for number, stage in enumerate(plan.stages):
             if stage.device not in plan.devices:
@@ -103,6 +104,19 @@ class _PlanCheck:
             ):
                 message = f"'{line.name}' regroups rows {line.rows} in order {line.order}, its shape is {line.shape}"
                 found.append(("plan.weight", message))
+        return found
+
+    def state_lines(self) -> list[tuple[str, str]]:
+        """Complaints about the cache: every state must be in a group, and groups follow one another by window."""
+        groups = self.plan.limits.groups
+        found = [
+            ("plan.state", f"'{line.name}' is in cache group {line.group}, there are {len(groups)}")
+            for line in self.plan.states
+            if line.group >= len(groups)
+        ]
+        for one, other in pairwise(group.window for group in groups):
+            if other is None or (one is not None and other >= one):
+                found.append(("plan.groups", f"cache groups go from all to the narrowest window, not {one} to {other}"))
         return found
 
     def whole(self, arrived: Mapping[str, TensorType]) -> list[tuple[str, str]]:
@@ -199,10 +213,20 @@ class _PlanCheck:
         state = self.states.get(op.state or "")
         if (spec.state and state is None) or (op.state and not spec.state):
             self.complain("plan.state", f"'{op.name}' uses state '{op.state}', which is not in the plan or not its own")
+        elif state and not self.keeps_enough(op, state):
+            window = self.plan.limits.groups[state.group].window
+            self.complain("plan.groups", f"'{op.name}' sees more than the {window} tokens that its cache group keeps")
         elif state and (widths := spec.state_widths(op.attrs, inputs)) != state.widths:
             self.complain(
                 "plan.state", f"'{op.name}' takes '{op.state}' to have widths {widths}, it has {state.widths}"
             )
+
+    def keeps_enough(self, op: Op, state: State) -> bool:
+        """Whether the group of ``state`` keeps all tokens that ``op`` sees; one that only writes sees none."""
+        groups = self.plan.limits.groups
+        kept = groups[state.group].window if state.group < len(groups) else None
+        seen = getattr(op.attrs, "window", None)
+        return kept is None or not op.outputs or (seen is not None and seen <= kept)
 
     def fused(self, op: Op, whole: bool, stage: Stage) -> None:
         """A fused op is made of the parts that are declared for it, and its device can run it whole if it is to."""
@@ -277,11 +301,18 @@ class _PlanCheck:
     def sizes(self, ops: list[Op], stage: Stage) -> None:
         """The stage's byte figures must be what its states and arena add up to (its device checks the weights)."""
         limits = self.plan.limits
-        states = dict.fromkeys(op.state for op in ops if op.state)
-        slots = limits.num_blocks * limits.block_size
-        cache = sum(limits.cache_bytes_per_number * slots * sum(self.states[name].widths.values()) for name in states)
+        states = [self.states[name] for name in dict.fromkeys(op.state for op in ops if op.state)]
+        if any(state.group >= len(limits.groups) for state in states):
+            return
+        size = limits.cache_bytes_per_number * limits.block_size
+        groups = [limits.groups[state.group] for state in states]
+        cache, swap = (
+            sum(size * count * state.width for count, state in zip(counts, states, strict=True))
+            for counts in ([group.num_blocks for group in groups], [group.swap_blocks for group in groups])
+        )
         for kind, stated, found in (
             ("kv_cache", stage.bytes.kv_cache, cache),
+            ("swap", stage.bytes.swap, swap),
             ("arena", stage.bytes.arena, stage.arena.size),
             ("step", stage.bytes.step, limits.step_bytes),
         ):

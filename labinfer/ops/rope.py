@@ -95,6 +95,11 @@ class Rope(OpSpec):
             trained = trained_length(self.scaling, self.max_position, self.original_max_position)
             return int(trained) if trained else None
 
+        @property
+        def reuse_until(self) -> int | None:
+            """The length past which keys depend on how long the sequence is (dynamic NTK), so that none can share."""
+            return self.max_position if self.scaling is not None and self.scaling.rope_type == "dynamic" else None
+
         def frequencies(self, total_len: int | None = None) -> tuple[np.ndarray, float]:
             """Inverse frequencies, float32 [turned / 2], and the factor on cosine and sine, at ``total_len``."""
             return inverse_frequencies(

@@ -106,6 +106,7 @@ def _node(drawing: Drawing, stage: int, op: Op, node: Node, slots: dict[str, Slo
         },
         "attrs": node.attrs,
         "state": op.state,
+        "group": drawing.states[op.state].group if op.state else None,
         "origin": str(op.origin),
         "flops": node.cost.flops,
         "bytes_moved": node.cost.moved,

@@ -109,6 +109,7 @@ def _node_data(drawing: Drawing, node: Node, block: int) -> dict[str, Any]:
         "weights": node.weights,
         "attrs": node.attrs,
         "state": node.state,
+        "group": drawing.states[node.op.state].group if node.op.state else None,
         "origin": str(node.op.origin),
         "flops": node.cost.flops,
         "bytes": node.cost.owned,

@@ -38,8 +38,8 @@ class LiveValue:
 class StageReport:
     """A stage: its device, the layers it runs, bytes by kind, and how full its arena gets.
 
-    ``step`` is what the batch of a step takes; ``kv_cache_per_token`` is in bytes; ``kernels`` counts the calls of a
-    step; ``fused`` counts fused ops by kind.
+    ``step`` is what the batch of a step takes; ``kv_cache_per_token`` is in bytes, by cache group; ``swap`` is host
+    memory; ``kernels`` counts the calls of a step; ``fused`` counts fused ops by kind.
     """
 
     device: str
@@ -47,7 +47,8 @@ class StageReport:
     parameters: str
     weights: int
     kv_cache: int
-    kv_cache_per_token: int
+    kv_cache_per_token: tuple[int, ...]
+    swap: int
     arena: int
     step: int
     total: int
@@ -147,14 +148,18 @@ def stage_report(plan: Plan, stage: Stage, placed: list[PlacedOp]) -> StageRepor
         fused[op.kind] += bool(op.body)
         kernels += sum(not is_view(step.kind) for step in steps(op, made))
     states = unfold_states(plan)
-    used = dict.fromkeys(each.op.state for each in placed if each.op.state)
+    used = [states[name] for name in dict.fromkeys(each.op.state for each in placed if each.op.state)]
     return StageReport(
         device=stage.device,
         layers=ranges({each.op.layer for each in placed if each.op.layer is not None}),
         parameters=device.parameters,
         weights=stage.bytes.weights,
         kv_cache=stage.bytes.kv_cache,
-        kv_cache_per_token=plan.limits.cache_bytes_per_number * sum(sum(states[name].widths.values()) for name in used),
+        kv_cache_per_token=tuple(
+            limits.cache_bytes_per_number * sum(state.width for state in used if state.group == group)
+            for group in range(len(limits.groups))
+        ),
+        swap=stage.bytes.swap,
         arena=stage.bytes.arena,
         step=stage.bytes.step + stage.bytes.tables,
         total=stage.bytes.total,
@@ -189,7 +194,7 @@ def decode_cost(plan: Plan, stages: list[list[PlacedOp]], weights: Mapping[str, 
                 weight_bytes += int(growth * stored[name] * share_read(each, weights[name]))
             if spec.state and op.outputs and op.state:
                 seen = min(context, getattr(op.attrs, "window", None) or context)
-                context_bytes += plan.limits.cache_bytes_per_number * seen * sum(states[op.state].widths.values())
+                context_bytes += plan.limits.cache_bytes_per_number * seen * states[op.state].width
     return DecodeCost(flops, weight_bytes, context, context_flops, context_bytes)
 
 

@@ -104,17 +104,24 @@ def weight_lines(report: Report, width: int) -> Iterator[Line]:
 
 
 def cache_lines(report: Report, width: int) -> Iterator[Line]:
-    """What the KV cache takes for a token, for a sequence, and in all."""
-    limits = report.limits
-    each = sum(stage.kv_cache_per_token for stage in report.stages)
-    slots = limits.num_blocks * limits.block_size
-    yield Line()
-    yield Line(f"KV cache: {human_bytes(each)} a token", "head")
-    text = (
-        f"{human_bytes(each * limits.max_model_len)} for a sequence of {limits.max_model_len:,} tokens; "
-        f"{human_bytes(each * slots)} for {slots:,} tokens in {limits.num_blocks:,} blocks of {limits.block_size}"
+    """What the KV cache takes for a token, for a sequence, and in all, and the blocks of each group."""
+    limits, size = report.limits, report.limits.block_size
+    each = [sum(sizes) for sizes in zip(*(stage.kv_cache_per_token for stage in report.stages), strict=True)]
+    longest = sum(
+        size * limits.sequence_blocks(group, limits.max_model_len) * of_token
+        for group, of_token in zip(limits.groups, each, strict=True)
     )
-    yield from (Line(f"  {line}") for line in textwrap.wrap(text, width - 2))
+    yield Line()
+    yield Line(f"KV cache: {human_bytes(sum(each))} a token", "head")
+    texts = [f"{human_bytes(longest)} at most for a sequence of {limits.max_model_len:,} tokens"]
+    for group, of_token in zip(limits.groups, each, strict=True):
+        seen = "all tokens" if group.window is None else f"the last {group.window:,} tokens"
+        held = f"{human_bytes(of_token * group.num_blocks * size)} in {group.num_blocks:,} blocks of {size}"
+        texts.append(f"layers that see {seen}: {human_bytes(of_token)} a token, {held}")
+    if swap := sum(stage.swap for stage in report.stages):
+        texts.append(f"{human_bytes(swap)} of host memory for blocks that are swapped out")
+    for text in texts:
+        yield from (Line(f"  {line}") for line in textwrap.wrap(text, width - 2))
 
 
 def arena_lines(title: str, stage: StageReport, width: int) -> Iterator[Line]:

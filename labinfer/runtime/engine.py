@@ -11,7 +11,6 @@ from labinfer.runtime.model import Model
 from labinfer.runtime.sampler import sample
 from labinfer.runtime.sampling_params import SamplingParams
 from labinfer.runtime.scheduler import Request, Scheduler
-from labinfer.runtime.sequence import build_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +47,10 @@ class Engine:
         parts = self.scheduler.schedule()
         if not parts:
             raise LabinferError("run.cache-full", "no cache blocks are left: sessions hold them all")
-        logits = self.model.run(build_step([part for _, part in parts], self.model.plan.limits.block_size))
+        logits = self.model.compute([part for _, part in parts])
         device_draw = self.model.interpreters[-1].device.draw
         made, row = [], 0
         for request, part in parts:
-            part.sequence.num_computed += part.num_tokens
             if part.num_rows:
                 made.append(self.postprocess(request, sample(logits[row], request.params, request.random, device_draw)))
                 row += 1
@@ -64,6 +62,7 @@ class Engine:
         before = len(sequence.token_ids)
         sequence.token_ids.append(token)
         if self.model.must_recompute(sequence, before):
+            self.model.blocks.release(sequence.row)
             sequence.num_computed = 0
         reason = None
         if token in params.stop_token_ids or (token in self.eos_ids and not params.ignore_eos):

@@ -17,11 +17,11 @@ from labinfer.compiler.fold import GRAPH_INPUTS, Slot, steps, unfold_inputs, unf
 from labinfer.compiler.graph import Op
 from labinfer.compiler.plan import Limits, Stage
 from labinfer.errors import DoesNotFit, LabinferError, UsageError, did_you_mean
-from labinfer.ops.base import Call, Step, dim
+from labinfer.ops.base import Call, dim
 from labinfer.ops.fusions import is_view
 from labinfer.runtime.kv_cache import KVCache
 from labinfer.runtime.poison import Poison
-from labinfer.runtime.step_memory import StepMemory
+from labinfer.runtime.step_memory import StepBatch, StepMemory
 
 MAX_TAPES = 64
 
@@ -91,12 +91,12 @@ class Interpreter:
         self.listeners: list[Listener] = []
         self.poison()
 
-    def run(self, step: Step, received: Mapping[str, Any]) -> dict[str, Any]:
-        """Run one step on ``received`` (host arrays of the stage's inputs); the stage's outputs as device arrays.
+    def run(self, batch: StepBatch, received: Mapping[str, Any]) -> dict[str, Any]:
+        """Run ``batch`` on ``received`` (host arrays of the stage's inputs); the stage's outputs as device arrays.
 
         The outputs are windows of the arena: they hold until the next step.
         """
-        tape = self.prepare(step)
+        tape = self.prepare(batch)
         for name, array in received.items():
             self.device.move_in(array, tape.values[name])
         try:
@@ -122,10 +122,10 @@ class Interpreter:
             for listener in self.listeners:
                 listener(index, bound.op, bound.call)
 
-    def prepare(self, step: Step) -> Tape:
-        """The tape for a step of this size, with the step's arrays in place."""
-        tokens, rows = len(step.token_ids), len(step.logits_rows)
-        self.step_memory.load(step)
+    def prepare(self, batch: StepBatch) -> Tape:
+        """The tape for a batch of this size, with its arrays in place."""
+        tokens, rows = len(batch.token_ids), len(batch.logits_rows)
+        self.step_memory.load(batch)
         tape = self.tapes.get((tokens, rows))
         if tape is None:
             tape = self.tapes[tokens, rows] = self.bind(tokens, rows)
@@ -218,7 +218,7 @@ class Interpreter:
             tuple(values.get(name) for name in op.outputs),
             {slot: self.parameters[name] for slot, name in op.weights.items()},
             self.cache.parts[op.state] if op.state else {},
-            self.step_memory.step,
+            self.step_memory.steps[self.cache.group_of.get(op.state or "", 0)],
             memory,
             tuple(self.call(part, values) for part in op.body),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Listing
 from concurrent.futures import ThreadPoolExecutor
@@ -14,13 +15,14 @@ import numpy as np
 
 from labinfer.compiler.fold import unfold_ops, unfold_states, unfold_weights
 from labinfer.compiler.plan import Plan
-from labinfer.errors import UsageError, did_you_mean
-from labinfer.ops.base import Step
+from labinfer.errors import LabinferError, UsageError, did_you_mean
+from labinfer.runtime.block_manager import BlockManager
 from labinfer.runtime.interpreter import Interpreter, check_kernels
-from labinfer.runtime.kv_cache import BlockPool, KVCache
+from labinfer.runtime.kv_cache import KVCache
 from labinfer.runtime.manager import Manager
 from labinfer.runtime.parameters import Parameters, Progress
 from labinfer.runtime.sequence import Scheduled, Sequence, build_step
+from labinfer.runtime.step_memory import StepBatch
 from labinfer.runtime.variables import Tensor, Variable
 from labinfer.runtime.weights import Checkpoint
 
@@ -49,7 +51,6 @@ class Model:
         self.plan, self.tokenizer, self.manager = plan, tokenizer, manager or Manager()
         self.owns_manager = manager is None
         self.owner = f"{plan.source.name} #{next(_numbers)}"
-        self.pool = BlockPool(plan.limits.num_blocks)
         self.interpreters: list[Interpreter] = []
         self.memory: list[KVCache | Parameters] = []
         weights, states = unfold_weights(plan), unfold_states(plan)
@@ -64,6 +65,7 @@ class Model:
                 cache = KVCache(device, states, dict.fromkeys(op.state for op in ops if op.state), plan.limits)
                 self.memory.append(cache)
                 self.interpreters.append(Interpreter(stage, device, plan.limits, parameters.arrays(), cache))
+            self.blocks = block_manager(plan)
             self.load(checkpoint, progress, compiling)
         except BaseException:
             self.close()
@@ -84,22 +86,21 @@ class Model:
     @property
     def max_len(self) -> int:
         """The longest sequence the plan and its cache hold."""
-        limits = self.plan.limits
-        return min(limits.max_model_len, limits.num_blocks * limits.block_size)
+        return self.plan.limits.max_sequence_len
 
     @property
     def vocab_size(self) -> int:
         """Columns of the logits."""
         return self.plan.vocab_size
 
-    def run(self, step: Step) -> np.ndarray:
+    def run(self, batch: StepBatch) -> np.ndarray:
         """One step through all stages: float32 logits [rows, vocab_size]."""
         if not self.interpreters:
             raise UsageError("run.closed", "the model is closed")
         values: dict[str, Any] = {}
         for interpreter in self.interpreters:
             received = {name: values[name] for name in interpreter.stage.inputs}
-            made = interpreter.run(step, received)
+            made = interpreter.run(batch, received)
             values.update({name: interpreter.device.move_out(array) for name, array in made.items()})
         logits: np.ndarray = values[self.plan.stages[-1].outputs[-1]]
         return logits
@@ -136,20 +137,17 @@ class Model:
             raise UsageError("run.token-id", message)
         return tokens
 
-    def reserve(self, sequence: Sequence, tokens: int) -> bool:
-        """Give ``sequence`` the cache blocks that ``tokens`` tokens need; False when too few are free."""
-        needed = -(-tokens // self.plan.limits.block_size) - len(sequence.blocks)
-        if needed > 0:
-            blocks = self.pool.allocate(needed)
-            if blocks is None:
-                return False
-            sequence.blocks += blocks
-        return True
-
-    def release(self, sequence: Sequence) -> None:
-        """Take back the cache blocks of ``sequence``."""
-        self.pool.release(sequence.blocks)
-        sequence.blocks, sequence.num_computed = [], 0
+    def compute(self, parts: Listing[Scheduled]) -> np.ndarray:
+        """Run a step of ``parts`` and count it as computed; the caller has seen that the cache has room for it."""
+        rows = np.array([part.sequence.row for part in parts])
+        lengths = np.array([part.sequence.num_computed + part.num_tokens for part in parts], np.int32)
+        if self.blocks.grow(rows, lengths) is not None:
+            raise LabinferError("run.cache-full", "the cache has too few blocks left for a step")
+        logits = self.run(build_step(parts, self.blocks))
+        for part in parts:
+            part.sequence.num_computed += part.num_tokens
+        self.blocks.commit(rows, lengths, {part.sequence.row: part.sequence.token_ids for part in parts})
+        return logits
 
     def must_recompute(self, sequence: Sequence, before: int) -> bool:
         """Whether growing from ``before`` tokens passed the length beyond which cached keys no longer hold."""
@@ -208,11 +206,23 @@ class Model:
         self.close()
 
 
+def block_manager(plan: Plan) -> BlockManager:
+    """The books of ``plan``'s cache, empty."""
+    ropes = [part.attrs for stage in plan.stages for op, _ in unfold_ops(stage) for part in op.primitives()]
+    lengths = [length for attrs in ropes if (length := getattr(attrs, "reuse_until", None)) is not None]
+    return BlockManager(
+        plan.limits,
+        caching=os.environ.get("LABINFER_PREFIX_CACHE") != "0",
+        recompute_after=plan.recompute_after,
+        reuse_until=min(lengths, default=None),
+    )
+
+
 class Session:
     """One sequence that is computed piece by piece; a context manager, since it owns cache blocks."""
 
     def __init__(self, model: Model) -> None:
-        self.model, self.sequence = model, Sequence([])
+        self.model, self.sequence = model, Sequence([], model.blocks.open_row())
 
     def append(self, token_ids: Iterable[int]) -> np.ndarray:
         """Add tokens and compute them in as many steps as it takes: float32 logits [len(token_ids), vocab_size]."""
@@ -222,10 +232,11 @@ class Session:
         if before + len(tokens) > model.max_len:
             message = f"{before + len(tokens)} tokens are more than the {model.max_len} the plan has room for"
             raise UsageError("run.too-long", message, remedy="compile with a larger --max-model-len")
-        if not model.reserve(sequence, before + len(tokens)):
+        if not model.blocks.fits(sequence.row, before + len(tokens)):
             raise UsageError("run.cache-full", f"no cache blocks are left for {before + len(tokens)} tokens")
         sequence.token_ids = sequence.token_ids + tokens
         if model.must_recompute(sequence, before):
+            model.blocks.release(sequence.row)
             sequence.num_computed = 0
         result = np.empty((len(tokens), model.vocab_size), np.float32)
         while sequence.num_computed < len(sequence.token_ids):
@@ -233,15 +244,14 @@ class Session:
             wanted = start >= before
             size = min(limits.max_num_batched_tokens, limits.max_logits_rows if wanted else before - start)
             size = min(size, len(sequence.token_ids) - start)
-            logits = model.run(build_step([Scheduled(sequence, size, size if wanted else 0)], limits.block_size))
-            sequence.num_computed += size
+            logits = model.compute([Scheduled(sequence, size, size if wanted else 0)])
             if wanted:
                 result[start - before : start - before + size] = logits
         return result
 
     def close(self) -> None:
         """Give the cache blocks back."""
-        self.model.release(self.sequence)
+        self.model.blocks.close_row(self.sequence.row)
 
     def __enter__(self) -> Session:
         return self

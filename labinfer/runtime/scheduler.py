@@ -24,7 +24,7 @@ class Request:
     finish_reason: str | None = None
 
     def __post_init__(self) -> None:
-        self.sequence = Sequence(list(self.prompt))
+        self.sequence = Sequence(list(self.prompt), -1)
         self.random = np.random.default_rng(self.params.seed)
 
     @property
@@ -36,7 +36,7 @@ class Request:
 class Scheduler:
     """Keeps the waiting and the running requests; ``schedule`` says what the next step computes.
 
-    A request is admitted when the cache has room for it to its full length, so a running one never has to stop.
+    A request is admitted when the cache has room for all running ones to their full length, so none has to stop.
     """
 
     def __init__(self, model: Model) -> None:
@@ -50,12 +50,33 @@ class Scheduler:
 
     def admit(self) -> None:
         """Move waiting requests to the running ones while there is room."""
+        blocks = self.model.blocks
         while self.waiting and len(self.running) < self.limits.max_num_seqs:
             request = self.waiting[0]
-            length = min(len(request.prompt) + (request.params.max_tokens or self.model.max_len), self.model.max_len)
-            if not self.model.reserve(request.sequence, length):
+            row = request.sequence.row = blocks.open_row()
+            if self.model.plan.recompute_after is None:  # one that starts anew needs its blocks to itself
+                request.sequence.num_computed = blocks.attach(row, request.prompt)
+            self.running.append(request)
+            if not self.has_room():
+                self.running.pop()
+                self.forget(request.sequence)
                 return
-            self.running.append(self.waiting.popleft())
+            self.waiting.popleft()
+
+    def has_room(self) -> bool:
+        """Whether all running requests can go on to their full length."""
+        blocks, needed = self.model.blocks, [0] * len(self.limits.groups)
+        for request in self.running:
+            length = min(len(request.prompt) + (request.params.max_tokens or self.model.max_len), self.model.max_len)
+            for number, group in enumerate(self.limits.groups):
+                needed[number] += self.limits.sequence_blocks(group, length) - blocks.held(request.sequence.row, number)
+        return all(count <= group.num_free for count, group in zip(needed, blocks.groups, strict=True))
+
+    def forget(self, sequence: Sequence) -> None:
+        """Give back the cache blocks of ``sequence``, if it has any."""
+        if sequence.row >= 0:
+            self.model.blocks.close_row(sequence.row)
+        sequence.row, sequence.num_computed = -1, 0
 
     def schedule(self) -> list[tuple[Request, Scheduled]]:
         """The parts of the next step: what each running sequence still has to compute, as far as the budgets go."""
@@ -80,4 +101,4 @@ class Scheduler:
             self.running.remove(request)
         elif request in self.waiting:
             self.waiting.remove(request)
-        self.model.release(request.sequence)
+        self.forget(request.sequence)

@@ -1,22 +1,23 @@
-"""A sequence being computed, and the step that computes the next tokens of several of them."""
+"""A sequence being computed, and the batch that computes the next tokens of several of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Listing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from labinfer.ops.base import Step
+from labinfer.runtime.block_manager import BlockManager
+from labinfer.runtime.step_memory import StepBatch
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Tokens known so far, how many of them the cache holds, and the cache blocks the sequence owns, in order."""
+    """Tokens known so far, the ``BlockManager``'s row with its cache blocks, and how many tokens these hold."""
 
     token_ids: list[int]
+    row: int
     num_computed: int = 0
-    blocks: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,31 +32,27 @@ class Scheduled:
     num_rows: int
 
 
-def build_step(parts: Listing[Scheduled], block_size: int) -> Step:
-    """The step batch of ``parts``, flat over all sequences (see ``labinfer.ops.base.Step``)."""
+def build_step(parts: Listing[Scheduled], blocks: BlockManager) -> StepBatch:
+    """The step batch of ``parts``, flat over all sequences; their rows have the blocks already."""
     counts = np.array([part.num_tokens for part in parts], np.int32)
     starts = np.array([part.sequence.num_computed for part in parts], np.int32)
     query_start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     positions = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)]).astype(np.int32)
-    width = max(len(part.sequence.blocks) for part in parts)
-    block_table = np.zeros((len(parts), width), np.int32)
     token_ids: list[int] = []
     rows: list[int] = []
     for index, part in enumerate(parts):
         sequence, end = part.sequence, int(starts[index]) + part.num_tokens
-        block_table[index, : len(sequence.blocks)] = sequence.blocks
         token_ids += sequence.token_ids[starts[index] : end]
         rows += range(int(query_start[index + 1]) - part.num_rows, int(query_start[index + 1]))
-    owner = np.repeat(np.arange(len(parts)), counts)
-    slots = block_table[owner, positions // block_size] * block_size + positions % block_size
-    return Step(
+    tables = blocks.block_tables(np.array([part.sequence.row for part in parts]), int((starts + counts).max()))
+    owner, size = np.repeat(np.arange(len(parts)), counts), blocks.block_size
+    return StepBatch(
         token_ids=np.array(token_ids, np.int32),
         positions=positions,
         query_start=query_start,
         context_len=starts + counts,
         total_len=np.array([len(part.sequence.token_ids) for part in parts], np.int32),
-        block_table=block_table,
-        slot_mapping=slots.astype(np.int32),
         logits_rows=np.array(rows, np.int32),
-        block_size=block_size,
+        block_tables=tables,
+        slot_mappings=[table[owner, positions // size] * size + positions % size for table in tables],
     )

@@ -1,37 +1,74 @@
-"""The step batch on a device: fixed memory that every step is copied into, so that bound kernels always find it."""
+"""The step batch: what is to be computed, on the host, and fixed memory on a device that every batch is copied into."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
+
+import numpy as np
 
 from labinfer.backends.base import Device
 from labinfer.compiler.plan import Limits
 from labinfer.ops.base import Step
 
 
+@dataclass(slots=True)
+class StepBatch:
+    """The one input of a step: the arrays of ``labinfer.ops.base.Step``, int32, with those of every cache group.
+
+    ``block_tables[group]`` [S, B] and ``slot_mappings[group]`` [T] say where a group's layers find and put keys and
+    values; a table's entries before the window are never looked at.
+    """
+
+    token_ids: np.ndarray
+    positions: np.ndarray
+    query_start: np.ndarray
+    context_len: np.ndarray
+    total_len: np.ndarray
+    logits_rows: np.ndarray
+    block_tables: Sequence[np.ndarray]
+    slot_mappings: Sequence[np.ndarray]
+
+
 class StepMemory:
-    """Arrays at the plan's upper bounds; ``step`` shows as much of them as the present step uses."""
+    """Arrays at the plan's upper bounds; ``steps`` show as much of them as the present step uses, one a cache group.
+
+    Bound kernels always find a step there. The steps differ in ``block_table`` and ``slot_mapping`` only.
+    """
 
     def __init__(self, device: Device, limits: Limits) -> None:
         self.device = device
         self.buffer = device.allocate(limits.step_bytes, "step")
-        self.arrays: dict[str, Any] = {}
-        offset = 0
-        for name, shape in limits.step_shapes.items():
-            self.arrays[name] = device.view(self.buffer, offset, shape, "i32")
-            offset += 4 * prod(shape)
-        self.step = Step(**self.arrays, block_size=limits.block_size, max_num_seqs=limits.max_num_seqs)
+        self.offset = 0
+        self.arrays = self._views(limits.step_shapes)
+        self.own = [self._views(limits.group_shapes) for _ in limits.groups]
+        sizes = {"block_size": limits.block_size, "max_num_seqs": limits.max_num_seqs}
+        self.steps = [Step(**self.arrays, **own, **sizes) for own in self.own]
 
-    def load(self, step: Step) -> None:
-        """Copy ``step``, whose arrays are numpy's, to the device."""
+    def _views(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+        views = {}
+        for name, shape in shapes.items():
+            views[name] = self.device.view(self.buffer, self.offset, shape, "i32")
+            self.offset += 4 * prod(shape)
+        return views
+
+    def load(self, batch: StepBatch) -> None:
+        """Copy ``batch`` to the device."""
         for name, memory in self.arrays.items():
-            host = getattr(step, name)
+            host = getattr(batch, name)
             used = memory[: len(host)]
-            setattr(self.step, name, used)
-            self.device.move_in(host, used[:, : host.shape[1]] if name == "block_table" else used)
+            for step in self.steps:
+                setattr(step, name, used)
+            self.device.move_in(host, used)
+        for step, own, table, slots in zip(self.steps, self.own, batch.block_tables, batch.slot_mappings, strict=True):
+            step.block_table, step.slot_mapping = own["block_table"][: len(table)], own["slot_mapping"][: len(slots)]
+            self.device.move_in(table, step.block_table[:, : table.shape[1]])
+            self.device.move_in(slots, step.slot_mapping)
 
     def close(self) -> None:
         """Give the memory back."""
         self.arrays.clear()
+        self.own.clear()
         self.device.deallocate(self.buffer)

@@ -1,0 +1,110 @@
+"""The blocks of one cache group: who counts on which, which hold text that can be reused, which are free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from labinfer.compiler.plan import CacheGroup
+from labinfer.errors import LabinferError
+from labinfer.runtime.eviction import EvictionPolicy
+
+
+class BlockGroup:
+    """Every block is owned (``owners`` counts by how many rows), or cached and free, or simply free.
+
+    A cached block holds the keys and values of the text that its digest stands for. Free blocks that hold nothing are
+    given out first, those given back last before all; then ``policy`` chooses among the cached ones. ``on_evict`` is
+    told their digests before they are overwritten.
+    """
+
+    def __init__(self, group: CacheGroup, block_size: int, policy: EvictionPolicy) -> None:
+        self.num_blocks, self.window, self.block_size, self.policy = (
+            group.num_blocks, group.window, block_size, policy
+        )  # fmt: skip
+        self.owners = np.zeros(group.num_blocks, np.int32)
+        self.holds = np.zeros(group.num_blocks, bool)  # whether a block is cached
+        self.returned = np.empty(group.num_blocks, np.int32)  # a stack of free blocks that hold nothing
+        self.num_returned = 0
+        self.fresh = 0  # blocks from here on were never taken
+        self.cached: dict[bytes, int] = {}
+        self.digests: dict[int, bytes] = {}
+        self.on_evict: Callable[[Sequence[bytes], Sequence[int]], None] = lambda digests, blocks: None
+        self.evictions = 0
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody owns."""
+        return self.num_blocks - self.fresh + self.num_returned + len(self.policy)
+
+    def first_seen(self, position: int) -> int:
+        """The first block that the token at ``position`` looks at."""
+        return 0 if self.window is None else max(0, (position + 1 - self.window) // self.block_size)
+
+    def take(self, count: int) -> np.ndarray:
+        """``count`` blocks for one owner each, int32; the caller has seen that so many are free."""
+        missing = count - self.num_returned - (self.num_blocks - self.fresh)
+        if missing > 0:
+            self._evict(missing)
+        reused = min(count, self.num_returned)
+        self.num_returned -= reused
+        blocks = np.empty(count, np.int32)
+        blocks[:reused] = self.returned[self.num_returned : self.num_returned + reused]
+        blocks[reused:] = np.arange(self.fresh, self.fresh + count - reused)
+        self.fresh += count - reused
+        self.owners[blocks] = 1
+        return blocks
+
+    def share(self, block: int) -> None:
+        """One more row owns a cached ``block``."""
+        if self.owners[block] == 0:
+            self.policy.remove(block)
+        self.owners[block] += 1
+
+    def give_back(self, blocks: np.ndarray, depth: int) -> None:
+        """A row gives up ``blocks``, which stand one after another in its text, the first after ``depth`` others."""
+        self.owners[blocks] -= 1
+        unowned = self.owners[blocks] == 0
+        empty = blocks[unowned & ~self.holds[blocks]]
+        self.returned[self.num_returned : self.num_returned + len(empty)] = empty
+        self.num_returned += len(empty)
+        for index in np.flatnonzero(unowned & self.holds[blocks])[::-1].tolist():  # the end of a text goes first
+            self.policy.add(int(blocks[index]), depth + index)
+
+    def register(self, digest: bytes, block: int) -> None:
+        """``block``, which a row owns, now holds the text of ``digest``; a text is cached once only."""
+        if digest not in self.cached and not self.holds[block]:
+            self.cached[digest], self.digests[block] = block, digest
+            self.holds[block] = True
+
+    def _evict(self, count: int) -> None:
+        blocks = [self.policy.evict() for _ in range(count)]
+        digests = [self.digests.pop(block) for block in blocks]
+        for digest in digests:
+            del self.cached[digest]
+        self.on_evict(digests, blocks)
+        self.holds[blocks] = False
+        self.returned[self.num_returned : self.num_returned + count] = blocks
+        self.num_returned += count
+        self.evictions += count
+
+    def check(self, owners: np.ndarray) -> None:
+        """Raise ``LabinferError`` unless everything agrees with ``owners``, counted from the rows' tables."""
+        for wrong in np.flatnonzero(owners != self.owners)[:1].tolist():
+            fault(f"block {wrong} has {owners[wrong]} owners, {self.owners[wrong]} are counted")
+        empty = [*self.returned[: self.num_returned].tolist(), *range(self.fresh, self.num_blocks)]
+        idle = int(np.count_nonzero(self.owners == 0))
+        if len(set(empty)) != len(empty) or self.owners[empty].any() or self.holds[empty].any():
+            fault("a block is free twice, or owned or cached and free")
+        if idle != len(empty) + len(self.policy):
+            fault(f"{idle} blocks have no owner, {len(empty)} are free and {len(self.policy)} cached and free")
+        if {digest: block for block, digest in self.digests.items()} != self.cached:
+            fault("digests and cached blocks do not agree")
+        if sorted(self.digests) != np.flatnonzero(self.holds).tolist():
+            fault("blocks are marked as cached that have no digest, or the reverse")
+
+
+def fault(message: str) -> None:
+    """Raise what broken bookkeeping is: a ``LabinferError``."""
+    raise LabinferError("run.cache-integrity", f"the cache's books are wrong: {message}")

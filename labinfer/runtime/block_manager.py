@@ -1,0 +1,327 @@
+"""Which cache blocks each row owns: growth, sharing and reuse of the blocks of a paged cache.
+
+After Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention"
+(arXiv:2309.06180). A full block is known by a digest of its text and all text before it, so that a later sequence with
+the same beginning finds it. A group with a window owns only the blocks that its next token looks at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+
+import numpy as np
+
+from labinfer.compiler.plan import Limits
+from labinfer.runtime.block_group import BlockGroup, fault
+from labinfer.runtime.eviction import EvictionPolicy, LeastRecentlyUsed
+
+DIGEST_BYTES = 16
+"""Bytes of a block's digest: two texts share one with a chance of 2^-64 after 2^32 blocks."""
+
+Tokens = Sequence[int] | np.ndarray
+Salt = tuple[str, ...]
+TokensOfRows = np.ndarray | Mapping[int, Tokens]
+"""``token_ids[row]`` are the tokens of a row."""
+
+
+def block_digests(root: bytes, token_ids: Tokens, block_size: int) -> Iterator[bytes]:
+    """The digest of every full block of ``token_ids``, each over the one before it, the first over ``root``."""
+    count = len(token_ids) // block_size
+    raw, size = np.asarray(token_ids[: count * block_size], np.int32).tobytes(), 4 * block_size
+    for start in range(0, count * size, size):
+        root = blake2b(root + raw[start : start + size], digest_size=DIGEST_BYTES).digest()
+        yield root
+
+
+@dataclass(slots=True)
+class CacheCounters:
+    """What happened so far: prompt tokens looked up and found, blocks evicted and copied on write."""
+
+    queries: int = 0
+    hits: int = 0
+    evictions: int = 0
+    copies: int = 0
+
+
+class BlockManager:
+    """The blocks of all rows, in every cache group. A row is a number from ``open_row``.
+
+    ``tables[group][row]`` lists the blocks of a row by place in its text, int32; those before ``first[group][row]`` are
+    0, given back since the window has passed them; ``counts[row]`` is the place after the last.
+
+    ``caching`` off reuses no blocks. A ``salt`` keeps texts apart that would share blocks: a tenant's secret, the name
+    of an adapter. Keys of sequences longer than ``recompute_after`` differ from those of shorter ones (longrope), and
+    past ``reuse_until`` tokens every length has its own (dynamic NTK).
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        caching: bool = True,
+        policy: Callable[[], EvictionPolicy] = LeastRecentlyUsed,
+        recompute_after: int | None = None,
+        reuse_until: int | None = None,
+    ) -> None:
+        self.limits, self.block_size, self.caching = limits, limits.block_size, caching
+        self.recompute_after, self.reuse_until = recompute_after, reuse_until
+        self.groups = [BlockGroup(group, limits.block_size, policy()) for group in limits.groups]
+        width = -(-limits.max_model_len // limits.block_size)
+        capacity = limits.max_num_seqs
+        self.tables = [np.zeros((capacity, width), np.int32) for _ in self.groups]
+        self.first = [np.zeros(capacity, np.int32) for _ in self.groups]
+        self.counts = np.zeros(capacity, np.int32)
+        self.hashed = np.zeros(capacity, np.int32)  # blocks whose digests are in `chains`
+        self.reusable = np.zeros(capacity, np.int32)  # blocks that may be hashed at all
+        self.forked = np.zeros(capacity, bool)  # rows that `writable` has to look at
+        self.roots = [b""] * capacity
+        self.chains: list[list[bytes]] = [[] for _ in range(capacity)]
+        self.closed = list(range(capacity))[::-1]
+        self.counted = CacheCounters()
+
+    def open_row(self) -> int:
+        """A row that owns nothing; there are always more."""
+        if not self.closed:
+            capacity = len(self.counts)
+            self.tables = [np.concatenate([table, np.zeros_like(table)]) for table in self.tables]
+            self.first = [np.concatenate([first, np.zeros_like(first)]) for first in self.first]
+            self.counts, self.hashed, self.reusable, self.forked = (
+                np.concatenate([each, np.zeros_like(each)])
+                for each in (self.counts, self.hashed, self.reusable, self.forked)
+            )
+            self.roots += [b""] * capacity
+            self.chains += [[] for _ in range(capacity)]
+            self.closed = list(range(capacity, 2 * capacity))[::-1]
+        return self.closed.pop()
+
+    def close_row(self, row: int) -> None:
+        """Give back what ``row`` owns, and the row."""
+        self.release(row)
+        self.closed.append(row)
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody owns, in the group that has the fewest."""
+        return min(group.num_free for group in self.groups)
+
+    @property
+    def usage(self) -> float:
+        """The part of the blocks that rows own, in the group where it is largest."""
+        return max(1 - group.num_free / group.num_blocks for group in self.groups)
+
+    @property
+    def counters(self) -> CacheCounters:
+        """What happened so far."""
+        return replace(self.counted, evictions=sum(group.evictions for group in self.groups))
+
+    # Reuse of what is cached
+
+    def match(self, token_ids: Tokens, salt: Salt = ()) -> int:
+        """How many tokens at the beginning of ``token_ids`` are cached: whole blocks, and never all of the tokens."""
+        return len(self._cached_chain(token_ids, self._root(len(token_ids), salt))) * self.block_size
+
+    def attach(self, row: int, token_ids: Tokens, salt: Salt = ()) -> int:
+        """Begin the text of ``row``, which owns nothing, with the cached blocks of ``token_ids``; tokens they hold."""
+        root = self._root(len(token_ids), salt)
+        chain = self._cached_chain(token_ids, root)
+        count = len(chain)
+        for group, table, first in zip(self.groups, self.tables, self.first, strict=True):
+            first[row] = group.first_seen(count * self.block_size)
+            for place in range(first[row], count):
+                block = group.cached[chain[place]]
+                group.share(block)
+                table[row, place] = block
+        self.counts[row] = self.hashed[row] = count
+        self.reusable[row] = self._reusable(len(token_ids))
+        self.roots[row], self.chains[row] = root, chain
+        self.counted.queries += len(token_ids)
+        self.counted.hits += count * self.block_size
+        return count * self.block_size
+
+    def admit(self, row: int, token_ids: Tokens, length: int, salt: Salt = (), spare: float = 0.0) -> int | None:
+        """``attach``, if ``row`` can then grow to ``length`` tokens and a ``spare`` part of all blocks stays free.
+
+        None, and the row owns nothing, if it cannot.
+        """
+        before = replace(self.counted)
+        cached = self.attach(row, token_ids, salt)
+        if self.fits(row, length, spare):
+            return cached
+        self.release(row)
+        self.counted = before
+        return None
+
+    def _root(self, length: int, salt: Salt) -> bytes:
+        """What the digests of a sequence of ``length`` tokens begin with."""
+        long = self.recompute_after is not None and length > self.recompute_after
+        return blake2b(repr((long, *salt)).encode(), digest_size=DIGEST_BYTES).digest()
+
+    def _reusable(self, length: int) -> int:
+        """How many blocks of a sequence that has ``length`` tokens by now others may reuse."""
+        if not self.caching or (self.reuse_until is not None and length > self.reuse_until):
+            return 0
+        return self.tables[0].shape[1] if self.reuse_until is None else self.reuse_until // self.block_size
+
+    def _cached_chain(self, token_ids: Tokens, root: bytes) -> list[bytes]:
+        """Digests of the longest beginning of ``token_ids`` of which every group has what the next token looks at."""
+        most = min(self._reusable(len(token_ids)), (len(token_ids) - 1) // self.block_size)
+        chain: list[bytes] = []
+        for digest in block_digests(root, token_ids[: most * self.block_size], self.block_size) if most > 0 else ():
+            if self.groups[0].window is None and digest not in self.groups[0].cached:
+                break
+            chain.append(digest)
+        while chain:
+            kept = min(self._kept(group, chain) for group in self.groups)
+            if kept == len(chain):
+                break
+            del chain[kept:]
+        return chain
+
+    def _kept(self, group: BlockGroup, chain: list[bytes]) -> int:
+        """``len(chain)``, or the place of the last block that the next token looks at and ``group`` lacks."""
+        first = group.first_seen(len(chain) * self.block_size)
+        places = range(len(chain) - 1, first - 1, -1)
+        return next((place for place in places if chain[place] not in group.cached), len(chain))
+
+    # Growth
+
+    def held(self, row: int, group: int) -> int:
+        """Blocks that ``row`` owns in ``group``."""
+        return int(self.counts[row] - self.first[group][row])
+
+    def fits(self, row: int, length: int, spare: float = 0.0) -> bool:
+        """Whether ``row`` can grow to ``length`` tokens, step by step, while a ``spare`` part of all blocks is free."""
+        for number, group in enumerate(self.groups):
+            more = self.limits.sequence_blocks(self.limits.groups[number], length) - self.held(row, number)
+            if more > group.num_free - int(spare * group.num_blocks):
+                return False
+        return True
+
+    def grow(self, rows: np.ndarray, lengths: np.ndarray) -> int | None:
+        """Give ``rows`` the blocks that ``lengths`` tokens need; where they run out, the index of the first row without.
+
+        The rows before it have grown then, those from it on have not.
+        """
+        missing = -(-lengths // self.block_size) - self.counts[rows]
+        growing = np.flatnonzero(missing > 0)
+        if not len(growing):
+            return None
+        if len(growing) <= self.num_free and missing[growing].max() == 1:  # as decoding does: one block each
+            at = rows[growing]
+            for group, table in zip(self.groups, self.tables, strict=True):
+                table[at, self.counts[at]] = group.take(len(at))
+            self.counts[at] += 1
+            return None
+        for index in growing.tolist():
+            if missing[index] > self.num_free:
+                return int(index)
+            row, start, count = rows[index], self.counts[rows[index]], missing[index]
+            for group, table in zip(self.groups, self.tables, strict=True):
+                table[row, start : start + count] = group.take(int(count))
+            self.counts[row] += count
+        return None
+
+    def block_tables(self, rows: np.ndarray, length: int) -> list[np.ndarray]:
+        """The tables of ``rows`` in each group, int32, wide enough for ``length`` tokens: copies."""
+        width = -(-length // self.block_size)
+        return [table[rows, :width] for table in self.tables]
+
+    def commit(self, rows: np.ndarray, num_computed: np.ndarray, token_ids: TokensOfRows) -> None:
+        """The first ``num_computed`` tokens of ``rows`` are in the cache: full blocks can be reused from now on.
+
+        Gives back the blocks that no later token of the row looks at.
+        """
+        full = np.minimum(num_computed // self.block_size, self.reusable[rows])
+        for index in np.flatnonzero(full > self.hashed[rows]).tolist():
+            self._register(int(rows[index]), int(full[index]), token_ids[int(rows[index])])
+        for number, group in enumerate(self.groups):
+            if group.window is not None:
+                passed = (num_computed + 1 - group.window) // self.block_size
+                for index in np.flatnonzero(passed > self.first[number][rows]).tolist():
+                    self._pass(number, int(rows[index]), int(passed[index]))
+
+    def _register(self, row: int, count: int, token_ids: Tokens) -> None:
+        """Make the blocks of ``row`` before the place ``count`` known by their digests."""
+        chain = self.chains[row]
+        start, root = len(chain), chain[-1] if chain else self.roots[row]
+        text = token_ids[start * self.block_size : count * self.block_size]
+        chain.extend(block_digests(root, text, self.block_size))
+        for group, table, first in zip(self.groups, self.tables, self.first, strict=True):
+            begin = max(start, int(first[row]))
+            for digest, block in zip(chain[begin:], table[row, begin:count].tolist(), strict=True):
+                group.register(digest, block)
+        self.hashed[row] = count
+
+    def _pass(self, number: int, row: int, place: int) -> None:
+        """Give back the blocks of ``row`` before ``place`` in one group."""
+        first, table = int(self.first[number][row]), self.tables[number]
+        self.groups[number].give_back(table[row, first:place].copy(), first)
+        table[row, first:place] = 0
+        self.first[number][row] = place
+
+    # Sharing
+
+    def fork(self, row: int, into: int) -> None:
+        """Give ``into``, which owns nothing, the text of ``row``: both own all its blocks."""
+        for group, table, first in zip(self.groups, self.tables, self.first, strict=True):
+            table[into], first[into] = table[row], first[row]
+            group.owners[table[row, first[row] : self.counts[row]]] += 1
+        for each in (self.counts, self.hashed, self.reusable):
+            each[into] = each[row]
+        self.forked[[row, into]] = True
+        self.roots[into], self.chains[into] = self.roots[row], self.chains[row].copy()
+
+    def writable(self, row: int, start: int, stop: int) -> list[tuple[int, int, int]] | None:
+        """Make the blocks of tokens ``start`` to ``stop`` of ``row`` its own, so that they can be written.
+
+        Returns the blocks to copy first, as ``KVCache.copy_blocks`` takes them: (group, source, target). None, and
+        nothing has changed, where free blocks are too few. Only rows that are ``forked`` can need it.
+        """
+        if not self.forked[row]:
+            return []
+        shared = []
+        for group, table, first in zip(self.groups, self.tables, self.first, strict=True):
+            begin, end = max(start // self.block_size, int(first[row])), -(-stop // self.block_size)
+            places = begin + np.flatnonzero(group.owners[table[row, begin : min(end, self.counts[row])]] > 1)
+            if len(places) > group.num_free:
+                return None
+            shared.append(places)
+        copies = []
+        for number, places in enumerate(shared):
+            group, table = self.groups[number], self.tables[number]
+            sources, targets = table[row, places], group.take(len(places))
+            group.owners[sources] -= 1
+            table[row, places] = targets
+            copies += [(number, int(source), int(target)) for source, target in zip(sources, targets, strict=True)]
+        self.counted.copies += len(copies)
+        self.forked[row] = stop < self.counts[row] * self.block_size  # what is grown later is its own
+        return copies
+
+    def release(self, row: int) -> None:
+        """Give back what ``row`` owns; cached blocks can be reused until they are evicted, the text's end first."""
+        for group, table, first in zip(self.groups, self.tables, self.first, strict=True):
+            held = slice(int(first[row]), int(self.counts[row]))
+            group.give_back(table[row, held].copy(), held.start)
+            table[row, held] = 0
+            first[row] = 0
+        for each in (self.counts, self.hashed, self.reusable, self.forked):
+            each[row] = 0
+        self.chains[row] = []
+
+    def check_integrity(self) -> None:
+        """Raise ``LabinferError`` unless each block is owned as often as rows list it, or cached and free, or free."""
+        for number, (group, table, first) in enumerate(zip(self.groups, self.tables, self.first, strict=True)):
+            places = np.arange(table.shape[1])
+            held = (places >= first[:, None]) & (places < self.counts[:, None])
+            if table[~held].any():
+                fault(f"a row lists a block of group {number} that it does not own")
+            group.check(np.bincount(table[held], minlength=group.num_blocks))
+            for row in range(len(self.counts)):
+                for place in range(first[row], self.hashed[row]):
+                    digest = group.digests.get(int(table[row, place]))
+                    if digest not in (None, self.chains[row][place]):
+                        fault(f"row {row} has a block at {place} that is cached as another text")
+        if self.counts[self.closed].any() or len(set(self.closed)) != len(self.closed):
+            fault("a closed row owns blocks, or is closed twice")
