@@ -78,13 +78,12 @@ def main() -> None:
     threads = {} if options.threads is None else {"threads": options.threads}
     room = limits(plan_tests([options.tokens + options.context], [1], [1]))
     with LLM(options.model, devices="cpu", max_num_batched_tokens=max(512, options.tokens), **room, **threads) as model:
-        sequence = Sequence([1] * (options.context + options.tokens))
-        model.reserve(sequence, len(sequence.token_ids))
+        sequence = Sequence([1] * (options.context + options.tokens), model.blocks.open_row())
         for start in range(0, options.context, 512):  # fills the cache
             size = min(512, options.context - start)
-            model.run(build_step([Scheduled(sequence, size, 1)], model.plan.limits.block_size))
-            sequence.num_computed += size
-        step = build_step([Scheduled(sequence, options.tokens, 1)], model.plan.limits.block_size)
+            model.compute([Scheduled(sequence, size, 1)])
+        model.blocks.grow(np.array([sequence.row]), np.array([len(sequence.token_ids)]))
+        step = build_step([Scheduled(sequence, options.tokens, 1)], model.blocks)
         profile = Profile(model, options.tokens)
         show(profile, step, options.steps, model)
 

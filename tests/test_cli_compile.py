@@ -62,7 +62,7 @@ def test_options_reach_the_plan(labinfer_cli: Cli, tmp_path: Path):
     plan = load_plan(tmp_path / "p.json")
     limits = plan.limits.model_dump()
     assert limits["max_model_len"] == 8192
-    assert limits["num_blocks"] == 2 * 8192 // 32
+    assert limits["groups"] == [{"window": None, "num_blocks": 2 * 8192 // 32, "swap_blocks": 0}]
     assert (limits["max_num_batched_tokens"], limits["max_logits_rows"]) == (64, 3)
     assert [stage.device for stage in plan.stages] == ["reference:0", "reference:1"]
 

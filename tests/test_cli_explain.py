@@ -22,8 +22,8 @@ def test_figures_are_those_of_the_plan_and_the_checkpoint(tiny_model: Path):
     assert found.num_parameters == 64 * 16 + 16 + 2 * (2 * 16 + 2 * 16 * 16 + 2 * 8 * 16 + 3 * 16 * 32)
     assert [(each.format, each.bytes) for each in found.formats] == [("f32", 4 * found.num_parameters)]
     assert [stage.layers for stage in found.stages] == ["0", "1"]
-    assert found.stages[0].kv_cache_per_token == 4 * (8 + 8)
-    assert found.stages[0].kv_cache == 4 * 16 * plan.limits.num_blocks * plan.limits.block_size
+    assert found.stages[0].kv_cache_per_token == (4 * (8 + 8),)
+    assert found.stages[0].kv_cache == 4 * 16 * plan.limits.groups[0].num_blocks * plan.limits.block_size
     assert found.stages[1].receives == ("layers.0.h.2",)
     for stage in found.stages:
         assert stage.arena == stage.lower_bound == sum(value.bytes for value in stage.live_at_peak)

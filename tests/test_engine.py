@@ -16,7 +16,6 @@ from labinfer import SamplingParams
 from labinfer.errors import LabinferError, UsageError
 from labinfer.llm import LLM
 from labinfer.runtime.engine import Engine
-from labinfer.runtime.kv_cache import BlockPool
 from labinfer.runtime.sampler import sample
 
 from .hf.agreement import assert_agree
@@ -60,7 +59,8 @@ def alone() -> list[list[int]]:
 def test_small_budgets_change_no_token(alone: list[list[int]], options: dict[str, int]) -> None:
     with open_model(**options) as model:
         assert tokens(model, PROMPTS, GREEDY) == alone
-        assert model.pool.num_free == model.pool.num_blocks
+        assert model.blocks.usage == 0
+        model.blocks.check_integrity()
 
 
 @settings(max_examples=15)
@@ -192,7 +192,8 @@ def test_not_a_number_inside_the_model_ends_the_run_and_frees_the_cache() -> Non
         ):
             model.generate(PROMPTS, GREEDY)
         assert caught.value.code == "run.not-a-number"
-        assert model.pool.num_free == model.pool.num_blocks
+        assert model.blocks.usage == 0
+        model.blocks.check_integrity()
         assert len(tokens(model, [[1, 2]], GREEDY)[0]) == 10
 
 
@@ -228,7 +229,8 @@ def test_generation_stops_at_the_longest_sequence() -> None:
             with pytest.raises(UsageError) as caught:
                 call()
             assert caught.value.code == "run.too-long"
-        assert model.pool.num_free == model.pool.num_blocks
+        assert model.blocks.usage == 0
+        model.blocks.check_integrity()
 
 
 @pytest.mark.parametrize(
@@ -257,7 +259,8 @@ def test_prompts_that_cannot_be_run(prompts: Any, code: str) -> None:
         with pytest.raises(UsageError) as caught:
             model.generate(prompts, GREEDY)
         assert caught.value.code == code
-        assert model.pool.num_free == model.pool.num_blocks
+        assert model.blocks.usage == 0
+        model.blocks.check_integrity()
 
 
 def test_prompts_in_every_form(alone: list[list[int]]) -> None:
@@ -309,16 +312,18 @@ def test_a_failing_callback_leaves_nothing_behind(alone: list[list[int]]) -> Non
         for prompt in PROMPTS:
             engine.add(prompt, GREEDY)
         next(iter(engine.run()))
-        assert model.pool.num_free < model.pool.num_blocks
+        assert model.blocks.usage > 0
         engine.abort()
-        assert model.pool.num_free == model.pool.num_blocks
+        assert model.blocks.usage == 0
+        model.blocks.check_integrity()
 
         def fail(array: np.ndarray) -> None:
             raise KeyboardInterrupt
 
         with model.listen("logits", fail), pytest.raises(KeyboardInterrupt):
             model.generate(PROMPTS, GREEDY)
-        assert model.pool.num_free == model.pool.num_blocks
+        assert model.blocks.usage == 0
+        model.blocks.check_integrity()
         assert tokens(model, PROMPTS, GREEDY) == alone
 
 
@@ -335,7 +340,7 @@ def test_sessions_and_generation_share_the_cache() -> None:
             assert full.value.code == "run.cache-full"
             assert len(tokens(model, [[1, 2]], GREEDY)[0]) == 10
             assert_agree(session.append(list(range(20, 40))), whole[20:], "after the others")
-        assert model.pool.num_free == 4
+        assert model.blocks.usage == 0
 
 
 def test_a_refused_append_changes_nothing() -> None:
@@ -376,23 +381,6 @@ def test_crossing_the_original_length_recomputes_the_cache(budget: int) -> None:
         params = SamplingParams(temperature=0, max_tokens=len(step_logits), ignore_eos=True)
         others = [[3] * 5, list(range(20))]
         assert tokens(model, [others[0], prompt, others[1]], params)[1] == generated[: len(step_logits)]
-
-
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 9)), max_size=60), st.integers(1, 30))
-def test_the_block_pool_gives_each_block_to_one_owner(events: list[tuple[bool, int]], num_blocks: int) -> None:
-    pool, owned = BlockPool(num_blocks), []
-    for take, count in events:
-        if take:
-            free = num_blocks - sum(map(len, owned))
-            assert pool.num_free == free
-            blocks = pool.allocate(count)
-            assert (blocks is None) == (count > free)
-            owned += [blocks] if blocks else []
-        elif owned:
-            pool.release(owned.pop(count % len(owned)))
-        held = [block for blocks in owned for block in blocks]
-        assert len(set(held)) == len(held)
-        assert set(held) <= set(range(num_blocks))
 
 
 def test_an_unshipped_family_runs_too(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def cache_bytes(blocks: Iterable[int], block_bytes: Iterable[int]) -> int:
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number from 1 to ``most`` that fits, 1 if none does; what fits for a number fits for every smaller."""
+    """The largest number from 1 to ``most`` that fits, 1 if none does; what fits for one fits for every smaller."""
     low, high = 1, most
     while low < high:
         middle = (low + high + 1) // 2

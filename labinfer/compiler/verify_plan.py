@@ -114,6 +114,9 @@ class _PlanCheck:
             for line in self.plan.states
             if line.group >= len(groups)
         ]
+        for group in groups:
+            if group.num_blocks * self.plan.limits.block_size >= 1 << 31:
+                found.append(("plan.groups", f"{group.num_blocks} blocks are more than int32 slots can number"))
         for one, other in pairwise(group.window for group in groups):
             if other is None or (one is not None and other >= one):
                 found.append(("plan.groups", f"cache groups go from all to the narrowest window, not {one} to {other}"))

@@ -72,11 +72,14 @@ class BlockGroup:
         for index in np.flatnonzero(unowned & self.holds[blocks])[::-1].tolist():  # the end of a text goes first
             self.policy.add(int(blocks[index]), depth + index)
 
-    def register(self, digest: bytes, block: int) -> None:
-        """``block``, which a row owns, now holds the text of ``digest``; a text is cached once only."""
-        if digest not in self.cached and not self.holds[block]:
-            self.cached[digest], self.digests[block] = block, digest
-            self.holds[block] = True
+    def register(self, digests: Sequence[bytes], blocks: Sequence[int]) -> None:
+        """``blocks``, which rows own, hold the texts of ``digests`` from now on; a text is cached once only."""
+        cached, known, new = self.cached, self.digests, []
+        for digest, block in zip(digests, blocks, strict=True):
+            if digest not in cached and block not in known:
+                cached[digest], known[block] = block, digest
+                new.append(block)
+        self.holds[new] = True
 
     def _evict(self, count: int) -> None:
         blocks = [self.policy.evict() for _ in range(count)]

@@ -200,7 +200,7 @@ class BlockManager:
         return True
 
     def grow(self, rows: np.ndarray, lengths: np.ndarray) -> int | None:
-        """Give ``rows`` the blocks that ``lengths`` tokens need; where they run out, the index of the first row without.
+        """Give ``rows`` the blocks that ``lengths`` tokens need; where they run out, the index of the first row left.
 
         The rows before it have grown then, those from it on have not.
         """
@@ -234,25 +234,36 @@ class BlockManager:
         Gives back the blocks that no later token of the row looks at.
         """
         full = np.minimum(num_computed // self.block_size, self.reusable[rows])
-        for index in np.flatnonzero(full > self.hashed[rows]).tolist():
-            self._register(int(rows[index]), int(full[index]), token_ids[int(rows[index])])
+        complete = np.flatnonzero(full > self.hashed[rows])
+        if len(complete):
+            self._register(rows[complete], full[complete], token_ids)
         for number, group in enumerate(self.groups):
             if group.window is not None:
                 passed = (num_computed + 1 - group.window) // self.block_size
                 for index in np.flatnonzero(passed > self.first[number][rows]).tolist():
                     self._pass(number, int(rows[index]), int(passed[index]))
 
-    def _register(self, row: int, count: int, token_ids: Tokens) -> None:
-        """Make the blocks of ``row`` before the place ``count`` known by their digests."""
-        chain = self.chains[row]
-        start, root = len(chain), chain[-1] if chain else self.roots[row]
-        text = token_ids[start * self.block_size : count * self.block_size]
-        chain.extend(block_digests(root, text, self.block_size))
+    def _register(self, rows: np.ndarray, counts: np.ndarray, token_ids: TokensOfRows) -> None:
+        """Make the blocks of ``rows`` before the places ``counts`` known by their digests."""
+        new = counts - self.hashed[rows]
+        owners, ends = np.repeat(rows, new), np.cumsum(new)
+        places = np.arange(ends[-1]) + np.repeat(counts - ends, new)
+        size, starts = self.block_size, self.hashed[rows]
+        if isinstance(token_ids, np.ndarray):
+            raw = token_ids[owners[:, None], places[:, None] * size + np.arange(size)].astype(np.int32).tobytes()
+        else:
+            texts = [token_ids[r][s * size : c * size] for r, s, c in zip(rows, starts, counts, strict=True)]
+            raw = np.concatenate([np.asarray(text, np.int32) for text in texts]).tobytes()
+        digests = []
+        for number, row in enumerate(owners.tolist()):
+            chain, at = self.chains[row], 4 * size * number
+            text = (chain[-1] if chain else self.roots[row]) + raw[at : at + 4 * size]
+            digests.append(blake2b(text, digest_size=DIGEST_BYTES).digest())
+            chain.append(digests[-1])
         for group, table, first in zip(self.groups, self.tables, self.first, strict=True):
-            begin = max(start, int(first[row]))
-            for digest, block in zip(chain[begin:], table[row, begin:count].tolist(), strict=True):
-                group.register(digest, block)
-        self.hashed[row] = count
+            kept = np.flatnonzero(places >= first[owners])
+            group.register([digests[index] for index in kept.tolist()], table[owners[kept], places[kept]].tolist())
+        self.hashed[rows] = counts
 
     def _pass(self, number: int, row: int, place: int) -> None:
         """Give back the blocks of ``row`` before ``place`` in one group."""

@@ -44,8 +44,8 @@ class StepMemory:
         self.offset = 0
         self.arrays = self._views(limits.step_shapes)
         self.own = [self._views(limits.group_shapes) for _ in limits.groups]
-        sizes = {"block_size": limits.block_size, "max_num_seqs": limits.max_num_seqs}
-        self.steps = [Step(**self.arrays, **own, **sizes) for own in self.own]
+        size, sequences = limits.block_size, limits.max_num_seqs
+        self.steps = [Step(**self.arrays, **own, block_size=size, max_num_seqs=sequences) for own in self.own]
 
     def _views(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
         views = {}

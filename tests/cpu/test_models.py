@@ -21,7 +21,7 @@ from labinfer.errors import DoesNotFit, UsageError
 from labinfer.llm import LLM
 from labinfer.ops.dequantization import dequantize
 from labinfer.ops.formats import FORMATS
-from labinfer.runtime.sequence import Scheduled, build_step
+from labinfer.runtime.sequence import Scheduled
 from labinfer.runtime.sequence import Sequence as Tokens
 from tests.cpu.weights import SCALES_AT, stored_weight
 from tests.hf.agreement import assert_agree
@@ -52,7 +52,7 @@ def parts(model: LLM, sequences: Sequence[Tokens]) -> Iterator[Scheduled]:
 
 def batched(model: LLM, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """Logits of every position of several sequences that are computed together: prompts, then token by token."""
-    sequences = [Tokens(list(prompt)) for prompt in prompts]
+    sequences = [Tokens(list(prompt), model.blocks.open_row()) for prompt in prompts]
     result: list[list[np.ndarray]] = [[] for _ in prompts]
     for step in range(-1, max(map(len, continuations))):
         for sequence, tokens in zip(sequences, continuations, strict=True):
@@ -60,18 +60,17 @@ def batched(model: LLM, prompts: Sequence[Sequence[int]], continuations: Sequenc
                 before = len(sequence.token_ids)
                 sequence.token_ids.append(tokens[step])
                 if model.must_recompute(sequence, before):
+                    model.blocks.release(sequence.row)
                     sequence.num_computed = 0
-            assert model.reserve(sequence, len(sequence.token_ids))
         while any(each.num_computed < len(each.token_ids) for each in sequences):
             chosen = list(parts(model, sequences))
-            logits, at = model.run(build_step(chosen, model.plan.limits.block_size)), 0
+            logits, at = model.compute(chosen), 0
             for part in chosen:
-                rows, start = result[sequences.index(part.sequence)], part.sequence.num_computed
+                rows, start = result[sequences.index(part.sequence)], part.sequence.num_computed - part.num_tokens
                 rows += list(logits[at + max(0, len(rows) - start) : at + part.num_rows])  # not those computed again
                 at += part.num_rows
-                part.sequence.num_computed += part.num_tokens
     for sequence in sequences:
-        model.release(sequence)
+        model.blocks.close_row(sequence.row)
     return [np.stack(rows) for rows in result]
 
 

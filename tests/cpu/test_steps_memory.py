@@ -54,13 +54,12 @@ def test_the_plans_bytes_exactly(folder: Path, kv_dtype: str) -> None:
 
 def decode(model: Model, steps: int) -> None:
     """A sequence decoded over and over: the steps of an engine without its requests."""
-    sequence = Sequence([1, 2, 3])
-    assert model.reserve(sequence, 32)
-    sequence.num_computed = 2
-    step = build_step([Scheduled(sequence, 1, 1)], model.plan.limits.block_size)
+    sequence = Sequence([1, 2, 3], model.blocks.open_row(), num_computed=2)
+    assert model.blocks.grow(np.array([sequence.row]), np.array([32])) is None
+    step = build_step([Scheduled(sequence, 1, 1)], model.blocks)
     for _ in range(steps):
         model.run(step)
-    model.release(sequence)
+    model.blocks.close_row(sequence.row)
 
 
 def test_a_step_allocates_nothing() -> None:
