@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -11,18 +12,31 @@ from labinfer.errors import LabinferError
 from labinfer.runtime.eviction import EvictionPolicy
 
 
+class Tier(Protocol):
+    """A colder place that keeps evicted blocks: host memory, a disk."""
+
+    def has(self, group: int, digest: bytes) -> bool:
+        """Whether it has the block of ``digest``, which then counts as used."""
+
+    def keep(self, group: int, digests: Sequence[bytes], blocks: Sequence[int]) -> None:
+        """Copy ``blocks``, which are about to be overwritten, as far as there is room."""
+
+    def load(self, group: int, digests: Sequence[bytes], blocks: Sequence[int]) -> bool:
+        """Fill ``blocks`` with the texts of ``digests``; False if one of them is not there after all."""
+
+
 class BlockGroup:
     """Every block is owned (``owners`` counts by how many rows), or cached and free, or simply free.
 
     A cached block holds the keys and values of the text that its digest stands for. Free blocks that hold nothing are
-    given out first, those given back last before all; then ``policy`` chooses among the cached ones. ``on_evict`` is
-    told their digests before they are overwritten.
+    given out first, those given back last before all; then ``policy`` chooses among the cached ones, which ``tier``,
+    where there is one, may keep.
     """
 
-    def __init__(self, group: CacheGroup, block_size: int, policy: EvictionPolicy) -> None:
-        self.num_blocks, self.window, self.block_size, self.policy = (
-            group.num_blocks, group.window, block_size, policy
-        )  # fmt: skip
+    def __init__(self, group: CacheGroup, block_size: int, policy: EvictionPolicy, number: int) -> None:
+        self.num_blocks, self.window, self.block_size = group.num_blocks, group.window, block_size
+        self.policy, self.number = policy, number
+        self.tier: Tier | None = None
         self.owners = np.zeros(group.num_blocks, np.int32)
         self.holds = np.zeros(group.num_blocks, bool)  # whether a block is cached
         self.returned = np.empty(group.num_blocks, np.int32)  # a stack of free blocks that hold nothing
@@ -30,7 +44,6 @@ class BlockGroup:
         self.fresh = 0  # blocks from here on were never taken
         self.cached: dict[bytes, int] = {}
         self.digests: dict[int, bytes] = {}
-        self.on_evict: Callable[[Sequence[bytes], Sequence[int]], None] = lambda digests, blocks: None
         self.evictions = 0
 
     @property
@@ -41,6 +54,23 @@ class BlockGroup:
     def first_seen(self, position: int) -> int:
         """The first block that the token at ``position`` looks at."""
         return 0 if self.window is None else max(0, (position + 1 - self.window) // self.block_size)
+
+    def has(self, digest: bytes, cold: bool) -> bool:
+        """Whether the text of ``digest`` is cached here or, if ``cold`` counts, in the tier."""
+        return digest in self.cached or (cold and self.tier is not None and self.tier.has(self.number, digest))
+
+    def kept(self, chain: Sequence[bytes], cold: bool) -> int:
+        """``len(chain)``, if all is here that the token after it looks at; else the last place where that fails."""
+        first = self.first_seen(len(chain) * self.block_size)
+        places = range(len(chain) - 1, first - 1, -1)
+        return next((place for place in places if not self.has(chain[place], cold)), len(chain))
+
+    def load(self, digests: Sequence[bytes], blocks: Sequence[int]) -> bool:
+        """Fill ``blocks``, which rows own, from the tier; False if it cannot."""
+        loaded = self.tier is not None and self.tier.load(self.number, digests, blocks)
+        if loaded:
+            self.register(digests, blocks)
+        return loaded
 
     def take(self, count: int) -> np.ndarray:
         """``count`` blocks for one owner each, int32; the caller has seen that so many are free."""
@@ -86,7 +116,8 @@ class BlockGroup:
         digests = [self.digests.pop(block) for block in blocks]
         for digest in digests:
             del self.cached[digest]
-        self.on_evict(digests, blocks)
+        if self.tier is not None:
+            self.tier.keep(self.number, digests, blocks)
         self.holds[blocks] = False
         self.returned[self.num_returned : self.num_returned + count] = blocks
         self.num_returned += count

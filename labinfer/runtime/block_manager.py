@@ -7,42 +7,40 @@ the same beginning finds it. A group with a window owns only the blocks that its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 
 import numpy as np
 
 from labinfer.compiler.plan import Limits
-from labinfer.runtime.block_group import BlockGroup, fault
+from labinfer.runtime.block_digests import Salt, Tokens, block_digest, block_digests, root_digest
+from labinfer.runtime.block_group import BlockGroup, Tier, fault
 from labinfer.runtime.eviction import EvictionPolicy, LeastRecentlyUsed
 
-DIGEST_BYTES = 16
-"""Bytes of a block's digest: two texts share one with a chance of 2^-64 after 2^32 blocks."""
-
-Tokens = Sequence[int] | np.ndarray
-Salt = tuple[str, ...]
 TokensOfRows = np.ndarray | Mapping[int, Tokens]
 """``token_ids[row]`` are the tokens of a row."""
 
 
-def block_digests(root: bytes, token_ids: Tokens, block_size: int) -> Iterator[bytes]:
-    """The digest of every full block of ``token_ids``, each over the one before it, the first over ``root``."""
-    count = len(token_ids) // block_size
-    raw, size = np.asarray(token_ids[: count * block_size], np.int32).tobytes(), 4 * block_size
-    for start in range(0, count * size, size):
-        root = blake2b(root + raw[start : start + size], digest_size=DIGEST_BYTES).digest()
-        yield root
-
-
 @dataclass(slots=True)
 class CacheCounters:
-    """What happened so far: prompt tokens looked up and found, blocks evicted and copied on write."""
+    """What happened so far: prompt tokens looked up and found; blocks found colder, evicted, copied on write."""
 
     queries: int = 0
     hits: int = 0
+    cold_hits: int = 0
     evictions: int = 0
     copies: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SavedRow:
+    """A row without its blocks: what ``BlockManager.restore`` needs to go on with it."""
+
+    first: list[int]
+    count: int
+    chain: list[bytes]
+    root: bytes
+    reusable: int
 
 
 class BlockManager:
@@ -67,7 +65,9 @@ class BlockManager:
     ) -> None:
         self.limits, self.block_size, self.caching = limits, limits.block_size, caching
         self.recompute_after, self.reuse_until = recompute_after, reuse_until
-        self.groups = [BlockGroup(group, limits.block_size, policy()) for group in limits.groups]
+        self.groups = [
+            BlockGroup(each, limits.block_size, policy(), number) for number, each in enumerate(limits.groups)
+        ]
         width = -(-limits.max_model_len // limits.block_size)
         capacity = limits.max_num_seqs
         self.tables = [np.zeros((capacity, width), np.int32) for _ in self.groups]
@@ -80,6 +80,11 @@ class BlockManager:
         self.chains: list[list[bytes]] = [[] for _ in range(capacity)]
         self.closed = list(range(capacity))[::-1]
         self.counted = CacheCounters()
+
+    def evict_into(self, tier: Tier) -> None:
+        """Keep evicted blocks in ``tier``, and find them there."""
+        for group in self.groups:
+            group.tier = tier
 
     def open_row(self) -> int:
         """A row that owns nothing; there are always more."""
@@ -126,19 +131,52 @@ class BlockManager:
         """Begin the text of ``row``, which owns nothing, with the cached blocks of ``token_ids``; tokens they hold."""
         root = self._root(len(token_ids), salt)
         chain = self._cached_chain(token_ids, root)
-        count = len(chain)
-        for group, table, first in zip(self.groups, self.tables, self.first, strict=True):
-            first[row] = group.first_seen(count * self.block_size)
-            for place in range(first[row], count):
-                block = group.cached[chain[place]]
-                group.share(block)
-                table[row, place] = block
-        self.counts[row] = self.hashed[row] = count
-        self.reusable[row] = self._reusable(len(token_ids))
-        self.roots[row], self.chains[row] = root, chain
+        if not self._begin(row, chain):  # a colder tier could not give back what it has, or there is no room for it
+            chain = self._cached_chain(token_ids, root, cold=False)
+            self._begin(row, chain)
+        self.reusable[row], self.roots[row], self.chains[row] = self._reusable(len(token_ids)), root, chain
         self.counted.queries += len(token_ids)
-        self.counted.hits += count * self.block_size
-        return count * self.block_size
+        self.counted.hits += len(chain) * self.block_size
+        return len(chain) * self.block_size
+
+    def _begin(self, row: int, chain: list[bytes]) -> bool:
+        """Make the blocks of ``chain`` the row's own, those that only a colder tier has too; False if none are."""
+        first = [group.first_seen(len(chain) * self.block_size) for group in self.groups]
+        missing = self._own(row, first, chain)
+        for number, places in enumerate(missing or ()):
+            if places:
+                digests, blocks = [chain[place] for place in places], self.tables[number][row, places].tolist()
+                if not self.groups[number].load(digests, blocks):
+                    self.release(row)
+                    return False
+                self.counted.cold_hits += len(blocks)
+        self.hashed[row] = len(chain) if missing is not None else 0
+        return missing is not None
+
+    def _own(self, row: int, first: Sequence[int], digests: Sequence[bytes | None]) -> list[list[int]] | None:
+        """Give ``row`` a block for each of ``digests`` from ``first`` on: the cached one, or one that is to be filled.
+
+        Returns the places of the latter by group; None, and nothing has changed, where free blocks are too few.
+        """
+        cached = [
+            [group.cached.get(digest) if digest else None for digest in digests[start:]]
+            for group, start in zip(self.groups, first, strict=True)
+        ]
+        for group, blocks in zip(self.groups, cached, strict=True):
+            if sum(block is None or group.owners[block] == 0 for block in blocks) > group.num_free:
+                return None
+        missing = []
+        for number, (group, table, blocks) in enumerate(zip(self.groups, self.tables, cached, strict=True)):
+            self.first[number][row] = first[number]
+            for place, block in enumerate(blocks, first[number]):
+                if block is not None:
+                    group.share(block)
+                    table[row, place] = block
+            missing.append([place for place, block in enumerate(blocks, first[number]) if block is None])
+        for group, table, places in zip(self.groups, self.tables, missing, strict=True):
+            table[row, places] = group.take(len(places))
+        self.counts[row] = len(digests)
+        return missing
 
     def admit(self, row: int, token_ids: Tokens, length: int, salt: Salt = (), spare: float = 0.0) -> int | None:
         """``attach``, if ``row`` can then grow to ``length`` tokens and a ``spare`` part of all blocks stays free.
@@ -154,9 +192,8 @@ class BlockManager:
         return None
 
     def _root(self, length: int, salt: Salt) -> bytes:
-        """What the digests of a sequence of ``length`` tokens begin with."""
         long = self.recompute_after is not None and length > self.recompute_after
-        return blake2b(repr((long, *salt)).encode(), digest_size=DIGEST_BYTES).digest()
+        return root_digest(("long" if long else "", *salt))
 
     def _reusable(self, length: int) -> int:
         """How many blocks of a sequence that has ``length`` tokens by now others may reuse."""
@@ -164,26 +201,22 @@ class BlockManager:
             return 0
         return self.tables[0].shape[1] if self.reuse_until is None else self.reuse_until // self.block_size
 
-    def _cached_chain(self, token_ids: Tokens, root: bytes) -> list[bytes]:
-        """Digests of the longest beginning of ``token_ids`` of which every group has what the next token looks at."""
+    def _cached_chain(self, token_ids: Tokens, root: bytes, cold: bool = True) -> list[bytes]:
+        """Digests of the longest beginning of ``token_ids`` of which every group has what the next token looks at.
+
+        ``cold``: what only a colder tier has counts too.
+        """
         most = min(self._reusable(len(token_ids)), (len(token_ids) - 1) // self.block_size)
         chain: list[bytes] = []
         for digest in block_digests(root, token_ids[: most * self.block_size], self.block_size) if most > 0 else ():
-            if self.groups[0].window is None and digest not in self.groups[0].cached:
+            if self.groups[0].window is None and not self.groups[0].has(digest, cold):
                 break
             chain.append(digest)
-        while chain:
-            kept = min(self._kept(group, chain) for group in self.groups)
+        while True:
+            kept = min(group.kept(chain, cold) for group in self.groups)
             if kept == len(chain):
-                break
+                return chain
             del chain[kept:]
-        return chain
-
-    def _kept(self, group: BlockGroup, chain: list[bytes]) -> int:
-        """``len(chain)``, or the place of the last block that the next token looks at and ``group`` lacks."""
-        first = group.first_seen(len(chain) * self.block_size)
-        places = range(len(chain) - 1, first - 1, -1)
-        return next((place for place in places if chain[place] not in group.cached), len(chain))
 
     # Growth
 
@@ -257,8 +290,7 @@ class BlockManager:
         digests = []
         for number, row in enumerate(owners.tolist()):
             chain, at = self.chains[row], 4 * size * number
-            text = (chain[-1] if chain else self.roots[row]) + raw[at : at + 4 * size]
-            digests.append(blake2b(text, digest_size=DIGEST_BYTES).digest())
+            digests.append(block_digest(chain[-1] if chain else self.roots[row], raw[at : at + 4 * size]))
             chain.append(digests[-1])
         for group, table, first in zip(self.groups, self.tables, self.first, strict=True):
             kept = np.flatnonzero(places >= first[owners])
@@ -307,7 +339,7 @@ class BlockManager:
             table[row, places] = targets
             copies += [(number, int(source), int(target)) for source, target in zip(sources, targets, strict=True)]
         self.counted.copies += len(copies)
-        self.forked[row] = stop < self.counts[row] * self.block_size  # what is grown later is its own
+        self.forked[row] = -(-stop // self.block_size) < self.counts[row]  # what is grown later is its own
         return copies
 
     def release(self, row: int) -> None:
@@ -320,6 +352,25 @@ class BlockManager:
         for each in (self.counts, self.hashed, self.reusable, self.forked):
             each[row] = 0
         self.chains[row] = []
+
+    def save(self, row: int) -> SavedRow:
+        """All that is known of ``row`` but for its blocks."""
+        first = [int(first[row]) for first in self.first]
+        return SavedRow(first, int(self.counts[row]), self.chains[row], self.roots[row], int(self.reusable[row]))
+
+    def restore(self, row: int, saved: SavedRow) -> list[list[int]] | None:
+        """Give ``row``, which owns nothing, the blocks of a saved one; the places by group that the caller must fill.
+
+        What is cached of the text is shared. None, and nothing has changed, where free blocks are too few.
+        """
+        missing = self._own(row, saved.first, [*saved.chain, *[None] * (saved.count - len(saved.chain))])
+        if missing is not None:
+            self.roots[row], self.chains[row], self.reusable[row] = saved.root, saved.chain, saved.reusable
+            self.hashed[row] = len(saved.chain)
+            for group, table, places in zip(self.groups, self.tables, missing, strict=True):
+                known = [place for place in places if place < len(saved.chain)]
+                group.register([saved.chain[place] for place in known], table[row, known].tolist())
+        return missing
 
     def check_integrity(self) -> None:
         """Raise ``LabinferError`` unless each block is owned as often as rows list it, or cached and free, or free."""

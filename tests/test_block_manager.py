@@ -1,0 +1,327 @@
+"""Blocks of the cache: growth, windows, reuse of prefixes, eviction, forks, and the books kept right throughout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from labinfer.compiler.plan import CacheGroup, Limits
+from labinfer.errors import LabinferError
+from labinfer.runtime.block_manager import BlockManager
+from labinfer.runtime.eviction import LeastRecentlyUsed
+
+TEXT = list(range(100, 200))
+
+
+def manager(*groups: tuple[int | None, int], block_size: int = 4, **options: Any) -> BlockManager:
+    """A manager of groups given as (window, number of blocks)."""
+    limits = Limits(
+        max_num_batched_tokens=16, max_num_seqs=2, max_logits_rows=2, max_model_len=128, block_size=block_size,
+        groups=[CacheGroup(window=window, num_blocks=count) for window, count in groups],
+    )  # fmt: skip
+    return BlockManager(limits, **options)
+
+
+def write(blocks: BlockManager, row: int, text: list[int], upto: int | None = None) -> bool:
+    """Grow ``row`` for ``text``, and count all of it, or what is before ``upto``, as computed."""
+    rows, length = np.array([row]), len(text) if upto is None else upto
+    if blocks.grow(rows, np.array([length])) is not None:
+        return False
+    blocks.commit(rows, np.array([length]), {row: text})
+    return True
+
+
+def begin(blocks: BlockManager, text: list[int], salt: tuple[str, ...] = ()) -> tuple[int, int]:
+    """A new row with all of ``text`` computed, and how much of it was cached."""
+    row = blocks.open_row()
+    cached = blocks.attach(row, text, salt)
+    assert write(blocks, row, text)
+    return row, cached
+
+
+def owned(blocks: BlockManager, row: int, group: int = 0) -> list[int]:
+    return blocks.tables[group][row, blocks.first[group][row] : blocks.counts[row]].tolist()
+
+
+def test_rows_grow_by_whole_blocks_until_they_run_out() -> None:
+    blocks = manager((None, 5))
+    rows = np.array([blocks.open_row(), blocks.open_row(), blocks.open_row()])
+    assert blocks.grow(rows, np.array([4, 5, 1])) is None
+    assert [len(owned(blocks, row)) for row in rows.tolist()] == [1, 2, 1]
+    assert blocks.grow(rows, np.array([4, 8, 4])) is None
+    assert blocks.num_free == 1
+    assert blocks.grow(rows, np.array([5, 9, 5])) == 1  # the first takes the last block
+    assert [len(owned(blocks, row)) for row in rows.tolist()] == [2, 2, 1]
+    assert blocks.grow(rows, np.array([8, 8, 4])) is None
+    blocks.check_integrity()
+    assert len({block for row in rows.tolist() for block in owned(blocks, row)}) == 5
+    assert blocks.usage == 1
+    blocks.close_row(int(rows[1]))
+    assert (blocks.num_free, blocks.usage) == (2, pytest.approx(0.6))
+
+
+def test_a_cached_beginning_is_shared_and_never_the_whole_prompt() -> None:
+    blocks = manager((None, 40))
+    first, cached = begin(blocks, TEXT[:22])
+    assert cached == 0
+    assert blocks.match(TEXT[:22]) == 20
+    assert blocks.match(TEXT[:20]) == 16  # the last token must be computed, for its logits
+    assert blocks.match([*TEXT[:9], 7, *TEXT[10:22]]) == 8
+    assert blocks.match([7, *TEXT[1:22]]) == 0
+    second, cached = begin(blocks, TEXT[:30])
+    assert cached == 20
+    assert owned(blocks, second)[:5] == owned(blocks, first)[:5]
+    assert (blocks.counters.queries, blocks.counters.hits) == (52, 20)
+    blocks.check_integrity()
+
+
+def test_the_same_block_of_text_after_another_text_is_another() -> None:
+    blocks = manager((None, 40))
+    begin(blocks, [1, 2, 3, 4, 9, 9, 9, 9, 0])
+    assert blocks.match([9, 9, 9, 9, 0]) == 0
+    assert blocks.match([1, 2, 3, 4, 9, 9, 9, 9, 5]) == 8
+
+
+def test_salts_keep_texts_apart() -> None:
+    blocks = manager((None, 40))
+    begin(blocks, TEXT[:20], ("alice",))
+    for salt, expected in ((("alice",), 16), ((), 0), (("bob",), 0), (("alice", ""), 0), (("", "alice"), 0)):
+        assert blocks.match(TEXT[:20], salt) == expected
+
+
+def test_released_blocks_stay_until_the_last_of_a_text_is_evicted_first() -> None:
+    blocks = manager((None, 6))
+    row, _ = begin(blocks, TEXT[:16])
+    blocks.release(row)
+    assert (blocks.num_free, blocks.usage, blocks.match(TEXT[:17])) == (6, 0, 16)
+    other = blocks.open_row()
+    assert blocks.grow(np.array([other]), np.array([8])) is None  # the two that hold nothing
+    assert (blocks.match(TEXT[:17]), blocks.counters.evictions) == (16, 0)
+    assert blocks.grow(np.array([other]), np.array([12])) is None
+    assert (blocks.match(TEXT[:17]), blocks.counters.evictions) == (12, 1)
+    assert blocks.attach(row, TEXT[:17]) == 12
+    assert blocks.grow(np.array([other]), np.array([16])) == 0 or blocks.num_free == 0
+    blocks.check_integrity()
+
+
+def test_least_recently_used_goes_first() -> None:
+    blocks = manager((None, 4))
+    for text in ([1] * 4, [2] * 4, [3] * 4, [4] * 4):
+        blocks.close_row(begin(blocks, text)[0])
+    row = blocks.open_row()
+    assert blocks.attach(row, [1] * 5) == 4
+    blocks.close_row(row)
+    row, _ = begin(blocks, [9] * 8)
+    assert [blocks.match([n] * 5) for n in (1, 2, 3, 4)] == [4, 0, 0, 4]
+
+
+def test_two_rows_that_compute_the_same_text_keep_their_own_blocks() -> None:
+    blocks = manager((None, 20))
+    one, two = blocks.open_row(), blocks.open_row()
+    for row in (one, two):
+        blocks.attach(row, TEXT[:12])
+    for row in (one, two):
+        assert write(blocks, row, TEXT[:12])
+    assert not set(owned(blocks, one)) & set(owned(blocks, two))
+    blocks.check_integrity()
+    blocks.release(one)
+    blocks.release(two)
+    blocks.check_integrity()
+    assert blocks.match(TEXT[:13]) == 12
+
+
+@pytest.mark.parametrize("window", [1, 3, 4, 5, 16, 17])
+def test_a_window_keeps_what_the_next_token_sees_and_no_more(window: int) -> None:
+    blocks = manager((window, 40))
+    row = blocks.open_row()
+    for length in range(1, 100):
+        assert write(blocks, row, TEXT[:length])
+        table, first = blocks.tables[0][row], int(blocks.first[0][row])
+        seen = range(max(0, length - window + 1), length)  # what the token at position `length` looks at, but itself
+        assert first <= min(seen, default=length) // 4
+        assert len(owned(blocks, row)) <= 2 + window // 4
+        assert not table[:first].any()
+    blocks.check_integrity()
+
+
+def test_groups_go_on_until_their_own_windows_pass() -> None:
+    blocks = manager((None, 30), (16, 30), (4, 30))
+    row = blocks.open_row()
+    assert write(blocks, row, TEXT)
+    assert [len(owned(blocks, row, group)) for group in range(3)] == [25, 4, 1]
+    blocks.check_integrity()
+
+
+def test_a_window_group_needs_only_the_window_for_a_hit() -> None:
+    blocks = manager((None, 60), (8, 6))
+    row = blocks.open_row()
+    blocks.attach(row, TEXT[:40])
+    for upto in (16, 32, 40):
+        assert write(blocks, row, TEXT[:40], upto)
+    blocks.release(row)
+    assert blocks.match([*TEXT[:40], 1]) == 40  # places 8 and 9 are there, the text before is in the other group
+    assert blocks.match([*TEXT[:28], 1]) == 16  # place 5 was given to what came later, and so was 4; 2 and 3 are there
+    assert blocks.match([*TEXT[:12], 1]) == 0
+    assert blocks.attach(row, [*TEXT[:40], 1]) == 40
+    assert (len(owned(blocks, row, 0)), len(owned(blocks, row, 1))) == (10, 2)
+    blocks.check_integrity()
+
+
+def test_without_a_group_that_sees_all_the_window_alone_is_a_hit() -> None:
+    blocks = manager((8, 12))
+    row, _ = begin(blocks, TEXT[:40])
+    blocks.release(row)
+    assert blocks.match([*TEXT[:40], 1]) == 40
+    other, cached = begin(blocks, TEXT[:60])
+    assert cached == 40
+    assert len(owned(blocks, other)) == 2
+    blocks.check_integrity()
+
+
+def test_admission_keeps_a_share_free_or_changes_nothing() -> None:
+    blocks = manager((None, 10))
+    first, _ = begin(blocks, TEXT[:16])
+    row = blocks.open_row()
+    assert blocks.admit(row, TEXT[:30], 28) == 16  # 4 shared and 3 of 6
+    assert blocks.grow(np.array([row]), np.array([28])) is None
+    blocks.release(row)
+    before = blocks.counters
+    assert blocks.admit(row, TEXT[:30], 28, spare=0.4) is None
+    assert blocks.admit(row, TEXT[50:], 28) is None
+    assert (blocks.counters, blocks.counts[row], blocks.num_free) == (before, 0, 6)
+    assert blocks.admit(row, TEXT[:30], 28, spare=0.3) == 16
+    blocks.check_integrity()
+    assert first != row
+
+
+def test_a_window_bounds_what_a_sequence_needs() -> None:
+    blocks = manager((8, 8))
+    row = blocks.open_row()
+    assert blocks.fits(row, 128)  # a window and one step's tokens: 1 + (8 + 16 + 2) // 4 = 7 blocks
+    for upto in range(16, 97, 16):
+        assert blocks.fits(row, 128)
+        assert write(blocks, row, TEXT, upto)
+    assert not manager((8, 6)).fits(0, 128)
+
+
+def test_writing_to_a_forked_row_copies_what_is_shared_once() -> None:
+    blocks = manager((None, 8))
+    row, _ = begin(blocks, TEXT[:10])
+    child = blocks.open_row()
+    blocks.fork(row, child)
+    blocks.check_integrity()
+    assert owned(blocks, child) == owned(blocks, row)
+    assert blocks.num_free == 5
+    source = owned(blocks, row)[2]
+    [(group, copied, target)] = blocks.writable(child, 10, 11) or []
+    assert (group, copied) == (0, source)
+    assert owned(blocks, child) == [*owned(blocks, row)[:2], target]
+    assert blocks.writable(child, 10, 11) == []
+    assert blocks.writable(row, 10, 11) == []  # nobody else has it any more
+    assert blocks.counters.copies == 1
+    assert not blocks.forked.any()
+    blocks.check_integrity()
+    blocks.release(row)
+    assert blocks.match(TEXT[:10]) == 8
+    blocks.check_integrity()
+
+
+def test_a_fork_that_finds_no_block_changes_nothing() -> None:
+    blocks = manager((None, 3))
+    row, _ = begin(blocks, TEXT[:10])
+    child = blocks.open_row()
+    blocks.fork(row, child)
+    assert blocks.writable(child, 10, 11) is None
+    blocks.check_integrity()
+    blocks.release(row)
+    assert blocks.writable(child, 10, 11) == []
+
+
+def test_blocks_grown_before_a_fork_are_copied_when_they_are_reached() -> None:
+    blocks = manager((None, 20))
+    row, _ = begin(blocks, TEXT[:6])
+    assert blocks.grow(np.array([row]), np.array([16])) is None
+    child = blocks.open_row()
+    blocks.fork(row, child)
+    assert len(blocks.writable(child, 6, 8) or ()) == 1
+    assert len(blocks.writable(child, 8, 16) or ()) == 2
+    blocks.check_integrity()
+
+
+def test_keys_of_long_and_short_sequences_are_not_mixed() -> None:
+    blocks = manager((None, 60), recompute_after=20)
+    row, _ = begin(blocks, TEXT[:20])
+    assert (blocks.match(TEXT[:20]), blocks.match(TEXT[:21])) == (16, 0)
+    blocks.release(row)  # it grew past the length, and is computed anew
+    assert blocks.attach(row, TEXT[:21]) == 0
+    assert write(blocks, row, TEXT[:21])
+    assert (blocks.match(TEXT[:19]), blocks.match(TEXT[:30])) == (16, 20)
+
+
+def test_nothing_is_reused_where_keys_depend_on_the_length() -> None:
+    blocks = manager((None, 60), reuse_until=20)
+    row, _ = begin(blocks, TEXT[:18])
+    assert write(blocks, row, TEXT[:40])
+    assert (blocks.match(TEXT[:20]), blocks.match(TEXT[:30])) == (16, 0)
+    assert len(blocks.groups[0].cached) == 5
+    blocks.release(row)
+    begin(blocks, TEXT[40:80])
+    assert len(blocks.groups[0].cached) == 5
+
+
+def test_caching_can_be_turned_off() -> None:
+    blocks = manager((None, 20), caching=False)
+    row, _ = begin(blocks, TEXT[:16])
+    assert blocks.match(TEXT[:17]) == 0
+    blocks.release(row)
+    assert (blocks.attach(row, TEXT[:17]), len(blocks.groups[0].cached)) == (0, 0)
+
+
+def test_rows_are_never_few() -> None:
+    blocks = manager((None, 40), (8, 40))
+    rows = [begin(blocks, [n] * 5)[0] for n in range(9)]
+    assert len(set(rows)) == 9
+    blocks.check_integrity()
+    for row in rows:
+        blocks.close_row(row)
+    assert blocks.usage == 0
+    blocks.check_integrity()
+
+
+@pytest.mark.parametrize("damage", [
+    lambda blocks: blocks.groups[0].owners.__setitem__(0, 2),
+    lambda blocks: blocks.tables[0].__setitem__((0, 9), 3),
+    lambda blocks: blocks.groups[0].digests.popitem(),
+    lambda blocks: blocks.groups[0].cached.popitem(),
+    lambda blocks: blocks.groups[0].holds.__setitem__(9, True),
+    lambda blocks: blocks.groups[0].give_back(np.array([9], np.int32), 0),
+    lambda blocks: blocks.groups[0].policy.blocks.popitem(),
+    lambda blocks: blocks.chains[0].reverse(),
+    lambda blocks: blocks.closed.append(0),
+    lambda blocks: setattr(blocks.groups[0], "fresh", 3),
+], ids=range(10))  # fmt: skip
+def test_broken_books_are_found(damage: Any) -> None:
+    blocks = manager((None, 20))
+    row, _ = begin(blocks, TEXT[:12])
+    other, _ = begin(blocks, TEXT[50:58])
+    assert row == 0
+    blocks.close_row(other)
+    blocks.check_integrity()
+    damage(blocks)
+    with pytest.raises(LabinferError) as caught:
+        blocks.check_integrity()
+    assert caught.value.code == "run.cache-integrity"
+
+
+def test_a_policy_of_ones_own() -> None:
+    class Newest(LeastRecentlyUsed):
+        def evict(self) -> int:
+            return self.blocks.popitem()[0]
+
+    blocks = manager((None, 3), policy=Newest)
+    for text in ([1] * 4, [2] * 4, [3] * 4):
+        blocks.close_row(begin(blocks, text)[0])
+    begin(blocks, [9] * 4)
+    assert [blocks.match([n] * 5) for n in (1, 2, 3)] == [4, 4, 0]
