@@ -15,6 +15,8 @@ from labinfer.errors import StalePlan, WeightsError
 from labinfer.home import graphs_dir
 from labinfer.ops.formats import stored_bytes
 from labinfer.progress import Progress, silent
+from labinfer.runtime.cache import CacheOptions
+from labinfer.runtime.eviction import EvictionPolicy, LeastRecentlyUsed
 from labinfer.runtime.manager import Manager
 from labinfer.runtime.model import Model
 from labinfer.runtime.tokenizer import Tokenizer
@@ -34,7 +36,8 @@ class LLM(Model):
 
     ``model`` is a plan, a plan.json or anything ``compile`` takes; None is the embedded default. ``options`` go to the
     compiler under vLLM's names (``max_model_len``, ``max_num_seqs``, ``max_num_batched_tokens``, ``block_size``, ...)
-    and are refused for a plan, which has decided them. ``progress`` shows the weights being loaded.
+    and are refused for a plan, which has decided them. ``progress`` shows the weights being loaded. The keywords from
+    ``enable_prefix_caching`` on are those of ``labinfer.runtime.cache.CacheOptions``.
     """
 
     def __init__(
@@ -45,6 +48,10 @@ class LLM(Model):
         devices: str | Sequence[str] | None = None,
         manager: Manager | None = None,
         progress: Progress | None = None,
+        enable_prefix_caching: bool = True,
+        eviction_policy: Callable[[], EvictionPolicy] = LeastRecentlyUsed,
+        cold_folder: str | Path | None = None,
+        cold_bytes: int = 10 * 10**9,
         **options: Any,
     ) -> None:
         if devices is not None:
@@ -58,7 +65,8 @@ class LLM(Model):
             tokenizer = Tokenizer.load(checkpoint.path, checkpoint.config if checkpoint.kind == "gguf" else None)
             show = progress or silent
             compiling = partial(show, "preparing kernels")
-            super().__init__(plan, checkpoint, tokenizer, manager, loading(plan, show), compiling)
+            cache = CacheOptions(enable_prefix_caching, eviction_policy, cold_folder, cold_bytes)
+            super().__init__(plan, checkpoint, tokenizer, manager, loading(plan, show), compiling, cache)
         except BaseException:
             checkpoint.close()
             raise

@@ -167,8 +167,14 @@ class Device(ABC):
         """Copy a numpy array into a device array of the same shape."""
 
     @abstractmethod
-    def move_out(self, source: Any) -> Any:
-        """A numpy copy of a device array."""
+    def move_out(self, source: Any, out: Any = None) -> Any:
+        """A numpy copy of a device array, written to ``out`` where that is given."""
+
+    def host_memory(self, nbytes: int) -> Any:
+        """Bytes of host memory, a numpy array, that ``move_in`` and ``move_out`` are fastest with."""
+        import numpy as np
+
+        return np.zeros(nbytes, np.uint8)
 
     @abstractmethod
     def parameter(self, buffer: Buffer, offset: int, format: str, shape: tuple[int, ...]) -> Any:

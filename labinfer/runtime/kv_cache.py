@@ -7,8 +7,10 @@ A block holds ``block_size`` tokens in every layer of its group; block ``b`` of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from labinfer.backends.base import Device
 from labinfer.compiler.graph import State
@@ -45,6 +47,32 @@ class KVCache:
         for group, source, target in copies:
             for array in self.blocks[group]:
                 array[target] = array[source]
+
+    def host_blocks(self, counts: Sequence[int]) -> list[list[np.ndarray]]:
+        """Host memory for so many blocks of each group, in arrays like those of ``blocks``."""
+        kinds = [(number, array) for number, arrays in enumerate(self.blocks) for array in arrays]
+        sizes = [counts[number] * array.shape[1] * array.dtype.itemsize for number, array in kinds]
+        memory, offset = self.device.host_memory(sum(sizes)), 0
+        made: list[list[np.ndarray]] = [[] for _ in self.blocks]
+        for (number, array), size in zip(kinds, sizes, strict=True):
+            shape = (counts[number], array.shape[1])
+            made[number].append(memory[offset : offset + size].view(array.dtype).reshape(shape))
+            offset += size
+        return made
+
+    def move_out(self, group: int, blocks: Iterable[int], host: Sequence[np.ndarray], places: Iterable[int]) -> None:
+        """Copy ``blocks`` of a group to ``places`` of ``host``."""
+        pairs = list(zip(blocks, places, strict=True))
+        for array, memory in zip(self.blocks[group], host, strict=True):
+            for block, place in pairs:
+                self.device.move_out(array[block], memory[place])
+
+    def move_in(self, group: int, host: Sequence[np.ndarray], places: Iterable[int], blocks: Iterable[int]) -> None:
+        """Copy ``places`` of ``host`` to ``blocks`` of a group."""
+        pairs = list(zip(places, blocks, strict=True))
+        for array, memory in zip(self.blocks[group], host, strict=True):
+            for place, block in pairs:
+                self.device.move_in(memory[place], array[block])
 
     def close(self) -> None:
         """Give the memory back."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Listing
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ import numpy as np
 from labinfer.compiler.fold import unfold_ops, unfold_states, unfold_weights
 from labinfer.compiler.plan import Plan
 from labinfer.errors import LabinferError, UsageError, did_you_mean
-from labinfer.runtime.block_manager import BlockManager
+from labinfer.runtime.cache import Cache, CacheOptions
 from labinfer.runtime.interpreter import Interpreter, check_kernels
 from labinfer.runtime.kv_cache import KVCache
 from labinfer.runtime.manager import Manager
@@ -47,6 +46,7 @@ class Model:
         manager: Manager | None = None,
         progress: Progress = lambda nbytes: None,
         compiling: Callable[[int, int], None] = lambda done, total: None,
+        cache: CacheOptions | None = None,
     ) -> None:
         self.plan, self.tokenizer, self.manager = plan, tokenizer, manager or Manager()
         self.owns_manager = manager is None
@@ -62,10 +62,11 @@ class Model:
                 ops = [part for op, _ in unfold_ops(stage) for part in op.primitives()]
                 parameters = Parameters(stage, ops, weights, device)
                 self.memory.append(parameters)
-                cache = KVCache(device, states, dict.fromkeys(op.state for op in ops if op.state), plan.limits)
-                self.memory.append(cache)
-                self.interpreters.append(Interpreter(stage, device, plan.limits, parameters.arrays(), cache))
-            self.blocks = block_manager(plan)
+                arrays = KVCache(device, states, dict.fromkeys(op.state for op in ops if op.state), plan.limits)
+                self.memory.append(arrays)
+                self.interpreters.append(Interpreter(stage, device, plan.limits, parameters.arrays(), arrays))
+            self.cache = Cache(plan, [each for each in self.memory if isinstance(each, KVCache)], cache or CacheOptions())
+            self.blocks = self.cache.blocks
             self.load(checkpoint, progress, compiling)
         except BaseException:
             self.close()
@@ -204,18 +205,6 @@ class Model:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def block_manager(plan: Plan) -> BlockManager:
-    """The books of ``plan``'s cache, empty."""
-    ropes = [part.attrs for stage in plan.stages for op, _ in unfold_ops(stage) for part in op.primitives()]
-    lengths = [length for attrs in ropes if (length := getattr(attrs, "reuse_until", None)) is not None]
-    return BlockManager(
-        plan.limits,
-        caching=os.environ.get("LABINFER_PREFIX_CACHE") != "0",
-        recompute_after=plan.recompute_after,
-        reuse_until=min(lengths, default=None),
-    )
 
 
 class Session:

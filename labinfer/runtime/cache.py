@@ -1,0 +1,82 @@
+"""Everything about a model's cache beside its arrays: the books of its blocks, swapping, and colder tiers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+from labinfer import __version__
+from labinfer.compiler.fold import unfold_ops, unfold_states
+from labinfer.compiler.plan import Plan
+from labinfer.errors import UsageError
+from labinfer.runtime.block_manager import BlockManager
+from labinfer.runtime.disk_store import DiskStore
+from labinfer.runtime.eviction import EvictionPolicy, LeastRecentlyUsed
+from labinfer.runtime.host_pool import HostPool
+from labinfer.runtime.kv_cache import KVCache
+from labinfer.runtime.swap import Swap
+
+
+@dataclass(frozen=True, slots=True)
+class CacheOptions:
+    """How the cache is used, which changes neither tokens nor the device's memory.
+
+    ``enable_prefix_caching`` reuses the blocks of equal beginnings (``LABINFER_PREFIX_CACHE=0`` turns it off too);
+    ``eviction_policy`` makes the policy of each cache group. Evicted blocks go to what the plan's ``swap_space`` leaves
+    of host memory, and from there to ``cold_folder``, at most ``cold_bytes`` of it, where they outlive the process.
+    """
+
+    enable_prefix_caching: bool = True
+    eviction_policy: Callable[[], EvictionPolicy] = LeastRecentlyUsed
+    cold_folder: str | Path | None = None
+    cold_bytes: int = 10 * 10**9
+
+
+class Cache:
+    """The cache of a model: ``blocks`` is what a scheduler talks to; ``swap`` is None without host memory for it."""
+
+    def __init__(self, plan: Plan, caches: Sequence[KVCache], options: CacheOptions) -> None:
+        self.arrays = caches
+        self.blocks = block_manager(plan, options)
+        self.swap: Swap | None = None
+        disk = None
+        if options.cold_folder is not None:
+            if not any(group.swap_blocks for group in plan.limits.groups):
+                message = "blocks reach a folder through host memory, and the plan has none for them"
+                raise UsageError("run.cache-folder", message, remedy="compile with --swap-space 1")
+            key = content_key(plan, [cache.device.describe() for cache in caches])
+            disk = DiskStore(Path(options.cold_folder), key, options.cold_bytes)
+        if any(group.swap_blocks for group in plan.limits.groups):
+            pool = HostPool(caches, plan.limits, disk)
+            self.swap = Swap(self.blocks, pool)
+            self.blocks.evict_into(pool)
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Copy blocks in every stage, as ``BlockManager.writable`` asks for it."""
+        for arrays in self.arrays:
+            arrays.copy_blocks(copies)
+
+
+def block_manager(plan: Plan, options: CacheOptions) -> BlockManager:
+    """The books of ``plan``'s cache, empty."""
+    attrs = [part.attrs for stage in plan.stages for op, _ in unfold_ops(stage) for part in op.primitives()]
+    lengths = [length for each in attrs if (length := getattr(each, "reuse_until", None)) is not None]
+    return BlockManager(
+        plan.limits,
+        caching=options.enable_prefix_caching and os.environ.get("LABINFER_PREFIX_CACHE") != "0",
+        policy=options.eviction_policy,
+        recompute_after=plan.recompute_after,
+        reuse_until=min(lengths, default=None),
+    )
+
+
+def content_key(plan: Plan, devices: Sequence[str]) -> str:
+    """What the content of blocks depends on beside their text: two plans with equal keys can share files."""
+    states = [[state.name, *state.widths.items(), state.group] for state in unfold_states(plan).values()]
+    windows = [group.window for group in plan.limits.groups]
+    model = [__version__, plan.source.sha256, states, windows, plan.limits.kv_dtype, plan.limits.block_size]
+    return blake2b(json.dumps([model, list(devices)], sort_keys=True).encode(), digest_size=16).hexdigest()
