@@ -93,7 +93,7 @@ def test_what_a_window_has_passed_is_given_back(name: str) -> None:
             for number in narrow:
                 group = model.plan.limits.groups[number]
                 held = model.blocks.held(sequence.row, number)
-                assert held <= model.plan.limits.sequence_blocks(group, length) <= group.num_blocks < 15
+                assert held <= model.plan.limits.blocks_needed(group, length) <= group.num_blocks < 15
         params = SamplingParams(temperature=0, max_tokens=49, ignore_eos=True)
         assert whole.generate(prompt, params)[0].token_ids == sequence.token_ids[len(prompt) :]
 

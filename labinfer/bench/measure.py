@@ -58,7 +58,7 @@ def check_room(plan: Plan, tests: Listing[Workload]) -> None:
     """Raise ``UsageError`` for a test that the limits of ``plan`` have no room for."""
     bounds = plan.limits
     for test in tests:
-        blocks = [test.batch * bounds.sequence_blocks(group, test.tokens) for group in bounds.groups]
+        blocks = [bounds.blocks_needed(group, *[test.tokens] * test.batch) for group in bounds.groups]
         short = any(count > group.num_blocks for count, group in zip(blocks, bounds.groups, strict=True))
         batch = min(bounds.max_num_seqs, bounds.max_logits_rows, bounds.max_num_batched_tokens)
         if test.tokens > bounds.max_model_len or test.batch > batch or short:

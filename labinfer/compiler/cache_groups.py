@@ -42,19 +42,6 @@ def block_bytes(limits: Limits, states: Iterable[State]) -> list[int]:
     return each
 
 
-def window_blocks(limits: Limits, group: CacheGroup) -> int:
-    """Blocks of ``group`` that ``max_num_seqs`` sequences of ``max_model_len`` own at most at one time.
-
-    The windows may begin anywhere in a block, and together the sequences compute one step's tokens.
-    """
-    size, sequences = limits.block_size, limits.max_num_seqs
-    everything = sequences * -(-limits.max_model_len // size)
-    if group.window is None:
-        return everything
-    tokens = sequences * (group.window + size - 2) + limits.max_num_batched_tokens
-    return min(everything, sequences + tokens // size)
-
-
 @dataclass(frozen=True, slots=True)
 class Room:
     """What bounds the cache, where somebody said so: blocks of the first group, bytes of all devices together.
@@ -81,7 +68,7 @@ def size_groups(limits: Limits, devices: Sequence[DeviceRoom], room: Room) -> li
     Without a bound every group has what ``max_num_seqs`` sequences of ``max_model_len`` need. Within bounds the first
     group gives way; the others keep what they need, but never more blocks than the first, which no sequence outgrows.
     """
-    needed = [window_blocks(limits, group) for group in limits.groups]
+    needed = [limits.blocks_needed(each, *[limits.max_model_len] * limits.max_num_seqs) for each in limits.groups]
     each = [sum(sizes) for sizes in zip(*(device.block_bytes for device in devices), strict=True)]
 
     def counts(first: int) -> list[int]:

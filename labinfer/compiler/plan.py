@@ -58,12 +58,16 @@ class Limits(PlanModel):
         """Bytes of one number in the KV cache."""
         return ITEM_SIZE[self.kv_dtype]
 
-    def sequence_blocks(self, group: CacheGroup, tokens: int) -> int:
-        """Blocks of ``group`` that a sequence of ``tokens`` tokens owns at most: all, or a window and one step's."""
-        blocks = -(-tokens // self.block_size)
+    def blocks_needed(self, group: CacheGroup, *lengths: int) -> int:
+        """Blocks of ``group`` that sequences of ``lengths`` tokens own together at most at one time.
+
+        Where there is a window, these are its blocks, wherever in a block it begins, and those of one step's tokens.
+        """
+        everything = sum(-(-length // self.block_size) for length in lengths)
         if group.window is None:
-            return blocks
-        return min(blocks, 1 + (group.window + self.max_num_batched_tokens + self.block_size - 2) // self.block_size)
+            return everything
+        tokens = len(lengths) * (group.window + self.block_size - 2) + self.max_num_batched_tokens
+        return min(everything, len(lengths) + tokens // self.block_size)
 
     @property
     def max_sequence_len(self) -> int:
@@ -71,7 +75,7 @@ class Limits(PlanModel):
         bounds = [
             group.num_blocks * self.block_size
             for group in self.groups
-            if self.sequence_blocks(group, self.max_model_len) > group.num_blocks
+            if self.blocks_needed(group, self.max_model_len) > group.num_blocks
         ]
         return min([self.max_model_len, *bounds])
 

@@ -108,7 +108,7 @@ def cache_lines(report: Report, width: int) -> Iterator[Line]:
     limits, size = report.limits, report.limits.block_size
     each = [sum(sizes) for sizes in zip(*(stage.kv_cache_per_token for stage in report.stages), strict=True)]
     longest = sum(
-        size * limits.sequence_blocks(group, limits.max_model_len) * of_token
+        size * limits.blocks_needed(group, limits.max_model_len) * of_token
         for group, of_token in zip(limits.groups, each, strict=True)
     )
     yield Line()

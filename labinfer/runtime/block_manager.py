@@ -227,7 +227,7 @@ class BlockManager:
     def fits(self, row: int, length: int, spare: float = 0.0) -> bool:
         """Whether ``row`` can grow to ``length`` tokens, step by step, while a ``spare`` part of all blocks is free."""
         for number, group in enumerate(self.groups):
-            more = self.limits.sequence_blocks(self.limits.groups[number], length) - self.held(row, number)
+            more = self.limits.blocks_needed(self.limits.groups[number], length) - self.held(row, number)
             if more > group.num_free - int(spare * group.num_blocks):
                 return False
         return True

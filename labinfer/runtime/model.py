@@ -65,7 +65,9 @@ class Model:
                 arrays = KVCache(device, states, dict.fromkeys(op.state for op in ops if op.state), plan.limits)
                 self.memory.append(arrays)
                 self.interpreters.append(Interpreter(stage, device, plan.limits, parameters.arrays(), arrays))
-            self.cache = Cache(plan, [each for each in self.memory if isinstance(each, KVCache)], cache or CacheOptions())
+            self.cache = Cache(
+                plan, [each for each in self.memory if isinstance(each, KVCache)], cache or CacheOptions()
+            )
             self.blocks = self.cache.blocks
             self.load(checkpoint, progress, compiling)
         except BaseException:

@@ -65,12 +65,14 @@ class Scheduler:
 
     def has_room(self) -> bool:
         """Whether all running requests can go on to their full length."""
-        blocks, needed = self.model.blocks, [0] * len(self.limits.groups)
-        for request in self.running:
-            length = min(len(request.prompt) + (request.params.max_tokens or self.model.max_len), self.model.max_len)
-            for number, group in enumerate(self.limits.groups):
-                needed[number] += self.limits.sequence_blocks(group, length) - blocks.held(request.sequence.row, number)
-        return all(count <= group.num_free for count, group in zip(needed, blocks.groups, strict=True))
+        blocks, longest = self.model.blocks, self.model.max_len
+        rows = [request.sequence.row for request in self.running]
+        lengths = [min(len(r.prompt) + (r.params.max_tokens or longest), longest) for r in self.running]
+        for number, group in enumerate(self.limits.groups):
+            held = sum(blocks.held(row, number) for row in rows)
+            if self.limits.blocks_needed(group, *lengths) - held > blocks.groups[number].num_free:
+                return False
+        return True
 
     def forget(self, sequence: Sequence) -> None:
         """Give back the cache blocks of ``sequence``, if it has any."""
