@@ -240,8 +240,8 @@ def fusions() -> str:
 def plan_fields() -> str:
     """The parts of a plan, field by field."""
     parts = [
-        plan.Plan, plan.Source, plan.Limits, plan.PlanDevice, plan.Stage, plan.Entry, plan.PlanOp, plan.PlanValue,
-        plan.Arena, plan.StageBytes, plan.PlanState, plan.PlanWeight,
+        plan.Plan, plan.Source, plan.Limits, plan.CacheGroup, plan.PlanDevice, plan.Stage, plan.Entry, plan.PlanOp,
+        plan.PlanValue, plan.Arena, plan.StageBytes, plan.PlanState, plan.PlanWeight,
     ]  # fmt: skip
     return "\n\n".join(f"### {each.__name__}\n\n{whole(each.__doc__)}\n\n{fields(each, type_text)}" for each in parts)
 
