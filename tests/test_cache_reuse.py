@@ -125,12 +125,12 @@ def test_kv_memory_is_used_to_the_last_block(name: str, devices: str) -> None:
 
 @pytest.mark.parametrize("options", [
     {"kv_memory": 1.5}, {"kv_memory": 0}, {"swap_space": -1}, {"swap_space": float("nan")}, {"swap_space": "4"},
-    {"kv_memory": 10**6, "num_blocks": 4},
+    {"kv_memory": 10**6, "num_blocks": 4}, {"swap_space": 1e-9},
 ], ids=str)  # fmt: skip
 def test_sizes_that_make_no_sense(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError) as caught:
         labinfer.compile(GOLDEN / "llama-llama3", **options)
-    assert caught.value.code in ("limits.range", "limits.cache")
+    assert caught.value.code in ("limits.range", "limits.cache", "limits.swap-space")
 
 
 SWAP = {"block_size": 4, "max_num_batched_tokens": 10, "max_model_len": 60, "swap_space": 0.001}

@@ -15,7 +15,7 @@ import pytest
 from labinfer.compiler.plan import load_plan
 from labinfer.errors import UsageError
 from labinfer.files import atomic_write
-from labinfer.units import human_count, parse_count
+from labinfer.units import human_count, parse_bytes, parse_count
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 LLAMA_405B = {
@@ -172,6 +172,43 @@ def test_counts(text: str, number: int):
 def test_bad_counts(text: str):
     with pytest.raises(UsageError):
         parse_count(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("1000", 1000),
+        ("500MB", 500_000_000),
+        ("2GiB", 2 << 30),
+        ("1.5 kib", 1536),
+        ("3g", 3 * 10**9),
+        ("1TiB", 1 << 40),
+    ],
+)
+def test_sizes(text: str, number: int):
+    assert parse_bytes(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "GB", "1.5.2", "8kk", "2iB", "1e9", "0.1", "9" * 400])
+def test_bad_sizes(text: str):
+    with pytest.raises(UsageError):
+        parse_bytes(text)
+
+
+def test_the_cache_can_be_given_in_bytes(labinfer_cli: Cli, tmp_path: Path):
+    sizes = ("--kv-memory", "3MB", "--swap-space", "0.5")
+    assert labinfer_cli("compile", "gemma2", "-o", "p.json", "--max-model-len", "8k", *sizes).returncode == 4
+    sizes = ("--kv-memory", "3GB", "--swap-space", "0.5")
+    assert labinfer_cli("compile", "gemma2", "-o", "p.json", "--max-model-len", "8k", *sizes).returncode == 0
+    [stage] = load_plan(tmp_path / "p.json").stages
+    assert 2.99e9 < stage.bytes.kv_cache <= 3e9
+    assert (1 << 29) - 10**7 < stage.bytes.swap <= 1 << 29
+    shown = labinfer_cli("explain", "p.json").stdout
+    assert "layers that see the last 4,096 tokens" in shown
+    assert "layers that see all tokens" in shown
+    assert "of host memory for blocks that are swapped out" in shown
+    wrong = labinfer_cli("compile", "gemma2", "--kv-memory", "much")
+    assert (wrong.returncode, "--kv-memory" in wrong.stderr) == (2, True)
 
 
 def test_human_count():

@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from labinfer.compiler.graph import Op, State
 from labinfer.compiler.plan import CacheGroup, Limits
-from labinfer.errors import DoesNotFit
+from labinfer.errors import DoesNotFit, UsageError
 
 
 def assign_groups(
@@ -87,9 +87,13 @@ def size_groups(limits: Limits, devices: Sequence[DeviceRoom], room: Room) -> li
         most = needed[0] if room.kv_memory is None or not each[0] else room.kv_memory // each[0]
         blocks = counts(_largest(fits, most))
     share = Fraction(room.swap_bytes, max(1, cache_bytes(blocks, each)))
+    swapped = [int(count * share) for count in blocks]
+    if room.swap_bytes and not all(swapped):
+        message = f"{room.swap_bytes} bytes of host memory hold not one cache block of each group"
+        raise UsageError("limits.swap-space", message, remedy="give more with --swap-space, or none")
     return [
-        group.model_copy(update={"num_blocks": count, "swap_blocks": int(count * share)})
-        for group, count in zip(limits.groups, blocks, strict=True)
+        group.model_copy(update={"num_blocks": count, "swap_blocks": places})
+        for group, count, places in zip(limits.groups, blocks, swapped, strict=True)
     ]
 
 

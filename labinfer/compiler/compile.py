@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any, Literal, get_args
 
 from labinfer import __version__
@@ -272,7 +273,7 @@ def _size_cache(
         own = [number for number, placed in enumerate(placements) if placed.target is target]
         left = None if target.memory is None else target.memory - sum(stages[number].bytes.total for number in own)
         devices.append(DeviceRoom([sum(each) for each in zip(*(sizes[number] for number in own), strict=True)], left))
-    room = Room(options.num_blocks, options.kv_memory, int(options.swap_space * (1 << 30)))
+    room = Room(options.num_blocks, options.kv_memory, ceil(options.swap_space * (1 << 30)))
     limits.groups = size_groups(limits, devices, room)
     for stage, each in zip(stages, sizes, strict=True):
         stage.bytes.kv_cache = cache_bytes((group.num_blocks for group in limits.groups), each)
