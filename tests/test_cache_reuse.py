@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 
 import labinfer
 from labinfer import SamplingParams, catalogue
+from labinfer.api import read_model, targets
+from labinfer.compiler.compile import CompileOptions, compile_plan
 from labinfer.errors import DoesNotFit, UsageError
 from labinfer.llm import LLM
 from labinfer.runtime.model import Model
@@ -123,6 +126,24 @@ def test_kv_memory_is_used_to_the_last_block(name: str, devices: str) -> None:
     assert caught.value.code == "device.memory"
 
 
+@pytest.mark.parametrize("name", ["llama-llama3", "mistral-window", "gemma2-odd_heads"])
+def test_the_cache_takes_what_a_device_has_left(name: str) -> None:
+    blueprint, source, _ = read_model(GOLDEN / name)
+    options = CompileOptions(max_model_len=64, max_num_batched_tokens=16, block_size=4)
+    whole = compile_plan(blueprint, source, targets("reference"), options)
+    [full] = whole.stages
+    for less in (1, full.bytes.kv_cache // 2):
+        [target] = targets("reference")
+        target = replace(target, memory=full.bytes.total - less)
+        plan = compile_plan(blueprint, source, [target], options)
+        each = full.bytes.kv_cache // min(group.num_blocks for group in whole.limits.groups)
+        assert target.memory is not None
+        assert target.memory - each < plan.stages[0].bytes.total <= target.memory
+        assert (plan.limits.groups == whole.limits.groups) is False
+    with pytest.raises(DoesNotFit):
+        compile_plan(blueprint, source, [replace(target, memory=full.bytes.arena)], options)
+
+
 @pytest.mark.parametrize("options", [
     {"kv_memory": 1.5}, {"kv_memory": 0}, {"swap_space": -1}, {"swap_space": float("nan")}, {"swap_space": "4"},
     {"kv_memory": 10**6, "num_blocks": 4}, {"swap_space": 1e-9},
@@ -161,6 +182,7 @@ def test_a_swapped_sequence_goes_on_as_if_nothing_had_been(name: str, devices: s
         assert swap.num_in == swap.num_out
         assert made + greedy(model, sequence, 6) == expected
         assert 0 < swap.seconds(sequence.row) < 1
+    assert model.cache.swap is None
 
 
 def test_a_fork_writes_to_blocks_of_its_own() -> None:

@@ -81,8 +81,8 @@ class BlockManager:
         self.closed = list(range(capacity))[::-1]
         self.counted = CacheCounters()
 
-    def evict_into(self, tier: Tier) -> None:
-        """Keep evicted blocks in ``tier``, and find them there."""
+    def evict_into(self, tier: Tier | None) -> None:
+        """Keep evicted blocks in ``tier``, and find them there; None loses them."""
         for group in self.groups:
             group.tier = tier
 

@@ -55,6 +55,11 @@ class Cache:
             self.swap = Swap(self.blocks, pool)
             self.blocks.evict_into(pool)
 
+    def close(self) -> None:
+        """Give host memory back."""
+        self.swap = None
+        self.blocks.evict_into(None)
+
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """Copy blocks in every stage, as ``BlockManager.writable`` asks for it."""
         for arrays in self.arrays:

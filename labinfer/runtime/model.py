@@ -52,7 +52,7 @@ class Model:
         self.owns_manager = manager is None
         self.owner = f"{plan.source.name} #{next(_numbers)}"
         self.interpreters: list[Interpreter] = []
-        self.memory: list[KVCache | Parameters] = []
+        self.memory: list[KVCache | Parameters | Cache] = []
         weights, states = unfold_weights(plan), unfold_states(plan)
         try:
             for stage in plan.stages:
@@ -68,6 +68,7 @@ class Model:
             self.cache = Cache(
                 plan, [each for each in self.memory if isinstance(each, KVCache)], cache or CacheOptions()
             )
+            self.memory.append(self.cache)
             self.blocks = self.cache.blocks
             self.load(checkpoint, progress, compiling)
         except BaseException:
