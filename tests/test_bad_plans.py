@@ -118,6 +118,8 @@ EDITS: dict[str, tuple[Callable[[Data], Any], str]] = {
     "group that keeps less than attention sees": (put("limits", "groups", 0, "window", 8), "plan.groups"),
     "groups out of order": (
         put("limits", "groups", [{"window": 4, "num_blocks": 4}, {"window": 8, "num_blocks": 4}]), "plan.groups"),
+    "group that nothing is in": (
+        put("limits", "groups", [{"num_blocks": 2048}, {"window": 8, "num_blocks": 4}]), "plan.groups"),
     "two groups that see all": (put("limits", "groups", [{"num_blocks": 4}, {"num_blocks": 4}]), "plan.groups"),
     "more slots than int32 can number": (put("limits", "groups", 0, "num_blocks", 1 << 27), "plan.groups"),
     "wrong step bytes": (put(*STAGE, "bytes", "step", 12), "plan.bytes"),
@@ -361,6 +363,16 @@ def test_caches_beyond_all_memory_do_not_fit(tmp_path: Path, blocks: int) -> Non
     error = failing_load(path)
     assert (error.code, error.exit_code) == ("device.memory", 4)
     assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize("blocks", [2**34, 2**50, 2**62, 2**70])
+def test_host_memory_beyond_the_machine_does_not_fit(tmp_path: Path, blocks: int) -> None:
+    path, data = tiny_plan(tmp_path)
+    data["limits"]["groups"][0]["swap_blocks"] = blocks
+    data["stages"][0]["bytes"]["swap"] = blocks * 16 * 16 * 4 * 3
+    path.write_text(json.dumps(data))
+    error = failing_load(path)
+    assert (error.code, error.exit_code) == ("host.memory", 4)
 
 
 def test_devices_that_do_not_exist(tmp_path: Path) -> None:

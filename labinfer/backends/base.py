@@ -171,10 +171,13 @@ class Device(ABC):
         """A numpy copy of a device array, written to ``out`` where that is given."""
 
     def host_memory(self, nbytes: int) -> Any:
-        """Bytes of host memory, a numpy array, that ``move_in`` and ``move_out`` are fastest with."""
+        """Bytes of host memory, a numpy array, that ``move_in`` and ``move_out`` are fastest with; ``DoesNotFit``."""
         import numpy as np
 
-        return np.zeros(nbytes, np.uint8)
+        try:
+            return np.zeros(nbytes, np.uint8)
+        except (MemoryError, ValueError):  # the latter beyond what any machine can address
+            raise DoesNotFit("host.memory", f"the machine has no {nbytes} bytes for cache blocks") from None
 
     @abstractmethod
     def parameter(self, buffer: Buffer, offset: int, format: str, shape: tuple[int, ...]) -> Any:

@@ -114,6 +114,9 @@ class _PlanCheck:
             for line in self.plan.states
             if line.group >= len(groups)
         ]
+        for number in range(1, len(groups)):
+            if all(line.group != number for line in self.plan.states):
+                found.append(("plan.groups", f"nothing is in cache group {number}"))
         for group in groups:
             if group.num_blocks * self.plan.limits.block_size >= 1 << 31:
                 found.append(("plan.groups", f"{group.num_blocks} blocks are more than int32 slots can number"))

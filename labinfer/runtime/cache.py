@@ -43,14 +43,14 @@ class Cache:
         self.arrays = caches
         self.blocks = block_manager(plan, options)
         self.swap: Swap | None = None
-        disk = None
+        disk, has_room = None, any(stage.bytes.swap for stage in plan.stages)
         if options.cold_folder is not None:
-            if not any(group.swap_blocks for group in plan.limits.groups):
+            if not has_room:
                 message = "blocks reach a folder through host memory, and the plan has none for them"
                 raise UsageError("run.cache-folder", message, remedy="compile with --swap-space 1")
             key = content_key(plan, [cache.device.describe() for cache in caches])
             disk = DiskStore(Path(options.cold_folder), key, options.cold_bytes)
-        if any(group.swap_blocks for group in plan.limits.groups):
+        if has_room:
             pool = HostPool(caches, plan.limits, disk)
             self.swap = Swap(self.blocks, pool)
             self.blocks.evict_into(pool)
