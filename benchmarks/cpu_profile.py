@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from labinfer.backends.cpu.device import CpuDevice, CpuKernel
-from labinfer.backends.cpu.emit import EMITTERS, Emitter
+from labinfer.backends.cpu.emit import EMITTERS
+from labinfer.backends.cpu.emitter import Emitter
 from labinfer.backends.cpu.features import LEVEL
 from labinfer.backends.cpu.packed_weight import PackedWeight
 from labinfer.backends.cpu.tape import Row, table

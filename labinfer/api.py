@@ -316,5 +316,7 @@ def _target(item: str) -> Target:
         tables=known.tables,
         threads=known.threads(),
         block_multiple=known.block_multiple,
+        activations=known.activations,
+        matrix_unit=known.matrix_unit,
         layers=span,
     )

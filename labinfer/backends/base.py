@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,8 @@ class Capabilities:
     are the fused ops it has kernels for; ``workspace`` gives the scratch bytes that a kernel needs at its bounds;
     ``kv_dtypes`` are the formats it can keep keys and values in; ``tables(attrs, max_model_len)`` gives the bytes of
     constants it keeps for all ops with these attributes; ``threads`` how many it uses unless told otherwise;
-    ``block_multiple`` is what the cache's block size must be a multiple of.
+    ``block_multiple`` is what the cache's block size must be a multiple of; ``activations`` says how exactly it can
+    multiply, and ``matrix_unit(activations)`` the fewest tokens, by weight format, for which its matrix unit pays.
     """
 
     parameters: str
@@ -50,6 +51,8 @@ class Capabilities:
     tables: Callable[[Any, int], int] = lambda attrs, max_model_len: 0
     threads: Callable[[], int | None] = lambda: None
     block_multiple: int = 1
+    activations: tuple[str, ...] = ("exact",)
+    matrix_unit: Callable[[str], Mapping[str, int]] = lambda activations: {}
 
 
 @dataclass(eq=False, slots=True)
@@ -207,6 +210,9 @@ class Device(ABC):
     @abstractmethod
     def fill(self, buffer: Buffer, byte: int) -> None:
         """Set every byte of ``buffer``."""
+
+    def tune(self, formats: Iterable[str]) -> None:  # noqa: B027  most devices have nothing to choose
+        """Measure what later plans choose by, for weights in ``formats``, and keep the results on this machine."""
 
     def synchronize(self) -> None:  # noqa: B027  most devices finish before they return
         """Wait until everything asked of the device is done."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from labinfer.cli.options import COUNT, json_option
+from labinfer.cli.options import CHOICES, COUNT, PLAN_OPTIONS, json_option
 from labinfer.cli.output import current
 from labinfer.errors import UsageError
 from labinfer.units import parse_count
@@ -46,6 +46,7 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # generic in newer cli
 @click.option("--devices", metavar="LIST", help="Devices to compile for (default: cpu, where it is installed).")
 @click.option("--threads", type=COUNT, metavar="N", help="Threads (default: one a physical core).")
 @click.option("--kv-dtype", type=click.Choice(["f32", "bf16", "f16"]), help="What keys and values are kept in.")
+@click.option("--activations", type=click.Choice(CHOICES["activations"]), help=PLAN_OPTIONS["activations"])
 @click.option("--weights", metavar="PATH", help="Model directory or file to take the weights from.")
 @click.option("--compare", is_flag=True, help="Take turns with the installed peers: llama.cpp, transformers.")
 @json_option

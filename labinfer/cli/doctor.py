@@ -120,7 +120,7 @@ def _examine(check: Callable[[], list[Finding]]) -> list[Finding]:
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-@click.option("--warm", metavar="MODEL", help="First compile the kernels that MODEL needs, so that no start waits.")
+@click.option("--warm", metavar="MODEL", help="First compile the kernels that MODEL needs, and measure which are fast.")
 @click.pass_context
 def doctor(context: click.Context, as_json: bool, warm: str | None) -> None:
     """Check this installation and say how to fix it.
@@ -133,6 +133,8 @@ def doctor(context: click.Context, as_json: bool, warm: str | None) -> None:
 
         with out.progress() as progress, LLM(warm, progress=progress) as model:
             model.logits([0])
+            for device in model.manager.devices.values():
+                device.tune(sorted({weight.format for weight in model.plan.weights if len(weight.shape) > 1}))
         out.note(f"the kernels for {warm} are ready")
     findings = [finding for check in CHECKS for finding in _examine(check)]
     failed = any(finding.status == "failed" for finding in findings)

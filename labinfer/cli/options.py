@@ -42,6 +42,7 @@ PLAN_OPTIONS = {
     "max_logits_rows": "Rows of logits a step may compute (default: one a sequence).",
     "block_size": "Tokens in a block of the KV cache (default: 16).",
     "kv_dtype": "How keys and values are kept: f32 (default), bf16 or f16.",
+    "activations": "Bits of activations in products: exact (about 16, the default), or int8: lossy, faster on cpu.",
     "threads": "Threads of a CPU device (default: its physical cores).",
     "num_blocks": "Blocks of the KV cache (default: enough for all sequences at full length).",
     "kv_memory": "Memory for the KV cache instead: 500MB, 2GiB.",
@@ -51,7 +52,7 @@ PLAN_OPTIONS = {
 """Options that decide the plan, by the compiler's name for them, and their help."""
 
 
-CHOICES = {"fuse": ["auto", "all", "none"], "kv_dtype": ["f32", "bf16", "f16"]}
+CHOICES = {"fuse": ["auto", "all", "none"], "kv_dtype": ["f32", "bf16", "f16"], "activations": ["exact", "int8"]}
 """What may be given for the options that are a choice."""
 
 KINDS: dict[str, tuple[Any, str]] = {

@@ -19,7 +19,7 @@ from labinfer.compiler.plan import Arena, CacheGroup, Limits, Plan, PlanDevice, 
 from labinfer.compiler.settings import ModelSource, model_scope
 from labinfer.compiler.target import Placement, Target, place
 from labinfer.errors import DoesNotFit, InvalidFile, UsageError
-from labinfer.ops.base import KernelBounds, TensorType
+from labinfer.ops.base import KernelBounds, KernelOptions, TensorType
 from labinfer.ops.fusions import FUSIONS
 
 Fuse = Literal["auto", "all", "none"]
@@ -35,6 +35,7 @@ class CompileOptions:
     ``num_blocks`` blocks of ``block_size`` tokens, or as many as ``kv_memory`` bytes hold (default: enough for all
     sequences at full length, or as many as fit); ``swap_space`` GiB of host memory are for blocks swapped out.
     ``kv_dtype`` is how keys and values are kept, ``threads`` how many a CPU uses (default: its physical cores).
+    ``activations`` ``int8`` trades exactness for speed where devices can.
     ``fuse``: ``auto`` uses the fused kernels that the devices have, ``all`` every declared fusion, ``none`` no fusion.
     """
 
@@ -48,6 +49,7 @@ class CompileOptions:
     swap_space: float = 0
     kv_dtype: Literal["f32", "bf16", "f16"] = "f32"
     threads: int | None = None
+    activations: Literal["exact", "int8"] = "exact"
     fuse: Fuse = "auto"
     arena_effort_seconds: float = 1.0
 
@@ -93,7 +95,7 @@ def compile_plan(
         limits=limits,
         vocab_size=vocab_size,
         recompute_after=_recompute_after(graph),
-        devices={target.name: _device(target) for target in targets},
+        devices={target.name: _device(target, graph) for target in targets},
         stages=stages,
         states=fold_states(graph.states),
         weights=fold_weights(graph.weights),
@@ -105,7 +107,7 @@ def compile_plan(
 
 
 def _target(target: Target, options: CompileOptions) -> Target:
-    """``target`` with the threads asked for, if it can keep the cache as asked."""
+    """``target`` with the threads and the exactness asked for, if it can keep the cache as asked."""
     if options.kv_dtype not in target.kv_dtypes:
         message = f"'{target.name}' cannot keep keys and values as {options.kv_dtype}"
         raise DoesNotFit("device.kv-dtype", message, remedy=f"it can as {', '.join(target.kv_dtypes)}")
@@ -115,7 +117,11 @@ def _target(target: Target, options: CompileOptions) -> Target:
         raise UsageError("limits.block-size", message, remedy=f"--block-size {-(-size // multiple) * multiple}")
     if options.threads is not None and not (isinstance(options.threads, int) and 0 < options.threads <= 1024):
         raise UsageError("limits.range", f"threads must be a whole number from 1 to 1024, got {options.threads!r}")
-    return replace(target, threads=target.threads and (options.threads or target.threads))
+    if options.activations not in target.activations:
+        message = f"'{target.name}' cannot compute with {options.activations} activations"
+        raise DoesNotFit("device.activations", message, remedy=f"it can with {', '.join(target.activations)}")
+    chosen = KernelOptions(options.activations, target.matrix_unit(options.activations))
+    return replace(target, threads=target.threads and (options.threads or target.threads), options=chosen)
 
 
 def _source(blueprint: Blueprint, source: ModelSource, graph: OpGraph, checkpoint: str | None) -> Source:
@@ -129,11 +135,13 @@ def _source(blueprint: Blueprint, source: ModelSource, graph: OpGraph, checkpoin
     )
 
 
-def _device(target: Target) -> PlanDevice:
-    fusions = list(target.fusions)
+def _device(target: Target, graph: OpGraph) -> PlanDevice:
+    fusions, formats = list(target.fusions), {w.format for w in graph.weights.values() if len(w.shape) > 1}
+    fewest = {name: tokens for name, tokens in sorted(target.options.matrix_unit.items()) if name in formats}
     return PlanDevice(
-        kind=target.kind, memory=target.memory, parameters=target.parameters, threads=target.threads, fusions=fusions
-    )
+        kind=target.kind, memory=target.memory, parameters=target.parameters, threads=target.threads, fusions=fusions,
+        activations=target.options.activations, matrix_unit=fewest,
+    )  # fmt: skip
 
 
 def _limits(blueprint: Blueprint, source: ModelSource, options: CompileOptions) -> Limits:
@@ -206,6 +214,7 @@ def _stage(
             limits.max_logits_rows,
             limits.max_num_seqs,
             target.threads or 1,
+            target.options,
         )
         return aligned(target.workspace(bounds))
 

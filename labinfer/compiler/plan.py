@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from labinfer.errors import Errors, InvalidFile, Place
-from labinfer.ops.base import ITEM_SIZE, Dim, TensorType
+from labinfer.ops.base import ITEM_SIZE, Dim, KernelOptions, TensorType
 
 SCHEMA_VERSION = 1
 MAX_PLAN_BYTES = 4_000_000
@@ -240,13 +240,28 @@ class PlanState(PlanModel):
 
 
 class PlanDevice(PlanModel):
-    """A device: ``memory`` is its cap in bytes, ``parameters`` the layout of weights, ``threads`` how many it uses."""
+    """A device: ``memory`` is its cap in bytes, ``parameters`` the layout of weights, ``threads`` how many it uses.
+
+    ``activations`` and ``matrix_unit`` are how it computes (see ``options``).
+    """
 
     kind: str = Field(description="backend")
     memory: PositiveInt | None = Field(default=None, description="cap in bytes")
     parameters: str = Field(description="layout that weights take there")
     threads: PositiveInt | None = Field(default=None, description="threads it uses")
     fusions: list[str] = Field(default_factory=list, description="fused ops it has kernels for")
+    activations: Literal["exact", "int8"] = Field(
+        default="exact", description="bits of activations in products: about 16, or 8 for speed"
+    )
+    matrix_unit: dict[str, PositiveInt] = Field(
+        default_factory=dict,
+        description="fewest tokens for which products with weights in a format run on its matrix unit",
+    )
+
+    @property
+    def options(self) -> KernelOptions:
+        """How its kernels compute."""
+        return KernelOptions(self.activations, self.matrix_unit)
 
 
 class Plan(PlanModel):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from labinfer.compiler.graph import Op, OpGraph
 from labinfer.errors import DoesNotFit, UsageError, did_you_mean
-from labinfer.ops.base import KernelBounds
+from labinfer.ops.base import DEFAULT_OPTIONS, KernelBounds, KernelOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,9 @@ class Target:
     ``kv_dtypes`` are the cache formats it reads; ``tables`` gives the bytes of constants that ops of equal attributes
     share; ``threads`` how many it uses, None where that means nothing; ``block_multiple`` divides the size of a
     block of the cache;
-    ``memory`` is a cap in bytes; ``layers`` the layers (first, last) a person gave it, None for an even share.
+    ``activations`` are the ways it multiplies, ``matrix_unit(activations)`` where its matrix unit pays, and ``options``
+    what was chosen of that; ``memory`` is a cap in bytes; ``layers`` the layers (first, last) a person gave it, None
+    for an even share.
     """
 
     name: str
@@ -33,6 +35,9 @@ class Target:
     tables: Callable[[Any, int], int]
     threads: int | None
     block_multiple: int = 1
+    activations: tuple[str, ...] = ("exact",)
+    matrix_unit: Callable[[str], Mapping[str, int]] = lambda activations: {}
+    options: KernelOptions = DEFAULT_OPTIONS
     memory: int | None = None
     layers: tuple[int, int] | None = None
 

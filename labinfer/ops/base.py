@@ -109,13 +109,28 @@ class Step:
     max_num_seqs: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class KernelOptions:
+    """What a plan decides about how a device computes.
+
+    ``activations`` is ``exact``, or ``int8`` for fewer bits of them and more speed. ``matrix_unit`` gives the fewest
+    tokens for which products with weights in a format run on the device's matrix unit.
+    """
+
+    activations: Literal["exact", "int8"] = "exact"
+    matrix_unit: Mapping[str, int] = field(default_factory=dict)
+
+
+DEFAULT_OPTIONS = KernelOptions()
+
+
 @dataclass(slots=True)
 class Call:
     """One op with everything resolved to arrays: what a kernel gets.
 
     ``cache`` holds the op's state by part name (``k``, ``v``), each ``[slots, width]``; slot ``b * block_size + j`` is
     token ``j`` of cache block ``b``. ``workspace`` is scratch memory. A fused op has the calls of its ``parts``, where
-    values that never leave the kernel are None.
+    values that never leave the kernel are None. ``options`` are the plan's.
     """
 
     attrs: Any
@@ -126,6 +141,7 @@ class Call:
     step: Step | None = None
     workspace: Any = None
     parts: tuple[Call, ...] = ()
+    options: KernelOptions = DEFAULT_OPTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +160,7 @@ class KernelBounds:
     rows: int
     sequences: int
     threads: int
+    options: KernelOptions = DEFAULT_OPTIONS
 
 
 class OpSpec:

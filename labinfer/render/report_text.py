@@ -62,6 +62,18 @@ def summary_lines(plan: Plan, report: Report, width: int = 80) -> Iterator[Line]
     yield Line()
     yield Line("Devices", "head")
     yield from (Line(f"  {line}") for line in device_table(plan))
+    yield from product_lines(plan, width)
+
+
+def product_lines(plan: Plan, width: int) -> Iterator[Line]:
+    """How devices multiply, where there was something to choose."""
+    for name, device in plan.devices.items():
+        if device.activations != "exact":
+            yield Line(f"  {name} rounds activations to {device.activations}: faster, and lossy")
+        if device.matrix_unit:
+            fewest = ", ".join(f"{format} from {count}" for format, count in device.matrix_unit.items())
+            text = f"{name} multiplies many tokens at once on its matrix unit: {fewest} tokens on"
+            yield from (Line(f"  {line}") for line in textwrap.wrap(text, width - 2))
 
 
 def device_table(plan: Plan) -> list[str]:

@@ -17,7 +17,7 @@ from labinfer.compiler.fold import GRAPH_INPUTS, Slot, steps, unfold_inputs, unf
 from labinfer.compiler.graph import Op
 from labinfer.compiler.plan import Limits, Stage
 from labinfer.errors import DoesNotFit, LabinferError, UsageError, did_you_mean
-from labinfer.ops.base import Call, dim
+from labinfer.ops.base import DEFAULT_OPTIONS, Call, KernelOptions, dim
 from labinfer.ops.fusions import is_view
 from labinfer.runtime.kv_cache import KVCache
 from labinfer.runtime.poison import Poison
@@ -69,10 +69,16 @@ class Interpreter:
     """Runs one stage on one device. ``parameters`` are the stage's weights as device arrays, by name."""
 
     def __init__(
-        self, stage: Stage, device: Device, limits: Limits, parameters: Mapping[str, Any], cache: KVCache
+        self,
+        stage: Stage,
+        device: Device,
+        limits: Limits,
+        parameters: Mapping[str, Any],
+        cache: KVCache,
+        options: KernelOptions = DEFAULT_OPTIONS,
     ) -> None:
         self.stage, self.device, self.limits = stage, device, limits
-        self.parameters, self.cache = parameters, cache
+        self.parameters, self.cache, self.options = parameters, cache, options
         self.ops: list[Op] = []
         self.slots: dict[str, Slot] = unfold_inputs(stage)
         self.inner: dict[str, Slot] = {}
@@ -221,6 +227,7 @@ class Interpreter:
             self.step_memory.steps[self.cache.group_of.get(op.state or "", 0)],
             memory,
             tuple(self.call(part, values) for part in op.body),
+            self.options,
         )
 
     def listen(self, value: str, callback: Callable[[Any], Any]) -> Listener:

@@ -64,7 +64,8 @@ class Model:
                 self.memory.append(parameters)
                 arrays = KVCache(device, states, dict.fromkeys(op.state for op in ops if op.state), plan.limits)
                 self.memory.append(arrays)
-                self.interpreters.append(Interpreter(stage, device, plan.limits, parameters.arrays(), arrays))
+                options = plan.devices[stage.device].options
+                self.interpreters.append(Interpreter(stage, device, plan.limits, parameters.arrays(), arrays, options))
             self.cache = Cache(
                 plan, [each for each in self.memory if isinstance(each, KVCache)], cache or CacheOptions()
             )

@@ -19,7 +19,7 @@ pytest.importorskip("numba")
 
 import labinfer
 from labinfer.backends.cpu.device import CpuDevice
-from labinfer.backends.cpu.emit import Emitter
+from labinfer.backends.cpu.emitter import Emitter
 from labinfer.backends.cpu.layout import weight_bytes
 from labinfer.backends.reference.device import ReferenceDevice
 from labinfer.errors import LabinferError, UsageError

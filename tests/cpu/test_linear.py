@@ -14,96 +14,15 @@ from numpy.testing import assert_array_equal
 
 pytest.importorskip("numba")
 
-from labinfer.backends.cpu import features, isa
-from labinfer.backends.cpu.layout import PANEL_FORMATS, activation_bytes, activation_digits, packed_bytes
-from labinfer.backends.cpu.linear import linear, linear_glu
+from labinfer.backends.cpu import features
+from labinfer.backends.cpu.layout import PANEL_FORMATS, glu_chunk, product_kernel
+from labinfer.backends.cpu.linear import linear_glu
 from labinfer.backends.cpu.machine_code import address
-from labinfer.backends.cpu.packed_weight import pack
-from labinfer.backends.cpu.quantize import quantize_row
 from labinfer.backends.cpu.tape import ACCUMULATE, ACTIVATION_CODES
 from labinfer.ops.activations import FUNCTIONS
-from labinfer.ops.dequantization import dequantize
-from labinfer.ops.formats import FORMATS
-from tests.cpu.weights import aligned, stored_weight
+from tests.cpu.products import SENTINEL, Activations, Weight, columns_of, product, quantize_rows
 
 FEW = ["q4_1", "q6_k", "bf16"]
-SENTINEL = np.float32(12345.0)
-
-
-@isa.njit
-def quantize_rows(digits: int, x: int, columns: int, tokens: int, out: int, stride: int) -> None:
-    for t in range(tokens):
-        quantize_row(digits, x + t * columns * 4, columns, out + t * stride)
-
-
-@isa.njit
-def run(
-    code: int, w: int, columns: int, x: int, x_stride: int, y: int, y_stride: int, tokens: int, g0: int, g1: int,
-    rows: int, bias: int, mode: int,
-) -> None:  # fmt: skip
-    linear(code, w, columns, x, x_stride, y, y_stride, tokens, g0, g1, rows, bias, mode)
-
-
-def code_of(format: str, digits: int = 2) -> int:
-    return address(f"linear/{format}/{activation_digits(format, digits)}")
-
-
-class Weight:
-    """A random weight, packed, and what it means in float64."""
-
-    def __init__(self, format: str, rows: int, columns: int, seed: int = 0) -> None:
-        self.format, self.rows, self.columns = format, rows, columns
-        raw = stored_weight(format, rows, columns, seed)
-        self.meaning = dequantize(raw, format, (rows, columns)).astype(np.float64)
-        self.packed = aligned(packed_bytes(format, rows, columns))
-        pack(format, raw, rows, columns, self.packed)
-
-
-class Activations:
-    """Random rows whose numbers differ much in size, as the kernels of ``weight`` take them."""
-
-    def __init__(self, weight: Weight, tokens: int, digits: int = 2, spread: float = 1.0) -> None:
-        rng = np.random.default_rng([tokens, weight.columns])
-        sizes = np.exp(spread * rng.standard_normal((tokens, weight.columns)))
-        self.x = (rng.standard_normal((tokens, weight.columns)) * sizes).astype(np.float32)
-        self.stride = activation_bytes(weight.format, weight.columns, digits)
-        self.digits = activation_digits(weight.format, digits)
-        self.rows = aligned(tokens * self.stride, fill=0xFF)
-        quantize_rows(
-            self.digits, self.x.ctypes.data, weight.columns, tokens, self.rows.ctypes.data, self.stride
-        )  # fmt: skip
-
-    def bound(self, weight: Weight) -> np.ndarray:
-        """The greatest error of each result: half a step for each number, and the rounding of a float32 sum."""
-        sizes, x = np.abs(weight.meaning), np.abs(self.x.astype(np.float64))
-        steps = np.zeros_like(x)
-        if self.digits:
-            greatest = x.reshape(len(x), -1, 32).max(axis=2)
-            steps = np.repeat(greatest * 0.5 / (features.DIGIT_MAX * 128.0 ** (self.digits - 1)), 32, axis=1)
-        # A zero point or minimum is taken off at the end, so that the sums are of larger numbers than the weights.
-        larger = np.maximum(sizes, sizes.reshape(len(sizes), -1).max()) if self.digits else sizes
-        return 1.001 * steps @ sizes.T + 2e-6 * (x @ larger.T)
-
-
-def product(w: Weight, a: Activations, tokens: int, bias: np.ndarray | None = None, mode: int = 0, parts: int = 1,
-            digits: int = 2) -> np.ndarray:  # fmt: skip
-    """What ``linear`` writes, in an array with room on both sides that must stay as it is."""
-    y = np.full((tokens + 1, w.rows + 5), SENTINEL)
-    panels = -(-w.rows // 16)
-    for part in range(parts):
-        g0, g1 = panels * part // parts, panels * (part + 1) // parts
-        run(
-            code_of(w.format, digits), w.packed.ctypes.data, w.columns, a.rows.ctypes.data, a.stride, y.ctypes.data,
-            y.shape[1], tokens, g0, g1, w.rows, 0 if bias is None else bias.ctypes.data, mode,
-        )  # fmt: skip
-    assert_array_equal(y[:, w.rows :], SENTINEL)
-    assert_array_equal(y[tokens:], SENTINEL)
-    return y[:tokens, : w.rows]
-
-
-def columns_of(format: str) -> list[int]:
-    size = FORMATS[format].block_size
-    return {1: [1, 33, 77], 32: [32, 96], 256: [256, 768]}[size]
 
 
 @pytest.mark.parametrize("format", PANEL_FORMATS)
@@ -141,8 +60,8 @@ def test_a_large_product_is_within_the_stated_error(format):
 def test_one_digit(format):
     w = Weight(format, 40, columns_of(format)[-1])
     for tokens in (1, 4, 13):
-        a = Activations(w, tokens, digits=1)
-        error = np.abs(product(w, a, tokens, digits=1) - a.x.astype(np.float64) @ w.meaning.T)
+        a = Activations(w, tokens, form=1)
+        error = np.abs(product(w, a, tokens) - a.x.astype(np.float64) @ w.meaning.T)
         assert (error <= a.bound(w)).all()
         assert error.max() > 0  # it is the lossy one
 
@@ -167,11 +86,12 @@ def test_gated_unit(format, tokens):
     a = Activations(gate, tokens, spread=0.1)
     expected = FUNCTIONS["silu"](product(gate, a, tokens) + bias) * product(up, a, tokens)
     y = np.full((tokens, rows + 3), SENTINEL)
-    code, panels = code_of(format), -(-rows // 16)
+    code, panels = address(product_kernel(format, a.form)), -(-rows // 16)
     for g0, g1 in ((0, 2), (2, panels)):
         linear_glu(
             code, gate.packed.ctypes.data, bias.ctypes.data, code, up.packed.ctypes.data, 0, columns,
             a.rows.ctypes.data, a.stride, y.ctypes.data, rows + 3, tokens, g0, g1, rows, ACTIVATION_CODES["silu"],
+            glu_chunk(a.form, columns),
         )  # fmt: skip
     assert_array_equal(y[:, rows:], SENTINEL)
     np.testing.assert_allclose(y[:, :rows], expected, rtol=1e-5, atol=1e-5)
@@ -183,7 +103,7 @@ def test_nan_and_infinity_reach_every_result(format, poison):
     w = Weight(format, 20, 64)
     a = Activations(w, 2)
     a.x[1, 40] = poison
-    quantize_rows(a.digits, a.x.ctypes.data, 64, 2, a.rows.ctypes.data, a.stride)
+    quantize_rows(a.form, a.x.ctypes.data, 64, 2, a.rows.ctypes.data, a.stride)
     y = product(w, a, 2)
     assert np.isfinite(y[0]).all()
     assert not np.isfinite(y[1]).any()

@@ -9,7 +9,14 @@ from numpy.testing import assert_array_equal
 pytest.importorskip("numba")
 
 from labinfer.backends.cpu import isa
-from labinfer.backends.cpu.layout import PANEL_FORMATS, activation_bytes, packed_bytes, panel_bytes, weight_bytes
+from labinfer.backends.cpu.layout import (
+    PANEL_FORMATS,
+    activation_bytes,
+    activations_bytes,
+    packed_bytes,
+    panel_bytes,
+    weight_bytes,
+)
 from labinfer.backends.cpu.machine_code import address
 from labinfer.backends.cpu.packed_weight import pack
 from labinfer.backends.cpu.panels import unpack_row
@@ -74,9 +81,10 @@ def test_packed_weights_take_what_is_stored(format):
 def test_bytes_of_tensors_and_activations():
     assert weight_bytes("q4_0", (576,)) == 4 * 576
     assert weight_bytes("q4_0", (3, 20, 64)) == 3 * packed_bytes("q4_0", 20, 64)
-    assert activation_bytes("q4_0", 64) == 2 * (16 + 64)
-    assert activation_bytes("q6_k", 256, digits=1) == 8 * (16 + 32)
-    assert activation_bytes("bf16", 77) == 78 * 4
+    assert activation_bytes(2, 64) == 2 * (16 + 64)
+    assert activation_bytes(1, 256) == 8 * (16 + 32)
+    assert activation_bytes(0, 77) == 78 * 4
+    assert activations_bytes(-2, 17, 64) == 32 * 64 * 4
     with pytest.raises(WeightsError, match="no kernel for weights in format 'i32'"):
         panel_bytes("i32", 64)
 

@@ -1,6 +1,7 @@
 """The CPU backend: numba kernels that read weights in their stored format, with the machine's vector instructions."""
 
 from labinfer.backends.base import Capabilities
+from labinfer.backends.cpu.crossover import fewest_tokens
 from labinfer.backends.cpu.layout import weight_bytes
 from labinfer.backends.cpu.machine import default_threads
 from labinfer.backends.cpu.workspace import BLOCK_MULTIPLE, scratch_bytes, table_bytes
@@ -14,4 +15,6 @@ CAPABILITIES = Capabilities(
     tables=table_bytes,
     threads=default_threads,
     block_multiple=BLOCK_MULTIPLE,
+    activations=("exact", "int8"),
+    matrix_unit=fewest_tokens,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from ctypes import c_double, c_int64
 from dataclasses import replace
 from math import prod
@@ -13,7 +13,9 @@ import numpy as np
 
 from labinfer.backends.base import Buffer, FunctionTable, Kernel
 from labinfer.backends.cpu import features, machine_code
-from labinfer.backends.cpu.emit import EMITTERS, Emitter
+from labinfer.backends.cpu.crossover import tune
+from labinfer.backends.cpu.emit import EMITTERS
+from labinfer.backends.cpu.emitter import Emitter
 from labinfer.backends.cpu.layout import packed_bytes
 from labinfer.backends.cpu.machine import default_threads
 from labinfer.backends.cpu.packed_weight import PackedWeight, pack
@@ -50,7 +52,9 @@ class CpuKernel:
         formats = tuple((weight.format, (weight.rows, weight.columns)) for weight in panels)
         sequences = 1 if call.step is None else len(call.step.context_len)
         tokens, threads = len(call.inputs[0]), self.device.threads
-        bounds = KernelBounds(self.kind, (call.attrs,), tuple(types), formats, tokens, tokens, sequences, threads)
+        bounds = KernelBounds(
+            self.kind, (call.attrs,), tuple(types), formats, tokens, tokens, sequences, threads, call.options
+        )
         raw = np.empty(scratch_bytes(bounds) // 4 + 16, np.int32)
         return raw[-(raw.ctypes.data // 4) % 16 :]
 
@@ -75,11 +79,11 @@ def _weight(kind: str, name: str, weight: Any) -> Any:
 
 
 class CpuDevice(HostDevice):
-    """Runs ops at the speed of memory. ``threads`` workers share every op; ``digits`` 1 trades exactness for speed."""
+    """Runs ops at the speed of memory. ``threads`` workers share every op."""
 
-    def __init__(self, name: str, memory_limit: int | None = None, threads: int | None = None, digits: int = 2) -> None:
+    def __init__(self, name: str, memory_limit: int | None = None, threads: int | None = None) -> None:
         super().__init__(name, memory_limit)
-        self.threads, self.digits = threads or default_threads(), digits
+        self.threads = threads or default_threads()
         self.loaders = self.threads
         self.workers = Workers(self.threads)
         self.tables: weakref.WeakValueDictionary[Any, np.ndarray] = weakref.WeakValueDictionary()
@@ -157,6 +161,10 @@ class CpuDevice(HostDevice):
 
         return run
 
+    def tune(self, formats: Iterable[str]) -> None:
+        """From how many tokens on the matrix unit pays."""
+        tune(formats)
+
     def draw(self, logits: np.ndarray, temperature: float, top_k: int, top_p: float, random: float) -> int:
         """A token from one row of logits, without sorting the vocabulary (see ``sampling``)."""
         size = sampling_scratch(len(logits))
@@ -176,4 +184,5 @@ class CpuDevice(HostDevice):
 
     def describe(self) -> str:
         """What it is."""
-        return f"{self.threads} threads, {features.LEVEL}{' with bf16' if features.HAS_BF16 else ''}"
+        extra = " and a matrix unit" if features.has_matrix_unit() else ""
+        return f"{self.threads} threads, {features.LEVEL}{' with bf16' if features.HAS_BF16 else ''}{extra}"

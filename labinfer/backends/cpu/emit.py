@@ -7,180 +7,13 @@ device: its weights' layout, rope tables, threads and scratch memory.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from labinfer.backends.cpu.layout import PANEL_ROWS, activation_bytes, activation_digits
-from labinfer.backends.cpu.packed_weight import PackedWeight
-from labinfer.backends.cpu.tape import ACCUMULATE, ACTIVATION_CODES, Argument, Row
-from labinfer.backends.cpu.workspace import (
-    BLOCK_MULTIPLE,
-    attention_partials_bytes,
-    attention_scratch,
-    mla_scratch,
-    route_scratch,
-)
-from labinfer.errors import LabinferError, UsageError
-from labinfer.ops.base import Call, Step
-
-if TYPE_CHECKING:
-    from labinfer.backends.cpu.device import CpuDevice
-
-
-def address(array: Any) -> int:
-    """The address of an array's first element; 0 for None."""
-    return 0 if array is None else int(array.__array_interface__["data"][0])
-
-
-def stride(array: Any) -> int:
-    """Floats from row to row."""
-    return int(array.strides[0]) // 4
-
-
-def cache_dtype(call: Call) -> int:
-    """The cache's dtype, as ``paged_cache.CACHE_DTYPES`` numbers it; a block of it must be whole key panels."""
-    if call.step is not None and call.step.block_size % BLOCK_MULTIPLE:
-        message = f"the block size {call.step.block_size} is not a multiple of {BLOCK_MULTIPLE}"
-        raise UsageError("limits.block-size", message, remedy="compile the plan again")
-    return {4: 0, 2: 1}[call.cache["k"].itemsize] + int(call.cache["k"].dtype == np.float16)
-
-
-class Emitter:
-    """Writes the rows of one op; ``take`` hands out its scratch memory."""
-
-    def __init__(self, device: CpuDevice, call: Call) -> None:
-        self.device, self.call, self.rows = device, call, list[Row]()
-        self.kept: list[np.ndarray] = []
-        self.scratch = address(call.workspace)
-        self.left = 0 if call.workspace is None else call.workspace.nbytes
-
-    @property
-    def step(self) -> Step:
-        """The step batch."""
-        if self.call.step is None:
-            raise LabinferError("run.no-step", "this op needs a step batch")
-        return self.call.step
-
-    def take(self, nbytes: int) -> int:
-        """The address of so many bytes of the op's planned scratch memory."""
-        size = -(-nbytes // 64) * 64
-        if size > self.left:
-            raise LabinferError("run.workspace", f"a kernel needs {size} bytes of scratch, {self.left} were planned")
-        self.scratch, self.left = self.scratch + size, self.left - size
-        return self.scratch - size
-
-    def take_array(self, shape: tuple[int, ...]) -> np.ndarray:
-        """A float32 array over the op's scratch memory."""
-        count, start = prod(shape), self.take(4 * prod(shape)) - address(self.call.workspace)
-        array: np.ndarray = self.call.workspace.view(np.float32)[start // 4 : start // 4 + count].reshape(shape)
-        return array
-
-    def add(self, step: str, *arguments: Argument, then_wait: bool = True) -> None:
-        """Append a row."""
-        self.rows.append(Row(step, arguments, then_wait))
-
-    def kernel(self, format: str) -> str:
-        """The kernel that multiplies with weights in ``format``."""
-        return f"linear/{format}/{activation_digits(format, self.device.digits)}"
-
-    def activations(self, x: Any, formats: list[str], then_wait: bool = True) -> dict[int, tuple[int, int]]:
-        """Rows of ``x`` as weights in ``formats`` want them: (address, bytes from row to row) by number of digits."""
-        found: dict[int, tuple[int, int]] = {}
-        tokens, columns = x.shape
-        for format in formats:
-            digits = activation_digits(format, self.device.digits)
-            if digits in found:
-                continue
-            if digits == 0 and columns % 2 == 0:
-                found[0] = address(x), x.strides[0]
-                continue
-            size = activation_bytes(format, columns, self.device.digits)
-            found[digits] = self.take(tokens * size), size
-            self.add(
-                "quantize_step", tokens, digits, address(x), stride(x), columns, *found[digits], then_wait=then_wait
-            )
-        return found
-
-    def product(
-        self, x: tuple[int, int], w: PackedWeight, y: Any, bias: Any, mode: int, then_wait: bool = True
-    ) -> None:
-        """``y (+)= x @ w.T + bias`` for activation rows ``x``."""
-        panels = -(-w.rows // PANEL_ROWS)
-        self.add(
-            "linear_step", self.kernel(w.format), w.address, w.columns, *x,
-            address(y), stride(y), len(y), panels, w.rows, address(bias), mode, then_wait=then_wait,
-        )  # fmt: skip
-
-    def experts(
-        self, found: dict[int, tuple[int, int]], w: PackedWeight, y: Any, bounds: int, experts: int, then_wait: bool
-    ) -> None:
-        """Each expert's rows of the activations by its own matrix of the stack ``w``."""
-        x = found[activation_digits(w.format, self.device.digits)]
-        self.add(
-            "experts_step", self.kernel(w.format), w.address, w.nbytes, w.columns, *x,
-            address(y), stride(y), bounds, experts, -(-w.rows // PANEL_ROWS), w.rows, then_wait=then_wait,
-        )  # fmt: skip
-
-    def linear(self, call: Call, x: Any, y: Any, mode: int = 0) -> None:
-        """One linear op on float32 rows."""
-        w = call.weights["weight"]
-        found = self.activations(x, [w.format])
-        digits = activation_digits(w.format, self.device.digits)
-        self.product(found[digits], w, y, call.weights.get("bias"), mode)
-
-    def normed(self, call: Call, x: Any, formats: list[str]) -> dict[int, tuple[int, int]]:
-        """``rms_norm`` of ``x`` straight into activation rows."""
-        tokens, columns = x.shape
-        normed = self.take_array(x.shape)
-        weight, eps, offset = address(call.weights.get("weight")), float(call.attrs.eps), float(call.attrs.offset)
-        digits = max(activation_digits(format, self.device.digits) for format in formats)
-        if digits == 0:
-            self.add(
-                "rms_norm_step", tokens, address(x), stride(x), weight, address(normed), columns, columns, columns,
-                eps, offset,
-            )  # fmt: skip
-            return self.activations(normed, formats)
-        format = next(each for each in formats if activation_digits(each, self.device.digits) == digits)
-        size = activation_bytes(format, columns, self.device.digits)
-        found = {digits: (self.take(tokens * size), size)}
-        self.add(
-            "norm_quantize_step", tokens, digits, address(x), stride(x), columns, *found[digits], weight,
-            address(normed), columns, eps, offset,
-        )  # fmt: skip
-        plain = [each for each in formats if activation_digits(each, self.device.digits) == 0]
-        return found | self.activations(normed, plain)
-
-    def turn(self, call: Call, positions: Any) -> tuple[int, int, int, int, int, int]:
-        """What a rope op does: table, rows, head_dim, rotary_start, half, interleaved."""
-        attrs = call.attrs
-        geometry = attrs.head_dim, attrs.rotary_start, attrs.turned // 2, int(attrs.style == "interleaved")
-        if attrs.length_dependent and not attrs.recompute_after:
-            return *self.dynamic_table(call, positions), *geometry
-        step = self.call.step
-        length = int(positions.max()) + 1 if step is None else step.block_table.shape[1] * step.block_size
-        tables = self.device.rope_table(attrs, length, call.weights)
-        self.kept.append(tables)
-        rows = address(positions)
-        if attrs.recompute_after:
-            rows = self.take(4 * len(positions))
-            self.add(
-                "longrope_rows_step", address(self.step.query_start), address(self.step.total_len),
-                address(positions), attrs.recompute_after, length, rows,
-            )  # fmt: skip
-        return address(tables), rows, *geometry
-
-    def dynamic_table(self, call: Call, positions: Any) -> tuple[int, int]:
-        """Table and rows of a rope whose angles depend on the length of each sequence, filled in every step."""
-        attrs, count = call.attrs, len(positions)
-        table, rows = self.take(8 * count * (attrs.turned // 2)), self.take(4 * count)
-        self.add(
-            "dynamic_table_step", address(self.step.query_start), address(self.step.total_len), address(positions),
-            address(call.weights.get("freq_factors")), attrs.rotary_dim or attrs.turned, attrs.turned // 2, table, rows,
-            attrs.max_position, float(attrs.theta), float(attrs.scaling.factor),
-        )  # fmt: skip
-        return table, rows
+from labinfer.backends.cpu.emitter import Emitter, address, cache_dtype, stride
+from labinfer.backends.cpu.layout import glu_chunk, product_kernel, scattered_form
+from labinfer.backends.cpu.tape import ACCUMULATE, ACTIVATION_CODES
+from labinfer.backends.cpu.workspace import attention_partials_bytes, attention_scratch, mla_scratch, route_scratch
+from labinfer.ops.base import Call
 
 
 def _embedding(e: Emitter, call: Call) -> None:
@@ -203,30 +36,31 @@ def _linear_add(e: Emitter, call: Call) -> None:
 
 def _norm_qkv(e: Emitter, call: Call) -> None:
     norm, *products = call.parts
-    found = e.normed(norm, call.inputs[0], [part.weights["weight"].format for part in products])
-    for part, y in zip(products, call.outputs, strict=True):
-        w = part.weights["weight"]
-        digits = activation_digits(w.format, e.device.digits)
-        e.product(found[digits], w, y, part.weights.get("bias"), 0, then_wait=part is products[-1])
+    x = call.inputs[0]
+    forms = [e.form(part.weights["weight"].format, x) for part in products]
+    found = e.normed(norm, x, forms)
+    for part, form, y in zip(products, forms, call.outputs, strict=True):
+        e.product(found[form], part.weights["weight"], y, part.weights.get("bias"), 0, then_wait=part is products[-1])
 
 
 def _norm_glu(e: Emitter, call: Call) -> None:
     norm, gate, up, glu = call.parts
-    y = call.outputs[0]
+    x, y = call.inputs[0], call.outputs[0]
     g, u = gate.weights["weight"], up.weights["weight"]
-    found = e.normed(norm, call.inputs[0], [g.format, u.format])
-    digits = [activation_digits(w.format, e.device.digits) for w in (g, u)]
-    if digits[0] != digits[1]:  # one kernel reads one kind of activations
+    forms = [e.form(w.format, x) for w in (g, u)]
+    found = e.normed(norm, x, forms)
+    rows = found[forms[0]]
+    if forms[0] != forms[1]:  # one kernel reads one kind of activations
         made = e.take_array(y.shape)
-        e.product(found[digits[0]], g, y, gate.weights.get("bias"), 0, then_wait=False)
-        e.product(found[digits[1]], u, made, up.weights.get("bias"), 0)
+        e.product(rows, g, y, gate.weights.get("bias"), 0, then_wait=False)
+        e.product(found[forms[1]], u, made, up.weights.get("bias"), 0)
         _emit_glu(e, glu.attrs.function, y, made, y)
         return
     e.add(
-        "linear_glu_step", e.kernel(g.format), g.address,
-        address(gate.weights.get("bias")), e.kernel(u.format), u.address,
-        address(up.weights.get("bias")), g.columns, *found[digits[0]], address(y), stride(y), len(y),
-        -(-g.rows // PANEL_ROWS), g.rows, ACTIVATION_CODES[glu.attrs.function],
+        "linear_glu_step", product_kernel(g.format, rows.form), g.address, address(gate.weights.get("bias")),
+        product_kernel(u.format, rows.form), u.address, address(up.weights.get("bias")), g.columns, rows.address,
+        rows.nbytes, address(y), stride(y), len(y), g.panels, g.rows, ACTIVATION_CODES[glu.attrs.function],
+        glu_chunk(rows.form, g.columns),
     )  # fmt: skip
 
 
@@ -358,8 +192,8 @@ def _router(e: Emitter, call: Call) -> None:
     x, (ids, weights), attrs = call.inputs[0], call.outputs, call.attrs
     logits = e.take_array((len(x), attrs.num_experts))
     w = call.weights["weight"]
-    digits = activation_digits(w.format, e.device.digits)
-    e.product(e.activations(x, [w.format])[digits], w, logits, None, 0)
+    [rows] = e.activations(x, [e.form(w.format, x)]).values()
+    e.product(rows, w, logits, None, 0)
     groups = attrs.num_groups or 1
     scratch_bytes = route_scratch(attrs.num_experts, groups)
     e.add(
@@ -381,11 +215,13 @@ def _moe(e: Emitter, call: Call) -> None:
     gathered, results = e.take_array((pairs, x.shape[1])), e.take_array((pairs, y.shape[1]))
     g, u = e.take_array((pairs, attrs.expert_size)), e.take_array((pairs, attrs.expert_size))
     e.add("select_rows_step", pairs, address(x), stride(x), order, address(gathered), x.shape[1], x.shape[1])
-    found = e.activations(gathered, [gate.format, up.format])
-    for w, out in ((gate, g), (up, u)):
-        e.experts(found, w, out, bounds, attrs.num_experts, then_wait=w is up)
+    gate_form, up_form, down_form = (scattered_form(w.format, e.options) for w in (gate, up, down))
+    found = e.activations(gathered, [gate_form, up_form])
+    e.experts(found[gate_form], gate, g, bounds, attrs.num_experts, then_wait=False)
+    e.experts(found[up_form], up, u, bounds, attrs.num_experts, then_wait=True)
     _emit_glu(e, attrs.function, g, u, g)
-    e.experts(e.activations(g, [down.format]), down, results, bounds, attrs.num_experts, then_wait=True)
+    [rows] = e.activations(g, [down_form]).values()
+    e.experts(rows, down, results, bounds, attrs.num_experts, then_wait=True)
     e.add(
         "combine_step", tokens, address(results), y.shape[1], address(weights), places, top_k, address(y),
         stride(y), y.shape[1],

@@ -7,7 +7,7 @@ from typing import Any
 
 from numba import types
 
-from labinfer.backends.cpu import driver, linear, panels, sampling, steps
+from labinfer.backends.cpu import driver, linear, matrix_unit, panels, sampling, steps
 
 _I, _F = types.int64, types.float64
 
@@ -16,6 +16,7 @@ STEP = types.void(_I, _I, _I, _I)
 
 _FORMATTED: dict[str, tuple[Callable[..., Any], Any]] = {
     "linear": (lambda format, digits: linear.linear_kernel(format, int(digits)), linear.LINEAR),
+    "matrix": (lambda format, parts: matrix_unit.matrix_kernel(format, int(parts)), linear.LINEAR),
     "pack": (panels.pack_kernel, panels.PACK),
     "unpack": (panels.unpack_kernel, panels.UNPACK),
 }

@@ -2,12 +2,16 @@
 
 Three levels: ``avx512vnni`` (byte dot products over 512 bits, and bf16 ones where the CPU has AVX512_BF16), ``avx2``
 (with FMA and F16C) and ``generic`` (plain LLVM vectors: any CPU). ``LABINFER_CPU_ISA`` forces a lower level.
+Beside the best one a CPU may have a matrix unit.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import sys
+from functools import cache
 
 from labinfer.errors import UsageError
 
@@ -56,3 +60,14 @@ HAS_HALF = LEVEL != "generic" or not X86
 
 DIGIT_MAX = 127 if LEVEL == "avx512vnni" else 64
 """Greatest size of an activation digit: without VNNI a pair of products must fit in 16 bits (2 * 255 * 64 < 2**15)."""
+
+
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
+
+
+@cache
+def has_matrix_unit() -> bool:
+    """Whether this process may use the CPU's matrix unit (AMX); Linux grants its registers to processes that ask."""
+    if LEVEL != "avx512vnni" or sys.platform != "linux" or not FEATURES.issuperset(("amxtile", "amxbf16")):
+        return False
+    return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0)

@@ -159,6 +159,49 @@ def dpbf16(b: Value, total: Value, x: Value, y: Value) -> Value:
     return total
 
 
+# ---- matrix tiles (AMX): eight registers of 16 rows of 64 bytes, named by number
+
+_TILE_BF16 = "llvm.x86.tdpbf16ps"
+
+
+def _tiles(b: Value, name: str, *args: Value) -> None:
+    call(b, f"llvm.x86.{name}", ir.VoidType(), *args)
+
+
+def _tile(number: int) -> Value:
+    return ir.Constant(I8, number)
+
+
+def tile_config(b: Value, at: Value) -> None:
+    """Set the sizes of all tiles from the 64 bytes at ``at`` and clear them."""
+    _tiles(b, "ldtilecfg", pointer(b, at, I8))
+
+
+def tile_release(b: Value) -> None:
+    """Give the tiles back, so that a switch of threads has nothing to save."""
+    _tiles(b, "tilerelease")
+
+
+def tile_zero(b: Value, tile: int) -> None:
+    """All zero."""
+    _tiles(b, "tilezero", _tile(tile))
+
+
+def tile_load(b: Value, tile: int, at: Value, stride: Value) -> None:
+    """The rows that begin at ``at``, ``stride`` bytes apart."""
+    _tiles(b, "tileloadd64", _tile(tile), pointer(b, at, I8), stride)
+
+
+def tile_store(b: Value, tile: int, at: Value, stride: Value) -> None:
+    """Write the rows to memory from ``at`` on, ``stride`` bytes apart."""
+    _tiles(b, "tilestored64", _tile(tile), pointer(b, at, I8), stride)
+
+
+def tile_dpbf16(b: Value, total: int, x: int, y: int) -> None:
+    """``total[i, j] += sum over k of x[i, k] * y[k, j]``, bf16 products in float32; ``y`` has its rows in pairs."""
+    _tiles(b, "tdpbf16ps", _tile(total), _tile(x), _tile(y))
+
+
 def bf16_low(b: Value, pairs: Value) -> Value:
     """The lower bf16 of each int32 lane as float32."""
     return b.bitcast(b.shl(pairs, const(16, I32X16)), F32X16)

@@ -13,6 +13,8 @@ A weight is cut into panels of 16 rows; the last one is padded with zero rows. P
 
 An activation row is float32 for the plain formats, padded to an even length. For the quantized ones it is a record for
 each 32 columns: its scale, the sums that a zero point or a minimum needs, and one or two signed digits of each number.
+For the matrix unit, activations lie in tiles: for 16 tokens and 32 columns, 16 lines of bf16 with the first parts of
+their numbers, then 16 with the second ones, and so on; then the tokens' next 32 columns.
 """
 
 from __future__ import annotations
@@ -22,8 +24,21 @@ from dataclasses import dataclass
 from math import prod
 
 from labinfer.errors import WeightsError
+from labinfer.ops.base import KernelOptions
 
 PANEL_ROWS = 16
+
+TILE_ROWS, TILE_COLUMNS = 16, 32
+"""Tokens and columns of a tile of the matrix unit; a product on it has whole tiles of columns."""
+
+VECTOR_CHUNK, MAX_GLU_CHUNK = 64, 512
+"""Tokens that meet a panel while it is in the L1 cache; tokens that a gated unit has room for."""
+
+STRETCH_COLUMNS = 2048
+"""Columns that the matrix unit multiplies at once: two unpacked panels then take 256 kB of the L2 cache."""
+
+CHUNK_BYTES, CHUNK_TOKENS = 1 << 20, 128
+"""Activations that are multiplied at once: as many as take 1 MB, but of enough tokens to be worth the unpacking."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +104,48 @@ def weight_bytes(format: str, shape: Sequence[int]) -> int:
     return prod(shape[:-2]) * packed_bytes(format, shape[-2], shape[-1])
 
 
-def activation_digits(format: str, digits: int = 2) -> int:
-    """The digits an activation has when it meets a weight in ``format``: 0 stands for float32."""
-    return digits if panel_format(format).quantized else 0
+def scattered_form(format: str, options: KernelOptions) -> int:
+    """``activation_form`` of rows that do not lie together, of which nobody knows yet how many meet a weight."""
+    return (1 if options.activations == "int8" else 2) if panel_format(format).quantized else 0
 
 
-def activation_bytes(format: str, columns: int, digits: int = 2) -> int:
-    """Bytes of one token's activation row for a weight in ``format``."""
-    if not panel_format(format).quantized:
+def activation_form(format: str, columns: int, tokens: int, options: KernelOptions) -> int:
+    """How ``tokens`` rows of activations lie when they meet a weight in ``format``.
+
+    0: as float32. 1 or 2: as so many signed digits with a scale for each 32 columns. -1, -2 or -3: as so many bf16
+    parts, in tiles, for the matrix unit.
+    """
+    fewest = options.matrix_unit.get(format)
+    if fewest is not None and tokens >= fewest and columns % TILE_COLUMNS == 0:
+        return -1 if options.activations == "int8" else -2 if panel_format(format).quantized else -3
+    return scattered_form(format, options)
+
+
+def product_kernel(format: str, form: int) -> str:
+    """The name of the kernel for a weight in ``format`` and activations in a form."""
+    return f"linear/{format}/{form}" if form >= 0 else f"matrix/{format}/{-form}"
+
+
+def activation_bytes(form: int, columns: int) -> int:
+    """Bytes of one token's activation row in a form."""
+    if form < 0:
+        return columns * 2 * -form
+    if form == 0:
         return (columns + columns % 2) * 4
-    return columns // 32 * (HEADER_BYTES + 32 * digits)
+    return columns // 32 * (HEADER_BYTES + 32 * form)
+
+
+def activations_bytes(form: int, tokens: int, columns: int) -> int:
+    """Bytes of the activation rows of so many tokens: tiles hold 16 tokens."""
+    return (tokens if form >= 0 else -(-tokens // TILE_ROWS) * TILE_ROWS) * activation_bytes(form, columns)
+
+
+def matrix_chunk(columns: int, parts: int) -> int:
+    """Tokens that two panels meet, one pair after another, on the matrix unit: what a part of the L2 cache holds."""
+    stretches = (columns + STRETCH_COLUMNS - 1) // STRETCH_COLUMNS
+    return max(CHUNK_BYTES // (columns // stretches * 2 * parts) // 32 * 32, CHUNK_TOKENS)
+
+
+def glu_chunk(form: int, columns: int) -> int:
+    """Tokens that go through gate and up together."""
+    return min(matrix_chunk(columns, -form), MAX_GLU_CHUNK) if form < 0 else VECTOR_CHUNK

@@ -1,6 +1,7 @@
 """``linear``: y = x @ weight.T + bias for packed weights of every format, and the gated unit of two of them.
 
-There is one kernel for each (format, digits), called by its address: the driver knows nothing of formats, and what no
+There is one kernel for each (format, digits) and, for many tokens on a matrix unit, each (format, parts) of
+``matrix_unit``. They are called by address: the driver knows nothing of formats, and what no
 model uses is never compiled. Threads share a product by panels.
 
 Error against float64 for the same dequantized weight. Plain formats: that of a float32 sum. Two digits: an activation
@@ -14,26 +15,22 @@ from __future__ import annotations
 from typing import Any
 
 from numba import types
-from numba.core import cgutils
 
 from labinfer.backends.cpu.elementwise import glu_row
 from labinfer.backends.cpu.features import LEVEL
-from labinfer.backends.cpu.isa import F32X16, I64, Value, njit, specialize
-from labinfer.backends.cpu.layout import PANEL_ROWS, panel_format
+from labinfer.backends.cpu.isa import Value, njit, specialize
+from labinfer.backends.cpu.layout import MAX_GLU_CHUNK, PANEL_ROWS, VECTOR_CHUNK, panel_format
 from labinfer.backends.cpu.simd import Emit, kernel
 from labinfer.backends.cpu.tiles import tile
 
 MANY, SOME = (8, 4) if LEVEL == "avx512vnni" else (4, 2)
 """Tokens of the larger tiles: as many as have room for their sums in the vector registers."""
 
-CHUNK = 64
-"""Tokens that meet a panel while it is in the L1 cache."""
-
 PAIR_TOKENS = 32
 """From so many tokens on, plain formats take two panels at once: a third fewer loads, but a worse stream of weights."""
 
-SCRATCH_FLOATS = 64 * CHUNK
-"""What ``linear_glu`` keeps on the stack: four panels of a chunk, or more of fewer tokens."""
+SCRATCH_FLOATS = 2 * PANEL_ROWS * MAX_GLU_CHUNK
+"""What ``linear_glu`` keeps on the stack, and so how many panels go through gate and up at once."""
 
 # What the body below finds among its globals; ``specialize`` gives each kernel its own.
 tile_pair: Any = None
@@ -48,8 +45,8 @@ def _linear(w, columns, x, x_stride, y, y_stride, tokens, g0, g1, rows, bias, mo
     blocks = (columns + block_columns - 1) // block_columns
     size = (blocks * block_bytes + 63) // 64 * 64
     row = y_stride * 4
-    for start in range(0, tokens, CHUNK):
-        end = min(start + CHUNK, tokens)
+    for start in range(0, tokens, VECTOR_CHUNK):
+        end = min(start + VECTOR_CHUNK, tokens)
         g = g0
         while g < g1:
             width = 2 if paired and end - start >= PAIR_TOKENS and g + 2 <= g1 else 1
@@ -104,15 +101,15 @@ def _emit_linear(e: Emit, code: Value, w: Value, columns: Value, x: Value, x_str
 linear = kernel(_emit_linear)
 """``y[t] (+)= W x[t] + bias`` in rows ``16 * g0`` to ``16 * g1`` of W [rows, columns], for ``tokens`` rows of x.
 
-``code`` is the address of ``linear_kernel``, ``w`` the packed weight, ``x`` the first activation row
-(``quantize.quantize_row``), ``x_stride`` the bytes from one to the next; rows of ``y`` are ``y_stride`` floats apart;
-``bias`` is an address or 0.
-``mode`` is 0 or ACCUMULATE. Nothing beyond ``rows`` is written. For compiled functions.
+``code`` is the address of ``linear_kernel`` or ``matrix_unit.matrix_kernel``, ``w`` the packed weight, ``x`` the first
+activation row (``quantize.quantize_row``), ``x_stride`` the bytes from one to the next; rows of ``y`` are ``y_stride``
+floats apart; ``bias`` is an address or 0. ``mode`` is 0 or ACCUMULATE. Nothing beyond ``rows`` is written. For
+compiled functions.
 """
 
 
 def _emit_scratch(e: Emit) -> Value:
-    return e.b.ptrtoint(cgutils.alloca_once(e.b, F32X16, size=SCRATCH_FLOATS // 16), I64)
+    return e.stack(4 * SCRATCH_FLOATS)
 
 
 _scratch = kernel(_emit_scratch, types.int64)
@@ -121,13 +118,16 @@ _scratch = kernel(_emit_scratch, types.int64)
 @njit
 def linear_glu(
     gate_code: int, gate: int, gate_bias: int, up_code: int, up: int, up_bias: int, columns: int, x: int, x_stride: int,
-    y: int, y_stride: int, tokens: int, g0: int, g1: int, rows: int, function: int,
+    y: int, y_stride: int, tokens: int, g0: int, g1: int, rows: int, function: int, chunk: int,
 ) -> None:  # fmt: skip
-    """``y = function(gate x) * up x`` with one of ``elementwise.ACTIVATION_CODES``; the rest is as in ``linear``."""
+    """``y = function(gate x) * up x`` with one of ``tape.ACTIVATION_CODES``, up to ``chunk`` tokens at once.
+
+    The rest is as in ``linear``.
+    """
     scratch = _scratch()  # what up gives for a few panels, beside what gate has put into y
-    for start in range(0, tokens, CHUNK):
-        count = min(CHUNK, tokens - start)
-        width = SCRATCH_FLOATS // (PANEL_ROWS * count)
+    for start in range(0, tokens, chunk):
+        count = min(chunk, tokens - start)
+        width = SCRATCH_FLOATS // (2 * PANEL_ROWS * count) * 2
         rows_x, rows_y = x + start * x_stride, y + start * y_stride * 4
         for g in range(g0, g1, width):
             end = min(g + width, g1)

@@ -28,6 +28,11 @@ class PackedWeight:
     nbytes: int
 
     @property
+    def panels(self) -> int:
+        """Panels of a matrix."""
+        return -(-self.rows // PANEL_ROWS)
+
+    @property
     def address(self) -> int:
         """The address of the first panel."""
         return int(self.memory.ctypes.data)

@@ -227,6 +227,10 @@ class Emit:
 
     # ---- control
 
+    def stack(self, nbytes: int) -> Value:
+        """The address of so many bytes that live as long as the function runs, at a multiple of 64."""
+        return self.b.ptrtoint(cgutils.alloca_once(self.b, F32X16, size=nbytes // 64), I64)
+
     def var(self, init: Value) -> Var:
         """A variable that starts as ``init``."""
         return Var(self.b, init)

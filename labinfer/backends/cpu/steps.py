@@ -42,21 +42,21 @@ def embedding_step(a: int, sequences: int, worker: int, workers: int) -> None:
 
 
 def quantize_step(a: int, sequences: int, worker: int, workers: int) -> None:
-    """rows, digits, x, x_stride, columns, out, out_bytes."""
+    """rows, form, x, x_stride, columns, out, out_bytes."""
     p = i64p(a)
     start, stop = share(p[0], worker, workers)
     for t in range(start, stop):
-        quantize_row(p[1], p[2] + 4 * t * p[3], p[4], p[5] + t * p[6])
+        quantize_row(p[1], p[2] + 4 * t * p[3], p[4], p[5], p[6], t)
 
 
 def norm_quantize_step(a: int, sequences: int, worker: int, workers: int) -> None:
-    """rows, digits, x, x_stride, columns, out, out_bytes, weight, y, y_stride, eps, offset."""
+    """rows, form, x, x_stride, columns, out, out_bytes, weight, y, y_stride, eps, offset."""
     p, f = i64p(a), f64p(a)
     start, stop = share(p[0], worker, workers)
     for t in range(start, stop):
         y = p[8] + 4 * t * p[9]
         norm.rms_norm_row(p[2] + 4 * t * p[3], p[7], y, p[4], p[4], f[10], f[11])
-        quantize_row(p[1], y, p[4], p[5] + t * p[6])
+        quantize_row(p[1], y, p[4], p[5], p[6], t)
 
 
 def linear_step(a: int, sequences: int, worker: int, workers: int) -> None:
@@ -68,12 +68,14 @@ def linear_step(a: int, sequences: int, worker: int, workers: int) -> None:
 
 
 def linear_glu_step(a: int, sequences: int, worker: int, workers: int) -> None:
-    """gate: code, w, bias; up: code, w, bias; columns, x, x_bytes, y, y_stride, tokens, panels, rows, function."""
+    """gate: code, w, bias; up: code, w, bias; columns, x, x_bytes, y, y_stride, tokens, panels, rows, function,
+    chunk."""
     p = i64p(a)
     start, stop = share(p[12], worker, workers)
     if start < stop:
         linear_glu(
-            p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], start, stop, p[13], p[14]
+            p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], start, stop, p[13], p[14],
+            p[15],
         )  # fmt: skip
 
 

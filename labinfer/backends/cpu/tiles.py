@@ -99,7 +99,7 @@ def _k_scales_of_16(e: Emit, at: Value, blocks: Value, k: Value) -> Scales:
     return [(scale, b.fmul(scale, const(-32.0))) for scale in scales]
 
 
-_QUANTIZED: dict[str, tuple[Callable[[Emit, Value], list[Value]], Callable[[Emit, Value, Value, Value], Scales]]] = {
+QUANTIZED: dict[str, tuple[Callable[[Emit, Value], list[Value]], Callable[[Emit, Value, Value, Value], Scales]]] = {
     "q8_0": (_bytes, _scale_and_zero(128)),
     "q4_0": (_nibbles, _scale_and_zero(8)),
     "q4_1": (_nibbles, _scale_and_minimum),
@@ -109,6 +109,7 @@ _QUANTIZED: dict[str, tuple[Callable[[Emit, Value], list[Value]], Callable[[Emit
     "q5_k": (_nibbles_and_bit, _k_scale_and_minimum),
     "q6_k": (_nibbles_and_pair, _k_scales_of_16),
 }
+"""How a format's quants and scales are read."""
 
 
 def _dot(e: Emit, quants: list[Value], first: Value, digits: int) -> Value:
@@ -128,7 +129,7 @@ def _dot(e: Emit, quants: list[Value], first: Value, digits: int) -> Value:
 
 def _quantized_sums(e: Emit, format: str, digits: int, w: Value, blocks: Value, tokens: list[Value]) -> list[Var]:
     """The sums of a tile; ``tokens`` are the addresses of their activation rows."""
-    (unpack, scales_of), layout = _QUANTIZED[format], PANEL_FORMATS[format]
+    (unpack, scales_of), layout = QUANTIZED[format], PANEL_FORMATS[format]
     sums = [e.var(const(0.0)) for _ in tokens]
     with e.loop(blocks) as k:
         for line in range(0, layout.bytes, 64):

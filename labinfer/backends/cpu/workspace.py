@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from labinfer.backends.cpu.layout import activation_bytes, panel_format
+from labinfer.backends.cpu.layout import activation_form, activations_bytes, scattered_form
 from labinfer.ops.base import KernelBounds, TensorType, dim
 
 BLOCK_MULTIPLE = 16
@@ -49,14 +49,18 @@ def table_bytes(attrs: Any, max_model_len: int) -> int:
 
 
 def _activations(x: TensorType, formats: list[str], bounds: KernelBounds) -> int:
-    """Activation rows of ``x``, one set for quantized weights and one for plain ones of an odd number of columns."""
+    """Activation rows of ``x``, a set for each form that weights want them in; float32 ones are ``x`` itself.
+
+    Fewer tokens may want other forms: what counts is the most that any number of them needs.
+    """
     tokens, columns = dim(x.shape[0], bounds.tokens, bounds.rows), int(x.shape[1])
-    sets = {panel_format(format).quantized: format for format in formats}
-    return sum(
-        lines(tokens * activation_bytes(format, columns))
-        for quantized, format in sets.items()
-        if quantized or columns % 2
-    )
+
+    def needed(tokens: int) -> int:
+        forms = {activation_form(format, columns, tokens, bounds.options) for format in formats}
+        return sum(lines(activations_bytes(form, tokens, columns)) for form in forms if form or columns % 2)
+
+    fewer = {fewest - 1 for fewest in bounds.options.matrix_unit.values() if 0 < fewest <= tokens}
+    return max(needed(count) for count in {tokens, *fewer})
 
 
 def _linear(bounds: KernelBounds) -> int:
@@ -72,8 +76,8 @@ def _normed(bounds: KernelBounds) -> int:
 def _norm_glu(bounds: KernelBounds) -> int:
     """As ``_normed``; and what up gives, where gate and up meet different activations."""
     matrices = [(format, shape) for format, shape in bounds.weights if len(shape) == 2]
-    mixed = len({panel_format(format).quantized for format, _ in matrices}) > 1
     tokens = dim(bounds.inputs[0].shape[0], bounds.tokens, bounds.rows)
+    mixed = len({format for format, _ in matrices}) > 1
     return _normed(bounds) + mixed * lines(4 * tokens * matrices[0][1][0])
 
 
@@ -108,8 +112,9 @@ def _moe(bounds: KernelBounds) -> int:
     attrs, columns = bounds.attrs[0], int(bounds.inputs[0].shape[1])
     pairs = bounds.tokens * int(bounds.inputs[1].shape[1])
     formats = {format for format, _ in bounds.weights}
-    quantized = [format for format in formats if panel_format(format).quantized or columns % 2 or attrs.expert_size % 2]
-    activations = sum(lines(pairs * activation_bytes(f, n)) for f in quantized for n in (columns, attrs.expert_size))
+    forms = {scattered_form(format, bounds.options) for format in formats}
+    sizes = columns, attrs.expert_size
+    activations = sum(lines(activations_bytes(form, pairs, n)) for form in forms for n in sizes if form or n % 2)
     tables = lines(4 * (attrs.num_experts + 1)) + 2 * lines(4 * pairs)
     return tables + 2 * lines(4 * pairs * columns) + 2 * lines(4 * pairs * attrs.expert_size) + activations
 

@@ -1,0 +1,110 @@
+"""``linear`` on the matrix unit against float64 products with the dequantized weight, number by number.
+
+Two parts: an activation is off by ``2**-18`` of itself, a weight by ``2**-15``, and the product of the lower parts, up
+to ``2**-16``, is left out. Three parts of an activation are all of it, and plain weights are exact. One part: ``2**-9``
+each.
+"""
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+pytest.importorskip("numba")
+
+from labinfer.backends.cpu.features import has_matrix_unit
+from labinfer.backends.cpu.layout import CHUNK_TOKENS, PANEL_FORMATS, STRETCH_COLUMNS, glu_chunk, product_kernel
+from labinfer.backends.cpu.linear import linear_glu
+from labinfer.backends.cpu.machine_code import address
+from labinfer.backends.cpu.tape import ACCUMULATE, ACTIVATION_CODES
+from labinfer.ops.activations import FUNCTIONS
+from tests.cpu.products import SENTINEL, Activations, Weight, product, quantize_rows
+
+pytestmark = pytest.mark.skipif(not has_matrix_unit(), reason="this CPU has no matrix unit")
+
+FORMATS = [format for format in PANEL_FORMATS if format != "f32"]
+FEW = ["q4_1", "q6_k", "bf16", "f16"]
+
+
+def exact_and_bound(w: Weight, a: Activations) -> tuple[np.ndarray, np.ndarray]:
+    x = a.x.astype(np.float64)
+    worst = {-1: 2.0**-7.9, -2: 2.0**-14.4, -3: 0.0}[a.form]
+    return x @ w.meaning.T, (worst + 2e-6) * (np.abs(x) @ np.abs(w.meaning).T)
+
+
+def exact_form(format: str) -> int:
+    return -2 if PANEL_FORMATS[format].quantized else -3
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_number_of_tokens(format, lossy):
+    w = Weight(format, 50, 256)
+    for tokens in (*range(1, 35), 47, 48, 64, 65):
+        a = Activations(w, tokens, -1 if lossy else exact_form(format))
+        exact, bound = exact_and_bound(w, a)
+        assert (np.abs(product(w, a, tokens) - exact) <= bound).all()
+
+
+@pytest.mark.parametrize("format", FEW)
+def test_odd_sizes_bias_accumulation_and_shares(format):
+    for rows in (1, 16, 33, 80, 112):
+        w, bias = Weight(format, rows, 256), np.random.default_rng(rows).standard_normal(rows, np.float32)
+        for tokens in (1, 5, 40):
+            a = Activations(w, tokens, exact_form(format))
+            exact, bound = exact_and_bound(w, a)
+            assert (np.abs(product(w, a, tokens, bias, parts=3) - (exact + bias)) <= bound + 1e-5).all()
+            added = product(w, a, tokens, bias, ACCUMULATE, parts=2) - SENTINEL
+            assert (np.abs(added - (exact + bias)) <= bound + 5e-3).all()  # 12345 has steps of 1e-3
+
+
+@pytest.mark.parametrize("format", FEW)
+def test_more_than_a_chunk_and_a_stretch(format):
+    w = Weight(format, 48, STRETCH_COLUMNS + 512)
+    a = Activations(w, 2 * CHUNK_TOKENS + 20, exact_form(format), spread=0.5)
+    exact, bound = exact_and_bound(w, a)
+    y = product(w, a, len(a.x))
+    assert (np.abs(y - exact) <= bound).all()
+    assert np.abs(y - exact).max() <= (2e-5 if a.form == -2 else 2e-6) * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("format", ["q4_0", "bf16"])
+def test_a_row_does_not_depend_on_its_neighbours(format):
+    w = Weight(format, 80, 576)
+    a = Activations(w, 300, exact_form(format))
+    together = product(w, a, 300)
+    for first, count in ((0, 1), (16, 20), (288, 12)):
+        alone = Activations(w, 300, exact_form(format))
+        alone.rows = alone.rows[first * alone.stride :]
+        assert_array_equal(product(w, alone, count), together[first : first + count])
+
+
+@pytest.mark.parametrize("format", FEW)
+@pytest.mark.parametrize("tokens", [1, 70, 600])
+def test_gated_unit(format, tokens):
+    rows, columns = 90, 256
+    gate, up = Weight(format, rows, columns, seed=1), Weight(format, rows, columns, seed=2)
+    bias = np.random.default_rng(0).standard_normal(rows, np.float32)
+    a = Activations(gate, tokens, exact_form(format), spread=0.1)
+    expected = FUNCTIONS["silu"](product(gate, a, tokens) + bias) * product(up, a, tokens)
+    y = np.full((tokens, rows + 3), SENTINEL)
+    code, panels = address(product_kernel(format, a.form)), -(-rows // 16)
+    for g0, g1 in ((0, 3), (3, panels)):
+        linear_glu(
+            code, gate.packed.ctypes.data, bias.ctypes.data, code, up.packed.ctypes.data, 0, columns,
+            a.rows.ctypes.data, a.stride, y.ctypes.data, rows + 3, tokens, g0, g1, rows, ACTIVATION_CODES["silu"],
+            glu_chunk(a.form, columns),
+        )  # fmt: skip
+    assert_array_equal(y[:, rows:], SENTINEL)
+    assert_allclose(y[:, :rows], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [-2, -1])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_nan_and_infinity_reach_every_result(poison, form):
+    w = Weight("q4_0", 20, 64)
+    a = Activations(w, 2, form)
+    a.x[1, 40] = poison
+    quantize_rows(a.form, a.x.ctypes.data, 64, 2, a.rows.ctypes.data, a.stride)
+    y = product(w, a, 2)
+    assert np.isfinite(y[0]).all()
+    assert not np.isfinite(y[1]).any()
