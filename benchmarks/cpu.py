@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 SMOLLM2 = ("q4_1", "q4_0", "q8_0", "bf16")
-LARGE = ("q4_0", "bf16")
+LARGE = ("q4_0", "q8_0", "q4_k", "q5_k", "q6_k", "bf16")
 GOALS = {"prefill": {"bf16": 1.15, "": 2.2}, "decode": {"bf16": 1.4, "": 2.2}, "batch": {"": 1.5}}
 """Times llama.cpp, by what is measured and format ('': every other)."""
 
@@ -42,7 +42,10 @@ def marked(text: str, reached: bool, goal: str) -> str:
 
 
 def speed(title: str, models: dict[str, Path], pairs: int, prompt: int, decode: int) -> None:
-    """The table of speed: each format against its peers, then alone for bytes and bandwidth."""
+    """The table of speed: each format against its peers, alone for bytes and bandwidth, and with int8 activations.
+
+    The last is lossy, as the peers are; beside their numbers of the same minutes, but not in pairs.
+    """
     words = ["--prompt-lengths", str(prompt), "--decode-lengths", str(decode), "--batch", "1,8"]
     print(f"\n{title}: prefill of {prompt} tokens, decode of {decode}, one sequence and 8; tokens/s, {pairs} pairs\n")
     print("| format | measured | labinfer | peer | ratio (range) | read | of the machine's | load |")
@@ -51,9 +54,13 @@ def speed(title: str, models: dict[str, Path], pairs: int, prompt: int, decode: 
         compared = bench(path, *words, "--compare", "--repeat", str(pairs))
         found = bench(path, *words, "--repeat", str(pairs))
         alone = {test["name"]: test for test in found["tests"]}
+        lossy = bench(path, *words, "--repeat", str(pairs), "--activations", "int8")["tests"]
         for peer, tests in compared["peers"].items():
             for name, test in tests.items():
                 print(speed_row(format, peer, name, test, alone[name], found["machine"]), flush=True)
+            for test in lossy:
+                if test["kind"] == "prefill" or test["batch"] > 1:
+                    print(lossy_row(format, peer, test, tests[test["name"]]["peer"]), flush=True)
 
 
 def speed_row(
@@ -73,6 +80,13 @@ def speed_row(
         marked(ratio, test["ratio"] >= goal, f"{goal}"), read, share, f"{os.getloadavg()[0]:.1f}",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
+
+
+def lossy_row(format: str, peer: str, test: dict[str, Any], theirs: float) -> str:
+    """A line for int8 activations."""
+    rate = test["tokens_per_second"]
+    cells = [f"{format} int8", test["name"].removesuffix(" x 1"), f"{rate:.1f}", f"{peer} {theirs:.1f}"]
+    return f"| {' | '.join(cells)} | {rate / theirs:.2f} | | | {os.getloadavg()[0]:.1f} |"
 
 
 def memory(models: dict[str, Path]) -> None:
@@ -115,10 +129,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where benchmarks/models.py has put the models")
     parser.add_argument("tables", nargs="+", choices=["speed", "large", "memory", "start"])
-    parser.add_argument("--formats", nargs="+", default=SMOLLM2, choices=SMOLLM2)
+    parser.add_argument("--formats", nargs="+", default=SMOLLM2, choices=sorted({*SMOLLM2, *LARGE}))
     parser.add_argument("--pairs", type=int, default=5)
     options = parser.parse_args()
-    small = {format: options.folder / f"smollm2-{format}.gguf" for format in options.formats}
+    small = {format: options.folder / f"smollm2-{format}.gguf" for format in options.formats if format in SMOLLM2}
     large = {format: options.folder / f"llama-1b-{format}.gguf" for format in LARGE if format in options.formats}
     tables: dict[str, Callable[[], None]] = {
         "speed": lambda: speed("SmolLM2-135M", small, options.pairs, 512, 128),

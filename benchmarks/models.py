@@ -1,7 +1,7 @@
 """Model files for benchmarks: a GGUF in other formats, and a model of Llama-3.2-1B's shape with random weights.
 
     python benchmarks/models.py FOLDER --from SmolLM2-135M-Instruct.Q4_1.gguf     # smollm2-{q4_0,q8_0,bf16}.gguf
-    python benchmarks/models.py FOLDER --random q4_0 bf16                         # llama-1b-{q4_0,bf16}.gguf
+    python benchmarks/models.py FOLDER --random q4_0 q4_k bf16                    # llama-1b-{q4_0,q4_k,bf16}.gguf
 
 Needs the gguf package. Files that are there already are kept.
 """
@@ -20,17 +20,25 @@ FORMATS = {
     "q4_0": (GGMLQuantizationType.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
     "q4_1": (GGMLQuantizationType.Q4_1, gguf.LlamaFileType.MOSTLY_Q4_1),
     "q8_0": (GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+    "q4_k": (GGMLQuantizationType.Q4_K, gguf.LlamaFileType.MOSTLY_Q4_K_M),
+    "q5_k": (GGMLQuantizationType.Q5_K, gguf.LlamaFileType.MOSTLY_Q5_K_M),
+    "q6_k": (GGMLQuantizationType.Q6_K, gguf.LlamaFileType.MOSTLY_Q6_K),
     "bf16": (GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
 }
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCABULARY = 2048, 16, 32, 8, 64, 8192, 128_256
 """Llama-3.2-1B."""
 
 RANDOM_BLOCKS = {
-    GGMLQuantizationType.Q4_0: (0, 4.6),
-    GGMLQuantizationType.Q8_0: (0, 74.0),
-    GGMLQuantizationType.Q6_K: (208, 74.0 * 18.5),
+    GGMLQuantizationType.Q4_0: {0: 4.6},
+    GGMLQuantizationType.Q8_0: {0: 74.0},
+    GGMLQuantizationType.Q4_K: {0: 4.6 * 36.5, 2: 4.6 * 36.5 / 7.5},
+    GGMLQuantizationType.Q5_K: {0: 9.2 * 36.5, 2: 9.2 * 36.5 / 15.5},
+    GGMLQuantizationType.Q6_K: {208: 74.0 * 18.5},
 }
-"""Where the scale stands in a block, and the deviation of what it scales when all other bytes are random."""
+"""Where scales stand in a block, and what 0.02 is divided by for them, so that elements vary by it about 0."""
+
+K_QUANTS = ("q4_k", "q5_k", "q6_k")
+"""Only for random models: the gguf package reads these formats, but does not write them."""
 
 
 def finish(writer: GGUFWriter, path: Path) -> None:
@@ -44,7 +52,7 @@ def finish(writer: GGUFWriter, path: Path) -> None:
 
 def embedding_kind(format: str, columns: int) -> GGMLQuantizationType:
     """What llama-quantize stores an embedding in that is the output matrix too: more bits than four."""
-    if format != "q4_0":
+    if format not in ("q4_0", "q4_k", "q5_k"):
         return FORMATS[format][0]
     return GGMLQuantizationType.Q6_K if columns % 256 == 0 else GGMLQuantizationType.Q8_0
 
@@ -75,9 +83,9 @@ def random_matrix(kind: GGMLQuantizationType, rows: int, columns: int, random: n
         values = random.standard_normal((rows, columns), np.float32) * np.float32(0.02)
         return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
     size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    scale_at, spread = RANDOM_BLOCKS[kind]
     blocks = random.integers(0, 256, (rows, columns // size, block_bytes), np.uint8)
-    blocks[:, :, scale_at : scale_at + 2] = np.frombuffer(np.float16(0.02 / spread).tobytes(), np.uint8)
+    for at, spread in RANDOM_BLOCKS[kind].items():
+        blocks[:, :, at : at + 2] = np.frombuffer(np.float16(0.02 / spread).tobytes(), np.uint8)
     return blocks.reshape(rows, -1)
 
 
@@ -138,8 +146,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--from", dest="source", type=Path, metavar="GGUF", help="the model to write in other formats")
-    parser.add_argument("--formats", nargs="+", default=["q4_0", "q8_0", "bf16"], choices=list(FORMATS))
-    parser.add_argument("--random", nargs="+", default=[], choices=["q4_0", "q8_0", "bf16"])
+    parser.add_argument(
+        "--formats", nargs="+", default=["q4_0", "q8_0", "bf16"], choices=sorted(set(FORMATS) - set(K_QUANTS))
+    )
+    parser.add_argument("--random", nargs="+", default=[], choices=["q4_0", "q8_0", *K_QUANTS, "bf16"])
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     wanted = {options.folder / f"llama-1b-{format}.gguf": (random_model, format) for format in options.random}
