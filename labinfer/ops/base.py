@@ -118,7 +118,7 @@ class KernelOptions:
     """
 
     activations: Literal["exact", "int8"] = "exact"
-    matrix_unit: Mapping[str, int] = field(default_factory=dict)
+    matrix_unit: Mapping[str, int] = field(default_factory=dict, hash=False)
 
 
 DEFAULT_OPTIONS = KernelOptions()
