@@ -233,7 +233,9 @@ def test_a_forked_child_computes_and_ends() -> None:
     assert done.returncode == 0
 
 
-def run_for_a_minute(model: labinfer.LLM) -> None:
+def run_until(timer: threading.Timer, model: labinfer.LLM) -> None:
+    """Start ``timer``, whose signal may come before ``start`` is back, and run for a minute."""
+    timer.start()
     started = time.perf_counter()
     while time.perf_counter() - started < 60:
         model.logits(PROMPT[:3])
@@ -246,10 +248,10 @@ def test_ctrl_c_stops_a_long_generation_and_the_model_goes_on() -> None:
         handler = signal.signal(signal.SIGUSR1, signal.default_int_handler)
         try:
             for turn in range(60):
-                threading.Timer(0.002 + turn * 0.000_17, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+                timer = threading.Timer(0.002 + turn * 0.000_17, os.kill, (os.getpid(), signal.SIGUSR1))
                 started = time.perf_counter()
                 with pytest.raises(KeyboardInterrupt):
-                    run_for_a_minute(model)
+                    run_until(timer, model)
                 assert time.perf_counter() - started < 30
         finally:
             signal.signal(signal.SIGUSR1, handler)
