@@ -75,7 +75,8 @@ class Lengths:
         _, start, stop = self._ends(limit)
         first, last, inner = self._capacities(limit)
         left = list(self.tables.sizes)
-        left[start], left[stop] = left[start] - 1, left[stop] - 1
+        left[start] -= 1
+        left[stop] -= 1
         done = int(first[start])
         chain = [Run(start, 0, min(done, self.count - 1))] if done else []
         ending = int(last[stop])

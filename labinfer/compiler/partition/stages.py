@@ -41,6 +41,9 @@ class StageTable:
         self.best: dict[tuple[int, ...], float] = {}
         self.known: dict[tuple[int, ...], Floats] = {}  # options of runs that begin at ``start``
         self.start = -1
+        work = problem.workload
+        self.phases = np.array([work.prefill_steps, work.decode_steps])
+        self.criteria = np.array([True, work.prefill_steps > 0, work.decode_steps > 0, True, True])
         self.seconds, self.floor = self._fill()
 
     def _classes(self) -> NDArray[np.int64]:
@@ -50,11 +53,9 @@ class StageTable:
         return np.array([known.setdefault(row, len(known)) for row in zip(*columns, strict=True)])
 
     def _fill(self) -> tuple[Floats, Floats]:
-        work = self.problem.workload
-        weights = np.array([work.prefill_steps, work.decode_steps])
         phases = self.on_device if self.on_host is None else np.minimum(self.on_device, self.on_host)
-        resident = _spans(_weighted(weights, self.on_device))
-        floor = _spans(_weighted(weights, phases))
+        resident = _spans(_weighted(self.phases, self.on_device))
+        floor = _spans(_weighted(self.phases, phases))
         bytes_needed = _spans(self.weights + self.kv)
         bytes_needed[0, self.count] -= self.problem.tied_bytes
         seconds = np.where(bytes_needed <= self.memory, resident, np.inf)
@@ -137,7 +138,7 @@ class StageTable:
         options = options[np.argsort(self._times(options), kind="stable")]
         for limit, sample in ((PRUNE_ABOVE, SAMPLE), (MAX_OPTIONS, 10 * SAMPLE)):
             if len(options) > limit:
-                criteria, kept = options[:, :CHOICES], np.ones(len(options), dtype=bool)
+                criteria, kept = options[:, :CHOICES][:, self.criteria], np.ones(len(options), dtype=bool)
                 for row in range(0, len(options), max(1, len(options) // sample)):
                     if kept[row]:
                         kept[row + 1 :] &= (criteria[row + 1 :] < criteria[row]).any(axis=1)
@@ -147,9 +148,7 @@ class StageTable:
         return options
 
     def _times(self, options: Floats) -> Floats:
-        work = self.problem.workload
-        weights = np.array([work.prefill_steps, work.decode_steps])
-        return _weighted(weights, np.maximum(options[:, [PREFILL, DECODE]], options[:, [COPIES]]).T)
+        return _weighted(self.phases, np.maximum(options[:, [PREFILL, DECODE]], options[:, [COPIES]]).T)
 
     def residencies(self, start: int, stop: int) -> tuple[Residency, ...]:
         """The choice behind ``seconds[start, stop]``, one for each layer; streamed layers are spread evenly."""
