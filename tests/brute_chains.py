@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 
 import numpy as np
 
-from labinfer.compiler.partition import Device, DeviceKind, Layer, Link, Problem, Workload
+from labinfer.compiler.partition import Device, DeviceKind, Layer, Link, Objective, Problem, Workload, partition
+from labinfer.errors import DoesNotFit
 
 
 def random_problem(seed: int) -> Problem:
@@ -117,3 +119,34 @@ def best_values(problem: Problem) -> tuple[float, float, float]:
 
     extend(0, (), 0.0, 0.0)
     return best[0], best[1], best[2]
+
+
+def disagreements(seed: int) -> list[str]:
+    """What the partitioner gets wrong on a random problem, for each objective; nothing if all is right."""
+    problem, wrong = random_problem(seed), []
+    for objective, least in zip(
+        (Objective.LATENCY, Objective.THROUGHPUT, Objective.BALANCED), best_values(problem), strict=True
+    ):
+        try:
+            plan = partition(problem, objective)
+        except DoesNotFit as error:
+            if error.code != "partition.does-not-fit" or math.isfinite(least):
+                wrong.append(f"seed {seed}, {objective}: {error.message}, but {least} s is possible")
+            continue
+        if not math.isclose(plan.value, least, rel_tol=1e-9, abs_tol=1e-12):
+            wrong.append(f"seed {seed}, {objective}: {plan.value} s, but {least} s is best")
+        if plan.lower_bound > least * (1 + 1e-9):
+            wrong.append(f"seed {seed}, {objective}: bound {plan.lower_bound} s is above {least} s")
+    return wrong
+
+
+def main() -> None:
+    """Compare many random problems: ``python -m tests.brute_chains 5000``."""
+    count = int(sys.argv[1])
+    wrong = [message for seed in range(count) for message in disagreements(seed)]
+    print("\n".join([*wrong, f"{count} problems, {len(wrong)} disagreements"]))
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

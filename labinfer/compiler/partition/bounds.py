@@ -58,7 +58,7 @@ def _load_bound(tables: Tables, load: Floats, low: float) -> float:
 
     def enough(limit: float) -> bool:
         taken = [(sums[reach(stage, limit)] - sums).max() for stage in tables.stage]
-        return float(np.dot(taken, tables.sizes)) >= total
+        return float(np.dot(taken, tables.sizes)) >= float(total)
 
     high = max(float(stage[np.isfinite(stage)].max(initial=0.0)) for stage in tables.stage)
     if not np.isfinite(low) or enough(low) or not enough(high):

@@ -20,7 +20,7 @@ def states(tables: Tables) -> int:
 
 def best_bottleneck(tables: Tables, low: float, high: float) -> tuple[float, Chain | None]:
     """The least bottleneck in [low, high] if hops took no time, and a chain with it (None: there is none)."""
-    times = [stage[(stage >= low) & (stage <= high)] for stage in tables.stage]
+    times = [stage[np.isfinite(stage) & (stage >= low) & (stage <= high)] for stage in tables.stage]
     candidates = np.unique(np.concatenate([*times, [low]]))
     first, end = 0, len(candidates)
     while first < end:

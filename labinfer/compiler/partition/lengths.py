@@ -2,8 +2,8 @@
 
 A stage of n layers is taken to cost what the cheapest run of n layers costs on that device, and hops nothing (or the
 least of all). Every chain is at least as expensive, so the best under these costs bounds it from below. Where inner
-layers are alike and hops do not bind, the best is itself a plan: the order of devices no longer matters, which makes the
-problem polynomial.
+layers are alike and hops do not bind, the best is itself a plan: the order of devices no longer matters, which makes
+the problem polynomial.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from labinfer.compiler.partition.stages import Floats
 from labinfer.compiler.partition.tables import Chain, Run, Tables
 
 
@@ -35,7 +34,7 @@ class Lengths:
             seconds[:, 0] = 0.0
 
     def bottleneck(self) -> tuple[float, Chain | None]:
-        """No chain has a smaller bottleneck than the number; the chain has it if layers are alike and hops are quick."""
+        """No chain has a smaller bottleneck than the number; the chain has it if layers are alike and hops quick."""
         values = [table[np.isfinite(table)] for table in (self.first, self.last, self.inner, self.whole)]
         values.append(np.array([0.0]))
         candidates = np.unique(np.concatenate(values))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
-from itertools import permutations
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise, permutations
 
 import numpy as np
 
@@ -50,7 +50,7 @@ def improve(
 
 
 def starting_orders(tables: Tables, seeds: list[Chain]) -> Iterator[list[int]]:
-    """Orders to begin with: the seeds' devices by near links, then as many as there are layers, quickest or roomiest first."""
+    """Orders to begin with: the seeds' devices by near links, then the quickest and the roomiest, one a layer."""
     for chain in seeds:
         yield shortest_order(tables, [run.group for run in chain])
     lengths = Lengths(tables)
@@ -63,7 +63,7 @@ def starting_orders(tables: Tables, seeds: list[Chain]) -> Iterator[list[int]]:
 
 
 def changed(tables: Tables, order: list[int], rng: random.Random) -> list[int]:
-    """A neighbour of an order: two exchanged, one moved, a part reversed, one replaced by or joined by a spare device."""
+    """A neighbour of an order: two exchanged, one moved, a part reversed, one replaced by a spare, or a spare more."""
     order = list(order)
     used = np.bincount(order, minlength=len(tables.groups))
     spare = np.flatnonzero(used < np.array(tables.sizes))
@@ -92,8 +92,8 @@ def shortest_order(tables: Tables, groups: list[int]) -> list[int]:
         a, b = tables.groups[one][0], tables.groups[other][-1 if one == other else 0]
         return float(tables.fixed[a, b] + tables.per_byte[a, b] * cut)
 
-    def total(order: tuple[int, ...]) -> float:
-        return sum(seconds(a, b) for a, b in zip(order, order[1:], strict=False))
+    def total(order: Iterable[int]) -> float:
+        return sum(seconds(a, b) for a, b in pairwise(order))
 
     if len(groups) <= FEW:
         return list(min(permutations(groups), key=total))

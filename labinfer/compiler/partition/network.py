@@ -20,6 +20,17 @@ SCALE = 1e6  # rates are rounded down to whole millionths of tokens/s, so that f
 MAX_BYTES = 64 << 20
 CLOSE = 1e-9  # relative difference that counts as none
 
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    OverflowError,
+    StopIteration,
+)
+
 Placement = Mapping[str, tuple[int, int]]
 
 
@@ -28,7 +39,7 @@ class Network:
     """Nodes that can hold layers, and links between them; all rates in tokens/s.
 
     ``rates[node][k - 1]`` is the rate of a node that holds k of the ``layers``; it cannot hold more than are listed.
-    ``links`` maps (from, to) to a rate; from ``SOURCE`` tokens come, to ``SINK`` they go. A link not listed is not there.
+    ``links`` maps (from, to) to a rate; tokens come from ``SOURCE`` and go to ``SINK``. A link not listed is not there.
     """
 
     layers: int
@@ -102,8 +113,8 @@ def upper_bound(network: Network) -> float:
 def read_network(path: Path, instance: str | None = None) -> tuple[str, Network]:
     """An instance of a JSON file, the first unless it is named, and its name.
 
-    A file maps names of instances to ``{"layers": L, "nodes": {node: {"k": rate}}, "links": [[from, to, rate]]}``. Raises
-    ``InvalidFile`` (``partition.file``) for anything else.
+    A file maps names of instances to ``{"layers": L, "nodes": {node: {"k": rate}}, "links": [[from, to, rate]]}``.
+    Raises ``InvalidFile`` (``partition.file``) for anything else.
     """
     place = Place(str(path))
     try:
@@ -119,7 +130,9 @@ def read_network(path: Path, instance: str | None = None) -> tuple[str, Network]
         layers = given["layers"]
         if not isinstance(layers, int) or not 1 <= layers <= 10_000 or not rates:
             raise ValueError("an instance needs a node, and from 1 to 10000 layers")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StopIteration) as error:
+        if unknown := {end for link in links for end in link} - {SOURCE, SINK, *rates}:
+            raise ValueError(f"there is no node '{min(unknown)}' to link")
+    except _UNREADABLE as error:
         reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
         remedy = 'write {"name": {"layers": 80, "nodes": {"a": {"1": 900.0}}, "links": [["source", "a", 1e6]]}}'
         raise InvalidFile(

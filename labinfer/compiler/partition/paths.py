@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass
 
 from labinfer.compiler.partition.groups import best_groups
@@ -51,16 +51,13 @@ def best_paths(network: Network, *, effort_seconds: float = 5.0) -> Paths:
         raise DoesNotFit("partition.does-not-fit", f"no placement of {network.layers} layers lets a token through")
     graph = flow_graph(network, placement)
     graph.run()
-    used = tuple(
-        (
-            str(tail[0] if isinstance(tail, tuple) else tail),
-            str(head[0] if isinstance(head, tuple) else head),
-            flow / SCALE,
-        )
-        for tail, head, flow in graph.flows()
-        if not (isinstance(tail, tuple) and tail[1] == 0)
-    )
+    flows = [(_name(tail), _name(head), flow / SCALE) for tail, head, flow in graph.flows()]
+    used = tuple(each for each in flows if each[0] != each[1])  # links, not the way through a node
     return Paths(value, bound, placement, used, time.monotonic() - started)
+
+
+def _name(vertex: Hashable) -> str:
+    return str(vertex[0] if isinstance(vertex, tuple) else vertex)
 
 
 def _improve(

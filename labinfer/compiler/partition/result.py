@@ -20,9 +20,12 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a stage takes: seconds of a unit of work, seconds to hand it on (0 for the last), bytes on the device."""
+    """What a stage takes: seconds of a unit of work, and of one step of each phase; seconds to hand the unit on (0 for
+    the last stage); bytes on the device."""
 
     seconds: float
+    prefill_seconds: float
+    decode_seconds: float
     hop_seconds: float
     weight_bytes: int
     kv_bytes: int
@@ -33,8 +36,8 @@ class Load:
 class Partition:
     """A plan of stages, with a certificate.
 
-    ``value`` is the objective in seconds, ``lower_bound`` a value that no chain is below. ``bound_kind`` says how that is
-    known, ``algorithm`` what found the plan, ``seconds`` how long both took. ``latency`` and ``bottleneck`` are the
+    ``value`` is the objective in seconds, ``lower_bound`` a value that no chain is below. ``bound_kind`` says how that
+    is known, ``algorithm`` what found the plan, ``seconds`` how long both took. ``latency`` and ``bottleneck`` are the
     plan's values of these objectives. ``loads`` has one entry a stage.
     """
 
@@ -102,4 +105,4 @@ def _load(problem: Problem, stage: Stage, position: int, hop: float) -> Load:
         raise DoesNotFit("partition.invalid", f"the stage on '{device.name}' does not fit its memory")
     phases = ((work.prefill_steps, prefill), (work.decode_steps, decode))
     seconds = sum(steps * max(each, copies) for steps, each in phases if steps)
-    return Load(seconds, hop, weights, cache, buffer)
+    return Load(seconds, max(prefill, copies), max(decode, copies), hop, weights, cache, buffer)

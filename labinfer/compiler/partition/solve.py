@@ -91,10 +91,7 @@ def _solve(tables: Tables, objective: Objective, effort_seconds: float) -> Answe
     exact, algorithm = _exact_search(tables, bottleneck=objective is Objective.THROUGHPUT)
     if exact is None:
         return _search(tables, objective, effort_seconds)
-    if objective is Objective.BALANCED:
-        chain = _balance(tables, exact)
-    else:
-        chain = exact(math.inf)
+    chain = _balance(tables, exact) if objective is Objective.BALANCED else exact(math.inf)
     if chain is None:
         raise _does_not_fit(tables)
     value = objective_value(tables.problem, objective, *tables.measure(chain))
@@ -142,6 +139,8 @@ def _bound(tables: Tables, objective: Objective) -> float:
 def _search(tables: Tables, objective: Objective, effort_seconds: float) -> Answer:
     """Relaxations that give a bound and often a plan that meets it; local search for the rest."""
     lengths, bound = Lengths(tables), _bound(tables, objective)
+    if math.isinf(bound):
+        raise _does_not_fit(tables)
     kind = "relaxed lengths and loads"
     seeds = {
         "layers by number": lengths.bottleneck()[1],

@@ -7,6 +7,8 @@ and two buffers as large as the largest streamed layer.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -87,7 +89,7 @@ class StageTable:
         return self.best[key]
 
     def _options(self, counts: tuple[int, ...]) -> Floats:
-        """Choices for so many layers of each class that fit, without what was chosen; those of one class less are kept."""
+        """Choices for so many layers of each class that fit, but not what was chosen; built on those of a class less."""
         if counts not in self.known:
             largest = max(range(len(counts)), key=lambda number: (counts[number], number))
             if not counts[largest]:
@@ -171,7 +173,7 @@ class StageTable:
         return tuple(chosen)
 
 
-def _times(count: Floats, seconds: float) -> Floats:
+def _times(count: NDArray[Any], seconds: float) -> Floats:
     """Their product, where no times forbidden is nothing."""
     product: Floats = np.where(count > 0, np.where(count > 0, count, 1) * seconds, 0.0)
     return product
@@ -191,7 +193,7 @@ def _spans(amounts: Floats) -> Floats:
     finite = np.isfinite(amounts)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, amounts, 0.0))])
     bad = np.concatenate([[0], np.cumsum(~finite)])
-    spans = np.maximum(sums[None, :] - sums[:, None], 0.0)
+    spans: Floats = np.maximum(sums[None, :] - sums[:, None], 0.0)
     spans[(bad[None, :] > bad[:, None]) | np.tri(len(sums), dtype=bool)] = np.inf
     return spans
 

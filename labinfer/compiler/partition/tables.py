@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +29,8 @@ class Tables:
     """What all algorithms work on.
 
     ``groups`` lists the devices (by number) that may be exchanged without any change: same kind, memory and pins, and
-    the same links. ``stage[g][a, b]`` is the time of layers a to b - 1 on a device of group g, ``hop(g, h)[c]`` the time
-    to hand on what layer c - 1 computed, from a device of group g to another of group h.
+    the same links. ``stage[g][a, b]`` is the time of layers a to b - 1 on a device of group g, ``hop(g, h)[c]`` the
+    time to hand on what layer c - 1 computed, from a device of group g to another of group h.
     """
 
     def __init__(self, problem: Problem, excluded: frozenset[str] = frozenset()) -> None:
@@ -109,7 +110,7 @@ class Tables:
     def measure(self, chain: Chain) -> tuple[float, float]:
         """Latency and bottleneck of a chain, in seconds."""
         times = [float(self.stage[run.group][run.start, run.stop]) for run in chain]
-        for before, after in zip(chain, chain[1:], strict=False):
+        for before, after in pairwise(chain):
             times.append(float(self.hop(before.group, after.group)[after.start]))
         return sum(times), max(times)
 
