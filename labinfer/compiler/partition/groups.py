@@ -171,7 +171,8 @@ def best_groups(network: Network, bound: float) -> tuple[float, dict[str, tuple[
     rates = {rate for table in network.rates.values() for rate in table} | set(network.links.values())
     sizes = range(1, max(MAX_GROUP**2, len(network.rates)) + 1)
     candidates = sorted({rate * size for rate in rates for size in sizes if rate * size <= bound})
-    best: tuple[float, dict[str, tuple[int, int]]] = (0.0, {})
+    whole = {name: (0, network.layers) for name, table in network.rates.items() if len(table) == network.layers}
+    best = max_flow(network, whole), whole
     for careful in (True, False):
         low, high = 0, len(candidates)
         while low < high:

@@ -27,7 +27,7 @@ class Lengths:
         self.inner = np.full((len(tables.stage), size), np.inf)
         for group, stage in enumerate(tables.stage):
             self.inner[group, 1 : size - 2] = [np.diagonal(stage, n)[1:-1].min() for n in range(1, size - 2)]
-        self.whole = self.first[:, -1]
+        self.whole = self.first[:, -1].copy()
         self.anywhere = np.minimum(np.minimum(self.first, self.last), self.inner)
         self.first[:, -1] = self.last[:, -1] = np.inf
         for seconds in (self.first, self.last, self.inner):

@@ -42,9 +42,14 @@ def improve(
         chain = best_in_order(tables, order, bottleneck=bottleneck)
         if chain is not None and (best is None or score(chain) < score(best)):
             best = chain
-    while best is not None and not done():
-        chain = best_in_order(tables, changed(tables, [run.group for run in best], rng), bottleneck=bottleneck)
-        if chain is not None and score(chain) <= score(best):
+    everything = [group for group, size in enumerate(tables.sizes) for _ in range(size)]
+    while not done():
+        if best is None:
+            order = rng.sample(everything, len(everything))
+        else:
+            order = changed(tables, [run.group for run in best], rng)
+        chain = best_in_order(tables, order, bottleneck=bottleneck)
+        if chain is not None and (best is None or score(chain) <= score(best)):
             best = chain
     return best
 

@@ -38,7 +38,7 @@ class Paths:
 
 
 def best_paths(network: Network, *, effort_seconds: float = 5.0) -> Paths:
-    """The placement of most tokens/s found: groups of equal nodes, improved by local search while the bound is not met.
+    """The placement of most tokens/s found: groups of equal nodes, then local search while the bound is not met.
 
     Raises ``DoesNotFit`` (``partition.does-not-fit``) where no placement was found through which anything flows.
     """
@@ -76,7 +76,7 @@ def _improve(
 
 
 def _changed(network: Network, placement: dict[str, tuple[int, int]], rng: random.Random) -> dict[str, tuple[int, int]]:
-    """A neighbour of a placement: a cut moved by a layer, two nodes exchanged, or a node made to hold what others do."""
+    """A neighbour of a placement: a cut moved by a layer, two nodes exchanged, or a node that holds what others do."""
     changed = dict(placement)
     names, spans = list(network.rates), list(placement.values())
     move = rng.random()

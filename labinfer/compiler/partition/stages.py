@@ -89,7 +89,7 @@ class StageTable:
         return self.best[key]
 
     def _options(self, counts: tuple[int, ...]) -> Floats:
-        """Choices for so many layers of each class that fit, but not what was chosen; built on those of a class less."""
+        """Choices for so many layers of each class that fit, but not what was chosen; made from a class less."""
         if counts not in self.known:
             largest = max(range(len(counts)), key=lambda number: (counts[number], number))
             if not counts[largest]:
