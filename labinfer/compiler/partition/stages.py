@@ -103,7 +103,8 @@ class StageTable:
         order = [int(number) for number in np.argsort(counts, kind="stable") if counts[number]]
         for number in order:
             options = self._merge(options, self._of_class(number, int(counts[number])))
-        return options, order
+        fits = options[:, MEMORY] + options[:, BUFFER] <= self.memory
+        return options[fits], order
 
     def _tied_whole(self, counts: NDArray[np.int64]) -> tuple[Floats, list[int]]:
         """Choices for all layers, where the bytes that the first and the last share count once if both are resident."""
@@ -165,11 +166,13 @@ class StageTable:
             options, order = self._with_choices(counts, np.zeros((1, CHOICES)))
         places += [np.flatnonzero(left == number) for number in order]
         choices = options[int(self._times(options).argmin()), CHOICES:].reshape(-1, 2).astype(int)
-        chosen = np.full(stop - start, Residency.RESIDENT, dtype=object)
+        chosen = [Residency.RESIDENT] * (stop - start)
         for members, (streamed, host) in zip(places, choices, strict=True):
-            chosen[members[len(members) - host :]] = Residency.HOST
-            rest = members[: len(members) - host]
-            chosen[rest[np.arange(streamed) * len(rest) // max(streamed, 1)]] = Residency.STREAMED
+            rest = len(members) - host
+            for number in range(host):
+                chosen[members[rest + number]] = Residency.HOST
+            for number in range(streamed):
+                chosen[members[number * rest // streamed]] = Residency.STREAMED
         return tuple(chosen)
 
 
