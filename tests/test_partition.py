@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,7 @@ from labinfer.compiler.partition import (
     Workload,
     partition,
     solve,
+    stages,
     verify,
 )
 from labinfer.compiler.partition.explain import explain
@@ -152,7 +154,7 @@ def test_what_makes_no_sense_is_refused_all_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "stages",
+    "wrong",
     [
         [("d0", 0, 3)],
         [("d0", 0, 3), ("d1", 2, 4)],
@@ -162,9 +164,9 @@ def test_what_makes_no_sense_is_refused_all_at_once() -> None:
     ],
     ids=["gap", "overlap", "twice", "order", "memory"],
 )
-def test_wrong_stages_are_found(stages: list[tuple[str, int, int]]) -> None:
+def test_wrong_stages_are_found(wrong: list[tuple[str, int, int]]) -> None:
     problem = replace(alike(4, 1.0, 1.0, memory=30), ordered=True)
-    made = tuple(Stage(name, a, b, (Residency.RESIDENT,) * (b - a)) for name, a, b in stages)
+    made = tuple(Stage(name, a, b, (Residency.RESIDENT,) * (b - a)) for name, a, b in wrong)
     with pytest.raises(DoesNotFit) as caught:
         verify(problem, made)
     assert caught.value.code == "partition.invalid"
@@ -200,11 +202,25 @@ def test_simulation_of_full_stages_reaches_the_bottleneck() -> None:
 def test_simulation_ranks_by_what_the_cache_allows() -> None:
     work = Workload(decode_steps=4, micro_batches=8)
     problem = replace(alike(8, 1.0, 1.0, memory=52), workload=work)
-    stages = partition(problem, Objective.THROUGHPUT)
-    assert cache_limit(problem, stages) == 0  # 40 bytes of weights leave 12; a unit keeps 4 bytes a token, 4 tokens
+    split = partition(problem, Objective.THROUGHPUT)
+    assert cache_limit(problem, split) == 0  # 40 bytes of weights leave 12; a unit keeps 4 bytes a token, 4 tokens
     roomy = replace(problem, devices=tuple(replace(device, memory=400) for device in problem.devices))
-    both = [stages, partition(roomy, Objective.LATENCY)]
+    both = [split, partition(roomy, Objective.LATENCY)]
     best, result = rank(roomy, both)[0]
-    assert best is stages
+    assert best is split
     assert result.in_flight == 8
-    assert simulate(problem, stages).units_per_second < result.units_per_second
+    assert simulate(problem, split).units_per_second < result.units_per_second
+
+
+def test_bounds_hold_where_choices_of_residencies_are_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "PRUNE_ABOVE", 4)
+    monkeypatch.setattr(stages, "MAX_OPTIONS", 4)
+    gaps = 0
+    for seed in range(40):
+        problem = random_problem(seed)
+        for objective, least in zip(OBJECTIVES, best_values(problem), strict=True):
+            with suppress(DoesNotFit):
+                plan = partition(problem, objective)
+                assert plan.lower_bound <= least * (1 + 1e-9) <= plan.value * (1 + 2e-9)
+                gaps += plan.gap > 0
+    assert gaps > 0

@@ -9,6 +9,7 @@ the problem polynomial.
 from __future__ import annotations
 
 import math
+from copy import copy
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ class Lengths:
     """For each group the least seconds of n layers: at the start, at the end, in between, or anywhere."""
 
     def __init__(self, tables: Tables) -> None:
-        self.tables, self.count = tables, tables.count
+        self.sizes, self.count = list(tables.sizes), tables.count
         size = self.count + 1
         self.first = np.array([stage[0] for stage in tables.stage])
         self.last = np.array([stage[::-1, -1] for stage in tables.stage])
@@ -32,6 +33,14 @@ class Lengths:
         self.first[:, -1] = self.last[:, -1] = np.inf
         for seconds in (self.first, self.last, self.inner):
             seconds[:, 0] = 0.0
+
+    def among(self, sizes: dict[int, int]) -> Lengths:
+        """The same with some groups only, of the given sizes; they get new numbers."""
+        some, groups = copy(self), list(sizes)
+        some.sizes = list(sizes.values())
+        for name in ("first", "last", "inner", "whole", "anywhere"):
+            setattr(some, name, getattr(self, name)[groups])
+        return some
 
     def bottleneck(self) -> tuple[float, Chain | None]:
         """No chain has a smaller bottleneck than the number; the chain has it if layers are alike and hops quick."""
@@ -54,12 +63,12 @@ class Lengths:
     def _ends(self, limit: float) -> tuple[int, int, int]:
         """The groups of the first and last stage with which most layers are done, and how many."""
         first, last, inner = self._capacities(limit)
-        total = int(inner @ np.array(self.tables.sizes))
+        total = int(inner @ np.array(self.sizes))
         gain_first, gain_last = first - inner, last - inner
         best = (-1, 0, 0)
         for i in np.argsort(-gain_first, kind="stable")[:2]:  # the best pair is among the two best of each
             for j in np.argsort(-gain_last, kind="stable")[:2]:
-                if i != j or self.tables.sizes[i] > 1:
+                if i != j or self.sizes[i] > 1:
                     best = max(best, (total + int(gain_first[i] + gain_last[j]), int(i), int(j)))
         return best
 
@@ -73,7 +82,7 @@ class Lengths:
             return (Run(int(alone[self.whole[alone].argmin()]), 0, self.count),)
         _, start, stop = self._ends(limit)
         first, last, inner = self._capacities(limit)
-        left = list(self.tables.sizes)
+        left = list(self.sizes)
         left[start] -= 1
         left[stop] -= 1
         done = int(first[start])
@@ -100,7 +109,7 @@ class Lengths:
         taken: list[tuple[int, NDArray[np.int64]]] = []
         for group, seconds in enumerate(self.anywhere):
             lengths = np.flatnonzero(np.isfinite(seconds) & (seconds < limit) & (np.arange(size) > 0))
-            for _ in range(self.tables.sizes[group]):
+            for _ in range(self.sizes[group]):
                 more, choice = best.copy(), np.zeros(size, dtype=np.int64)
                 for n in lengths:
                     trial = best[: size - n] + (seconds[n] + hop)

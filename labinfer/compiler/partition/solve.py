@@ -128,7 +128,8 @@ def _balance(tables: Tables, shortest: Exact) -> Chain | None:
 
 
 def _bound(tables: Tables, objective: Objective) -> float:
-    lengths, extra = Lengths(tables), tables.problem.workload.micro_batches - 1
+    tables, extra = tables.relaxed(), tables.problem.workload.micro_batches - 1
+    lengths = Lengths(tables)
     if objective is Objective.LATENCY:
         return latency_bound(tables, lengths)
     if objective is Objective.THROUGHPUT:

@@ -147,7 +147,8 @@ class StageTable:
                         kept[row + 1 :] &= (criteria[row + 1 :] < criteria[row]).any(axis=1)
                 options = options[kept]
         if len(options) > MAX_OPTIONS:
-            self.exact, options = False, options[:MAX_OPTIONS]
+            smallest = [int(options[:, MEMORY].argmin())]  # the one most likely to leave room for more layers
+            self.exact, options = False, np.concatenate([options[:MAX_OPTIONS], options[smallest]])
         return options
 
     def _times(self, options: Floats) -> Floats:

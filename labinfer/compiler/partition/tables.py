@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -106,6 +107,14 @@ class Tables:
         low = (self.fixed + self.per_byte * inner.min())[apart].min()
         high = (self.fixed + self.per_byte * inner.max())[apart].max()
         return float(low), float(high)
+
+    def relaxed(self) -> Tables:
+        """Tables for bounds: themselves, or without regard to memory where a stage may be quicker than it seems."""
+        if self.exact:
+            return self
+        relaxed = copy(self)
+        relaxed.stage = [table.seconds if table.exact else table.floor for table in self.tables]
+        return relaxed
 
     def measure(self, chain: Chain) -> tuple[float, float]:
         """Latency and bottleneck of a chain, in seconds."""
