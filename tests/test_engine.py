@@ -16,7 +16,6 @@ from labinfer import SamplingParams
 from labinfer.errors import LabinferError, UsageError
 from labinfer.llm import LLM
 from labinfer.runtime.engine import Engine
-from labinfer.runtime.sampler import sample
 
 from .hf.agreement import assert_agree
 from .tiny import GOLDEN, tiny_checkpoint, tiny_map
@@ -103,85 +102,6 @@ def test_seeds_differ_and_none_is_not_a_seed() -> None:
         assert run(1) == run(1)
         assert len({run(seed) for seed in range(5)}) > 3
         assert len({run(None) for _ in range(5)}) > 3
-
-
-LOGITS = np.array([0.1, 2.0, -1.0, 0.5, 1.9, -30.0, 0.1, 1.0], np.float32)
-
-
-def expected_distribution(params: SamplingParams) -> np.ndarray:
-    """Written out from the definition: temperature, then the k largest, then the smallest set of mass top_p."""
-    p = np.exp(LOGITS.astype(np.float64) / params.temperature)
-    if params.top_k > 0:
-        p[np.argsort(-p)[params.top_k :]] = 0
-    p /= p.sum()
-    order = np.argsort(-p, kind="stable")
-    for rank, token in enumerate(order):
-        if p[order[:rank]].sum() >= params.top_p:
-            p[token] = 0
-    return p / p.sum()
-
-
-@pytest.mark.parametrize(
-    "params",
-    [
-        SamplingParams(),
-        SamplingParams(temperature=0.5),
-        SamplingParams(temperature=3.0),
-        SamplingParams(top_k=3),
-        SamplingParams(top_k=-1),
-        SamplingParams(top_p=0.7),
-        SamplingParams(top_p=1e-9),
-        SamplingParams(temperature=2.0, top_k=5, top_p=0.8),
-        SamplingParams(top_k=100, top_p=0.999),
-    ],
-    ids=str,
-)
-def test_sampling_follows_the_distribution(params: SamplingParams) -> None:
-    expected, draws = expected_distribution(params), 20_000
-    random = np.random.default_rng(3)
-    counts = np.bincount([sample(LOGITS, params, random) for _ in range(draws)], minlength=len(LOGITS))
-    assert (counts[expected == 0] == 0).all()
-    likely = expected * draws > 5
-    chi_square = (((counts - expected * draws) ** 2)[likely] / (expected * draws)[likely]).sum()
-    assert chi_square < 30  # 7 degrees of freedom at most: p < 1e-4
-
-
-@pytest.mark.parametrize(
-    "params", [SamplingParams(top_k=1), SamplingParams(temperature=0), SamplingParams(temperature=1e-4)], ids=str
-)
-def test_greedy(params: SamplingParams) -> None:
-    assert {sample(LOGITS, params, np.random.default_rng(seed)) for seed in range(50)} == {1}
-    ties = np.array([0, 3, 3, 1], np.float32)
-    assert sample(ties, SamplingParams(temperature=0), np.random.default_rng(0)) == 1
-
-
-@settings(max_examples=200)
-@given(
-    logits=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=50),
-    temperature=st.sampled_from([0.0, 1e-3, 0.7, 1.0, 50.0]),
-    top_k=st.integers(-1, 60),
-    top_p=st.floats(1e-6, 1.0),
-)
-def test_any_finite_logits_give_a_token(logits: list[float], temperature: float, top_k: int, top_p: float) -> None:
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
-    row = np.array(logits, np.float32)
-    token = sample(row, params, np.random.default_rng(0))
-    assert 0 <= token < len(logits)
-    if top_k > 0:
-        assert row[token] >= np.sort(row)[::-1][min(top_k, len(row)) - 1]
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_logits_that_are_no_numbers_are_an_error(bad: float) -> None:
-    row = LOGITS.copy()
-    if bad == -np.inf:
-        row[:] = bad  # one -inf bans a token, all of them leave none
-    else:
-        row[2] = bad
-    for params in (SamplingParams(temperature=0), SamplingParams()):
-        with pytest.raises(LabinferError) as caught:
-            sample(row, params, np.random.default_rng(0))
-        assert (caught.value.code, caught.value.exit_code) == ("run.not-a-number", 1)
 
 
 def test_not_a_number_inside_the_model_ends_the_run_and_frees_the_cache() -> None:
@@ -278,18 +198,6 @@ def test_prompts_in_every_form(alone: list[list[int]]) -> None:
         ]
         for form in forms:
             assert tokens(model, form, GREEDY) == [alone[1]]
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"temperature": "hot"}, {"max_tokens": "8"}, {"top_k": None}, {"seed": 1.5},
-     {"temperature": -1}, {"temperature": float("nan")}, {"top_k": -2}, {"top_p": 0}, {"top_p": 1.1}, {"max_tokens": 0},
-     {"seed": -1}],
-    ids=str,
-)  # fmt: skip
-def test_wrong_sampling_parameters(wrong: dict[str, Any]) -> None:
-    with pytest.raises(UsageError):
-        SamplingParams(**wrong)
 
 
 @pytest.mark.parametrize(

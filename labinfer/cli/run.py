@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from labinfer.llm import LLM
     from labinfer.runtime.generate import Completion
     from labinfer.runtime.model import Model
-    from labinfer.runtime.sampling_params import SamplingParams
+    from labinfer.runtime.sampling import SamplingParams
 
 MAX_STDIN = 16 << 20
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -110,7 +110,7 @@ def run(
     labinfer run model.gguf --system "Answer in French." < question.txt
     labinfer run plan.json --temperature 0.8 --seed 1 --stats
     """  # fmt: skip
-    from labinfer.runtime.sampling_params import SamplingParams
+    from labinfer.runtime.sampling import SamplingParams
 
     model, text = _model_and_prompt(model, prompt, prompt_option, token_ids)
     ids = _token_ids(token_ids) if token_ids is not None else None

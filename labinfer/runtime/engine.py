@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from secrets import randbits
 
 from labinfer.errors import LabinferError, UsageError
 from labinfer.runtime.model import Model
-from labinfer.runtime.sampler import sample
-from labinfer.runtime.sampling_params import SamplingParams
+from labinfer.runtime.sampling import SamplingParams, SamplingRules, SamplingState, sample
 from labinfer.runtime.scheduler import Request, Scheduler
 
 
@@ -38,7 +38,11 @@ class Engine:
         if len(tokens) >= self.model.max_len:
             message = f"a prompt of {len(tokens)} tokens leaves no room in a context of {self.model.max_len}"
             raise UsageError("run.too-long", message, remedy="compile with a larger --max-model-len")
-        request = Request(next(self.numbers), tokens, params)
+        if params.n > 1 or (params.best_of or 1) > 1 or params.prompt_logprobs is not None:
+            raise UsageError("sampling.unsupported", "n, best_of and prompt_logprobs are not supported yet")
+        rules = SamplingRules(params, self.model.vocab_size, self.eos_ids, self.model.tokenizer)
+        seed = randbits(64) if params.seed is None else params.seed
+        request = Request(next(self.numbers), tokens, params, SamplingState(rules, seed, 0, tokens))
         self.scheduler.add(request)
         return request
 
@@ -48,26 +52,25 @@ class Engine:
         if not parts:
             raise LabinferError("run.cache-full", "no cache blocks are left: sessions hold them all")
         logits = self.model.compute([part for _, part in parts])
-        device_draw = self.model.interpreters[-1].device.draw
-        made, row = [], 0
-        for request, part in parts:
-            if part.num_rows:
-                made.append(self.postprocess(request, sample(logits[row], request.params, request.random, device_draw)))
-                row += 1
-        return made
+        ready = [request for request, part in parts if part.num_rows]
+        states = {row: request.state for row, request in enumerate(ready) if not request.state.rules.plain}
+        sampled = sample(logits, states, self.model.interpreters[-1].device.draw)
+        for error in sampled.errors.values():
+            raise error
+        return [self.postprocess(*each) for each in zip(ready, sampled.tokens.tolist(), strict=True)]
 
     def postprocess(self, request: Request, token: int) -> NewToken:
         """Append ``token`` to its sequence and finish the request where that ends it."""
-        sequence, params = request.sequence, request.params
+        sequence = request.sequence
         before = len(sequence.token_ids)
         sequence.token_ids.append(token)
         if self.model.must_recompute(sequence, before):
             self.model.blocks.release(sequence.row)
             sequence.num_computed = 0
         reason = None
-        if token in params.stop_token_ids or (token in self.eos_ids and not params.ignore_eos):
+        if request.state.accept(token):
             reason = "stop"
-        elif len(request.generated) == params.max_tokens or before + 1 >= self.model.max_len:
+        elif len(request.generated) == request.params.max_tokens or before + 1 >= self.model.max_len:
             reason = "length"
         if reason:
             self.scheduler.finish(request, reason)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from labinfer.errors import UsageError
 from labinfer.runtime.engine import Engine
-from labinfer.runtime.sampling_params import SamplingParams
+from labinfer.runtime.sampling import AnswerText, SamplingParams
 from labinfer.runtime.scheduler import Request
 
 if TYPE_CHECKING:
@@ -48,31 +48,36 @@ def generate(
     started, tokenizer = time.perf_counter(), model.tokenizer
     engine = Engine(model, tokenizer.eos_ids if tokenizer else ())
     requests = [engine.add(tokens, params or SamplingParams()) for tokens in tokenize(model, prompts)]
-    streams = [tokenizer.stream(request.prompt) if tokenizer else None for request in requests]
-    texts = ["" for _ in requests]
+    texts = [answer_text(model, request) for request in requests]
     times: list[list[float]] = [[] for _ in requests]
-
-    def say(index: int, text: str) -> None:
-        texts[index] += text
-        if on_token and text:
-            on_token(index, text)
-
     try:
         for made in engine.run():
-            index, stream = made.request.number, streams[made.request.number]
+            request, index = made.request, made.request.number
             times[index] = [*times[index][:1], time.perf_counter() - started]
-            if stream and made.finish_reason != "stop":
-                say(index, stream.put(made.token_id))
-            if stream and made.finish_reason:
-                say(index, stream.finish())
+            if text := texts[index]:
+                shown = made.finish_reason != "stop" or request.params.include_stop_str_in_output
+                new = text.put(made.token_id) if shown else ""
+                if text.stop is not None and made.finish_reason is None:
+                    engine.scheduler.finish(request, "stop")
+                new += text.finish() if request.finish_reason else ""
+                if on_token and new:
+                    on_token(index, new)
     finally:
         engine.abort()
     return [_completion(*each) for each in zip(requests, texts, times, strict=True)]
 
 
-def _completion(request: Request, text: str, times: list[float]) -> Completion:
+def answer_text(model: Model, request: Request) -> AnswerText | None:
+    """What makes the text of an answer, where there is a tokenizer and text is wanted."""
+    if model.tokenizer is None or not request.params.detokenize:
+        return None
+    skip = request.params.skip_special_tokens
+    return AnswerText(model.tokenizer.stream(request.prompt, skip_special_tokens=skip), request.params)
+
+
+def _completion(request: Request, text: AnswerText | None, times: list[float]) -> Completion:
     reason = request.finish_reason or "abort"
-    return Completion(request.prompt, request.generated, text, reason, times[0], times[-1])
+    return Completion(request.prompt, request.generated, text.text if text else "", reason, times[0], times[-1])
 
 
 def tokenize(model: Model, prompts: Prompts) -> list[Sequence[int]]:

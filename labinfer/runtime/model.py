@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from labinfer.runtime.generate import Completion
-    from labinfer.runtime.sampling_params import SamplingParams
+    from labinfer.runtime.sampling import SamplingParams
     from labinfer.runtime.tokenizer import Tokenizer
 
 _numbers = count()

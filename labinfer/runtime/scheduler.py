@@ -5,27 +5,24 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from labinfer.runtime.model import Model
-from labinfer.runtime.sampling_params import SamplingParams
+from labinfer.runtime.sampling import SamplingParams, SamplingState
 from labinfer.runtime.sequence import Scheduled, Sequence
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A prompt with its sampling parameters, and what has been generated for it."""
+    """A prompt with its sampling parameters, where its sampling stands, and what has been generated for it."""
 
     number: int
     prompt: list[int]
     params: SamplingParams
+    state: SamplingState
     sequence: Sequence = field(init=False)
-    random: np.random.Generator = field(init=False)
     finish_reason: str | None = None
 
     def __post_init__(self) -> None:
         self.sequence = Sequence(list(self.prompt), -1)
-        self.random = np.random.default_rng(self.params.seed)
 
     @property
     def generated(self) -> list[int]:
