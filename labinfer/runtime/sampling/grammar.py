@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 MAX_GRAMMAR_CHARACTERS = 64 << 10
 MAX_LEXER_STATES = 25_000  # of 1 to 2 kB each
 
+_NO_FORCING = '%llguidance {"no_forcing": true}\n'
+"""Else a text that has no choice is written to its end at once, whatever its length: `(((a{999}){999}){999}){999}`."""
+
 _BYTES = np.arange(256, dtype=np.uint8)[:, np.newaxis]
 _BANS = np.where(np.unpackbits(_BYTES, axis=1, bitorder="little"), np.float32(0), NEVER)
 """For each byte of a bit mask, what to add to the logits of its 8 tokens."""
@@ -86,38 +89,53 @@ def compile_grammar(structure: StructuredOutputs, tokenizer: Tokenizer, vocab_si
     limits = llguidance.LLParserLimits(
         max_lexer_states=MAX_LEXER_STATES, precompute_large_lexemes=False, verbose_errors=False
     )
-    start = llguidance.LLMatcher(tokens, grammar_text(structure), log_level=0, limits=limits)
+    start = llguidance.LLMatcher(tokens, _NO_FORCING + lark_of(structure), log_level=0, limits=limits)
     if start.is_error():
-        message = f"structured_outputs cannot be used: {first_line(start.get_error())}"
-        raise UsageError("sampling.grammar", message)
+        raise unusable(start.get_error())
     return Grammar(start, vocab_size)
 
 
-def grammar_text(structure: StructuredOutputs) -> str:
-    """What llguidance compiles."""
-    from llguidance import grammar_from
-
-    kind, text = next(
-        (kind, text)
-        for kind, text in (
-            ("json_schema", structure.json),
-            ("regex", structure.regex),
-            ("choice", None if structure.choice is None else json.dumps(structure.choice)),
-            ("grammar", structure.grammar),
-        )
-        if text is not None
-    )
-    assert isinstance(text, str)
-    if len(text) > MAX_GRAMMAR_CHARACTERS:
-        message = f"structured_outputs has {len(text)} characters, more than {MAX_GRAMMAR_CHARACTERS}"
-        raise UsageError("sampling.grammar", message)
+def lark_of(structure: StructuredOutputs) -> str:
+    """``structure`` as a grammar in llguidance's Lark; what cannot be one is a UsageError."""
+    texts = [structure.json or structure.regex or structure.grammar or "", *(structure.choice or ())]
+    if (size := sum(len(str(text)) for text in texts)) > MAX_GRAMMAR_CHARACTERS:
+        raise unusable(f"it has {size} characters, more than {MAX_GRAMMAR_CHARACTERS}")
     try:
-        text.encode()
-        return str(grammar_from(kind, text))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except Exception as problem:  # the library raises bare Exception
-        raise UsageError("sampling.grammar", f"structured_outputs cannot be used: {first_line(str(problem))}") from None
+        if structure.regex is not None:
+            lark = regex_lark(structure.regex)
+        elif structure.choice is not None:  # a terminal, in capitals, is one automaton however many there are
+            lark = "start: CHOICE\nCHOICE: " + " | ".join(
+                json.dumps(text, ensure_ascii=False) for text in structure.choice
+            )
+        elif structure.grammar is not None:
+            lark = grammar_lark(structure.grammar)
+        else:
+            lark = f"start: %json {json.dumps(json.loads(str(structure.json)))}"
+        lark.encode()
+        return lark
+    except Exception as problem:  # the converters raise bare Exception
+        raise unusable(str(problem)) from None
+
+
+def regex_lark(regex: str) -> str:
+    """A regular expression, with the meaning of Python's and Rust's ``\\d``, ``\\w`` and ``\\s``, as Lark."""
+    from llguidance import regex_to_lark
+
+    return f"start: /{regex_to_lark(regex, '')}/" if regex else 'start: ""'
+
+
+def grammar_lark(grammar: str) -> str:
+    """A grammar in Lark or GBNF as Lark, without options of its own: they could undo the limits."""
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    if "%llguidance" in grammar:
+        raise ValueError("%llguidance is not allowed")
+    return str(any_to_lark(grammar)).replace("%llguidance {}", "")
+
+
+def unusable(problem: str) -> UsageError:
+    """The error of a structure that cannot be used."""
+    return UsageError("sampling.grammar", f"structured_outputs cannot be used: {first_line(problem)}")
 
 
 def first_line(text: str) -> str:
