@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,48 @@ def test_ends_of_generation(alone: list[list[int]]) -> None:
         assert (ignoring.generated, ignoring.finish_reason) == (first, "length")
         assert Counter(each.request.number for each in made) == {0: cut, 1: 10}
         assert [each.finish_reason for each in made if each.request is request] == [None] * (cut - 1) + ["stop"]
+
+
+def test_knobs_hold_for_each_request_alone_and_in_company() -> None:
+    knobs: dict[str, Any] = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "min_p": 0.02, "logit_bias": {3: 2.0}}
+    params = SamplingParams(temperature=1.2, seed=4, max_tokens=12, min_tokens=12, **knobs)
+    with open_model() as model:
+        alone = [tokens(model, [prompt], params)[0] for prompt in PROMPTS]
+        assert tokens(model, PROMPTS, params) == alone
+        few = SamplingParams(temperature=1.5, allowed_token_ids=[7, 9], max_tokens=30, ignore_eos=True)
+        assert {token for made in tokens(model, PROMPTS, few) for token in made} == {7, 9}
+        biased = SamplingParams(temperature=0, logit_bias={5: 100}, max_tokens=3, ignore_eos=True)
+        assert tokens(model, [[1]], biased) == [[5, 5, 5]]
+
+
+def test_stop_strings_cut_the_text_and_not_what_is_streamed(tiny_model: Path) -> None:
+    with labinfer.load(tiny_model) as model:
+        greedy: dict[str, Any] = {"temperature": 0, "max_tokens": 20, "ignore_eos": True}
+        [whole] = model.generate("w10 w11 w12", SamplingParams(**greedy))
+        stop = " ".join(whole.text.split()[4:6])
+        cut = whole.text.index(stop)
+        said: list[str] = []
+        params = SamplingParams(**greedy, stop=["never", stop])
+        [result] = model.generate("w10 w11 w12", params, lambda index, text: said.append(text))
+        assert (result.text, result.finish_reason) == (whole.text[:cut], "stop")
+        assert "".join(said) == result.text
+        assert result.token_ids == whole.token_ids[: len(result.token_ids)]
+        assert 2 <= len(result.token_ids) < 20
+        kept = SamplingParams(**greedy, stop=stop, include_stop_str_in_output=True)
+        assert model.generate("w10 w11 w12", kept)[0].text == whole.text[: cut + len(stop)]
+        silent = SamplingParams(**greedy, detokenize=False)
+        assert (model.generate("w10 w11 w12", silent)[0].text, model.pool.num_free) == ("", model.pool.num_blocks)
+
+
+def test_structured_output_of_a_model(tiny_model: Path) -> None:
+    pytest.importorskip("llguidance")
+    with labinfer.load(tiny_model) as model:
+        for seed in range(5):
+            form = {"regex": "( w1[0-9]){2,5} w20"}
+            params = SamplingParams(temperature=2, seed=seed, max_tokens=None, structured_outputs=form)
+            [result] = model.generate("w10", params)
+            assert re.fullmatch(form["regex"], result.text)
+            assert result.finish_reason == "stop"
 
 
 def test_generation_stops_at_the_longest_sequence() -> None:

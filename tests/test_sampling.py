@@ -291,9 +291,10 @@ def test_min_tokens_bans_every_end() -> None:
 def test_tokens_that_end_an_answer() -> None:
     stops = state_of(stop_token_ids=[7]).rules
     stops.eos_ids = frozenset([2, 7])
-    assert [stops.stop(token) for token in (1, 2, 7)] == [None, (None,), (7,)]
-    ignoring = SamplingRules(SamplingParams(ignore_eos=True, stop_token_ids=[3]), VOCAB, [2])
-    assert [ignoring.stop(token) for token in (2, 3)] == [None, (3,)]
+    assert [stops.stop(token) for token in (1, 2, 7)] == [None, (None, False), (7, False)]
+    params = SamplingParams(ignore_eos=True, stop_token_ids=[3], include_stop_str_in_output=True)
+    ignoring = SamplingRules(params, VOCAB, [2])
+    assert [ignoring.stop(token) for token in (2, 3)] == [None, (3, True)]
 
 
 def test_logprobs_are_those_of_the_model() -> None:

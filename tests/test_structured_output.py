@@ -102,7 +102,7 @@ def answer(tokenizer: Tokenizer, seed: int, *, limit: int = 400, **structure: An
             raise error
         token = int(sampled.tokens[0])
         stop = state.accept(token)
-        text += "" if token in tokenizer.eos_ids else decoder.put(token)
+        text += decoder.put(token) if stop is None or stop.in_text else ""
         if stop is not None:
             return text + decoder.finish()
     return None
@@ -175,7 +175,7 @@ def test_forks_and_states_made_anew_stand_where_they_were() -> None:
     for token in (a, b):
         assert state.accept(token) is None
     anew, late = SamplingState(rules, 1, output=[a, b]), state.fork(2)
-    assert state.accept(c) == (None,)
+    assert state.accept(c) == (None, True)
     zeros = np.zeros(tokenizer.vocab_size, np.float32)
     assert np.isfinite(fork.adjusted(zeros)).sum() == 4  # a, ab, 1 and 12
     assert (anew.adjusted(zeros) == late.adjusted(zeros)).all()

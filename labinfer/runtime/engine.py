@@ -15,11 +15,15 @@ from labinfer.runtime.scheduler import Request, Scheduler
 
 @dataclass(frozen=True, slots=True)
 class NewToken:
-    """A token just made for a request; ``finish_reason`` is ``stop`` or ``length`` with the last one."""
+    """A token just made for a request; ``finish_reason`` is ``stop`` or ``length`` with the last one.
+
+    A token that only ends the answer is not ``in_text``.
+    """
 
     request: Request
     token_id: int
     finish_reason: str | None
+    in_text: bool
 
 
 class Engine:
@@ -38,8 +42,8 @@ class Engine:
         if len(tokens) >= self.model.max_len:
             message = f"a prompt of {len(tokens)} tokens leaves no room in a context of {self.model.max_len}"
             raise UsageError("run.too-long", message, remedy="compile with a larger --max-model-len")
-        if params.n > 1 or (params.best_of or 1) > 1 or params.prompt_logprobs is not None:
-            raise UsageError("sampling.unsupported", "n, best_of and prompt_logprobs are not supported yet")
+        if params.n > 1 or (params.best_of or 1) > 1 or (params.logprobs, params.prompt_logprobs) != (None, None):
+            raise UsageError("sampling.unsupported", "n, best_of, logprobs and prompt_logprobs are not supported yet")
         rules = SamplingRules(params, self.model.vocab_size, self.eos_ids, self.model.tokenizer)
         seed = randbits(64) if params.seed is None else params.seed
         request = Request(next(self.numbers), tokens, params, SamplingState(rules, seed, 0, tokens))
@@ -68,13 +72,13 @@ class Engine:
             self.model.blocks.release(sequence.row)
             sequence.num_computed = 0
         reason = None
-        if request.state.accept(token):
+        if stop := request.state.accept(token):
             reason = "stop"
         elif len(request.generated) == request.params.max_tokens or before + 1 >= self.model.max_len:
             reason = "length"
         if reason:
             self.scheduler.finish(request, reason)
-        return NewToken(request, token, reason)
+        return NewToken(request, token, reason, stop is None or stop.in_text)
 
     def run(self) -> Iterator[NewToken]:
         """Step until every request is done; each token as it is made."""

@@ -55,8 +55,7 @@ def generate(
             request, index = made.request, made.request.number
             times[index] = [*times[index][:1], time.perf_counter() - started]
             if text := texts[index]:
-                shown = made.finish_reason != "stop" or request.params.include_stop_str_in_output
-                new = text.put(made.token_id) if shown else ""
+                new = text.put(made.token_id) if made.in_text else ""
                 if text.stop is not None and made.finish_reason is None:
                     engine.scheduler.finish(request, "stop")
                 new += text.finish() if request.finish_reason else ""

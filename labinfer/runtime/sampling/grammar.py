@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MAX_GRAMMAR_CHARACTERS = 64 << 10
 MAX_LEXER_STATES = 25_000  # of 1 to 2 kB each
 
-_NO_FORCING = '%llguidance {"no_forcing": true}\n'
+_NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 """Else a text that has no choice is written to its end at once, whatever its length: `(((a{999}){999}){999}){999}`."""
 
 _BYTES = np.arange(256, dtype=np.uint8)[:, np.newaxis]
@@ -89,7 +89,7 @@ def compile_grammar(structure: StructuredOutputs, tokenizer: Tokenizer, vocab_si
     limits = llguidance.LLParserLimits(
         max_lexer_states=MAX_LEXER_STATES, precompute_large_lexemes=False, verbose_errors=False
     )
-    start = llguidance.LLMatcher(tokens, _NO_FORCING + lark_of(structure), log_level=0, limits=limits)
+    start = llguidance.LLMatcher(tokens, lark_of(structure) + _NO_FORCING, log_level=0, limits=limits)
     if start.is_error():
         raise unusable(start.get_error())
     return Grammar(start, vocab_size)
@@ -139,8 +139,9 @@ def unusable(problem: str) -> UsageError:
 
 
 def first_line(text: str) -> str:
-    """The beginning of a message; the rest repeats what was given."""
-    return text.split("\n", 1)[0][:200]
+    """The beginning of a message, and what stands after "error:"; the rest repeats what was given."""
+    first, *others = text.split("\n")
+    return " ".join([first[:200], *(line[:100] for line in others if line.startswith("error:"))])
 
 
 _VOCABULARIES: WeakKeyDictionary[Tokenizer, dict[int, llguidance.LLTokenizer]] = WeakKeyDictionary()

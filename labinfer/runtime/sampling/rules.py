@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 
 
 class Stop(NamedTuple):
-    """Why an answer ended: the token or text of the request that ended it; None for an end-of-text token or grammar."""
+    """The end of an answer by a token: ``reason`` is the token if the request named it, None for an end-of-text token
+    and for the end of a grammar. ``in_text`` says whether the token's text belongs to the answer's.
+    """
 
-    reason: int | str | None
+    reason: int | None
+    in_text: bool
 
 
 class SamplingRules:
@@ -79,8 +82,10 @@ class SamplingRules:
     def stop(self, token: int) -> Stop | None:
         """The end that ``token`` makes of an answer, if any."""
         if token in self.stop_token_ids:
-            return Stop(token)
-        return Stop(None) if token in self.eos_ids and not self.params.ignore_eos else None
+            return Stop(token, self.params.include_stop_str_in_output)
+        if token in self.eos_ids and not self.params.ignore_eos:
+            return Stop(None, self.params.include_stop_str_in_output)
+        return None
 
 
 def check_tokens(params: SamplingParams, vocab_size: int, tokenizer: Tokenizer | None) -> None:

@@ -49,7 +49,7 @@ class SamplingState:
         if stop is None and self.matcher is not None:
             self.matcher.accept(token)
             if self.matcher.ended:
-                stop = Stop(None)
+                stop = Stop(None, token not in self.rules.eos_ids)
         return stop
 
     def fork(self, index: int) -> SamplingState:
