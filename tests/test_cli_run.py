@@ -18,14 +18,14 @@ import pytest
 import labinfer
 from labinfer.api import names_model
 from labinfer.errors import UsageError
-from labinfer.runtime.generate import Completion
+from labinfer.runtime.outputs import RequestOutput
 
 PROMPT = "w10 w11 w12"
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def answer(tiny_model: Path) -> Completion:
+def answer(tiny_model: Path) -> RequestOutput:
     """What the tiny model says to PROMPT, in 8 greedy tokens."""
     with labinfer.load(tiny_model) as model:
         ids = model.tokenizer.encode_chat([{"role": "user", "content": PROMPT}])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from labinfer import SamplingParams
 from labinfer.errors import LabinferError, UsageError
 from labinfer.llm import LLM
 from labinfer.runtime.engine import Engine
+from labinfer.runtime.request import Request
 
 from .hf.agreement import assert_agree
 from .tiny import GOLDEN, tiny_checkpoint, tiny_map
@@ -129,13 +129,15 @@ def test_ends_of_generation(alone: list[list[int]]) -> None:
         [result] = model.generate([PROMPTS[1]], GREEDY)
         assert (result.token_ids, result.finish_reason) == (first, "length")
         engine = Engine(model, eos_ids=[stop])
-        request = engine.add(PROMPTS[1], SamplingParams(temperature=0, max_tokens=10))
-        ignoring = engine.add(PROMPTS[1], GREEDY)
-        made = list(engine.run())
-        assert (request.generated, request.finish_reason) == (first[:cut], "stop")
-        assert (ignoring.generated, ignoring.finish_reason) == (first, "length")
-        assert Counter(each.request.number for each in made) == {0: cut, 1: 10}
-        assert [each.finish_reason for each in made if each.request is request] == [None] * (cut - 1) + ["stop"]
+        seen: list[tuple[int, str | None]] = []
+        listener = lambda sequence: seen.append((len(sequence.generated), sequence.finish_reason))  # noqa: E731
+        params = SamplingParams(temperature=0, max_tokens=10)
+        stopped = engine.add(Request(PROMPTS[1], params, listener=listener))
+        ignoring = engine.add(Request(PROMPTS[1], GREEDY))
+        assert list(engine.run()) == [stopped, ignoring]
+        assert (stopped.generated, stopped.sequences[0].finish_reason) == (first[:cut], "stop")
+        assert (ignoring.generated, ignoring.sequences[0].finish_reason) == (first, "length")
+        assert seen == [(number, None) for number in range(1, cut)] + [(cut, "stop")]
 
 
 def test_knobs_hold_for_each_request_alone_and_in_company() -> None:
@@ -166,7 +168,7 @@ def test_stop_strings_cut_the_text_and_not_what_is_streamed(tiny_model: Path) ->
         kept = SamplingParams(**greedy, stop=stop, include_stop_str_in_output=True)
         assert model.generate("w10 w11 w12", kept)[0].text == whole.text[: cut + len(stop)]
         silent = SamplingParams(**greedy, detokenize=False)
-        assert (model.generate("w10 w11 w12", silent)[0].text, model.pool.num_free) == ("", model.pool.num_blocks)
+        assert (model.generate("w10 w11 w12", silent)[0].text, model.blocks.usage) == ("", 0)
 
 
 def test_structured_output_of_a_model(tiny_model: Path) -> None:
@@ -261,10 +263,10 @@ def test_a_failing_callback_leaves_nothing_behind(alone: list[list[int]]) -> Non
     with open_model() as model:
         engine = Engine(model)
         for prompt in PROMPTS:
-            engine.add(prompt, GREEDY)
-        next(iter(engine.run()))
+            engine.add(Request(prompt, GREEDY))
+        engine.step()
         assert model.blocks.usage > 0
-        engine.abort()
+        engine.abort_all()
         assert model.blocks.usage == 0
         model.blocks.check_integrity()
 

@@ -18,8 +18,8 @@ from labinfer.errors import UsageError
 
 if TYPE_CHECKING:
     from labinfer.llm import LLM
-    from labinfer.runtime.generate import Completion
     from labinfer.runtime.model import Model
+    from labinfer.runtime.outputs import RequestOutput
     from labinfer.runtime.sampling import SamplingParams
 
 MAX_STDIN = 16 << 20
@@ -181,7 +181,7 @@ def show(index: int, text: str) -> None:
     click.echo(_CONTROL.sub("", text) if sys.stdout.isatty() else text, nl=False)
 
 
-def _finish(llm: Model, answer: Completion, load_seconds: float, stats: bool, as_json: bool) -> None:
+def _finish(llm: Model, answer: RequestOutput, load_seconds: float, stats: bool, as_json: bool) -> None:
     """End the output of one answer."""
     figures = measured(answer, load_seconds)
     if as_json:
@@ -200,19 +200,20 @@ def _finish(llm: Model, answer: Completion, load_seconds: float, stats: bool, as
         click.echo(stats_text(figures), err=True)
 
 
-def measured(answer: Completion, load_seconds: float | None = None) -> dict[str, float | int | None]:
+def measured(answer: RequestOutput, load_seconds: float | None = None) -> dict[str, float | int | None]:
     """Times, speed and memory of an answer."""
     import resource
 
-    decoded, decoding = len(answer.token_ids) - 1, answer.seconds - answer.first_token_seconds
+    first, total = answer.metrics.first_token_seconds or 0.0, answer.metrics.seconds or 0.0
+    decoded, decoding = len(answer.token_ids) - 1, total - first
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rounded: Callable[[float], float] = lambda value: round(value, 4)  # noqa: E731
     return {
         "load_seconds": None if load_seconds is None else rounded(load_seconds),
         "prompt_tokens": len(answer.prompt_token_ids),
         "new_tokens": len(answer.token_ids),
-        "first_token_seconds": rounded(answer.first_token_seconds),
-        "prompt_tokens_per_second": rounded(len(answer.prompt_token_ids) / answer.first_token_seconds),
+        "first_token_seconds": rounded(first),
+        "prompt_tokens_per_second": rounded(len(answer.prompt_token_ids) / first),
         "new_tokens_per_second": rounded(decoded / decoding) if decoded > 0 and decoding > 0 else None,
         "peak_rss_bytes": peak if sys.platform == "darwin" else peak * 1024,
     }
