@@ -201,7 +201,9 @@ def test_preemption_changes_no_token(way: str, block_size: int) -> None:
 def test_the_newest_of_the_lowest_priority_is_preempted() -> None:
     with labinfer.load(LLAMA, num_blocks=6, max_num_seqs=3) as model:
         engine = Engine(model)
-        requests = [engine.add(Request([token] * 16, greedy(40), priority)) for token, priority in ((1, 0), (2, 1), (3, 0))]
+        requests = [
+            engine.add(Request([token] * 16, greedy(40), priority)) for token, priority in ((1, 0), (2, 1), (3, 0))
+        ]
         engine.finish(requests)
         assert requests[1].metrics.num_preemptions > 0
         assert requests[0].metrics.num_preemptions == 0
