@@ -27,7 +27,7 @@ from labinfer.bench.ceiling import read_bandwidth
 from labinfer.bench.measure import limits, num_threads, plan_tests, weight_memory
 from labinfer.llm import LLM
 from labinfer.ops.base import Call
-from labinfer.runtime.sequence import Scheduled, Sequence, build_step
+from labinfer.runtime.batch import part_of
 
 
 def weights_of(call: Call) -> list[PackedWeight]:
@@ -79,12 +79,12 @@ def main() -> None:
     threads = {} if options.threads is None else {"threads": options.threads}
     room = limits(plan_tests([options.tokens + options.context], [1], [1]))
     with LLM(options.model, devices="cpu", max_num_batched_tokens=max(512, options.tokens), **room, **threads) as model:
-        sequence = Sequence([1] * (options.context + options.tokens), model.blocks.open_row())
+        row = model.batch.add([1] * (options.context + options.tokens))
         for start in range(0, options.context, 512):  # fills the cache
-            size = min(512, options.context - start)
-            model.compute([Scheduled(sequence, size, 1)])
-        model.blocks.grow(np.array([sequence.row]), np.array([len(sequence.token_ids)]))
-        step = build_step([Scheduled(sequence, options.tokens, 1)], model.blocks)
+            model.compute(part_of(row, min(512, options.context - start), 1))
+        part = part_of(row, options.tokens, 1)
+        model.batch.grow(part)
+        step = model.batch.step(part)
         profile = Profile(model, options.tokens)
         show(profile, step, options.steps, model)
 

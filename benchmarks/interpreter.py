@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 import labinfer
 from labinfer.llm import LLM
 from labinfer.ops.fusions import is_view
-from labinfer.runtime.sequence import Scheduled, Sequence, build_step
+from labinfer.runtime.batch import part_of
 
 BAR = 0.5
 """Microseconds per op beyond its kernel call."""
@@ -69,9 +69,9 @@ def measure(model: LLM, seconds: float) -> dict[str, float]:
     device = interpreter.device
     device.F.kernels = dict.fromkeys(device.F.kernels, nothing)
     interpreter.tapes.clear()  # loading has bound one to the real kernels
-    sequence = Sequence([1], model.blocks.open_row())
-    model.blocks.grow(np.array([sequence.row]), np.array([1]))
-    step = build_step([Scheduled(sequence, 1, 1)], model.blocks)
+    part = part_of(model.batch.add([1]), 1, 1)
+    model.batch.grow(part)
+    step = model.batch.step(part)
     tape = interpreter.prepare(step)
     calls = [bound.call for bound in tape.bound if not is_view(bound.op.kind)]
 

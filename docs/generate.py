@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import click
 
@@ -24,6 +24,7 @@ from labinfer.ops.activations import ALIASES, FUNCTIONS, KNOWN_NAMES
 from labinfer.ops.base import OpAttrs, OpSpec
 from labinfer.ops.formats import FORMATS
 from labinfer.ops.fusions import FUSIONS
+from labinfer.runtime.sampling import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -237,6 +238,19 @@ def fusions() -> str:
     return table(["fused op", "what it is made of"], rows)
 
 
+def knobs() -> str:
+    """The sampling parameters."""
+    rows = []
+    for name, hint in get_type_hints(SamplingParams, include_extras=True).items():
+        default = SamplingParams.__dataclass_fields__[name].default
+        shown = (
+            "none" if default in (None, ()) else code(str(default).lower() if isinstance(default, bool) else default)
+        )
+        limits = [each.limits for each in hint.__metadata__ if not isinstance(each, str)]
+        rows.append([code(name), shown, " ".join(limits), hint.__metadata__[-1].replace("``", "`")])
+    return table(["parameter", "default", "values", "meaning"], rows)
+
+
 def plan_fields() -> str:
     """The parts of a plan, field by field."""
     parts = [
@@ -270,7 +284,8 @@ def schema_of(name: str) -> Callable[[], str]:
 PARTS: dict[str, Callable[[], str]] = {
     "ops": ops, "command index": command_index, "commands": commands,
     "exit codes": exit_codes, "families": families, "formats": formats,
-    "fusions": fusions, "activations": activations, "plan fields": plan_fields, "short plan": short_plan,
+    "fusions": fusions, "activations": activations, "plan fields": plan_fields, "sampling parameters": knobs,
+    "short plan": short_plan,
     "map": schema_of("Blueprint"), "config": schema_of("ConfigEntry"), "check": schema_of("Check"),
     "match": schema_of("Match"), "op": schema_of("OpLine"), "use": schema_of("UseLine"),
     "repeat": schema_of("RepeatLine"),

@@ -12,7 +12,7 @@ _EXPORTS = {
     "validate": "labinfer.api",
     "load": "labinfer.llm",
     "Plan": "labinfer.compiler.plan",
-    "SamplingParams": "labinfer.runtime.sampling_params",
+    "SamplingParams": "labinfer.runtime.sampling",
 }
 
 __all__ = ["LLM", "Plan", "SamplingParams", "__version__", "compile", "load", "validate"]
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from labinfer.api import compile, validate
     from labinfer.compiler.plan import Plan
     from labinfer.llm import LLM, load
-    from labinfer.runtime.sampling_params import SamplingParams
+    from labinfer.runtime.sampling import SamplingParams
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ EXTRAS = {
     "uvicorn": ("serve", "the HTTP service"),
     "starlette": ("serve", "the HTTP service"),
     "huggingface_hub": ("hub", "downloading from Hugging Face"),
+    "llguidance": ("structured", "structured output"),
     "ray": ("cluster", "running on a cluster"),
 }
 """Importable module -> (extra, what it is for)."""

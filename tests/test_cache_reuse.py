@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from labinfer.runtime.sequence import Scheduled, Sequence
 
 import labinfer
 from labinfer import SamplingParams, catalogue
@@ -17,7 +18,6 @@ from labinfer.compiler.compile import CompileOptions, compile_plan
 from labinfer.errors import DoesNotFit, UsageError
 from labinfer.llm import LLM
 from labinfer.runtime.model import Model
-from labinfer.runtime.sequence import Scheduled, Sequence
 
 from .tiny import FOLDERS, GOLDEN
 

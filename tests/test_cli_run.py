@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -17,14 +18,14 @@ import pytest
 import labinfer
 from labinfer.api import names_model
 from labinfer.errors import UsageError
-from labinfer.runtime.generate import Completion
+from labinfer.runtime.outputs import RequestOutput
 
 PROMPT = "w10 w11 w12"
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def answer(tiny_model: Path) -> Completion:
+def answer(tiny_model: Path) -> RequestOutput:
     """What the tiny model says to PROMPT, in 8 greedy tokens."""
     with labinfer.load(tiny_model) as model:
         ids = model.tokenizer.encode_chat([{"role": "user", "content": PROMPT}])
@@ -68,6 +69,17 @@ def test_sampling_repeats_with_a_seed(labinfer_cli: Cli, tiny_model: Path):
         for seed in (1, 1, 2)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_form_and_end_of_an_answer_can_be_asked_for(labinfer_cli: Cli, tmp_path: Path, tiny_model: Path, answer):
+    stop = answer.text.split()[3]
+    cut = labinfer_cli("run", tiny_model, PROMPT, "--max-new-tokens", 8, "--stop", "never", "--stop", stop)
+    assert cut.stdout == answer.text[: answer.text.index(stop)] + "\n"
+    (tmp_path / "schema.json").write_text('{"type": "strin"}')
+    refused = labinfer_cli("run", tiny_model, PROMPT, "--json-schema", "schema.json")
+    assert (refused.returncode, "sampling.grammar" in refused.stderr) == (2, True)
+    formed = labinfer_cli("run", tiny_model, PROMPT, "--regex", "( w2[0-9]){3}", "--temperature", 2, "--min-p", 0.01)
+    assert re.fullmatch("( w2[0-9]){3}\n", formed.stdout), formed
 
 
 def test_ignore_eos_goes_on(labinfer_cli: Cli, tiny_model: Path):
@@ -119,6 +131,8 @@ def test_taps_hold_every_computed_token(labinfer_cli: Cli, tmp_path: Path, tiny_
         (["{model}", "hi", "--tap", "layers.1.attn.oute=x.npy"], 2, "did you mean"),
         (["{model}", "hi", "--tap", "nonsense"], 2, "NAME=FILE.npy"),
         (["{model}", "hi", "--temperature", "-1"], 2, "temperature"),
+        (["{model}", "hi", "--min-p", "2", "--frequency-penalty", "9"], 2, "frequency_penalty"),
+        (["{model}", "hi", "--json-schema", "none.json"], 2, "none.json"),
         (["{model}", "hi", "--prompt", "hi"], 2, "one prompt"),
         (["{model}", "--token-ids", "1,x"], 2, "token ids"),
         (["{model}", "--token-ids", "999"], 2, "vocabulary"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from labinfer import SamplingParams
 from labinfer.errors import LabinferError, UsageError
 from labinfer.llm import LLM
 from labinfer.runtime.engine import Engine
-from labinfer.runtime.sampler import sample
+from labinfer.runtime.request import Request
 
 from .hf.agreement import assert_agree
 from .tiny import GOLDEN, tiny_checkpoint, tiny_map
@@ -105,85 +105,6 @@ def test_seeds_differ_and_none_is_not_a_seed() -> None:
         assert len({run(None) for _ in range(5)}) > 3
 
 
-LOGITS = np.array([0.1, 2.0, -1.0, 0.5, 1.9, -30.0, 0.1, 1.0], np.float32)
-
-
-def expected_distribution(params: SamplingParams) -> np.ndarray:
-    """Written out from the definition: temperature, then the k largest, then the smallest set of mass top_p."""
-    p = np.exp(LOGITS.astype(np.float64) / params.temperature)
-    if params.top_k > 0:
-        p[np.argsort(-p)[params.top_k :]] = 0
-    p /= p.sum()
-    order = np.argsort(-p, kind="stable")
-    for rank, token in enumerate(order):
-        if p[order[:rank]].sum() >= params.top_p:
-            p[token] = 0
-    return p / p.sum()
-
-
-@pytest.mark.parametrize(
-    "params",
-    [
-        SamplingParams(),
-        SamplingParams(temperature=0.5),
-        SamplingParams(temperature=3.0),
-        SamplingParams(top_k=3),
-        SamplingParams(top_k=-1),
-        SamplingParams(top_p=0.7),
-        SamplingParams(top_p=1e-9),
-        SamplingParams(temperature=2.0, top_k=5, top_p=0.8),
-        SamplingParams(top_k=100, top_p=0.999),
-    ],
-    ids=str,
-)
-def test_sampling_follows_the_distribution(params: SamplingParams) -> None:
-    expected, draws = expected_distribution(params), 20_000
-    random = np.random.default_rng(3)
-    counts = np.bincount([sample(LOGITS, params, random) for _ in range(draws)], minlength=len(LOGITS))
-    assert (counts[expected == 0] == 0).all()
-    likely = expected * draws > 5
-    chi_square = (((counts - expected * draws) ** 2)[likely] / (expected * draws)[likely]).sum()
-    assert chi_square < 30  # 7 degrees of freedom at most: p < 1e-4
-
-
-@pytest.mark.parametrize(
-    "params", [SamplingParams(top_k=1), SamplingParams(temperature=0), SamplingParams(temperature=1e-4)], ids=str
-)
-def test_greedy(params: SamplingParams) -> None:
-    assert {sample(LOGITS, params, np.random.default_rng(seed)) for seed in range(50)} == {1}
-    ties = np.array([0, 3, 3, 1], np.float32)
-    assert sample(ties, SamplingParams(temperature=0), np.random.default_rng(0)) == 1
-
-
-@settings(max_examples=200)
-@given(
-    logits=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=50),
-    temperature=st.sampled_from([0.0, 1e-3, 0.7, 1.0, 50.0]),
-    top_k=st.integers(-1, 60),
-    top_p=st.floats(1e-6, 1.0),
-)
-def test_any_finite_logits_give_a_token(logits: list[float], temperature: float, top_k: int, top_p: float) -> None:
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
-    row = np.array(logits, np.float32)
-    token = sample(row, params, np.random.default_rng(0))
-    assert 0 <= token < len(logits)
-    if top_k > 0:
-        assert row[token] >= np.sort(row)[::-1][min(top_k, len(row)) - 1]
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_logits_that_are_no_numbers_are_an_error(bad: float) -> None:
-    row = LOGITS.copy()
-    if bad == -np.inf:
-        row[:] = bad  # one -inf bans a token, all of them leave none
-    else:
-        row[2] = bad
-    for params in (SamplingParams(temperature=0), SamplingParams()):
-        with pytest.raises(LabinferError) as caught:
-            sample(row, params, np.random.default_rng(0))
-        assert (caught.value.code, caught.value.exit_code) == ("run.not-a-number", 1)
-
-
 def test_not_a_number_inside_the_model_ends_the_run_and_frees_the_cache() -> None:
     with open_model() as model:
         with (
@@ -208,13 +129,57 @@ def test_ends_of_generation(alone: list[list[int]]) -> None:
         [result] = model.generate([PROMPTS[1]], GREEDY)
         assert (result.token_ids, result.finish_reason) == (first, "length")
         engine = Engine(model, eos_ids=[stop])
-        request = engine.add(PROMPTS[1], SamplingParams(temperature=0, max_tokens=10))
-        ignoring = engine.add(PROMPTS[1], GREEDY)
-        made = list(engine.run())
-        assert (request.generated, request.finish_reason) == (first[:cut], "stop")
-        assert (ignoring.generated, ignoring.finish_reason) == (first, "length")
-        assert Counter(each.request.number for each in made) == {0: cut, 1: 10}
-        assert [each.finish_reason for each in made if each.request is request] == [None] * (cut - 1) + ["stop"]
+        seen: list[tuple[int, str | None]] = []
+        listener = lambda sequence: seen.append((len(sequence.generated), sequence.finish_reason))  # noqa: E731
+        params = SamplingParams(temperature=0, max_tokens=10)
+        stopped = engine.add(Request(PROMPTS[1], params, listener=listener))
+        ignoring = engine.add(Request(PROMPTS[1], GREEDY))
+        assert list(engine.run()) == [stopped, ignoring]
+        assert (stopped.generated, stopped.sequences[0].finish_reason) == (first[:cut], "stop")
+        assert (ignoring.generated, ignoring.sequences[0].finish_reason) == (first, "length")
+        assert seen == [(number, None) for number in range(1, cut)] + [(cut, "stop")]
+
+
+def test_knobs_hold_for_each_request_alone_and_in_company() -> None:
+    knobs: dict[str, Any] = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "min_p": 0.02, "logit_bias": {3: 2.0}}
+    params = SamplingParams(temperature=1.2, seed=4, max_tokens=12, min_tokens=12, **knobs)
+    with open_model() as model:
+        alone = [tokens(model, [prompt], params)[0] for prompt in PROMPTS]
+        assert tokens(model, PROMPTS, params) == alone
+        few = SamplingParams(temperature=1.5, allowed_token_ids=[7, 9], max_tokens=30, ignore_eos=True)
+        assert {token for made in tokens(model, PROMPTS, few) for token in made} == {7, 9}
+        biased = SamplingParams(temperature=0, logit_bias={5: 100}, max_tokens=3, ignore_eos=True)
+        assert tokens(model, [[1]], biased) == [[5, 5, 5]]
+
+
+def test_stop_strings_cut_the_text_and_not_what_is_streamed(tiny_model: Path) -> None:
+    with labinfer.load(tiny_model) as model:
+        greedy: dict[str, Any] = {"temperature": 0, "max_tokens": 20, "ignore_eos": True}
+        [whole] = model.generate("w10 w11 w12", SamplingParams(**greedy))
+        stop = " ".join(whole.text.split()[4:6])
+        cut = whole.text.index(stop)
+        said: list[str] = []
+        params = SamplingParams(**greedy, stop=["never", stop])
+        [result] = model.generate("w10 w11 w12", params, lambda index, text: said.append(text))
+        assert (result.text, result.finish_reason) == (whole.text[:cut], "stop")
+        assert "".join(said) == result.text
+        assert result.token_ids == whole.token_ids[: len(result.token_ids)]
+        assert 2 <= len(result.token_ids) < 20
+        kept = SamplingParams(**greedy, stop=stop, include_stop_str_in_output=True)
+        assert model.generate("w10 w11 w12", kept)[0].text == whole.text[: cut + len(stop)]
+        silent = SamplingParams(**greedy, detokenize=False)
+        assert (model.generate("w10 w11 w12", silent)[0].text, model.blocks.usage) == ("", 0)
+
+
+def test_structured_output_of_a_model(tiny_model: Path) -> None:
+    pytest.importorskip("llguidance")
+    with labinfer.load(tiny_model) as model:
+        for seed in range(5):
+            form = {"regex": "( w1[0-9]){2,5} w20"}
+            params = SamplingParams(temperature=2, seed=seed, max_tokens=None, structured_outputs=form)
+            [result] = model.generate("w10", params)
+            assert re.fullmatch(form["regex"], result.text)
+            assert result.finish_reason == "stop"
 
 
 def test_generation_stops_at_the_longest_sequence() -> None:
@@ -281,18 +246,6 @@ def test_prompts_in_every_form(alone: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"temperature": "hot"}, {"max_tokens": "8"}, {"top_k": None}, {"seed": 1.5},
-     {"temperature": -1}, {"temperature": float("nan")}, {"top_k": -2}, {"top_p": 0}, {"top_p": 1.1}, {"max_tokens": 0},
-     {"seed": -1}],
-    ids=str,
-)  # fmt: skip
-def test_wrong_sampling_parameters(wrong: dict[str, Any]) -> None:
-    with pytest.raises(UsageError):
-        SamplingParams(**wrong)
-
-
-@pytest.mark.parametrize(
     "option",
     [{"max_num_batched_tokens": "8"}, {"max_num_batched_tokens": None}, {"max_num_batched_tokens": 0},
      {"max_model_len": 8.5}, {"num_blocks": "many"}, {"threads": "4"},
@@ -310,10 +263,10 @@ def test_a_failing_callback_leaves_nothing_behind(alone: list[list[int]]) -> Non
     with open_model() as model:
         engine = Engine(model)
         for prompt in PROMPTS:
-            engine.add(prompt, GREEDY)
-        next(iter(engine.run()))
+            engine.add(Request(prompt, GREEDY))
+        engine.step()
         assert model.blocks.usage > 0
-        engine.abort()
+        engine.abort_all()
         assert model.blocks.usage == 0
         model.blocks.check_integrity()
 

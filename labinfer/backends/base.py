@@ -145,6 +145,8 @@ class Device(ABC):
     allocator: Allocator
     loaders = 1
     """Threads that store weights at the same time."""
+    overlaps = False
+    """Whether the host has nothing to do while the device computes, and can prepare the next step."""
     draw: Callable[[Any, float, int, float, float], int] | None = None
     """``draw(logits, temperature, top_k, top_p, random)``: the device's own way to pick a token from a host row."""
 

@@ -17,9 +17,9 @@ from labinfer.bench.ceiling import float32_flops, read_bandwidth
 from labinfer.bench.cost import decode_bytes, prefill_flops
 from labinfer.compiler.plan import Plan
 from labinfer.errors import UsageError
+from labinfer.runtime.batch import Part, part_of
 from labinfer.runtime.model import Model
 from labinfer.runtime.parameters import Parameters
-from labinfer.runtime.sequence import Scheduled, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,32 +68,33 @@ def check_room(plan: Plan, tests: Listing[Workload]) -> None:
 
 def prefill(model: Model, length: int) -> list[float]:
     """Seconds until the first token of a random prompt, in steps as large as the plan allows."""
-    chunk, row = model.plan.limits.max_num_batched_tokens, model.blocks.open_row()
-    sequence = Sequence(np.random.default_rng(0).integers(model.vocab_size, size=length).tolist(), row)
+    batch, chunk = model.batch, model.plan.limits.max_num_batched_tokens
+    row = batch.add(np.random.default_rng(0).integers(model.vocab_size, size=length))
     start = time.perf_counter()
-    while sequence.num_computed < length:
-        size = min(chunk, length - sequence.num_computed)
-        last = sequence.num_computed + size == length
-        logits = model.compute([Scheduled(sequence, size, int(last))])
+    for first in range(0, length, chunk):
+        size = min(chunk, length - first)
+        logits = model.compute(part_of(row, size, int(first + size == length)))
     logits.argmax()
     seconds = time.perf_counter() - start
-    model.blocks.close_row(row)
+    batch.remove(row)
     return [seconds]
 
 
 def decode(model: Model, batch: int, length: int) -> list[float]:
     """Seconds of each of ``length`` steps that add a greedy token to each of ``batch`` sequences."""
     first = np.random.default_rng(0).integers(model.vocab_size, size=batch)
-    sequences = [Sequence([int(token)], model.blocks.open_row()) for token in first]
+    rows = np.array([model.batch.add([int(token)]) for token in first])
+    one = np.ones(batch, np.int32)
     seconds = []
-    for _ in range(length):
+    for step in range(length):
         start = time.perf_counter()
-        logits = model.compute([Scheduled(sequence, 1, 1) for sequence in sequences])
-        for sequence, token in zip(sequences, logits.argmax(1), strict=True):
-            sequence.token_ids.append(int(token))
+        chosen = model.compute(Part(rows, one, one, one)).argmax(1)
+        if step + 1 < length:
+            for row, token in zip(rows.tolist(), chosen, strict=True):
+                model.batch.extend(row, [token])
         seconds.append(time.perf_counter() - start)
-    for sequence in sequences:
-        model.blocks.close_row(sequence.row)
+    for row in rows.tolist():
+        model.batch.remove(row)
     return seconds
 
 

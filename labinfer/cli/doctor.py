@@ -177,7 +177,7 @@ def env(as_json: bool) -> None:
 def _report() -> dict[str, dict[str, str]]:
     optional = {
         dist: _version(dist) or "not installed"
-        for dist in ("numba", "cupy-cuda12x", "cupy-cuda13x", "huggingface_hub", "ray")
+        for dist in ("numba", "cupy-cuda12x", "cupy-cuda13x", "huggingface_hub", "llguidance", "ray")
     }
     return {
         "labinfer": {"version": __version__, "installed at": _tilde(str(graphs_dir().parent))},

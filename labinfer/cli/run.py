@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from labinfer.cli.options import COUNT, given, json_option, plan_options
+from labinfer.cli.options import given, json_option, plan_options
 from labinfer.cli.output import current
+from labinfer.cli.sampling_options import sampling_options, take_params
 from labinfer.errors import UsageError
 
 if TYPE_CHECKING:
     from labinfer.llm import LLM
-    from labinfer.runtime.generate import Completion
     from labinfer.runtime.model import Model
-    from labinfer.runtime.sampling_params import SamplingParams
+    from labinfer.runtime.outputs import RequestOutput
+    from labinfer.runtime.sampling import SamplingParams
 
 MAX_STDIN = 16 << 20
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -58,18 +59,7 @@ class Answering:
 @click.option("--token-ids", metavar="LIST", help="The prompt as token ids: 1,2,3.")
 @click.option("--system", metavar="TEXT", help="The system message of the chat template.")
 @click.option("--raw", is_flag=True, help="Complete the text as it stands, without the chat template.")
-@click.option(
-    "--temperature",
-    type=float,
-    default=0.0,
-    metavar="X",
-    help="0 takes the likeliest token each time (the default: an answer can be repeated); chats often use 0.8.",
-)
-@click.option("--top-k", type=int, default=0, metavar="N", help="Choose among the N likeliest tokens (0: all).")
-@click.option("--top-p", type=float, default=1.0, metavar="X", help="Choose among the likeliest that make up X.")
-@click.option("--seed", type=int, metavar="N", help="Make a sampled answer repeatable.")
-@click.option("--max-new-tokens", type=COUNT, metavar="N", help="Tokens of the answer (default: as many as fit).")
-@click.option("--ignore-eos", is_flag=True, help="Go on past the end of the text.")
+@sampling_options
 @click.option(
     "--tap",
     "taps",
@@ -87,12 +77,6 @@ def run(
     token_ids: str | None,
     system: str | None,
     raw: bool,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int | None,
-    max_new_tokens: int | None,
-    ignore_eos: bool,
     taps: tuple[str, ...],
     weights: str | None,
     stats: bool,
@@ -110,14 +94,10 @@ def run(
     labinfer run model.gguf --system "Answer in French." < question.txt
     labinfer run plan.json --temperature 0.8 --seed 1 --stats
     """  # fmt: skip
-    from labinfer.runtime.sampling_params import SamplingParams
-
     model, text = _model_and_prompt(model, prompt, prompt_option, token_ids)
     ids = _token_ids(token_ids) if token_ids is not None else None
     files = _tap_files(taps)
-    params = SamplingParams(
-        temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_new_tokens, seed=seed, ignore_eos=ignore_eos,
-    )  # fmt: skip
+    params = take_params(options)
     answering = Answering(params, system, raw)
     chatting = text is None and ids is None and sys.stdin.isatty() and sys.stdout.isatty()
     if chatting and (as_json or files):
@@ -201,7 +181,7 @@ def show(index: int, text: str) -> None:
     click.echo(_CONTROL.sub("", text) if sys.stdout.isatty() else text, nl=False)
 
 
-def _finish(llm: Model, answer: Completion, load_seconds: float, stats: bool, as_json: bool) -> None:
+def _finish(llm: Model, answer: RequestOutput, load_seconds: float, stats: bool, as_json: bool) -> None:
     """End the output of one answer."""
     figures = measured(answer, load_seconds)
     if as_json:
@@ -220,19 +200,20 @@ def _finish(llm: Model, answer: Completion, load_seconds: float, stats: bool, as
         click.echo(stats_text(figures), err=True)
 
 
-def measured(answer: Completion, load_seconds: float | None = None) -> dict[str, float | int | None]:
+def measured(answer: RequestOutput, load_seconds: float | None = None) -> dict[str, float | int | None]:
     """Times, speed and memory of an answer."""
     import resource
 
-    decoded, decoding = len(answer.token_ids) - 1, answer.seconds - answer.first_token_seconds
+    first, total = answer.metrics.first_token_seconds or 0.0, answer.metrics.seconds or 0.0
+    decoded, decoding = len(answer.token_ids) - 1, total - first
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rounded: Callable[[float], float] = lambda value: round(value, 4)  # noqa: E731
     return {
         "load_seconds": None if load_seconds is None else rounded(load_seconds),
         "prompt_tokens": len(answer.prompt_token_ids),
         "new_tokens": len(answer.token_ids),
-        "first_token_seconds": rounded(answer.first_token_seconds),
-        "prompt_tokens_per_second": rounded(len(answer.prompt_token_ids) / answer.first_token_seconds),
+        "first_token_seconds": rounded(first),
+        "prompt_tokens_per_second": rounded(len(answer.prompt_token_ids) / first),
         "new_tokens_per_second": rounded(decoded / decoding) if decoded > 0 and decoding > 0 else None,
         "peak_rss_bytes": peak if sys.platform == "darwin" else peak * 1024,
     }

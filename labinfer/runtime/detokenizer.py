@@ -63,6 +63,31 @@ def stream_decoder(backend: Backend, prompt_ids: Sequence[int], special_ids: fro
     return stream
 
 
+def token_bytes(backend: Backend, ids: Iterable[int]) -> list[bytes]:
+    """What each token adds to a text that has begun: UTF-8, or the part of it that the token holds."""
+    strings = [backend.id_to_token(token) or "" for token in ids]
+    kinds = _decoder_kinds(backend)
+    if "ByteLevel" in kinds:
+        return list(map(_byte_level_bytes, strings))
+    decode: Callable[[list[str]], str] = backend.decoder.decode if backend.decoder else " ".join
+    if "ByteFallback" not in kinds:
+        return [decode(["x", string])[1:].encode() if string else b"" for string in strings]
+    found = [_BYTE_TOKEN.fullmatch(string) for string in strings]
+    return [
+        bytes.fromhex(string[3:5]) if byte else decode(["x", string])[1:].encode()
+        for string, byte in zip(strings, found, strict=True)
+    ]
+
+
+def _byte_level_bytes(string: str) -> bytes:
+    """The bytes that a byte-level token stands for; an added token is written as itself."""
+    alphabet = byte_level_alphabet()
+    try:
+        return bytes(alphabet[character] for character in string)
+    except KeyError:
+        return string.encode()
+
+
 def _decoder_kinds(backend: Backend) -> list[str]:
     """Types of the decoder's steps, a Sequence flattened; [] without a decoder."""
 
@@ -106,12 +131,7 @@ class _ByteStream(_Stream):
             self._add(string)
 
     def _add(self, string: str) -> str:
-        alphabet = byte_level_alphabet()
-        try:
-            data = bytes(alphabet[character] for character in string)
-        except KeyError:  # an added token, written as itself
-            data = string.encode()
-        return self._utf8.decode(data)
+        return self._utf8.decode(_byte_level_bytes(string))
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)

@@ -1,84 +1,383 @@
-"""The engine loop: schedule, run, postprocess."""
+"""The engine: schedule, run, postprocess, for many requests in each step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import os
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import count
+from typing import NamedTuple
+
+import numpy as np
 
 from labinfer.errors import LabinferError, UsageError
+from labinfer.runtime.batch import Part
+from labinfer.runtime.capture import Capture
+from labinfer.runtime.delivery import Delivery
 from labinfer.runtime.model import Model
-from labinfer.runtime.sampler import sample
-from labinfer.runtime.sampling_params import SamplingParams
-from labinfer.runtime.scheduler import Request, Scheduler
+from labinfer.runtime.outputs import RequestOutput
+from labinfer.runtime.request import Request, Sequence
+from labinfer.runtime.sampling import Sampled, SamplingRules, SamplingState, prompt_logprobs, sample
+from labinfer.runtime.scheduler import NoRoom, Policy, Scheduler
+from labinfer.runtime.step_costs import StepCosts
+from labinfer.runtime.step_memory import StepBatch
+from labinfer.runtime.streaming import EngineThread, stream
 
 
-@dataclass(frozen=True, slots=True)
-class NewToken:
-    """A token just made for a request; ``finish_reason`` is ``stop`` or ``length`` with the last one."""
+class StepStats(NamedTuple):
+    """One step: when it ended (``time.perf_counter``), how long it took, and what it computed."""
 
-    request: Request
-    token_id: int
-    finish_reason: str | None
+    time: float
+    seconds: float
+    num_sequences: int
+    num_tokens: int
+    num_decodes: int
+    num_waiting: int
+
+
+class Scheduled(NamedTuple):
+    """A step ready to run."""
+
+    part: Part
+    batch: StepBatch
 
 
 class Engine:
-    """Runs requests on a model, many in each step. ``eos_ids`` are the tokens that end a text."""
+    """Runs requests on a model. ``eos_ids`` are the tokens that end a text, ``policy`` decides what a step computes;
+    ``seed`` makes requests without one repeatable.
 
-    def __init__(self, model: Model, eos_ids: Iterable[int] = ()) -> None:
-        self.model, self.eos_ids = model, frozenset(eos_ids)
-        self.scheduler = Scheduler(model)
-        self.numbers = count()
+    Every step serves all requests, whoever asks for it. Steps of one model are run one at a time (``model.lock``).
+    """
 
-    def add(self, prompt: Sequence[int], params: SamplingParams) -> Request:
-        """Queue a prompt of token ids; one that can never fit is a ``UsageError``."""
-        tokens = self.model.check_tokens(prompt)
+    def __init__(
+        self, model: Model, eos_ids: Iterable[int] = (), policy: Policy | None = None, seed: int | None = None
+    ) -> None:
+        self.model, self.batch, self.eos_ids = model, model.batch, frozenset(eos_ids)
+        self.costs, self.capture = StepCosts(), Capture(model)
+        swap = model.cache.swap
+        self.scheduler = Scheduler(model.batch, model.plan.limits, policy or Policy(), self.costs, swap)
+        self.numbers, self.random = count(), random.Random(seed)
+        self.is_eos = np.zeros(model.vocab_size, np.bool_)
+        self.is_eos[[token for token in self.eos_ids if token < model.vocab_size]] = True
+        self.draw = model.interpreters[-1].device.draw
+        self.device = ThreadPoolExecutor(1, "labinfer-device") if overlaps(model) else None
+        self.inbox: deque[Callable[[], None]] = deque()
+        self.thread: EngineThread | None = None
+        self.starting = threading.Lock()
+        self.prepared: Scheduled | None = None
+        self.stepping = False
+        self.ending: list[Sequence] = []  # ended, and their rows not given back yet
+        self.delivery = Delivery(model.tokenizer, self.end, self.done)
+        self.finished: list[Request] = []
+        self.stats: deque[StepStats] = deque(maxlen=1024)
+
+    # Requests
+
+    def add(self, request: Request) -> Request:
+        """Queue ``request``, which is new; one that can never fit is a ``UsageError``."""
+        self.check(request)
+        with self.model.lock:
+            self.queue(request)
+        return request
+
+    def check(self, request: Request) -> None:
+        """Work out what ``request`` asks for; ``UsageError`` for one that can never run."""
+        tokens = request.prompt = self.model.check_tokens(request.prompt)
         if not tokens:
             raise UsageError("run.empty-prompt", "the prompt has no tokens")
         if len(tokens) >= self.model.max_len:
             message = f"a prompt of {len(tokens)} tokens leaves no room in a context of {self.model.max_len}"
             raise UsageError("run.too-long", message, remedy="compile with a larger --max-model-len")
-        request = Request(next(self.numbers), tokens, params)
-        self.scheduler.add(request)
-        return request
+        params = request.params
+        if request.num_made > params.n and params.logprobs is None:
+            params = replace(params, logprobs=0)  # tells which answers are the likeliest
+        request.rules = SamplingRules(params, self.model.vocab_size, self.eos_ids, self.model.tokenizer)
 
-    def step(self) -> list[NewToken]:
-        """Compute one step; the tokens it made."""
-        parts = self.scheduler.schedule()
-        if not parts:
-            raise LabinferError("run.cache-full", "no cache blocks are left: sessions hold them all")
-        logits = self.model.compute([part for _, part in parts])
-        device_draw = self.model.interpreters[-1].device.draw
-        made, row = [], 0
-        for request, part in parts:
-            if part.num_rows:
-                made.append(self.postprocess(request, sample(logits[row], request.params, request.random, device_draw)))
-                row += 1
-        return made
+    def queue(self, request: Request) -> None:
+        """Let a checked request wait."""
+        self.capture.attach(request)
+        seed = request.params.seed
+        request.number, request.seed = next(self.numbers), self.random.getrandbits(64) if seed is None else seed
+        first = Sequence(request, 0, self.batch, np.array(request.prompt, np.int32))
+        if not request.rules.plain:
+            first.state = SamplingState(request.rules, request.seed, 0, request.prompt)
+        request.sequences = [first]
+        self.scheduler.wait(first)
+        self.prepared = None
 
-    def postprocess(self, request: Request, token: int) -> NewToken:
-        """Append ``token`` to its sequence and finish the request where that ends it."""
-        sequence, params = request.sequence, request.params
-        before = len(sequence.token_ids)
-        sequence.token_ids.append(token)
-        if self.model.must_recompute(sequence, before):
-            self.model.blocks.release(sequence.row)
-            sequence.num_computed = 0
-        reason = None
-        if token in params.stop_token_ids or (token in self.eos_ids and not params.ignore_eos):
-            reason = "stop"
-        elif len(request.generated) == params.max_tokens or before + 1 >= self.model.max_len:
-            reason = "length"
-        if reason:
-            self.scheduler.finish(request, reason)
-        return NewToken(request, token, reason)
+    def abort(self, request: Request) -> None:
+        """Stop ``request`` wherever it is; what it has made stays. A finished one stays as it is."""
+        with self.model.lock:
+            for sequence in request.sequences:
+                self.end(sequence, "abort")
 
-    def run(self) -> Iterator[NewToken]:
-        """Step until every request is done; each token as it is made."""
-        while self.scheduler.waiting or self.scheduler.running:
+    def abort_all(self) -> None:
+        """Stop every request."""
+        with self.model.lock:
+            for sequence in [*self.scheduler.running, *(entry[-1] for entry in self.scheduler.waiting)]:
+                self.end(sequence, "abort")
+
+    def submit(self, change: Callable[[], None]) -> None:
+        """Call ``change()`` before the next step; for those who must not wait for the step that runs."""
+        self.inbox.append(change)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to compute or to tell."""
+        return bool(self.scheduler.running or self.scheduler.waiting or self.delivery.news or self.inbox)
+
+    def start(self) -> None:
+        """Have a thread run the steps from now on, if none does; ``close`` ends it."""
+        with self.starting:
+            if self.thread is None:
+                self.thread = EngineThread(self)
+        self.thread.wake.set()
+
+    def stream(self, request: Request) -> AsyncIterator[RequestOutput]:
+        """Run ``request`` in the background: ``async for output in engine.stream(Request(prompt, params))``.
+
+        Each output holds all that has been made by then; whoever is slow gets fewer of them. Leaving the loop, or
+        cancelling the task, aborts the request. Raises what ``add`` raises, and the error of a request that fails.
+        """
+        return stream(self, request)
+
+    def finish(self, requests: Iterable[Request]) -> None:
+        """Step until ``requests``, which were added, are done; while a thread steps, wait for it."""
+        for request in requests:
+            while not request.finished:
+                if self.thread is None:
+                    self.step()
+                else:
+                    with self.delivery.concluded:
+                        self.delivery.concluded.wait(0.1)
+
+    def close(self) -> None:
+        """Stop every request and end the engine's threads."""
+        if self.thread is not None:
+            self.thread.close()
+            self.thread = None
+        self.abort_all()
+        self.delivery.deliver()
+        if self.device is not None:
+            self.device.shutdown()
+
+    # Steps
+
+    def run(self) -> Iterator[Request]:
+        """Step until every request is done; each request once it is."""
+        while self.busy:
             yield from self.step()
 
-    def abort(self) -> None:
-        """Drop every request that is not done."""
-        for request in [*self.scheduler.running, *self.scheduler.waiting]:
-            self.scheduler.finish(request, "abort")
+    def step(self) -> list[Request]:
+        """Compute one step for all requests; those that it finished."""
+        with self.model.lock:
+            started, self.finished = time.perf_counter(), []
+            while self.inbox:
+                self.inbox.popleft()()
+            scheduled, self.prepared = self.prepared or self.schedule(), None
+            if scheduled is None:
+                self.delivery.deliver()
+                return self.finished
+            self.begin(scheduled.part)
+            try:
+                logits = self.compute(scheduled)
+                self.postprocess(scheduled.part, logits)
+            finally:
+                self.stepping = False
+                self.release()
+            self.observe(scheduled.part, time.perf_counter() - started)
+            if self.device is None:
+                self.delivery.deliver()
+            return self.finished
+
+    def schedule(self, ahead: bool = False) -> Scheduled | None:
+        """What the next step computes; None when there is nothing. A sequence that can never go on fails."""
+        while True:
+            try:
+                part = self.scheduler.schedule(ahead)
+            except NoRoom as error:
+                self.fail(error.sequence, error)
+            else:
+                return None if part is None else Scheduled(part, self.batch.step(part))
+
+    def compute(self, scheduled: Scheduled) -> np.ndarray:
+        """Run the step; meanwhile tell of the tokens of the one before it and prepare the one after it."""
+        try:
+            if self.device is None:
+                return self.model.run(scheduled.batch)
+            running = self.device.submit(self.model.run, scheduled.batch)
+            try:
+                self.delivery.deliver()
+                if self.batch.blocks.recompute_after is None and not self.ending:
+                    self.prepared = self.schedule(ahead=True)
+            finally:
+                running.exception()  # waits
+            return running.result()
+        except BaseException:
+            self.undo(scheduled.part)
+            raise
+
+    def begin(self, part: Part) -> None:
+        """Count the tokens of ``part`` as computed, and those that it makes as known, before they are."""
+        self.stepping = True
+        if self.capture.wanted:
+            self.capture.begin(part, [self.scheduler.owners[row] for row in part.rows.tolist()])
+        self.batch.num_computed[part.rows] += part.counts
+        self.batch.num_tokens[part.rows] += part.new
+
+    def undo(self, part: Part) -> None:
+        """Take back ``begin``: the step failed."""
+        self.prepared = None
+        self.batch.num_computed[part.rows] -= part.counts
+        self.batch.num_tokens[part.rows] -= part.new
+
+    def postprocess(self, part: Part, logits: np.ndarray) -> None:
+        """Choose the tokens, and see to the sequences to which that means more than one token more."""
+        batch, rows = self.batch, part.rows
+        if not part.decodes:
+            last = np.cumsum(part.wanted) - 1
+            self.score(part, last, logits)
+            rows, logits = rows[part.new > 0], logits[last[part.new > 0]]
+        if len(rows):
+            sampled, lengths = self.choose(rows, logits), batch.num_tokens[rows]
+            batch.token_ids[rows, lengths - 1] = sampled.tokens
+        batch.commit(part)
+        if len(rows):
+            happens = (lengths >= batch.end[rows]) | self.is_eos[sampled.tokens] | batch.watched[rows]
+            for index in happens.nonzero()[0].tolist():
+                self.look(self.scheduler.owners[int(rows[index])], index, sampled, logits)
+            self.start_anew(rows)
+        if self.prepared is not None:
+            again = np.repeat(self.prepared.part.rows, self.prepared.part.counts)
+            self.prepared.batch.token_ids[:] = batch.token_ids[again, self.prepared.batch.positions]
+
+    def score(self, part: Part, last: np.ndarray, logits: np.ndarray) -> None:
+        """Keep the log-probabilities of prompts that want them; ``last`` is each sequence's last row of logits."""
+        for index in self.batch.scored[part.rows].nonzero()[0].tolist():
+            request = self.scheduler.owners[int(part.rows[index])].request
+            stop, count = int(last[index]) + 1, int(part.wanted[index])
+            first = int(self.batch.num_computed[part.rows[index]]) - count + 1  # the token that the first row is about
+            tokens = request.prompt[first : first + count]
+            if (wanted := request.params.prompt_logprobs) is not None:
+                about = logits[stop - count : stop][: len(tokens)]
+                found = prompt_logprobs(about, tokens, wanted, request.rules.decode)
+                request.prompt_logprobs[first : first + len(tokens)] = found
+
+    def choose(self, rows: np.ndarray, logits: np.ndarray) -> Sampled:
+        """A token for each of ``rows`` from float32 ``logits`` [rows, vocab]; a sequence that gets none fails."""
+        states, owners = {}, self.scheduler.owners
+        for index in (~self.batch.plain[rows]).nonzero()[0].tolist():
+            if (state := owners[int(rows[index])].state) is not None:
+                states[index] = state
+        sampled = sample(logits, states, self.draw)
+        for index, error in sampled.errors.items():
+            sequence = owners[int(rows[index])]
+            self.batch.num_tokens[sequence.row] -= 1
+            self.fail(sequence, error)
+        return sampled
+
+    def look(self, sequence: Sequence, index: int, sampled: Sampled, logits: np.ndarray) -> None:
+        """See to a sequence whose token is that of row ``index``: it may be its first, its last, or waited for."""
+        if sequence.finish_reason is not None:
+            return
+        request, token = sequence.request, int(sampled.tokens[index])
+        if request.metrics.first_token_time is None:
+            request.metrics.first_token_time = time.perf_counter()
+            self.branch(sequence, logits[index : index + 1])
+        if index in sampled.logprobs:
+            sequence.logprobs.append(sampled.logprobs[index])
+        try:
+            stop = sequence.state.accept(token) if sequence.state else request.rules.stop(token)
+        except LabinferError as error:
+            self.fail(sequence, error)
+            return
+        if sequence.row >= 0:
+            self.batch.watched[sequence.row] = sequence.watched
+        if stop is not None:
+            sequence.stop_reason, sequence.ends_in_text = stop
+            self.end(sequence, "stop", token)
+        elif len(sequence.token_ids) >= self.scheduler.longest(request):
+            self.end(sequence, "length", token)
+        elif sequence.heard:
+            self.delivery.put(sequence, token, last=False)
+
+    def branch(self, sequence: Sequence, logits: np.ndarray) -> None:
+        """Begin the other answers of a request whose prompt is computed, each with a first token of its own."""
+        request = sequence.request
+        for index in range(1, request.num_made):
+            other = Sequence(request, index, self.batch, sequence.saved)
+            other.state = sequence.state and sequence.state.fork(index)
+            other.captured = {name: dict(rows) for name, rows in sequence.captured.items()}
+            request.sequences.append(other)
+            self.prepared = None
+            self.scheduler.fork(sequence, other)
+            sampled = sample(logits, {0: other.state} if other.state else {}, self.draw)
+            other.token_ids[-1] = sampled.tokens[0]
+            if 0 in sampled.errors:
+                self.fail(other, sampled.errors[0])
+            self.look(other, 0, sampled, logits)
+
+    def start_anew(self, rows: np.ndarray) -> None:
+        """Compute those sequences anew that have just passed the length past which cached keys do not hold."""
+        limit = self.batch.blocks.recompute_after
+        if limit is not None:
+            for row in rows[self.batch.num_tokens[rows] == limit + 1].tolist():
+                if row in self.scheduler.owners:
+                    self.batch.clear(row)
+                    self.batch.attach(row)
+
+    # Ends
+
+    def end(self, sequence: Sequence, reason: str, token: int | None = None) -> None:
+        """Stop a sequence for ``reason``, with its last ``token``; its row is given back once no step uses it."""
+        if sequence.finish_reason is None:
+            sequence.finish_reason, self.prepared = reason, None
+            self.ending.append(sequence)
+            self.delivery.put(sequence, token, last=True)
+            if not self.stepping:
+                self.release()
+
+    def fail(self, sequence: Sequence, error: LabinferError) -> None:
+        """End the request of ``sequence`` with ``error``."""
+        sequence.request.error = error
+        for each in sequence.request.sequences:
+            self.end(each, "error")
+
+    def fail_all(self, error: LabinferError) -> None:
+        """End every request with ``error``, and tell so."""
+        with self.model.lock:
+            for sequence in [*self.scheduler.running, *(entry[-1] for entry in self.scheduler.waiting)]:
+                self.fail(sequence, error)
+            self.delivery.deliver()
+
+    def release(self) -> None:
+        """Give back the rows of sequences that have ended."""
+        if self.ending:
+            self.scheduler.stop(self.ending)
+            self.ending.clear()
+
+    def done(self, request: Request) -> None:
+        """Everything is told of ``request``."""
+        self.capture.detach(request)
+        self.finished.append(request)
+
+    def observe(self, part: Part, seconds: float) -> None:
+        """Remember what a step cost."""
+        sequences = len(part.rows)
+        tokens, decodes = sequences, sequences
+        if not part.decodes:
+            tokens, decodes = int(part.counts.sum()), int(np.count_nonzero(part.counts == 1))
+        self.costs.observe(decodes, tokens - decodes, seconds)
+        now, waiting = time.perf_counter(), len(self.scheduler.waiting)
+        self.stats.append(StepStats(now, seconds, sequences, tokens, decodes, waiting))
+
+
+def overlaps(model: Model) -> bool:
+    """Whether the host prepares a step while the one before it runs: ``LABINFER_OVERLAP``, else as the device likes."""
+    chosen = os.environ.get("LABINFER_OVERLAP")
+    return chosen != "0" if chosen else any(each.device.overlaps for each in model.interpreters)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from labinfer.errors import UsageError
-from labinfer.runtime.engine import Engine
-from labinfer.runtime.sampling_params import SamplingParams
-from labinfer.runtime.scheduler import Request
+from labinfer.runtime.outputs import RequestOutput, output_of
+from labinfer.runtime.request import Request
+from labinfer.runtime.request import Sequence as RunningSequence
+from labinfer.runtime.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from labinfer.runtime.model import Model
@@ -19,71 +18,75 @@ if TYPE_CHECKING:
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """An answer. ``text`` is empty for a model without a tokenizer; ``finish_reason`` is ``stop`` or ``length``.
-
-    ``seconds`` and ``first_token_seconds`` count from the call, for the last and for the first token.
-    """
-
-    prompt_token_ids: list[int]
-    token_ids: list[int]
-    text: str
-    finish_reason: str
-    first_token_seconds: float
-    seconds: float
-
-
 def generate(
     model: Model,
     prompts: Prompts,
-    params: SamplingParams | None = None,
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
     on_token: Callable[[int, str], None] | None = None,
-) -> list[Completion]:
-    """Complete ``prompts`` together, many in each step.
+    **options: Any,
+) -> list[RequestOutput]:
+    """Complete ``prompts`` together, many in each step; ``params`` are for all of them, or one for each.
 
     ``on_token(index, text)`` is called with the text that became certain for prompt ``index``. An end-of-text token is
-    in ``token_ids`` but not in ``text``.
+    in ``token_ids`` but not in ``text``. ``options`` go to each ``Request``.
     """
-    started, tokenizer = time.perf_counter(), model.tokenizer
-    engine = Engine(model, tokenizer.eos_ids if tokenizer else ())
-    requests = [engine.add(tokens, params or SamplingParams()) for tokens in tokenize(model, prompts)]
-    streams = [tokenizer.stream(request.prompt) if tokenizer else None for request in requests]
-    texts = ["" for _ in requests]
-    times: list[list[float]] = [[] for _ in requests]
-
-    def say(index: int, text: str) -> None:
-        texts[index] += text
-        if on_token and text:
-            on_token(index, text)
-
+    engine, given = model.engine, list_prompts(prompts)
+    requests = [
+        Request(tokenize(model, prompt), each, text=prompt if isinstance(prompt, str) else None, **options)
+        for prompt, each in zip(given, params_of_each(params, len(given)), strict=True)
+    ]
+    if on_token is not None:
+        for index, request in enumerate(requests):
+            request.listener = Teller(index, on_token)
     try:
-        for made in engine.run():
-            index, stream = made.request.number, streams[made.request.number]
-            times[index] = [*times[index][:1], time.perf_counter() - started]
-            if stream and made.finish_reason != "stop":
-                say(index, stream.put(made.token_id))
-            if stream and made.finish_reason:
-                say(index, stream.finish())
+        for request in requests:
+            engine.add(request)
+        engine.finish(requests)
     finally:
-        engine.abort()
-    return [_completion(*each) for each in zip(requests, texts, times, strict=True)]
+        for request in requests:
+            engine.abort(request)
+    for request in requests:
+        if request.error is not None:
+            raise request.error
+    return [output_of(request) for request in requests]
 
 
-def _completion(request: Request, text: str, times: list[float]) -> Completion:
-    reason = request.finish_reason or "abort"
-    return Completion(request.prompt, request.generated, text, reason, times[0], times[-1])
+class Teller:
+    """A listener that hands the new text of its request's first answer to ``on_token``."""
+
+    def __init__(self, index: int, on_token: Callable[[int, str], None]) -> None:
+        self.index, self.on_token, self.told = index, on_token, 0
+
+    def __call__(self, sequence: RunningSequence) -> None:
+        """Tell what is new."""
+        if sequence.index == 0 and len(sequence.text) > self.told:
+            new, self.told = sequence.text[self.told :], len(sequence.text)
+            self.on_token(self.index, new)
 
 
-def tokenize(model: Model, prompts: Prompts) -> list[Sequence[int]]:
-    """Token ids of every prompt, whether it was given as text or as ids."""
+def params_of_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    """The sampling parameters of each of ``count`` prompts."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise UsageError("sampling.params", f"there are {count} prompts and {len(params)} sampling parameters")
+    return list(params)
+
+
+def list_prompts(prompts: Prompts) -> list[Any]:
+    """One prompt or several as a list."""
     try:
         listed: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
     except TypeError:
         message = f"prompts must be texts or lists of token ids, not {type(prompts).__name__}"
         raise UsageError("run.prompt", message) from None
-    if listed and isinstance(listed[0], Integral):  # numpy's numbers too
-        listed = [listed]
-    if model.tokenizer is None and any(isinstance(prompt, str) for prompt in listed):
+    return [listed] if listed and isinstance(listed[0], Integral) else listed  # numpy's numbers too
+
+
+def tokenize(model: Model, prompt: str | Sequence[int]) -> Sequence[int]:
+    """Token ids of a prompt, whether it was given as text or as ids."""
+    if not isinstance(prompt, str):
+        return prompt
+    if model.tokenizer is None:
         raise UsageError("run.no-tokenizer", "this model has no tokenizer: give token ids instead of text")
-    return [model.tokenizer.encode(p) if model.tokenizer and isinstance(p, str) else p for p in listed]
+    return model.tokenizer.encode(prompt)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Listing
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import count
 from operator import index
 from typing import TYPE_CHECKING, Any, Self
@@ -15,12 +17,12 @@ import numpy as np
 from labinfer.compiler.fold import unfold_ops, unfold_states, unfold_weights
 from labinfer.compiler.plan import Plan
 from labinfer.errors import LabinferError, UsageError, did_you_mean
+from labinfer.runtime.batch import Batch, Part, part_of
 from labinfer.runtime.cache import Cache, CacheOptions
 from labinfer.runtime.interpreter import Interpreter, check_kernels
 from labinfer.runtime.kv_cache import KVCache
 from labinfer.runtime.manager import Manager
 from labinfer.runtime.parameters import Parameters, Progress
-from labinfer.runtime.sequence import Scheduled, Sequence, build_step
 from labinfer.runtime.step_memory import StepBatch
 from labinfer.runtime.variables import Tensor, Variable
 from labinfer.runtime.weights import Checkpoint
@@ -28,8 +30,9 @@ from labinfer.runtime.weights import Checkpoint
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from labinfer.runtime.generate import Completion
-    from labinfer.runtime.sampling_params import SamplingParams
+    from labinfer.runtime.engine import Engine
+    from labinfer.runtime.outputs import RequestOutput
+    from labinfer.runtime.sampling import SamplingParams
     from labinfer.runtime.tokenizer import Tokenizer
 
 _numbers = count()
@@ -47,10 +50,13 @@ class Model:
         progress: Progress = lambda nbytes: None,
         compiling: Callable[[int, int], None] = lambda done, total: None,
         cache: CacheOptions | None = None,
+        seed: int | None = None,
     ) -> None:
+        self.seed = seed
         self.plan, self.tokenizer, self.manager = plan, tokenizer, manager or Manager()
         self.owns_manager = manager is None
         self.owner = f"{plan.source.name} #{next(_numbers)}"
+        self.lock = threading.RLock()  # held by whoever runs steps
         self.interpreters: list[Interpreter] = []
         self.memory: list[KVCache | Parameters | Cache] = []
         weights, states = unfold_weights(plan), unfold_states(plan)
@@ -71,6 +77,7 @@ class Model:
             )
             self.memory.append(self.cache)
             self.blocks = self.cache.blocks
+            self.batch = Batch(plan.limits, self.blocks, self.cache.copy_blocks)
             self.load(checkpoint, progress, compiling)
         except BaseException:
             self.close()
@@ -88,6 +95,14 @@ class Model:
             for each_loading in loading:
                 each_loading.result()
 
+    @cached_property
+    def engine(self) -> Engine:
+        """Runs requests on this model."""
+        from labinfer.runtime.engine import Engine
+
+        self.check_open()
+        return Engine(self, self.tokenizer.eos_ids if self.tokenizer else (), seed=self.seed)
+
     @property
     def max_len(self) -> int:
         """The longest sequence the plan and its cache hold."""
@@ -100,8 +115,7 @@ class Model:
 
     def run(self, batch: StepBatch) -> np.ndarray:
         """One step through all stages: float32 logits [rows, vocab_size]."""
-        if not self.interpreters:
-            raise UsageError("run.closed", "the model is closed")
+        self.check_open()
         values: dict[str, Any] = {}
         for interpreter in self.interpreters:
             received = {name: values[name] for name in interpreter.stage.inputs}
@@ -109,6 +123,11 @@ class Model:
             values.update({name: interpreter.device.move_out(array) for name, array in made.items()})
         logits: np.ndarray = values[self.plan.stages[-1].outputs[-1]]
         return logits
+
+    def check_open(self) -> None:
+        """Raise ``UsageError`` once the model is closed."""
+        if not self.interpreters:
+            raise UsageError("run.closed", "the model is closed")
 
     def session(self) -> Session:
         """A fresh sequence that keeps its cache: ``session.append(token_ids)`` gives their logits."""
@@ -124,7 +143,7 @@ class Model:
         prompts: str | Listing[str] | Listing[int] | Listing[Listing[int]],
         params: SamplingParams | None = None,
         on_token: Callable[[int, str], None] | None = None,
-    ) -> list[Completion]:
+    ) -> list[RequestOutput]:
         """Answers to one or several prompts (texts, or lists of token ids), in order; see ``generate.generate``."""
         from labinfer.runtime.generate import generate
 
@@ -142,22 +161,13 @@ class Model:
             raise UsageError("run.token-id", message)
         return tokens
 
-    def compute(self, parts: Listing[Scheduled]) -> np.ndarray:
-        """Run a step of ``parts`` and count it as computed; the caller has seen that the cache has room for it."""
-        rows = np.array([part.sequence.row for part in parts])
-        lengths = np.array([part.sequence.num_computed + part.num_tokens for part in parts], np.int32)
-        if self.blocks.grow(rows, lengths) is not None:
+    def compute(self, part: Part) -> np.ndarray:
+        """Run a step of ``part`` and count it as computed; the caller has seen that the cache has room for it."""
+        if self.batch.grow(part) is not None:
             raise LabinferError("run.cache-full", "the cache has too few blocks left for a step")
-        logits = self.run(build_step(parts, self.blocks))
-        for part in parts:
-            part.sequence.num_computed += part.num_tokens
-        self.blocks.commit(rows, lengths, {part.sequence.row: part.sequence.token_ids for part in parts})
+        logits = self.run(self.batch.step(part))
+        self.batch.computed(part)
         return logits
-
-    def must_recompute(self, sequence: Sequence, before: int) -> bool:
-        """Whether growing from ``before`` tokens passed the length beyond which cached keys no longer hold."""
-        limit = self.plan.recompute_after
-        return limit is not None and before <= limit < len(sequence.token_ids)
 
     @contextmanager
     def listen(self, value: str, callback: Callable[[np.ndarray], np.ndarray | None]) -> Iterator[None]:
@@ -195,6 +205,8 @@ class Model:
 
     def close(self) -> None:
         """Give back everything that was allocated; the model cannot run any more."""
+        if (engine := self.__dict__.pop("engine", None)) is not None:
+            engine.close()
         for interpreter in self.interpreters:
             interpreter.close()
         for memory in self.memory:
@@ -215,36 +227,41 @@ class Session:
     """One sequence that is computed piece by piece; a context manager, since it owns cache blocks."""
 
     def __init__(self, model: Model) -> None:
-        self.model, self.sequence = model, Sequence([], model.blocks.open_row())
+        self.model = model
+        with model.lock:
+            self.row = model.batch.add([])
 
     def append(self, token_ids: Iterable[int]) -> np.ndarray:
         """Add tokens and compute them in as many steps as it takes: float32 logits [len(token_ids), vocab_size]."""
-        model, sequence = self.model, self.sequence
-        tokens, before = model.check_tokens(token_ids), len(sequence.token_ids)
-        limits = model.plan.limits
-        if before + len(tokens) > model.max_len:
-            message = f"{before + len(tokens)} tokens are more than the {model.max_len} the plan has room for"
-            raise UsageError("run.too-long", message, remedy="compile with a larger --max-model-len")
-        if not model.blocks.fits(sequence.row, before + len(tokens)):
-            raise UsageError("run.cache-full", f"no cache blocks are left for {before + len(tokens)} tokens")
-        sequence.token_ids = sequence.token_ids + tokens
-        if model.must_recompute(sequence, before):
-            model.blocks.release(sequence.row)
-            sequence.num_computed = 0
+        model, batch, row = self.model, self.model.batch, self.row
+        tokens, limits = model.check_tokens(token_ids), model.plan.limits
         result = np.empty((len(tokens), model.vocab_size), np.float32)
-        while sequence.num_computed < len(sequence.token_ids):
-            start = sequence.num_computed
-            wanted = start >= before
-            size = min(limits.max_num_batched_tokens, limits.max_logits_rows if wanted else before - start)
-            size = min(size, len(sequence.token_ids) - start)
-            logits = model.compute([Scheduled(sequence, size, size if wanted else 0)])
-            if wanted:
-                result[start - before : start - before + size] = logits
+        with model.lock:
+            before = int(batch.num_tokens[row])
+            length = before + len(tokens)
+            if length > model.max_len:
+                message = f"{length} tokens are more than the {model.max_len} the plan has room for"
+                raise UsageError("run.too-long", message, remedy="compile with a larger --max-model-len")
+            if not batch.blocks.fits(row, length):
+                raise UsageError("run.cache-full", f"no cache blocks are left for {length} tokens")
+            batch.extend(row, tokens)
+            if batch.crossed(before, length):
+                batch.clear(row)
+            while (start := int(batch.num_computed[row])) < length:
+                wanted = start >= before
+                size = min(limits.max_num_batched_tokens, limits.max_logits_rows if wanted else before - start)
+                size = min(size, length - start)
+                logits = model.compute(part_of(row, size, size if wanted else 0))
+                if wanted:
+                    result[start - before : start - before + size] = logits
         return result
 
     def close(self) -> None:
-        """Give the cache blocks back."""
-        self.model.blocks.close_row(self.sequence.row)
+        """Give the cache blocks back; the session cannot be used any more."""
+        with self.model.lock:
+            if self.row >= 0:
+                self.model.batch.remove(self.row)
+        self.row = -1
 
     def __enter__(self) -> Session:
         return self

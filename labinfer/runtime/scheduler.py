@@ -1,106 +1,266 @@
-"""Which sequences run in the next step: first come, first served, under one token budget, prefill and decode alike."""
+"""Which sequences run in the next step: one budget of tokens, no phases.
+
+A sequence has tokens and, of these, computed ones; every step lets some sequences catch up. Decoding is to catch up by
+one token, a prompt does it in pieces, and one that was preempted starts anew. ``Policy`` decides, ``Scheduler`` keeps
+the books.
+"""
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, field
+import heapq
+import time
+from collections.abc import Sequence as Listing
+from itertools import count
+from typing import Any
 
 import numpy as np
 
-from labinfer.runtime.model import Model
-from labinfer.runtime.sampling_params import SamplingParams
-from labinfer.runtime.sequence import Scheduled, Sequence
+from labinfer.compiler.plan import Limits
+from labinfer.errors import LabinferError
+from labinfer.runtime.batch import Batch, Part
+from labinfer.runtime.request import Request, Sequence
+from labinfer.runtime.step_costs import StepCosts
+from labinfer.runtime.swap import Swap
 
 
-@dataclass(slots=True, eq=False)
-class Request:
-    """A prompt with its sampling parameters, and what has been generated for it."""
+class Policy:
+    """First come, first served within a priority; decoding goes before prompts, and the newest is preempted.
 
-    number: int
-    prompt: list[int]
-    params: SamplingParams
-    sequence: Sequence = field(init=False)
-    random: np.random.Generator = field(init=False)
-    finish_reason: str | None = None
+    A policy of your own replaces any of the three methods.
+    """
 
-    def __post_init__(self) -> None:
-        self.sequence = Sequence(list(self.prompt), -1)
-        self.random = np.random.default_rng(self.params.seed)
+    stall = 1.5
+    """How many times as long a step may last because of a prompt, while somebody waits for each token of others."""
 
-    @property
-    def generated(self) -> list[int]:
-        """Tokens made so far."""
-        return self.sequence.token_ids[len(self.prompt) :]
+    def rank(self, sequence: Sequence) -> Any:
+        """Asked once when a sequence begins to wait: the one with the smallest rank is admitted next."""
+        return sequence.request.priority, sequence.request.number, sequence.index
+
+    def split(self, remaining: np.ndarray, budget: int, prompt_budget: int) -> np.ndarray:
+        """How many of its ``remaining`` tokens each running sequence computes in the next step; int32 both.
+
+        Sequences stand in the order of their admission. Together they may compute ``budget`` tokens, and those that
+        have more than one remaining ``prompt_budget``, so that the others need not wait long.
+        """
+        counts: np.ndarray = np.minimum(remaining, 1)
+        prompts = (remaining > 1).nonzero()[0]
+        if not len(prompts) and len(counts) <= budget:
+            return counts
+        counts[prompts] = 0
+        counts[np.cumsum(counts) > budget] = 0
+        left = min(budget - int(counts.sum()), prompt_budget)
+        for index in prompts.tolist():
+            counts[index] = min(int(remaining[index]), left)
+            left -= int(counts[index])
+        return counts
+
+    def victim(self, running: Listing[Sequence]) -> Sequence:
+        """Which sequence gives its blocks back when there are too few."""
+        return max(running, key=self.rank)
+
+
+class NoRoom(LabinferError):
+    """A sequence cannot go on although no other runs: sessions hold the blocks that it needs."""
+
+    def __init__(self, sequence: Sequence) -> None:
+        super().__init__("run.cache-full", "no cache blocks are left: sessions hold them all")
+        self.sequence = sequence
 
 
 class Scheduler:
-    """Keeps the waiting and the running requests; ``schedule`` says what the next step computes.
+    """Keeps the waiting and the running sequences; ``schedule`` says what the next step computes.
 
-    A request is admitted when the cache has room for all running ones to their full length, so none has to stop.
+    A sequence is admitted when there are blocks for its tokens so far and ``watermark`` of all blocks, and one for each
+    running sequence, stay free; never for what it may yet become. When blocks run out nevertheless, one is preempted.
     """
 
-    def __init__(self, model: Model) -> None:
-        self.model, self.limits = model, model.plan.limits
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
+    watermark = 0.01
 
-    def add(self, request: Request) -> None:
-        """Put ``request`` in the queue."""
-        self.waiting.append(request)
+    def __init__(
+        self, batch: Batch, limits: Limits, policy: Policy, costs: StepCosts, swap: Swap | None = None
+    ) -> None:
+        self.batch, self.limits, self.policy, self.costs, self.swap = batch, limits, policy, costs, swap
+        self.max_len = limits.max_sequence_len
+        self.waiting: list[tuple[Any, int, Sequence]] = []  # a heap
+        self.running: list[Sequence] = []
+        self.rows = np.zeros(0, np.intp)
+        self.owners: dict[int, Sequence] = {}  # by row
+        self.arrivals = count()
+        self.num_preemptions = 0
+        self.refused: tuple[Sequence, int] | None = None  # who found no room while so many blocks were free
+
+    def wait(self, sequence: Sequence) -> None:
+        """Queue a sequence that has no row."""
+        heapq.heappush(self.waiting, (self.policy.rank(sequence), next(self.arrivals), sequence))
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything waits or runs."""
+        return bool(self.running or self.waiting)
+
+    def schedule(self, ahead: bool = False) -> Part | None:
+        """The next step, whose blocks are there; None when there is nothing to do, or nothing that can be done.
+
+        ``ahead``: the step before it still runs, so sequences that end with that are left out, and none is preempted.
+        Raises ``NoRoom`` for a sequence that cannot go on although no other runs.
+        """
+        self.admit()
+        while self.running:
+            part = self.split(ahead)
+            if part is None or (ahead and self.batch.blocks.forked[part.rows].any()):
+                return None
+            if self.batch.grow(part) is None:
+                return part
+            if ahead:
+                return None
+            victim = self.policy.victim(self.running)
+            if len(self.running) == 1:
+                raise NoRoom(victim)
+            self.preempt(victim)
+        return None
+
+    def split(self, ahead: bool) -> Part | None:
+        """The budgets divided among the running sequences."""
+        batch, rows, limits = self.batch, self.rows, self.limits
+        remaining = batch.num_tokens[rows] - batch.num_computed[rows]
+        if ahead:
+            remaining[batch.num_tokens[rows] >= batch.end[rows]] = 0
+        only_decodes = int(remaining.max()) <= 1
+        prompts = limits.max_num_batched_tokens if only_decodes else self.prompt_budget(remaining)
+        counts = self.policy.split(remaining, limits.max_num_batched_tokens, prompts)
+        if only_decodes and len(rows) <= limits.max_logits_rows and np.count_nonzero(counts) == len(rows):
+            return Part(rows, counts, counts, counts, decodes=True)
+        wanted = self.wanted(rows, remaining, counts)
+        chosen = counts.nonzero()[0]
+        new = (counts == remaining).astype(np.int32)
+        return Part(rows[chosen], counts[chosen], wanted[chosen], new[chosen]) if len(chosen) else None
+
+    def wanted(self, rows: np.ndarray, remaining: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Rows of logits for each sequence, int32; where they run out, ``counts`` are lowered."""
+        most, scored = self.limits.max_logits_rows, self.batch.scored[rows]
+        wanted: np.ndarray = ((counts == remaining) & (counts > 0)).astype(np.int32)
+        if scored.any():
+            for index in scored.nonzero()[0].tolist():
+                others = int(wanted.sum()) - int(wanted[index])
+                counts[index] = wanted[index] = max(0, min(int(counts[index]), most - others))
+        over = np.cumsum(wanted) > most  # without logits its last token waits for the next step
+        counts[over] -= wanted[over]
+        wanted[over] = 0
+        return wanted
+
+    def prompt_budget(self, remaining: np.ndarray) -> int:
+        """Tokens of prompts that a step may have: all that fit, unless somebody waits for the tokens of others."""
+        decoding = remaining == 1
+        if not self.batch.interactive[self.rows[decoding]].any():
+            return self.limits.max_num_batched_tokens
+        return self.costs.prompt_tokens(int(np.count_nonzero(decoding)), self.policy.stall)
 
     def admit(self) -> None:
-        """Move waiting requests to the running ones while there is room."""
-        blocks = self.model.blocks
+        """Move waiting sequences to the running ones while there is room."""
+        admitted, num_free = False, self.batch.blocks.num_free
+        if self.running and self.waiting and self.refused == (self.waiting[0][2], num_free):
+            return
         while self.waiting and len(self.running) < self.limits.max_num_seqs:
-            request = self.waiting[0]
-            row = request.sequence.row = blocks.open_row()
-            if self.model.plan.recompute_after is None:  # one that starts anew needs its blocks to itself
-                request.sequence.num_computed = blocks.attach(row, request.prompt)
-            self.running.append(request)
-            if not self.has_room():
-                self.running.pop()
-                self.forget(request.sequence)
-                return
-            self.waiting.popleft()
+            sequence = self.waiting[0][2]
+            if not self.start(sequence):
+                if not self.running:
+                    raise NoRoom(sequence)
+                self.refused = sequence, num_free
+                break
+            heapq.heappop(self.waiting)
+            self.running.append(sequence)
+            admitted = True
+        if admitted:
+            self.update()
 
-    def has_room(self) -> bool:
-        """Whether all running requests can go on to their full length."""
-        blocks, longest = self.model.blocks, self.model.max_len
-        rows = [request.sequence.row for request in self.running]
-        lengths = [min(len(r.prompt) + (r.params.max_tokens or longest), longest) for r in self.running]
-        for number, group in enumerate(self.limits.groups):
-            held = sum(blocks.held(row, number) for row in rows)
-            if self.limits.blocks_needed(group, *lengths) - held > blocks.groups[number].num_free:
+    def start(self, sequence: Sequence) -> bool:
+        """Give ``sequence`` a row, with what was swapped out of it or what is cached; False without room for it."""
+        batch, request, metrics = self.batch, sequence.request, sequence.request.metrics
+        row = batch.add(sequence.saved, (request.cache_salt,) if request.cache_salt else ())
+        cached = 0
+        computes_all = bool(request.capture) or request.params.prompt_logprobs is not None
+        if sequence.swapped is None and not computes_all:
+            cached = batch.attach(row)
+        if (self.running and not self.has_room(row)) or not self.swap_in(sequence, row):
+            batch.remove(row)
+            return False
+        self.take(sequence, row)
+        batch.end[row] = self.longest(request)
+        batch.plain[row], batch.interactive[row] = sequence.state is None, request.interactive
+        batch.watched[row], batch.scored[row] = sequence.watched, request.params.prompt_logprobs is not None
+        if metrics.first_scheduled_time is None:
+            metrics.first_scheduled_time, metrics.num_cached_tokens = time.perf_counter(), cached
+        return True
+
+    def longest(self, request: Request) -> int:
+        """Tokens that a sequence of ``request`` has when it must end."""
+        return min(len(request.prompt) + (request.params.max_tokens or self.max_len), self.max_len)
+
+    def take(self, sequence: Sequence, row: int) -> None:
+        """``row`` is that of ``sequence`` from now on."""
+        sequence.row, self.owners[row] = row, sequence
+
+    def swap_in(self, sequence: Sequence, row: int) -> bool:
+        """Fetch what was swapped out of ``sequence``, if anything; False without room."""
+        if sequence.swapped is not None:
+            if self.swap is None or not self.swap.swap_in(sequence.swapped, row):
+                return False
+            sequence.swapped, self.batch.num_computed[row] = None, sequence.num_computed
+        return True
+
+    def has_room(self, row: int) -> bool:
+        """Whether ``row`` and all running sequences can have blocks for their tokens and leave enough free."""
+        batch, blocks = self.batch, self.batch.blocks
+        rows = np.append(self.rows, row)
+        lengths = batch.num_tokens[rows].tolist()
+        for limits, group, first in zip(self.limits.groups, blocks.groups, blocks.first, strict=True):
+            missing = self.limits.blocks_needed(limits, *lengths) - int((blocks.counts[rows] - first[rows]).sum())
+            if missing + len(self.running) + int(self.watermark * group.num_blocks) > group.num_free:
                 return False
         return True
 
-    def forget(self, sequence: Sequence) -> None:
-        """Give back the cache blocks of ``sequence``, if it has any."""
+    def preempt(self, sequence: Sequence) -> None:
+        """Take the row of a running sequence away: it waits again, in host memory or to be computed anew."""
+        row, computed = sequence.row, int(self.batch.num_computed[sequence.row])
+        if self.swap is not None and self.swap.seconds(row) < self.costs.prompt_seconds(computed):
+            sequence.swapped, sequence.num_computed = self.swap.swap_out(row), computed
+        self.leave(sequence)
+        self.update()
+        sequence.request.metrics.num_preemptions += 1
+        self.num_preemptions += 1
+        self.wait(sequence)
+
+    def leave(self, sequence: Sequence) -> None:
+        """Give the row of a sequence back; it keeps its tokens. ``update`` afterwards."""
         if sequence.row >= 0:
-            self.model.blocks.close_row(sequence.row)
-        sequence.row, sequence.num_computed = -1, 0
+            sequence.saved = sequence.token_ids.copy()
+            del self.owners[sequence.row]
+            self.batch.remove(sequence.row)
+            sequence.row = -1
 
-    def schedule(self) -> list[tuple[Request, Scheduled]]:
-        """The parts of the next step: what each running sequence still has to compute, as far as the budgets go."""
-        self.admit()
-        tokens, rows = self.limits.max_num_batched_tokens, self.limits.max_logits_rows
-        parts = []
-        for request in self.running:
-            sequence = request.sequence
-            left = len(sequence.token_ids) - sequence.num_computed
-            count = min(left, tokens)
-            if count == 0 or (count == left and rows == 0):
-                continue
-            row = 1 if count == left else 0
-            parts.append((request, Scheduled(sequence, count, row)))
-            tokens, rows = tokens - count, rows - row
-        return parts
+    def stop(self, sequences: Listing[Sequence]) -> None:
+        """Take out sequences that have ended, wherever they are."""
+        for sequence in sequences:
+            self.leave(sequence)
+            if sequence.swapped is not None and self.swap is not None:
+                self.swap.drop(sequence.swapped)
+                sequence.swapped = None
+        self.update()
+        if any(sequence.finish_reason for _, _, sequence in self.waiting):
+            self.waiting = [entry for entry in self.waiting if entry[2].finish_reason is None]
+            heapq.heapify(self.waiting)
 
-    def finish(self, request: Request, reason: str) -> None:
-        """Take ``request`` out, for whatever ``reason``, and give its cache blocks back."""
-        request.finish_reason = reason
-        if request in self.running:
-            self.running.remove(request)
-        elif request in self.waiting:
-            self.waiting.remove(request)
-        self.forget(request.sequence)
+    def fork(self, sequence: Sequence, into: Sequence) -> None:
+        """Have ``into`` go on from where ``sequence`` is: in a row of its own, or waiting if all are taken."""
+        if sequence.row >= 0 and len(self.running) < self.limits.max_num_seqs:
+            self.take(into, self.batch.fork(sequence.row))
+            self.running.append(into)
+            self.update()
+        else:
+            into.saved = sequence.token_ids.copy()
+            self.wait(into)
+
+    def update(self) -> None:
+        """Leave only sequences that have a row among the running ones."""
+        self.running = [sequence for sequence in self.running if sequence.row >= 0]
+        self.rows = np.array([sequence.row for sequence in self.running], np.intp)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from labinfer.errors import Place, UsageError, WeightsError
 from labinfer.runtime.chat_template import render_chat_template
-from labinfer.runtime.detokenizer import StreamDecoder, check_token_id, stream_decoder
+from labinfer.runtime.detokenizer import StreamDecoder, check_token_id, stream_decoder, token_bytes
 from labinfer.runtime.gguf_tokenizer import add_begin_and_end, gguf_tokenizer
 from labinfer.runtime.weights.json_text import read_json_object
 
@@ -27,7 +27,8 @@ class Tokenizer:
     """A model's tokenizer, over the ``tokenizers`` library.
 
     ``vocab_size`` counts all tokens, added ones too; ``bos_id`` begins a text (None: the model has no such token);
-    ``eos_ids`` are all ids that end a generation; ``chat_template`` is the Jinja source for chats, or None.
+    ``eos_ids`` are all ids that end a generation, ``special_ids`` those that are no part of a text;
+    ``chat_template`` is the Jinja source for chats, or None.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Tokenizer:
         self.eos_ids = frozenset(eos_ids)
         self._token_text = dict(token_text)
         self._chat_templates = dict(chat_templates)
-        self._special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
 
     @classmethod
     def load(cls, path: Path | str, gguf_metadata: Mapping[str, Any] | None = None) -> Tokenizer | None:
@@ -86,12 +87,16 @@ class Tokenizer:
         """Text of ``ids``; ids outside the vocabulary have none, as in transformers. UsageError for what is no id."""
         return self._backend.decode(list(map(check_token_id, ids)), skip_special_tokens=skip_special_tokens)
 
-    def stream(self, prompt_ids: Sequence[int] = ()) -> StreamDecoder:
+    def stream(self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> StreamDecoder:
         """Decode tokens that follow ``prompt_ids`` one at a time.
 
         Without a prompt the parts join to ``decode``'s text; with one, to what ``decode`` gives beyond the prompt's.
         """
-        return stream_decoder(self._backend, prompt_ids, self._special_ids)
+        return stream_decoder(self._backend, prompt_ids, self.special_ids if skip_special_tokens else frozenset())
+
+    def token_bytes(self, count: int) -> list[bytes]:
+        """What each of the first ``count`` tokens adds to a text, UTF-8; ids that no token has add nothing."""
+        return token_bytes(self._backend, range(count))
 
     def apply_chat_template(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,7 @@ from labinfer.errors import DoesNotFit, UsageError
 from labinfer.llm import LLM
 from labinfer.ops.dequantization import dequantize
 from labinfer.ops.formats import FORMATS
-from labinfer.runtime.sequence import Scheduled
-from labinfer.runtime.sequence import Sequence as Tokens
+from labinfer.runtime.batch import Part
 from tests.cpu.weights import SCALES_AT, stored_weight
 from tests.hf.agreement import assert_agree
 from tests.tiny import FOLDERS, GOLDEN
@@ -40,38 +39,38 @@ def load(path: Path, devices: str = "cpu", **options: Any) -> LLM:
     return labinfer.load(path, devices=devices, **options)
 
 
-def parts(model: LLM, sequences: Sequence[Tokens]) -> Iterator[Scheduled]:
-    """As much of every sequence as one step holds, each token with a row of logits."""
-    limits = model.plan.limits
-    pending = [each for each in sequences if each.num_computed < len(each.token_ids)]
-    share = max(1, min(limits.max_num_batched_tokens, limits.max_logits_rows) // len(pending))
-    for each in pending:
-        count = min(share, len(each.token_ids) - each.num_computed)
-        yield Scheduled(each, count, count)
+def next_part(model: LLM, rows: np.ndarray) -> Part:
+    """As much of every row as one step holds, each token with a row of logits."""
+    limits, batch = model.plan.limits, model.batch
+    remaining = batch.num_tokens[rows] - batch.num_computed[rows]
+    rows, remaining = rows[remaining > 0], remaining[remaining > 0]
+    share = max(1, min(limits.max_num_batched_tokens, limits.max_logits_rows) // len(rows))
+    counts = np.minimum(remaining, share)
+    return Part(rows, counts, counts, 0 * counts)
 
 
 def batched(model: LLM, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """Logits of every position of several sequences that are computed together: prompts, then token by token."""
-    sequences = [Tokens(list(prompt), model.blocks.open_row()) for prompt in prompts]
-    result: list[list[np.ndarray]] = [[] for _ in prompts]
+    batch = model.batch
+    rows = np.array([batch.add(prompt) for prompt in prompts])
+    result: dict[int, list[np.ndarray]] = {row: [] for row in rows.tolist()}
     for step in range(-1, max(map(len, continuations))):
-        for sequence, tokens in zip(sequences, continuations, strict=True):
+        for row, tokens in zip(result, continuations, strict=True):
             if 0 <= step < len(tokens):
-                before = len(sequence.token_ids)
-                sequence.token_ids.append(tokens[step])
-                if model.must_recompute(sequence, before):
-                    model.blocks.release(sequence.row)
-                    sequence.num_computed = 0
-        while any(each.num_computed < len(each.token_ids) for each in sequences):
-            chosen = list(parts(model, sequences))
-            logits, at = model.compute(chosen), 0
-            for part in chosen:
-                rows, start = result[sequences.index(part.sequence)], part.sequence.num_computed - part.num_tokens
-                rows += list(logits[at + max(0, len(rows) - start) : at + part.num_rows])  # not those computed again
-                at += part.num_rows
-    for sequence in sequences:
-        model.blocks.close_row(sequence.row)
-    return [np.stack(rows) for rows in result]
+                before = int(batch.num_tokens[row])
+                batch.extend(row, [tokens[step]])
+                if batch.crossed(before, before + 1):
+                    batch.clear(row)
+        while (batch.num_computed[rows] < batch.num_tokens[rows]).any():
+            part, at = next_part(model, rows), 0
+            starts, logits = batch.num_computed[part.rows], model.compute(part)
+            for row, start, count in zip(part.rows.tolist(), starts, part.counts, strict=True):
+                found = result[row]
+                found += list(logits[at + max(0, len(found) - start) : at + count])  # not those computed again
+                at += count
+    for row in result:
+        batch.remove(row)
+    return [np.stack(found) for found in result.values()]
 
 
 WAYS = [

@@ -11,9 +11,7 @@ from ctypes import c_double, c_int64
 from labinfer.backends.cpu import sampling as cpu
 from labinfer.backends.cpu.machine_code import function
 from labinfer.backends.cpu.workspace import sampling_scratch
-from labinfer.errors import LabinferError
-from labinfer.runtime.sampler import sample
-from labinfer.runtime.sampling_params import SamplingParams
+from labinfer.runtime.sampling import SamplingParams, SamplingRules, SamplingState, sample
 
 SAMPLE = function("sample", c_int64, c_int64, c_int64, c_double, c_int64, c_double, c_double, c_int64)
 
@@ -36,8 +34,10 @@ def chosen(logits, params, random):
 
 
 def check(logits, seed, **params):
-    wanted = sample(logits, SamplingParams(**params), np.random.default_rng(seed))
-    assert chosen(logits, SamplingParams(**params), np.random.default_rng(seed).random()) == wanted
+    params = SamplingParams(**params)
+    state = SamplingState(SamplingRules(params, len(logits)), seed)
+    wanted = sample(logits[np.newaxis], {0: state}).tokens[0]
+    assert chosen(logits, params, state.random) == wanted
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 16, 100, 49152])
@@ -87,8 +87,7 @@ def test_logits_that_are_no_numbers_are_named(bad, temperature):
     logits = np.random.default_rng(0).standard_normal(100).astype(np.float32)
     logits[[41, 90]] = bad
     assert chosen(logits, SamplingParams(temperature=temperature), 0.5) == -1 - 41
-    with pytest.raises(LabinferError, match="token 41"):
-        sample(logits, SamplingParams(temperature=temperature), np.random.default_rng(0))
+    assert "token 41" in sample(logits[np.newaxis], {}).errors[0].message
     assert chosen(np.full(5, -np.inf, np.float32), SamplingParams(), 0.5) == -1
 
 

@@ -20,9 +20,9 @@ from safetensors.numpy import save_file
 import labinfer
 from labinfer.backends.cpu.workers import Workers
 from labinfer.errors import DoesNotFit, LabinferError
+from labinfer.runtime.batch import part_of
 from labinfer.runtime.manager import Manager
 from labinfer.runtime.model import Model
-from labinfer.runtime.sequence import Scheduled, Sequence, build_step
 from tests.tiny import FOLDERS, GOLDEN, tensors, tiny_plan
 
 LABELS = {"weights": "weights", "kv cache": "kv_cache", "arena": "arena", "step": "step", "rope tables": "tables"}
@@ -54,12 +54,14 @@ def test_the_plans_bytes_exactly(folder: Path, kv_dtype: str) -> None:
 
 def decode(model: Model, steps: int) -> None:
     """A sequence decoded over and over: the steps of an engine without its requests."""
-    sequence = Sequence([1, 2, 3], model.blocks.open_row(), num_computed=2)
-    assert model.blocks.grow(np.array([sequence.row]), np.array([32])) is None
-    step = build_step([Scheduled(sequence, 1, 1)], model.blocks)
+    row = model.batch.add([1, 2, 3])
+    model.compute(part_of(row, 2, 0))
+    part = part_of(row, 1, 1)
+    assert model.batch.grow(part) is None
+    step = model.batch.step(part)
     for _ in range(steps):
         model.run(step)
-    model.blocks.close_row(sequence.row)
+    model.batch.remove(row)
 
 
 def test_a_step_allocates_nothing() -> None:

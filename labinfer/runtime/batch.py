@@ -1,0 +1,177 @@
+"""The batch: every sequence that owns cache blocks, as a struct of arrays with one row each.
+
+What happens to all sequences in a step is array arithmetic over their rows; Python looks at a single row only where
+something happens to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from labinfer.compiler.plan import Limits
+from labinfer.runtime.block_digests import Salt
+from labinfer.runtime.block_manager import BlockManager
+from labinfer.runtime.step_memory import StepBatch
+
+CopyBlocks = Callable[[Sequence[tuple[int, int, int]]], None]
+"""Copies cache blocks: (group, source, target)."""
+
+
+COLUMNS = ("token_ids", "num_tokens", "num_computed", "end", "watched", "plain", "scored", "interactive")
+
+
+class Part(NamedTuple):
+    """What a step computes: for each of ``rows`` the next ``counts`` tokens, with logits of the last ``wanted``.
+
+    ``new`` is 1 where a token is made from the last of them, else 0. ``rows`` is intp [S], with which numpy indexes
+    fastest, the others int32 [S]; no count is 0. ``decodes``: every number is 1.
+    """
+
+    rows: np.ndarray
+    counts: np.ndarray
+    wanted: np.ndarray
+    new: np.ndarray
+    decodes: bool = False
+
+
+def part_of(row: int, count: int, wanted: int) -> Part:
+    """A step of one row, which makes no token."""
+    counts, rows_wanted, new = (np.array([number], np.int32) for number in (count, wanted, 0))
+    return Part(np.array([row]), counts, rows_wanted, new)
+
+
+class Batch:
+    """``token_ids`` [rows, max_model_len] and columns [rows]; ``add`` takes a row, ``remove`` gives it back.
+
+    int32: ``num_tokens`` counts the tokens known, ``num_computed`` those whose keys and values are in the cache, and
+    ``end`` those of a sequence when it ends. bool: ``watched`` rows have something done to each token, ``plain`` ones
+    take the likeliest, of ``scored`` ones all logits of the prompt are wanted, for ``interactive`` ones somebody waits.
+    Rows are those of ``blocks``; ``copy_blocks`` copies in the cache itself.
+    """
+
+    def __init__(self, limits: Limits, blocks: BlockManager, copy_blocks: CopyBlocks) -> None:
+        self.blocks, self.copy_blocks, self.block_size = blocks, copy_blocks, limits.block_size
+        rows = limits.max_num_seqs
+        self.token_ids = np.zeros((rows, limits.max_model_len), np.int32)
+        self.num_tokens, self.num_computed, self.end = (np.zeros(rows, np.int32) for _ in range(3))
+        self.watched, self.plain, self.scored, self.interactive = (np.zeros(rows, np.bool_) for _ in range(4))
+        self.salts: list[Salt] = [()] * rows
+        self.numbers = np.arange(limits.max_num_batched_tokens + 1, dtype=np.int32)
+
+    def add(self, token_ids: Sequence[int] | np.ndarray, salt: Salt = ()) -> int:
+        """A row for a sequence of these tokens that owns no blocks; there are always more."""
+        row = self.blocks.open_row()
+        if row >= len(self.num_tokens):
+            for name in COLUMNS:
+                column = getattr(self, name)
+                setattr(self, name, np.concatenate([column, np.zeros_like(column)]))
+            self.salts += [()] * len(self.salts)
+        self.token_ids[row, : len(token_ids)] = token_ids
+        self.num_tokens[row], self.num_computed[row], self.salts[row] = len(token_ids), 0, salt
+        self.watched[row] = False
+        return row
+
+    def attach(self, row: int) -> int:
+        """Take over what the cache has of the beginning of ``row``, which owns nothing; how many tokens that is."""
+        cached = self.blocks.attach(row, self.tokens(row), self.salts[row])
+        self.num_computed[row] = cached
+        return cached
+
+    def crossed(self, before: int, after: int) -> bool:
+        """Whether growing from ``before`` to ``after`` tokens passed the length past which cached keys do not hold."""
+        limit = self.blocks.recompute_after
+        return limit is not None and before <= limit < after
+
+    def clear(self, row: int) -> None:
+        """Give the blocks of ``row`` back: nothing of it is computed any more."""
+        self.blocks.release(row)
+        self.num_computed[row] = 0
+
+    def fork(self, row: int) -> int:
+        """A row that goes on from where ``row`` is and shares its blocks."""
+        into = self.add(self.tokens(row), self.salts[row])
+        for name in COLUMNS[1:]:
+            column = getattr(self, name)
+            column[into] = column[row]
+        self.blocks.fork(row, into)
+        return into
+
+    def remove(self, row: int) -> None:
+        """Give the row and its blocks back."""
+        self.blocks.close_row(row)
+
+    def tokens(self, row: int) -> np.ndarray:
+        """The tokens of ``row``: its memory, not a copy."""
+        return self.token_ids[row, : self.num_tokens[row]]
+
+    def extend(self, row: int, token_ids: Sequence[int]) -> None:
+        """Add tokens to one row."""
+        before = int(self.num_tokens[row])
+        self.token_ids[row, before : before + len(token_ids)] = token_ids
+        self.num_tokens[row] = before + len(token_ids)
+
+    def grow(self, part: Part) -> int | None:
+        """Give rows blocks of their own for what ``part`` writes; where they run out, the index of the first row left.
+
+        Rows before it have grown then.
+        """
+        start = self.num_computed[part.rows]
+        stop = start + part.counts
+        failed = self.blocks.grow(part.rows, stop)
+        if failed is None:
+            for index in self.blocks.forked[part.rows].nonzero()[0].tolist():
+                copies = self.blocks.writable(int(part.rows[index]), int(start[index]), int(stop[index]))
+                if copies is None:
+                    return int(index)
+                self.copy_blocks(copies)
+        return failed
+
+    def computed(self, part: Part) -> None:
+        """The tokens of ``part`` are in the cache now."""
+        self.num_computed[part.rows] += part.counts
+        self.commit(part)
+
+    def commit(self, part: Part) -> None:
+        """Full blocks of ``part``'s rows hold what their tokens say, and can be reused."""
+        self.blocks.commit(part.rows, self.num_computed[part.rows], self.token_ids)
+
+    def step(self, part: Part) -> StepBatch:
+        """The step batch of ``part``, flat over its rows, which own the blocks it needs."""
+        rows, start, size, sequences = part.rows, self.num_computed[part.rows], self.block_size, len(part.rows)
+        context = start + part.counts
+        if part.decodes:
+            row, owner, positions = rows, self.numbers[:sequences], start
+            query_start, logits = self.numbers[: sequences + 1], self.numbers[:sequences]
+        else:
+            query_start = np.zeros(sequences + 1, np.int32)
+            np.cumsum(part.counts, out=query_start[1:])
+            logits = logits_rows(query_start, part.wanted)
+            owner = np.repeat(self.numbers[:sequences], part.counts)
+            positions = self.numbers[: len(owner)] + (start - query_start[:-1])[owner]
+            row = rows[owner]
+        tables = self.blocks.block_tables(rows, int(context.max()))
+        block = positions // size
+        offset = positions - block * size
+        return StepBatch(
+            token_ids=self.token_ids[row, positions],
+            positions=positions,
+            query_start=query_start,
+            context_len=context,
+            total_len=self.num_tokens[rows],
+            logits_rows=logits,
+            block_tables=tables,
+            slot_mappings=[table[owner, block] * size + offset for table in tables],
+        )
+
+
+def logits_rows(query_start: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Indices of the last ``wanted`` tokens of each sequence, int32."""
+    last = query_start[1:]
+    if int(wanted.max()) <= 1:
+        rows: np.ndarray = last[wanted == 1] - np.int32(1)
+        return rows
+    spans = [np.arange(end - count, end, dtype=np.int32) for end, count in zip(last, wanted, strict=True)]
+    return np.concatenate(spans)

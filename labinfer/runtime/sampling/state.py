@@ -1,0 +1,99 @@
+"""What sampling must know of a sequence beside its last row of logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from labinfer.errors import LabinferError
+from labinfer.runtime.sampling import adjust
+from labinfer.runtime.sampling.params import LogitsProcessor
+from labinfer.runtime.sampling.random_numbers import uniform
+from labinfer.runtime.sampling.rules import SamplingRules, Stop
+from labinfer.runtime.sampling.token_counts import TokenCounts
+
+
+class SamplingState:
+    """Sequence ``index`` of a request, whose random numbers ``seed`` (64 bits) gives.
+
+    It depends on nothing but its arguments: made again from the prompt and the tokens of the answer so far, it goes on
+    with the same tokens.
+    """
+
+    def __init__(
+        self, rules: SamplingRules, seed: int, index: int = 0, prompt: Sequence[int] = (), output: Sequence[int] = ()
+    ) -> None:
+        self.rules, self.seed, self.index = rules, seed, index
+        self.output: list[int] = []
+        self.counts = TokenCounts(prompt if rules.params.repetition_penalty != 1 else ()) if rules.penalizes else None
+        self.matcher = rules.grammar.matcher() if rules.grammar else None
+        for token in output:
+            self.accept(token)
+
+    @property
+    def random(self) -> float:
+        """The number in [0, 1) that draws the next token."""
+        number: float = uniform(self.seed, self.index, len(self.output))
+        return number
+
+    def accept(self, token: int) -> Stop | None:
+        """``token`` is the next one of the answer; the end that it makes of it, if any.
+
+        A token that the request's grammar does not allow is an error of the request.
+        """
+        self.output.append(token)
+        if self.counts is not None:
+            self.counts.add(token)
+        stop = self.rules.stop(token)
+        if stop is None and self.matcher is not None:
+            self.matcher.accept(token)
+            if self.matcher.ended:
+                stop = Stop(None, token not in self.rules.eos_ids)
+        return stop
+
+    def fork(self, index: int) -> SamplingState:
+        """Sequence ``index`` of the same request, which goes on from here."""
+        other = object.__new__(SamplingState)
+        other.rules, other.seed, other.index = self.rules, self.seed, index
+        other.output = list(self.output)
+        other.counts = self.counts.copy() if self.counts is not None else None
+        other.matcher = self.matcher.copy() if self.matcher is not None else None
+        return other
+
+    def adjusted(self, logits: np.ndarray) -> np.ndarray:
+        """The model's ``logits`` after everything that stands before temperature: a copy where that is anything."""
+        rules, params = self.rules, self.rules.params
+        if not rules.changes_logits:
+            return logits
+        logits = logits.copy()
+        for processor in params.logits_processors:
+            logits = processed(processor, tuple(self.output), logits)
+        if self.matcher is not None:
+            self.matcher.mask(logits)
+        if rules.allowed is not None:
+            adjust.allow_only(logits, rules.allowed)
+        if rules.bad_words:
+            adjust.ban_bad_words(logits, rules.bad_words, self.output)
+        if len(self.output) < params.min_tokens:
+            logits[rules.end_ids] = adjust.NEVER
+        if len(rules.bias_ids):
+            logits[rules.bias_ids] += rules.bias
+        if self.counts is not None:
+            repetition, frequency = params.repetition_penalty, params.frequency_penalty
+            adjust.penalize(logits, self.counts, repetition, frequency, params.presence_penalty)
+        return logits
+
+
+def processed(processor: LogitsProcessor, output: tuple[int, ...], logits: np.ndarray) -> np.ndarray:
+    """What a user's function makes of ``logits``; its failure is one of the request."""
+    name = getattr(processor, "__name__", type(processor).__name__)
+    try:
+        made = np.ascontiguousarray(processor(output, logits), np.float32)
+    except Exception as problem:
+        message = f"the logits processor {name} failed: {type(problem).__name__}: {problem}"
+        raise LabinferError("sampling.processor", message) from problem
+    if made.shape != logits.shape:
+        message = f"the logits processor {name} must return {len(logits)} logits, not an array of shape {made.shape}"
+        raise LabinferError("sampling.processor", message)
+    return made

@@ -1,0 +1,60 @@
+"""What steps cost here, as measured while they run: how large a piece of a prompt can be before decoding stalls."""
+
+from __future__ import annotations
+
+WEIGHT = 0.2
+"""How much one measurement moves an estimate."""
+
+
+def moved(estimate: float | None, measured: float) -> float:
+    """``estimate`` after a measurement; one that is far too long, as when a kernel was compiled, counts as double."""
+    if estimate is None:
+        return measured
+    return estimate + WEIGHT * (min(measured, 2 * estimate) - estimate)
+
+
+class StepCosts:
+    """Seconds of a step that only decodes, by about how many sequences, and of each prompt token beside them."""
+
+    def __init__(self) -> None:
+        self.decode: dict[int, float] = {}
+        self.per_token: float | None = None
+
+    def observe(self, decodes: int, prompt_tokens: int, seconds: float) -> None:
+        """A step of ``decodes`` sequences and ``prompt_tokens`` more tokens took ``seconds``."""
+        if prompt_tokens == 0:
+            size = decodes.bit_length()
+            self.decode[size] = moved(self.decode.get(size), seconds)
+        elif (base := self.decode_seconds(decodes)) is not None:
+            self.per_token = moved(self.per_token, max(seconds - base, 0.01 * seconds) / prompt_tokens)
+
+    def decode_seconds(self, decodes: int) -> float | None:
+        """A step of ``decodes`` sequences: the measurement of the nearest number."""
+        if decodes == 0:
+            return 0.0
+        if not self.decode:
+            return None
+        size = decodes.bit_length()
+        return self.decode[min(self.decode, key=lambda known: abs(known - size))]
+
+    def prompt_seconds(self, tokens: int) -> float:
+        """What it takes to compute so many tokens of a text again, 0 before anything was measured."""
+        return (self.per_token or 0.0) * tokens
+
+    def prompt_tokens(self, decodes: int, stall: float) -> int:
+        """Prompt tokens that a step of ``decodes`` sequences can take in and last at most ``stall`` times as long.
+
+        Few different numbers, since a device prepares a step of each size once. At least one, so that none starves.
+        """
+        base = self.decode_seconds(decodes)
+        if base is None or not self.per_token:
+            return max(1, decodes // 2)  # a token of a prompt costs at most what one of a sequence does
+        return round_down(int((stall - 1) * base / self.per_token))
+
+
+def round_down(count: int) -> int:
+    """The largest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is at most ``count``; 1 for less."""
+    if count < 2:
+        return 1
+    power = 1 << (count.bit_length() - 1)
+    return power + power // 2 if count >= power + power // 2 else power

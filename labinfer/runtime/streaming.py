@@ -1,0 +1,109 @@
+"""Answers as they are made, for asyncio: a thread runs the engine, coroutines wait for what it tells."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from labinfer.errors import LabinferError
+from labinfer.runtime.outputs import RequestOutput, output_of
+from labinfer.runtime.request import Request, Sequence
+
+if TYPE_CHECKING:
+    from labinfer.runtime.engine import Engine
+
+
+class EngineThread:
+    """Runs the steps of an engine whenever there is something to do."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.wake, self.closing = engine, threading.Event(), False
+        self.thread = threading.Thread(target=self.run, name="labinfer-engine", daemon=True)
+        self.thread.start()
+
+    def run(self) -> None:
+        """Step until closed. What a step raises ends every request, and the thread goes on."""
+        while not self.closing:
+            if not self.engine.busy:
+                self.wake.wait()
+                self.wake.clear()
+                continue
+            try:
+                self.engine.step()
+            except LabinferError as error:
+                self.engine.fail_all(error)
+            except Exception as error:
+                self.engine.fail_all(LabinferError("run.failed", f"{type(error).__name__}: {error}"))
+
+    def close(self) -> None:
+        """End the thread after the step it is in."""
+        self.closing = True
+        self.wake.set()
+        if self.thread is not threading.current_thread():
+            self.thread.join()
+
+
+class Mailbox:
+    """Wakes coroutines of one event loop from other threads; many of them at a time, since waking a loop is slow."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.events: deque[asyncio.Event] = deque()
+        self.called = False
+
+    def post(self, event: asyncio.Event) -> None:
+        """Set ``event`` soon."""
+        self.events.append(event)
+        if not self.called:
+            self.called = True
+            try:
+                self.loop.call_soon_threadsafe(self.flush)
+            except RuntimeError:  # the loop is closed, nobody waits any more
+                self.events.clear()
+
+    def flush(self) -> None:
+        """Set all events; runs in the loop."""
+        self.called = False
+        while self.events:
+            self.events.popleft().set()
+
+
+_mailboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = weakref.WeakKeyDictionary()
+
+
+def mailbox() -> Mailbox:
+    """The mailbox of the running event loop."""
+    loop = asyncio.get_running_loop()
+    if loop not in _mailboxes:
+        _mailboxes[loop] = Mailbox(loop)
+    return _mailboxes[loop]
+
+
+async def stream(engine: Engine, request: Request) -> AsyncIterator[RequestOutput]:
+    """Run ``request``, which is new, and yield all that it has made whenever there is more; see ``Engine.stream``."""
+    await asyncio.to_thread(engine.check, request)  # a grammar takes a while
+    box, event = mailbox(), asyncio.Event()
+
+    def listener(_: Sequence) -> None:
+        box.post(event)
+
+    request.listener, request.interactive = listener, True
+    engine.submit(lambda: engine.queue(request))
+    engine.start()
+    try:
+        finished = False
+        while not finished:
+            await event.wait()
+            event.clear()
+            finished = request.finished
+            if request.error is not None:
+                raise request.error
+            yield output_of(request)
+    finally:
+        if not request.finished:
+            engine.submit(lambda: engine.abort(request))
+            engine.start()

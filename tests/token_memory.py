@@ -1,0 +1,65 @@
+"""A device whose tokens tell whether the cache held the right ones: each is made from all that attention sees.
+
+Steps store token ids as keys, and read them back through the step's block tables. A wrong, stale or shared block
+changes what follows, and what should follow is known from the tokens alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from labinfer.llm import LLM
+from labinfer.runtime.sampling import SamplingParams, SamplingRules, SamplingState, sample
+from labinfer.runtime.step_memory import StepBatch
+
+
+def logits_of(texts: Sequence[Sequence[float]], starts: Sequence[int], vocab_size: int) -> np.ndarray:
+    """Logits after what each group sees: the tokens from position ``starts`` on."""
+    mixed = 0
+    for text, start in zip(texts, starts, strict=True):
+        mixed = mixed * 31 + sum((start + at + 1) * (int(token) + 7) for at, token in enumerate(text))
+    return np.random.default_rng(mixed).random(vocab_size, np.float32) * 4
+
+
+def remember_tokens(model: LLM) -> None:
+    """Replace what ``model`` computes."""
+    groups, size = model.plan.limits.groups, model.plan.limits.block_size
+    memory = [
+        next(cache.blocks[group][0] for cache in model.cache.arrays if cache.blocks[group])
+        for group in range(len(groups))
+    ]
+    width = [array.shape[1] // size for array in memory]
+
+    def run(batch: StepBatch) -> np.ndarray:
+        for array, slots, each in zip(memory, batch.slot_mappings, width, strict=True):
+            array.reshape(-1, each)[slots, 0] = batch.token_ids
+        rows = np.empty((len(batch.logits_rows), model.vocab_size), np.float32)
+        for row, token in enumerate(batch.logits_rows):
+            sequence = int(np.searchsorted(batch.query_start, token, "right")) - 1
+            end = int(batch.positions[token]) + 1
+            texts, starts = [], []
+            for group, array, table, each in zip(groups, memory, batch.block_tables, width, strict=True):
+                starts.append(max(0, end - group.window) if group.window else 0)
+                places = np.arange(starts[-1], end)
+                slots = table[sequence, places // size] * size + places % size
+                texts.append(array.reshape(-1, each)[slots, 0].tolist())
+            rows[row] = logits_of(texts, starts, model.vocab_size)
+        return rows
+
+    model.run = run  # type: ignore[method-assign]
+
+
+def expected_tokens(model: LLM, prompt: Sequence[int], params: SamplingParams, seed: int, index: int = 0) -> list[int]:
+    """What such a model answers."""
+    tokens, limits = list(prompt), model.plan.limits
+    state = SamplingState(SamplingRules(params, model.vocab_size), seed, index, prompt)
+    most = min(len(prompt) + (params.max_tokens or model.max_len), model.max_len)
+    while len(tokens) < most:
+        starts = [max(0, len(tokens) - group.window) if group.window else 0 for group in limits.groups]
+        logits = logits_of([tokens[start:] for start in starts], starts, model.vocab_size)
+        tokens.append(int(sample(logits[np.newaxis], {0: state}).tokens[0]))
+        if state.accept(tokens[-1]):
+            break
+    return tokens[len(prompt) :]
