@@ -23,8 +23,8 @@ import numpy as np
 
 from labinfer.compiler.plan import CacheGroup, Limits
 from labinfer.llm import LLM
+from labinfer.runtime.batch import part_of
 from labinfer.runtime.block_manager import BlockManager
-from labinfer.runtime.sequence import Scheduled, Sequence
 
 ROWS = (1, 256, 4096)
 WINDOWS: dict[str, tuple[int | None, ...]] = {"one group": (None,), "two groups": (None, 512)}
@@ -71,13 +71,13 @@ def best(run: Callable[[], Any], rounds: int = 5) -> float:
     return min(times)
 
 
-def prefill(model: LLM, tokens: list[int]) -> Sequence:
+def prefill(model: LLM, tokens: list[int]) -> int:
     """A row with ``tokens`` computed, all of them."""
-    row, chunk = model.blocks.open_row(), model.plan.limits.max_num_batched_tokens
-    sequence = Sequence(tokens, row)
-    while (left := len(tokens) - sequence.num_computed) > 0:
-        model.compute([Scheduled(sequence, min(chunk, left), int(left <= chunk))])
-    return sequence
+    row, chunk = model.batch.add(tokens), model.plan.limits.max_num_batched_tokens
+    for first in range(0, len(tokens), chunk):
+        size = min(chunk, len(tokens) - first)
+        model.compute(part_of(row, size, int(first + size == len(tokens))))
+    return row
 
 
 def moves(name: str, folder: Path, count: int) -> dict[str, float]:
@@ -86,20 +86,20 @@ def moves(name: str, folder: Path, count: int) -> dict[str, float]:
     with LLM(name, cold_folder=folder, **limits) as model:
         swap, tokens = model.cache.swap, np.random.default_rng(0).integers(0, model.vocab_size, count).tolist()
         assert swap is not None
-        sequence = prefill(model, tokens)
-        model.blocks.close_row(sequence.row)
+        row = prefill(model, tokens)
+        model.batch.remove(row)
         started = time.perf_counter()
-        sequence = prefill(model, tokens)
+        row = prefill(model, tokens)
         recompute = time.perf_counter() - started
-        blocks = [model.blocks.held(sequence.row, number) for number in range(len(model.blocks.groups))]
+        blocks = [model.blocks.held(row, number) for number in range(len(model.blocks.groups))]
         nbytes = sum(held * size for held, size in zip(blocks, swap.pool.block_bytes, strict=True))
         out, back = [], []
         for _ in range(5):
             started = time.perf_counter()
-            handle = swap.swap_out(sequence.row)
+            handle = swap.swap_out(row)
             assert handle is not None
             middle = time.perf_counter()
-            assert swap.swap_in(handle, sequence.row)
+            assert swap.swap_in(handle, row)
             out.append(middle - started)
             back.append(time.perf_counter() - middle)
         source = np.ones(nbytes, np.uint8)
@@ -113,7 +113,7 @@ def moves(name: str, folder: Path, count: int) -> dict[str, float]:
         keys = [bytes([key]) * 16 for key in range(16)]
         found["disk_put"] = best(lambda: disk.put(0, keys.pop(), content))
         found["disk_get"] = best(lambda: disk.get(0, bytes([15]) * 16, content))
-        return found | {"block_bytes": swap.pool.block_bytes[0], "estimate": swap.seconds(sequence.row)}
+        return found | {"block_bytes": swap.pool.block_bytes[0], "estimate": swap.seconds(row)}
 
 
 def main() -> int:

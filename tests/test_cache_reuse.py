@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from labinfer.runtime.sequence import Scheduled, Sequence
 
 import labinfer
 from labinfer import SamplingParams, catalogue
@@ -17,6 +16,7 @@ from labinfer.api import read_model, targets
 from labinfer.compiler.compile import CompileOptions, compile_plan
 from labinfer.errors import DoesNotFit, UsageError
 from labinfer.llm import LLM
+from labinfer.runtime.batch import part_of
 from labinfer.runtime.model import Model
 
 from .tiny import FOLDERS, GOLDEN
@@ -27,22 +27,22 @@ WINDOWED = ("mistral-window", "mixtral-window", "starcoder2-window", "qwen2-wind
             "gemma3_text-linear_global", "phi3-window_odd_heads")  # fmt: skip
 
 
-def start(model: Model, prompt: list[int], salt: tuple[str, ...] = ()) -> Sequence:
-    """A sequence that begins with what is cached of ``prompt``."""
-    row = model.blocks.open_row()
-    return Sequence(list(prompt), row, model.blocks.attach(row, prompt, salt))
+def start(model: Model, prompt: list[int], salt: tuple[str, ...] = ()) -> int:
+    """A row that begins with what is cached of ``prompt``."""
+    row = model.batch.add(prompt, salt)
+    model.batch.attach(row)
+    return row
 
 
-def greedy(model: Model, sequence: Sequence, count: int) -> list[int]:
-    """``count`` more tokens of ``sequence``."""
-    made = []
+def greedy(model: Model, row: int, count: int) -> list[int]:
+    """``count`` more tokens of ``row``."""
+    made, batch = [], model.batch
     for _ in range(count):
-        while sequence.num_computed < len(sequence.token_ids):
-            left = len(sequence.token_ids) - sequence.num_computed
+        while (left := int(batch.num_tokens[row] - batch.num_computed[row])) > 0:
             size = min(left, model.plan.limits.max_num_batched_tokens)
-            logits = model.compute([Scheduled(sequence, size, int(size == left))])
+            logits = model.compute(part_of(row, size, int(size == left)))
         made.append(int(logits[0].argmax()))
-        sequence.token_ids.append(made[-1])
+        batch.extend(row, made[-1:])
         model.blocks.check_integrity()
     return made
 
@@ -52,7 +52,7 @@ def fill(model: Model, prompts: int, length: int = 40) -> None:
     for number in range(prompts):
         other = start(model, [13 + number % 40] * length)
         greedy(model, other, 1)
-        model.blocks.close_row(other.row)
+        model.batch.remove(other)
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 16])
@@ -66,7 +66,7 @@ def test_a_cached_prefix_changes_no_token(folder: Path, block_size: int) -> None
         for _ in range(2):
             for prompt, tokens in zip((PROMPT[:30], PROMPT[:33]), expected, strict=True):
                 assert model.generate(prompt, GREEDY)[0].token_ids == tokens
-        assert (model.blocks.counters.hits > 60) == (model.plan.recompute_after is None)
+        assert model.blocks.counters.hits > 60
         assert model.blocks.usage == 0
         model.blocks.check_integrity()
 
@@ -90,15 +90,15 @@ def test_what_a_window_has_passed_is_given_back(name: str) -> None:
         narrow = [number for number, group in enumerate(model.plan.limits.groups) if group.window]
         assert narrow
         prompt = PROMPT[:9]
-        sequence = start(model, prompt)
+        row = start(model, prompt)
         for length in range(len(prompt), 58):
-            greedy(model, sequence, 1)
+            greedy(model, row, 1)
             for number in narrow:
                 group = model.plan.limits.groups[number]
-                held = model.blocks.held(sequence.row, number)
+                held = model.blocks.held(row, number)
                 assert held <= model.plan.limits.blocks_needed(group, length) <= group.num_blocks < 15
         params = SamplingParams(temperature=0, max_tokens=49, ignore_eos=True)
-        assert whole.generate(prompt, params)[0].token_ids == sequence.token_ids[len(prompt) :]
+        assert whole.generate(prompt, params)[0].token_ids == model.batch.tokens(row)[len(prompt) :].tolist()
 
 
 def test_groups_follow_the_windows() -> None:
@@ -165,23 +165,23 @@ def test_a_swapped_sequence_goes_on_as_if_nothing_had_been(name: str, devices: s
         assert swap is not None
         assert pool is not None
         assert pool.nbytes == sum(stage.bytes.swap for stage in model.plan.stages) > 0
-        sequence = start(model, PROMPT[:12])
-        expected = greedy(model, sequence, 10)
-        model.blocks.close_row(sequence.row)
+        row = start(model, PROMPT[:12])
+        expected = greedy(model, row, 10)
+        model.batch.remove(row)
         model.blocks.evict_into(pool)
-        sequence = start(model, [0, *PROMPT[1:12]])
-        greedy(model, sequence, 3)
-        model.blocks.close_row(sequence.row)
-        sequence = start(model, PROMPT[:12], ("nothing cached",))
-        made = greedy(model, sequence, 4)
-        handle = swap.swap_out(sequence.row)
+        row = start(model, [0, *PROMPT[1:12]])
+        greedy(model, row, 3)
+        model.batch.remove(row)
+        row = start(model, PROMPT[:12], ("nothing cached",))
+        made = greedy(model, row, 4)
+        handle = swap.swap_out(row)
         assert handle is not None
         assert swap.num_out == sum(map(len, handle.places)) > 0
         fill(model, 3)
-        assert swap.swap_in(handle, sequence.row)
+        assert swap.swap_in(handle, row)
         assert swap.num_in == swap.num_out
-        assert made + greedy(model, sequence, 6) == expected
-        assert 0 < swap.seconds(sequence.row) < 1
+        assert made + greedy(model, row, 6) == expected
+        assert 0 < swap.seconds(row) < 1
     assert model.cache.swap is None
 
 
@@ -190,17 +190,15 @@ def test_a_fork_writes_to_blocks_of_its_own() -> None:
         expected = [greedy(model, start(model, [*PROMPT[:14], token], (str(token),)), 8) for token in (3, 50)]
         one = start(model, PROMPT[:14])
         greedy(model, one, 1)
-        two = Sequence(PROMPT[:14], model.blocks.open_row(), one.num_computed)
-        one.token_ids.pop()
-        model.blocks.fork(one.row, two.row)
-        for sequence, token in ((one, 3), (two, 50)):
-            sequence.token_ids.append(token)
-            model.cache.copy_blocks(model.blocks.writable(sequence.row, 14, 15) or [])
+        model.batch.num_tokens[one] -= 1
+        two = model.batch.fork(one)
+        model.batch.extend(one, [3])
+        model.batch.extend(two, [50])
+        made = [greedy(model, row, 1) for row in (one, two)]
         assert model.blocks.counters.copies == 2
-        made: list[list[int]] = [[], []]
-        for _ in range(8):
-            for number, sequence in enumerate((one, two)):
-                made[number] += greedy(model, sequence, 1)
+        for _ in range(7):
+            for number, row in enumerate((one, two)):
+                made[number] += greedy(model, row, 1)
         assert made == expected
 
 
@@ -209,10 +207,10 @@ def test_evicted_prefixes_come_back_from_host_memory_and_from_disk(name: str, tm
     options = SWAP | {"num_blocks": 18, "swap_space": 40_000 / 2**30}
 
     def run(model: LLM, folder: Path) -> int:
-        sequence = start(model, PROMPT)
-        cached = sequence.num_computed
-        assert greedy(model, sequence, 6) == expected
-        model.blocks.close_row(sequence.row)
+        row = start(model, PROMPT)
+        cached = int(model.batch.num_computed[row])
+        assert greedy(model, row, 6) == expected
+        model.batch.remove(row)
         return cached
 
     with labinfer.load(GOLDEN / name, enable_prefix_caching=False, **SWAP) as model:
@@ -261,20 +259,20 @@ def test_smollm2_gives_the_same_tokens_reused_swapped_and_restored(smollm2: LLM)
     prompt = np.random.default_rng(0).integers(100, 40_000, 100).tolist()
     swap = smollm2.cache.swap
     assert swap is not None
-    sequence = start(smollm2, prompt)
-    expected = greedy(smollm2, sequence, 12)
-    smollm2.blocks.close_row(sequence.row)
-    sequence = start(smollm2, prompt)
-    assert sequence.num_computed == 96
-    made = greedy(smollm2, sequence, 6)
-    handle = swap.swap_out(sequence.row)
+    row = start(smollm2, prompt)
+    expected = greedy(smollm2, row, 12)
+    smollm2.batch.remove(row)
+    row = start(smollm2, prompt)
+    assert smollm2.batch.num_computed[row] == 96
+    made = greedy(smollm2, row, 6)
+    handle = swap.swap_out(row)
     assert handle is not None
     fill(smollm2, 3, 200)
-    assert swap.swap_in(handle, sequence.row)
-    assert made + greedy(smollm2, sequence, 6) == expected
-    smollm2.blocks.close_row(sequence.row)
+    assert swap.swap_in(handle, row)
+    assert made + greedy(smollm2, row, 6) == expected
+    smollm2.batch.remove(row)
     fill(smollm2, 2, 200)
-    sequence = start(smollm2, prompt)
-    assert sequence.num_computed == 96
+    row = start(smollm2, prompt)
+    assert smollm2.batch.num_computed[row] == 96
     assert smollm2.blocks.counters.cold_hits > 0
-    assert greedy(smollm2, sequence, 12) == expected
+    assert greedy(smollm2, row, 12) == expected

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import Any, ClassVar
 
@@ -21,8 +20,9 @@ from labinfer.runtime.request import Request
 from .tiny import GOLDEN
 from .token_memory import expected_tokens, remember_tokens
 
-EXAMPLES = int(os.environ.get("LABINFER_TEST_EXAMPLES", "12"))
-STEPS = 60
+EXAMPLES, EVENTS = 30, 60
+"""For each of the six kinds of engine: more than 10,000 events in all."""
+
 TEXTS = [[1, 2, 3, 4, 5, 6, 7] * 6, [1, 2, 3, 4, 5, 6, 8] * 6, [9] * 40]
 
 
@@ -166,7 +166,7 @@ def machine(name: str, **attributes: Any) -> Any:
     """The test of a kind of engine."""
     made = type(name, (EngineEvents,), attributes)
     case: Any = made.TestCase  # type: ignore[attr-defined]
-    case.settings = settings(max_examples=EXAMPLES, stateful_step_count=STEPS, deadline=None)
+    case.settings = settings(max_examples=EXAMPLES, stateful_step_count=EVENTS, deadline=None)
     return case
 
 

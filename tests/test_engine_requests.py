@@ -1,4 +1,4 @@
-"""Requests and what becomes of them: streams, aborts at every phase, priorities, preemption, captured values, metrics."""
+"""Requests and what becomes of them: streams, aborts at every phase, priorities, preemption, values, metrics."""
 
 from __future__ import annotations
 
@@ -109,9 +109,9 @@ def test_a_stream_raises_what_is_wrong_with_its_request(model: LLM, alone: list[
     with pytest.raises(UsageError) as caught:
         asyncio.run(run([]))
     assert caught.value.code == "run.empty-prompt"
-    with model.listen("layers.1.attn.out", lambda array: array * np.float32(np.nan)):
-        with pytest.raises(LabinferError) as failed:
-            asyncio.run(run(PROMPTS[1]))
+    broken = model.listen("layers.1.attn.out", lambda array: array * np.float32(np.nan))
+    with broken, pytest.raises(LabinferError) as failed:
+        asyncio.run(run(PROMPTS[1]))
     assert failed.value.code == "run.not-a-number"
 
     def fail(array: np.ndarray) -> None:
