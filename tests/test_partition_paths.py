@@ -113,6 +113,22 @@ def test_the_program_prints_objective_bound_and_seconds(tmp_path: Path) -> None:
     assert "no instance 'third'" in helix(str(file), "third").stderr
 
 
+@pytest.mark.parametrize("rate", [1e16, 1e303, -1.0, float("inf")])
+def test_rates_that_no_link_has_are_refused(rate: float, tmp_path: Path) -> None:
+    file = tmp_path / "instance.json"
+    file.write_text(json.dumps({"small": {**INSTANCE, "links": [["source", "a", rate]]}}))
+    with pytest.raises(InvalidFile, match="is no rate"):
+        read_network(file)
+
+
+@pytest.mark.parametrize("name", ["source", "sink"])
+def test_a_node_cannot_be_an_end(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "instance.json"
+    file.write_text(json.dumps({"small": {**INSTANCE, "nodes": {**INSTANCE["nodes"], name: {"1": 1.0}}}}))
+    with pytest.raises(InvalidFile, match=f"a node is called '{name}'"):
+        read_network(file)
+
+
 @settings(max_examples=200, deadline=None)
 @given(rng=st.randoms(use_true_random=False))
 def test_mutated_instances_are_read_or_refused(rng: random.Random, tmp_path_factory: pytest.TempPathFactory) -> None:

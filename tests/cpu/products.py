@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 
 from labinfer.backends.cpu import features, isa
 from labinfer.backends.cpu.layout import (
     activation_bytes,
     activations_bytes,
+    glu_chunk,
     packed_bytes,
     product_kernel,
     scattered_form,
 )
-from labinfer.backends.cpu.linear import linear
+from labinfer.backends.cpu.linear import linear, linear_glu
 from labinfer.backends.cpu.machine_code import address
 from labinfer.backends.cpu.packed_weight import pack
 from labinfer.backends.cpu.quantize import quantize_row
+from labinfer.backends.cpu.tape import ACTIVATION_CODES
+from labinfer.ops.activations import FUNCTIONS
 from labinfer.ops.base import KernelOptions
 from labinfer.ops.dequantization import dequantize
 from labinfer.ops.formats import FORMATS
@@ -100,3 +103,22 @@ def product(w: Weight, a: Activations, tokens: int, bias: np.ndarray | None = No
 def columns_of(format: str) -> list[int]:
     size = FORMATS[format].block_size
     return {1: [1, 33, 77], 32: [32, 96], 256: [256, 768]}[size]
+
+
+def check_gated_unit(format: str, tokens: int, form: int | None, cut: int) -> None:
+    """``linear_glu`` in two parts, cut at panel ``cut``, gives what two products and the activation give."""
+    rows, columns = 90, 256
+    gate, up = Weight(format, rows, columns, seed=1), Weight(format, rows, columns, seed=2)
+    bias = np.random.default_rng(0).standard_normal(rows, np.float32)
+    a = Activations(gate, tokens, form, spread=0.1)
+    expected = FUNCTIONS["silu"](product(gate, a, tokens) + bias) * product(up, a, tokens)
+    y = np.full((tokens, rows + 3), SENTINEL)
+    code, panels = address(product_kernel(format, a.form)), -(-rows // 16)
+    for g0, g1 in ((0, cut), (cut, panels)):
+        linear_glu(
+            code, gate.packed.ctypes.data, bias.ctypes.data, code, up.packed.ctypes.data, 0, columns,
+            a.rows.ctypes.data, a.stride, y.ctypes.data, rows + 3, tokens, g0, g1, rows, ACTIVATION_CODES["silu"],
+            glu_chunk(a.form, columns),
+        )  # fmt: skip
+    assert_array_equal(y[:, rows:], SENTINEL)
+    assert_allclose(y[:, :rows], expected, rtol=1e-5, atol=1e-5)

@@ -10,17 +10,13 @@ import sys
 
 import numpy as np
 import pytest
-from numpy.testing import assert_array_equal
 
 pytest.importorskip("numba")
 
 from labinfer.backends.cpu import features
-from labinfer.backends.cpu.layout import PANEL_FORMATS, glu_chunk, product_kernel
-from labinfer.backends.cpu.linear import linear_glu
-from labinfer.backends.cpu.machine_code import address
-from labinfer.backends.cpu.tape import ACCUMULATE, ACTIVATION_CODES
-from labinfer.ops.activations import FUNCTIONS
-from tests.cpu.products import SENTINEL, Activations, Weight, columns_of, product, quantize_rows
+from labinfer.backends.cpu.layout import PANEL_FORMATS
+from labinfer.backends.cpu.tape import ACCUMULATE
+from tests.cpu.products import SENTINEL, Activations, Weight, check_gated_unit, columns_of, product, quantize_rows
 
 FEW = ["q4_1", "q6_k", "bf16"]
 
@@ -80,21 +76,7 @@ def test_more_tokens_than_a_chunk(format):
 @pytest.mark.parametrize("format", FEW)
 @pytest.mark.parametrize("tokens", [1, 9, 70])
 def test_gated_unit(format, tokens):
-    rows, columns = 90, 256
-    gate, up = Weight(format, rows, columns, seed=1), Weight(format, rows, columns, seed=2)
-    bias = np.random.default_rng(0).standard_normal(rows, np.float32)
-    a = Activations(gate, tokens, spread=0.1)
-    expected = FUNCTIONS["silu"](product(gate, a, tokens) + bias) * product(up, a, tokens)
-    y = np.full((tokens, rows + 3), SENTINEL)
-    code, panels = address(product_kernel(format, a.form)), -(-rows // 16)
-    for g0, g1 in ((0, 2), (2, panels)):
-        linear_glu(
-            code, gate.packed.ctypes.data, bias.ctypes.data, code, up.packed.ctypes.data, 0, columns,
-            a.rows.ctypes.data, a.stride, y.ctypes.data, rows + 3, tokens, g0, g1, rows, ACTIVATION_CODES["silu"],
-            glu_chunk(a.form, columns),
-        )  # fmt: skip
-    assert_array_equal(y[:, rows:], SENTINEL)
-    np.testing.assert_allclose(y[:, :rows], expected, rtol=1e-5, atol=1e-5)
+    check_gated_unit(format, tokens, None, cut=2)
 
 
 @pytest.mark.parametrize("format", ["q4_0", "q8_0", "f32"])

@@ -7,17 +7,14 @@ each.
 
 import numpy as np
 import pytest
-from numpy.testing import assert_allclose, assert_array_equal
+from numpy.testing import assert_array_equal
 
 pytest.importorskip("numba")
 
 from labinfer.backends.cpu.features import has_matrix_unit
-from labinfer.backends.cpu.layout import CHUNK_TOKENS, PANEL_FORMATS, STRETCH_COLUMNS, glu_chunk, product_kernel
-from labinfer.backends.cpu.linear import linear_glu
-from labinfer.backends.cpu.machine_code import address
-from labinfer.backends.cpu.tape import ACCUMULATE, ACTIVATION_CODES
-from labinfer.ops.activations import FUNCTIONS
-from tests.cpu.products import SENTINEL, Activations, Weight, product, quantize_rows
+from labinfer.backends.cpu.layout import CHUNK_TOKENS, PANEL_FORMATS, STRETCH_COLUMNS
+from labinfer.backends.cpu.tape import ACCUMULATE
+from tests.cpu.products import SENTINEL, Activations, Weight, check_gated_unit, product, quantize_rows
 
 pytestmark = pytest.mark.skipif(not has_matrix_unit(), reason="this CPU has no matrix unit")
 
@@ -81,21 +78,7 @@ def test_a_row_does_not_depend_on_its_neighbours(format):
 @pytest.mark.parametrize("format", FEW)
 @pytest.mark.parametrize("tokens", [1, 70, 600])
 def test_gated_unit(format, tokens):
-    rows, columns = 90, 256
-    gate, up = Weight(format, rows, columns, seed=1), Weight(format, rows, columns, seed=2)
-    bias = np.random.default_rng(0).standard_normal(rows, np.float32)
-    a = Activations(gate, tokens, exact_form(format), spread=0.1)
-    expected = FUNCTIONS["silu"](product(gate, a, tokens) + bias) * product(up, a, tokens)
-    y = np.full((tokens, rows + 3), SENTINEL)
-    code, panels = address(product_kernel(format, a.form)), -(-rows // 16)
-    for g0, g1 in ((0, 3), (3, panels)):
-        linear_glu(
-            code, gate.packed.ctypes.data, bias.ctypes.data, code, up.packed.ctypes.data, 0, columns,
-            a.rows.ctypes.data, a.stride, y.ctypes.data, rows + 3, tokens, g0, g1, rows, ACTIVATION_CODES["silu"],
-            glu_chunk(a.form, columns),
-        )  # fmt: skip
-    assert_array_equal(y[:, rows:], SENTINEL)
-    assert_allclose(y[:, :rows], expected, rtol=1e-5, atol=1e-5)
+    check_gated_unit(format, tokens, exact_form(format), cut=3)
 
 
 @pytest.mark.parametrize("form", [-2, -1])

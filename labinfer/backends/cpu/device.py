@@ -185,4 +185,4 @@ class CpuDevice(HostDevice):
     def describe(self) -> str:
         """What it is."""
         extra = " and a matrix unit" if features.has_matrix_unit() else ""
-        return f"{self.threads} threads, {features.LEVEL}{' with bf16' if features.HAS_BF16 else ''}{extra}"
+        return f"{self.threads} threads, {features.LEVEL}{extra}"

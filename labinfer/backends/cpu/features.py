@@ -1,8 +1,7 @@
 """What this CPU can do, found without anything that compiles. Nothing else in the backend asks for CPU features.
 
-Three levels: ``avx512vnni`` (byte dot products over 512 bits, and bf16 ones where the CPU has AVX512_BF16), ``avx2``
-(with FMA and F16C) and ``generic`` (plain LLVM vectors: any CPU). ``LABINFER_CPU_ISA`` forces a lower level.
-Beside the best one a CPU may have a matrix unit.
+Three levels: ``avx512vnni`` (byte dot products over 512 bits), ``avx2`` (with FMA and F16C) and ``generic`` (plain LLVM
+vectors: any CPU). ``LABINFER_CPU_ISA`` forces a lower level.
 """
 
 from __future__ import annotations
@@ -54,7 +53,6 @@ def choose_level(features: frozenset[str], forced: str | None) -> str:
 FEATURES = cpu_features()
 FORCED = os.environ.get("LABINFER_CPU_ISA") or None
 LEVEL = choose_level(FEATURES, FORCED)
-HAS_BF16 = LEVEL == "avx512vnni" and "avx512bf16" in FEATURES
 HAS_HALF = LEVEL != "generic" or not X86
 """Whether float16 is converted by the CPU; x86-64 without F16C would call a library function for each number."""
 

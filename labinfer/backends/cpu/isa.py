@@ -15,7 +15,7 @@ import numba
 from llvmlite import ir
 from numba.core import cgutils
 
-from labinfer.backends.cpu.features import FORCED, HAS_BF16, HAS_HALF, LEVEL, X86
+from labinfer.backends.cpu.features import FORCED, HAS_HALF, LEVEL, X86
 from labinfer.backends.cpu.machine_code import folder
 
 Value = Any
@@ -148,15 +148,6 @@ def _pairs_generic(b: Value, unsigned: Value, signed: Value) -> Value:
     even = b.mul(b.and_(u, const(255, I16X32)), b.ashr(b.shl(s, eight), eight))
     words = b.bitcast(b.add(even, b.mul(b.lshr(u, eight), b.ashr(s, eight))), I32X16)
     return b.add(b.ashr(b.shl(words, sixteen), sixteen), b.ashr(words, sixteen))
-
-
-def dpbf16(b: Value, total: Value, x: Value, y: Value) -> Value:
-    """``total`` float32 x 16 plus the dot products of 2 neighbouring bf16 of ``x`` and ``y`` (int32 x 16 bits)."""
-    if HAS_BF16:
-        return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", F32X16, total, x, y)
-    for half in (bf16_low, bf16_high):
-        total = fma(b, half(b, x), half(b, y), total)
-    return total
 
 
 # ---- matrix tiles (AMX): eight registers of 16 rows of 64 bytes, named by number

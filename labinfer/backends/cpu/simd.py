@@ -112,10 +112,6 @@ class Emit:
         """float16 in memory as float32."""
         return isa.widen_half(self.b, self.load(address, vector(I16, lanes)))
 
-    def store_f16(self, value: Value, address: Value) -> None:
-        """Write float32 as float16, to nearest even."""
-        self.store(isa.narrow_half(self.b, value), address)
-
     def load_bf16(self, address: Value, lanes: int = 16) -> Value:
         """bf16 in memory as float32."""
         wide = vector(I32, lanes)
@@ -131,10 +127,6 @@ class Emit:
         bits = self.b.select(self.b.fcmp_unordered("uno", value, value), const(0x7FC00000, wide), rounded)
         return self.b.trunc(self.b.lshr(bits, const(16, wide)), vector(I16, value.type.count))
 
-    def store_bf16(self, value: Value, address: Value) -> None:
-        """Write float32 as bf16, to nearest even."""
-        self.store(self.bf16_bits(value), address)
-
     # ---- arithmetic
 
     def const(self, value: float, kind: Value = F32X16) -> Value:
@@ -148,10 +140,6 @@ class Emit:
     def dpbusd(self, total: Value, unsigned: Value, signed: Value) -> Value:
         """int32 x 16 ``total`` plus dot products of 4 bytes, unsigned with signed (see ``isa.dpbusd``)."""
         return isa.dpbusd(self.b, total, unsigned, signed)
-
-    def dpbf16(self, total: Value, x: Value, y: Value) -> Value:
-        """float32 x 16 ``total`` plus dot products of 2 bf16 (see ``isa.dpbf16``)."""
-        return isa.dpbf16(self.b, total, x, y)
 
     def max(self, x: Value, y: Value) -> Value:
         """The greater of each lane; a NaN in ``y`` stays."""

@@ -16,6 +16,7 @@ from labinfer.compiler.partition.maxflow import FlowGraph
 from labinfer.errors import InvalidFile, Place
 
 SOURCE, SINK = "source", "sink"
+MAX_RATE = 1e15  # tokens/s, far beyond any link; much larger ones would overflow
 SCALE = 1e6  # rates are rounded down to whole millionths of tokens/s, so that flows are exact
 MAX_BYTES = 64 << 20
 CLOSE = 1e-9  # relative difference that counts as none
@@ -126,6 +127,8 @@ def read_network(path: Path, instance: str | None = None) -> tuple[str, Network]
             raise ValueError(f"there is no instance '{name}'; the file has {', '.join(data)}")
         given = data[name]
         rates = {node: _rates(by_count) for node, by_count in given["nodes"].items()}
+        if reserved := {SOURCE, SINK} & rates.keys():
+            raise ValueError(f"a node is called '{min(reserved)}', which stands for one end of every path")
         links = {(str(source), str(target)): _rate(rate) for source, target, rate in given["links"]}
         layers = given["layers"]
         if not isinstance(layers, int) or not 1 <= layers <= 10_000 or not rates:
@@ -143,8 +146,8 @@ def read_network(path: Path, instance: str | None = None) -> tuple[str, Network]
 
 def _rate(value: object) -> float:
     rate = float(value) if isinstance(value, int | float) else -1.0
-    if not (math.isfinite(rate) and rate >= 0):
-        raise ValueError(f"{value!r} is no rate")
+    if not 0 <= rate <= MAX_RATE:
+        raise ValueError(f"{value!r} is no rate from 0 to {MAX_RATE:g}")
     return rate
 
 
