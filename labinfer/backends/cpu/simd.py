@@ -94,8 +94,8 @@ class Emit:
         isa.call(self.b, name, ir.VoidType(), value, self.pointer(address, value.type), ir.Constant(I32, 1), mask)
 
     def prefetch(self, address: Value) -> None:
-        """Ask for the cache line at ``address``, which need not exist, to be brought to the L1 cache."""
-        hints = [ir.Constant(I32, hint) for hint in (0, 3, 1)]  # to read, to all levels, data
+        """Ask for the cache line at ``address``, which need not exist, to be brought to the L2 cache."""
+        hints = [ir.Constant(I32, hint) for hint in (0, 2, 1)]  # to read, to all levels but the first, data
         isa.call(self.b, "llvm.prefetch.p0", ir.VoidType(), self.pointer(address, I8), *hints)
 
     def splat(self, scalar: Value, lanes: int = 16) -> Value:
