@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from labinfer.errors import LabinferError, UsageError
+from labinfer.runtime.lora import LoRARequest
 from labinfer.runtime.model import Model
 from labinfer.runtime.sampler import sample
 from labinfer.runtime.sampling_params import SamplingParams
@@ -30,15 +31,17 @@ class Engine:
         self.scheduler = Scheduler(model)
         self.numbers = count()
 
-    def add(self, prompt: Sequence[int], params: SamplingParams) -> Request:
-        """Queue a prompt of token ids; one that can never fit is a ``UsageError``."""
+    def add(self, prompt: Sequence[int], params: SamplingParams, lora: LoRARequest | None = None) -> Request:
+        """Queue a prompt of token ids, to run with adapter ``lora``; one that can never run is an error at once."""
         tokens = self.model.check_tokens(prompt)
         if not tokens:
             raise UsageError("run.empty-prompt", "the prompt has no tokens")
         if len(tokens) >= self.model.max_len:
             message = f"a prompt of {len(tokens)} tokens leaves no room in a context of {self.model.max_len}"
             raise UsageError("run.too-long", message, remedy="compile with a larger --max-model-len")
-        request = Request(next(self.numbers), tokens, params)
+        if lora:
+            self.model.adapters.check(lora)
+        request = Request(next(self.numbers), tokens, params, lora)
         self.scheduler.add(request)
         return request
 
@@ -46,7 +49,7 @@ class Engine:
         """Compute one step; the tokens it made."""
         parts = self.scheduler.schedule()
         if not parts:
-            raise LabinferError("run.cache-full", "no cache blocks are left: sessions hold them all")
+            raise LabinferError("run.cache-full", "no cache blocks or adapter slots are left: sessions hold them all")
         logits = self.model.compute([part for _, part in parts])
         device_draw = self.model.interpreters[-1].device.draw
         made, row = [], 0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from labinfer.errors import UsageError
 from labinfer.runtime.engine import Engine
+from labinfer.runtime.lora import LoRARequest
 from labinfer.runtime.sampling_params import SamplingParams
 from labinfer.runtime.scheduler import Request
 
@@ -39,15 +40,18 @@ def generate(
     prompts: Prompts,
     params: SamplingParams | None = None,
     on_token: Callable[[int, str], None] | None = None,
+    lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
 ) -> list[Completion]:
     """Complete ``prompts`` together, many in each step.
 
     ``on_token(index, text)`` is called with the text that became certain for prompt ``index``. An end-of-text token is
-    in ``token_ids`` but not in ``text``.
+    in ``token_ids`` but not in ``text``. ``lora_request`` is the adapter of all prompts, or a list with each one's.
     """
     started, tokenizer = time.perf_counter(), model.tokenizer
     engine = Engine(model, tokenizer.eos_ids if tokenizer else ())
-    requests = [engine.add(tokens, params or SamplingParams()) for tokens in tokenize(model, prompts)]
+    params, listed = params or SamplingParams(), tokenize(model, prompts)
+    adapters = lora_requests(lora_request, len(listed))
+    requests = [engine.add(tokens, params, lora) for tokens, lora in zip(listed, adapters, strict=True)]
     streams = [tokenizer.stream(request.prompt) if tokenizer else None for request in requests]
     texts = ["" for _ in requests]
     times: list[list[float]] = [[] for _ in requests]
@@ -73,6 +77,17 @@ def generate(
 def _completion(request: Request, text: str, times: list[float]) -> Completion:
     reason = request.finish_reason or "abort"
     return Completion(request.prompt, request.generated, text, reason, times[0], times[-1])
+
+
+def lora_requests(given: LoRARequest | Sequence[LoRARequest | None] | None, count: int) -> Sequence[LoRARequest | None]:
+    """The adapter of each of ``count`` prompts."""
+    kinds = (LoRARequest, type(None))
+    listed = [given] * count if isinstance(given, kinds) else given
+    if not isinstance(listed, list | tuple) or not all(isinstance(each, kinds) for each in listed):
+        raise UsageError("lora.request", f"lora_request must be a LoRARequest or a list of them, got {given!r:.60}")
+    if len(listed) != count:
+        raise UsageError("lora.request", f"lora_request names {len(listed)} adapters for {count} prompts")
+    return listed
 
 
 def tokenize(model: Model, prompts: Prompts) -> list[Sequence[int]]:

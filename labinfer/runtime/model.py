@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Listing
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from labinfer.compiler.fold import unfold_ops, unfold_states, unfold_weights
-from labinfer.compiler.plan import Plan
+from labinfer.compiler.graph import Op, Weight
+from labinfer.compiler.plan import Plan, Stage
 from labinfer.errors import LabinferError, UsageError, did_you_mean
 from labinfer.runtime.cache import Cache, CacheOptions
 from labinfer.runtime.interpreter import Interpreter, check_kernels
 from labinfer.runtime.kv_cache import KVCache
+from labinfer.runtime.lora import Adapters, LoRARequest
 from labinfer.runtime.manager import Manager
 from labinfer.runtime.parameters import Parameters, Progress
 from labinfer.runtime.sequence import Scheduled, Sequence, build_step
@@ -28,6 +30,7 @@ from labinfer.runtime.weights import Checkpoint
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from labinfer.backends.base import Device
     from labinfer.runtime.generate import Completion
     from labinfer.runtime.sampling_params import SamplingParams
     from labinfer.runtime.tokenizer import Tokenizer
@@ -53,6 +56,7 @@ class Model:
         self.owner = f"{plan.source.name} #{next(_numbers)}"
         self.interpreters: list[Interpreter] = []
         self.memory: list[KVCache | Parameters | Cache] = []
+        self.adapters = Adapters(0, ())
         weights, states = unfold_weights(plan), unfold_states(plan)
         try:
             for stage in plan.stages:
@@ -60,11 +64,10 @@ class Model:
                 check_kernels(stage, device)
                 self.manager.grant(self.owner, stage.device, stage.bytes.total)
                 ops = [part for op, _ in unfold_ops(stage) for part in op.primitives()]
-                parameters = Parameters(stage, ops, weights, device)
-                self.memory.append(parameters)
+                weighed = self.allocate_weights(stage, ops, weights, device)
                 arrays = KVCache(device, states, dict.fromkeys(op.state for op in ops if op.state), plan.limits)
                 self.memory.append(arrays)
-                self.interpreters.append(Interpreter(stage, device, plan.limits, parameters.arrays(), arrays))
+                self.interpreters.append(Interpreter(stage, device, plan.limits, weighed, arrays))
             self.cache = Cache(
                 plan, [each for each in self.memory if isinstance(each, KVCache)], cache or CacheOptions()
             )
@@ -74,10 +77,30 @@ class Model:
         except BaseException:
             self.close()
             raise
+        self.adapters = Adapters(plan.limits.max_loras, self.parameters)
+
+    @property
+    def parameters(self) -> list[Parameters]:
+        """The weights, and the pools of adapters, of each stage."""
+        return [memory for memory in self.memory if isinstance(memory, Parameters)]
+
+    def allocate_weights(
+        self, stage: Stage, ops: list[Op], weights: Mapping[str, Weight], device: Device
+    ) -> dict[str, Any]:
+        """Memory for what the ops of ``stage`` multiply with: its weights, and the pools of adapters if it has any."""
+        used = [weights[name] for name in dict.fromkeys(name for op in ops for name in op.weights.values())]
+        pools = [weight for weight in used if weight.adapter]
+        own = [weight for weight in used if not weight.adapter]
+        made = [Parameters("weights", own, stage.bytes.weights, device)]
+        self.memory += made
+        if pools or stage.bytes.adapters:
+            made.append(Parameters("adapters", pools, stage.bytes.adapters, device))
+            self.memory.append(made[-1])
+        return {name: array for each in made for name, array in each.arrays().items()}
 
     def load(self, checkpoint: Checkpoint, progress: Progress, compiling: Callable[[int, int], None]) -> None:
         """Read the weights, and meanwhile bind a first tape, which may have to compile kernels."""
-        weights = [memory for memory in self.memory if isinstance(memory, Parameters)]
+        weights = self.parameters
         for each in weights:  # binding looks at values of vectors (rope's factors), but only at places of matrices
             each.load(checkpoint, progress, vectors=True)
         with ThreadPoolExecutor(1) as background:
@@ -109,13 +132,13 @@ class Model:
         logits: np.ndarray = values[self.plan.stages[-1].outputs[-1]]
         return logits
 
-    def session(self) -> Session:
+    def session(self, lora_request: LoRARequest | None = None) -> Session:
         """A fresh sequence that keeps its cache: ``session.append(token_ids)`` gives their logits."""
-        return Session(self)
+        return Session(self, lora_request)
 
-    def logits(self, token_ids: Iterable[int]) -> np.ndarray:
+    def logits(self, token_ids: Iterable[int], lora_request: LoRARequest | None = None) -> np.ndarray:
         """Logits of every position of one sequence: float32 [len(token_ids), vocab_size]."""
-        with self.session() as session:
+        with self.session(lora_request) as session:
             return session.append(token_ids)
 
     def generate(
@@ -123,11 +146,12 @@ class Model:
         prompts: str | Listing[str] | Listing[int] | Listing[Listing[int]],
         params: SamplingParams | None = None,
         on_token: Callable[[int, str], None] | None = None,
+        lora_request: LoRARequest | Listing[LoRARequest | None] | None = None,
     ) -> list[Completion]:
         """Answers to one or several prompts (texts, or lists of token ids), in order; see ``generate.generate``."""
         from labinfer.runtime.generate import generate
 
-        return generate(self, prompts, params, on_token)
+        return generate(self, prompts, params, on_token, lora_request)
 
     def check_tokens(self, token_ids: Iterable[int]) -> list[int]:
         """``token_ids`` as a list of ints, all of them in the vocabulary."""
@@ -181,13 +205,13 @@ class Model:
 
     def variable(self, name: str) -> Variable:
         """The weight or activation called ``name``: a ``Parameter`` with its array, or a ``Tensor`` with its slot."""
-        for memory in self.memory:
-            if isinstance(memory, Parameters) and name in memory.by_name:
+        for memory in self.parameters:
+            if name in memory.by_name:
                 return memory.by_name[name]
         for interpreter in self.interpreters:
             if name in interpreter.slots:
                 return Tensor(name, interpreter.device.name, interpreter.slots[name])
-        known = [known for memory in self.memory if isinstance(memory, Parameters) for known in memory.by_name]
+        known = [known for memory in self.parameters for known in memory.by_name]
         known += [value for interpreter in self.interpreters for value in interpreter.slots]
         message = f"there is no weight and no activation '{name}' with a place of its own"
         raise UsageError("run.unknown-variable", message, remedy=did_you_mean(name, known))
@@ -196,6 +220,7 @@ class Model:
         """Give back everything that was allocated; the model cannot run any more."""
         for interpreter in self.interpreters:
             interpreter.close()
+        self.adapters.close()
         for memory in self.memory:
             memory.close()
         self.interpreters, self.memory = [], []
@@ -213,8 +238,13 @@ class Model:
 class Session:
     """One sequence that is computed piece by piece; a context manager, since it owns cache blocks."""
 
-    def __init__(self, model: Model) -> None:
-        self.model, self.sequence = model, Sequence([], model.blocks.open_row())
+    def __init__(self, model: Model, lora_request: LoRARequest | None = None) -> None:
+        self.model, self.sequence = model, Sequence([], -1)
+        if lora_request:
+            model.adapters.check(lora_request)
+        if not model.adapters.give(self.sequence, lora_request):
+            raise UsageError("lora.no-slot", f"no slot is free for adapter '{lora_request and lora_request.name}'")
+        self.sequence.row = model.blocks.open_row()
 
     def append(self, token_ids: Iterable[int]) -> np.ndarray:
         """Add tokens and compute them in as many steps as it takes: float32 logits [len(token_ids), vocab_size]."""
@@ -242,7 +272,8 @@ class Session:
         return result
 
     def close(self) -> None:
-        """Give the cache blocks back."""
+        """Give the cache blocks and the adapter back."""
+        self.model.adapters.take(self.sequence)
         self.model.blocks.close_row(self.sequence.row)
 
     def __enter__(self) -> Session:

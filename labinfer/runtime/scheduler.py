@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from labinfer.runtime.lora import LoRARequest
 from labinfer.runtime.model import Model
 from labinfer.runtime.sampling_params import SamplingParams
 from labinfer.runtime.sequence import Scheduled, Sequence
@@ -14,11 +15,12 @@ from labinfer.runtime.sequence import Scheduled, Sequence
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A prompt with its sampling parameters, and what has been generated for it."""
+    """A prompt with its sampling parameters and its adapter, and what has been generated for it."""
 
     number: int
     prompt: list[int]
     params: SamplingParams
+    lora: LoRARequest | None = None
     sequence: Sequence = field(init=False)
     random: np.random.Generator = field(init=False)
     finish_reason: str | None = None
@@ -36,7 +38,8 @@ class Request:
 class Scheduler:
     """Keeps the waiting and the running requests; ``schedule`` says what the next step computes.
 
-    A request is admitted when the cache has room for all running ones to their full length, so none has to stop.
+    A request is admitted when the cache has room for all running ones to their full length, so none has to stop, and a
+    slot is free for its adapter.
     """
 
     def __init__(self, model: Model) -> None:
@@ -53,9 +56,12 @@ class Scheduler:
         blocks = self.model.blocks
         while self.waiting and len(self.running) < self.limits.max_num_seqs:
             request = self.waiting[0]
+            if not self.model.adapters.give(request.sequence, request.lora):
+                return
             row = request.sequence.row = blocks.open_row()
             if self.model.plan.recompute_after is None:  # one that starts anew needs its blocks to itself
-                request.sequence.num_computed = blocks.attach(row, request.prompt)
+                salt = self.model.adapters.salt(request.sequence)
+                request.sequence.num_computed = blocks.attach(row, request.prompt, salt)
             self.running.append(request)
             if not self.has_room():
                 self.running.pop()
@@ -75,7 +81,8 @@ class Scheduler:
         return True
 
     def forget(self, sequence: Sequence) -> None:
-        """Give back the cache blocks of ``sequence``, if it has any."""
+        """Give back the cache blocks and the adapter of ``sequence``, if it has any."""
+        self.model.adapters.take(sequence)
         if sequence.row >= 0:
             self.model.blocks.close_row(sequence.row)
         sequence.row, sequence.num_computed = -1, 0
@@ -97,7 +104,7 @@ class Scheduler:
         return parts
 
     def finish(self, request: Request, reason: str) -> None:
-        """Take ``request`` out, for whatever ``reason``, and give its cache blocks back."""
+        """Take ``request`` out, for whatever ``reason``, and give back what it has."""
         request.finish_reason = reason
         if request in self.running:
             self.running.remove(request)

@@ -7,17 +7,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from labinfer.ops.base import NO_ADAPTER
 from labinfer.runtime.block_manager import BlockManager
 from labinfer.runtime.step_memory import StepBatch
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Tokens known so far, the ``BlockManager``'s row with its cache blocks, and how many tokens these hold."""
+    """Tokens known so far, the ``BlockManager``'s row with its cache blocks, and how many tokens these hold.
+
+    ``adapter`` is the slot of its LoRA adapter.
+    """
 
     token_ids: list[int]
     row: int
     num_computed: int = 0
+    adapter: int = NO_ADAPTER
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,7 @@ def build_step(parts: Listing[Scheduled], blocks: BlockManager) -> StepBatch:
         rows += range(int(query_start[index + 1]) - part.num_rows, int(query_start[index + 1]))
     tables = blocks.block_tables(np.array([part.sequence.row for part in parts]), int((starts + counts).max()))
     owner, size = np.repeat(np.arange(len(parts)), counts), blocks.block_size
+    adapters = np.array([part.sequence.adapter for part in parts], np.int32)
     return StepBatch(
         token_ids=np.array(token_ids, np.int32),
         positions=positions,
@@ -55,4 +61,5 @@ def build_step(parts: Listing[Scheduled], blocks: BlockManager) -> StepBatch:
         logits_rows=np.array(rows, np.int32),
         block_tables=tables,
         slot_mappings=[table[owner, positions // size] * size + positions % size for table in tables],
+        adapter=adapters if (adapters != NO_ADAPTER).any() else None,
     )
