@@ -79,7 +79,8 @@ class LLM(Model):
 
 def loading(plan: Plan, progress: Progress) -> Callable[[int], None]:
     """Counts the bytes read from the checkpoint and shows them with ``progress``."""
-    total = sum(stored_bytes(weight.format, weight.shape) for weight in unfold_weights(plan).values())
+    read = [weight for weight in unfold_weights(plan).values() if not weight.adapter]
+    total = sum(stored_bytes(weight.format, weight.shape) for weight in read)
     done = 0
 
     def advance(nbytes: int) -> None:

@@ -23,7 +23,7 @@ from labinfer.runtime.model import Model
 from labinfer.runtime.outputs import RequestOutput
 from labinfer.runtime.request import Request, Sequence
 from labinfer.runtime.sampling import Sampled, SamplingRules, SamplingState, prompt_logprobs, sample
-from labinfer.runtime.scheduler import NoRoom, Policy, Scheduler
+from labinfer.runtime.scheduler import Policy, Scheduler, Unrunnable
 from labinfer.runtime.step_costs import StepCosts
 from labinfer.runtime.step_memory import StepBatch
 from labinfer.runtime.streaming import EngineThread, stream
@@ -59,8 +59,8 @@ class Engine:
     ) -> None:
         self.model, self.batch, self.eos_ids = model, model.batch, frozenset(eos_ids)
         self.costs, self.capture = StepCosts(), Capture(model)
-        swap = model.cache.swap
-        self.scheduler = Scheduler(model.batch, model.plan.limits, policy or Policy(), self.costs, swap)
+        swap, policy = model.cache.swap, policy or Policy()
+        self.scheduler = Scheduler(model.batch, model.plan.limits, policy, self.costs, swap, model.adapters)
         self.numbers, self.random = count(), random.Random(seed)
         self.is_eos = np.zeros(model.vocab_size, np.bool_)
         self.is_eos[[token for token in self.eos_ids if token < model.vocab_size]] = True
@@ -93,6 +93,8 @@ class Engine:
         if len(tokens) >= self.model.max_len:
             message = f"a prompt of {len(tokens)} tokens leaves no room in a context of {self.model.max_len}"
             raise UsageError("run.too-long", message, remedy="compile with a larger --max-model-len")
+        if request.lora is not None:
+            self.model.adapters.check(request.lora)
         params = request.params
         if request.num_made > params.n and params.logprobs is None:
             params = replace(params, logprobs=0)  # tells which answers are the likeliest
@@ -200,8 +202,10 @@ class Engine:
         while True:
             try:
                 part = self.scheduler.schedule(ahead)
-            except NoRoom as error:
-                self.fail(error.sequence, error)
+            except Unrunnable as failure:
+                self.fail(failure.sequence, failure.error)
+                if ahead:  # it leaves the queue after the step that runs
+                    return None
             else:
                 return None if part is None else Scheduled(part, self.batch.step(part))
 

@@ -7,6 +7,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from labinfer.errors import UsageError
+from labinfer.runtime.lora import LoRARequest
 from labinfer.runtime.outputs import RequestOutput, output_of
 from labinfer.runtime.request import Request
 from labinfer.runtime.request import Sequence as RunningSequence
@@ -23,17 +24,20 @@ def generate(
     prompts: Prompts,
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     on_token: Callable[[int, str], None] | None = None,
+    lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     **options: Any,
 ) -> list[RequestOutput]:
     """Complete ``prompts`` together, many in each step; ``params`` are for all of them, or one for each.
 
     ``on_token(index, text)`` is called with the text that became certain for prompt ``index``. An end-of-text token is
-    in ``token_ids`` but not in ``text``. ``options`` go to each ``Request``.
+    in ``token_ids`` but not in ``text``. ``lora_request`` is the adapter of all prompts, or a list with each one's.
+    ``options`` go to each ``Request``.
     """
     engine, given = model.engine, list_prompts(prompts)
+    each_params, adapters = params_of_each(params, len(given)), lora_requests(lora_request, len(given))
     requests = [
-        Request(tokenize(model, prompt), each, text=prompt if isinstance(prompt, str) else None, **options)
-        for prompt, each in zip(given, params_of_each(params, len(given)), strict=True)
+        Request(tokenize(model, prompt), each, text=prompt if isinstance(prompt, str) else None, lora=lora, **options)
+        for prompt, each, lora in zip(given, each_params, adapters, strict=True)
     ]
     if on_token is not None:
         for index, request in enumerate(requests):
@@ -71,6 +75,17 @@ def params_of_each(params: SamplingParams | Sequence[SamplingParams] | None, cou
     if len(params) != count:
         raise UsageError("sampling.params", f"there are {count} prompts and {len(params)} sampling parameters")
     return list(params)
+
+
+def lora_requests(given: LoRARequest | Sequence[LoRARequest | None] | None, count: int) -> Sequence[LoRARequest | None]:
+    """The adapter of each of ``count`` prompts."""
+    kinds = (LoRARequest, type(None))
+    listed = [given] * count if isinstance(given, kinds) else given
+    if not isinstance(listed, list | tuple) or not all(isinstance(each, kinds) for each in listed):
+        raise UsageError("lora.request", f"lora_request must be a LoRARequest or a list of them, got {given!r:.60}")
+    if len(listed) != count:
+        raise UsageError("lora.request", f"lora_request names {len(listed)} adapters for {count} prompts")
+    return listed
 
 
 def list_prompts(prompts: Prompts) -> list[Any]:

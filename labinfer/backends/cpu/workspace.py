@@ -125,6 +125,11 @@ def _mla(bounds: KernelBounds) -> int:
     return kv_b + mla_scratch(attrs.num_heads, attrs.rope_dim, attrs.kv_rank) * bounds.threads
 
 
+def _lora_add(bounds: KernelBounds) -> int:
+    """What the adapters' first matrices make of each token."""
+    return lines(4 * bounds.tokens * out_stride(bounds.attrs[0].rank))
+
+
 def sampling_scratch(vocab_size: int) -> int:
     """Bytes for drawing a token from a row of logits."""
     return 16 + 16 * BUCKETS + 12 * vocab_size
@@ -170,6 +175,7 @@ def attention_partials_bytes(num_heads: int, v_head_dim: int, max_sequences: int
 _SIZERS = {
     "linear": _linear,
     "linear_add": _linear,
+    "lora_add": _lora_add,
     "norm_qkv": _normed,
     "norm_glu": _norm_glu,
     "rope": _rope,
