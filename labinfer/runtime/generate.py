@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,18 @@ def generate(
         if request.error is not None:
             raise request.error
     return [output_of(request) for request in requests]
+
+
+def encode_chats(model: Model, messages: Any, names: Mapping[str, Any]) -> list[list[int]]:
+    """The prompts of one conversation or of several; ``names`` are for the chat template."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise UsageError("chat.messages", f"messages must be a list, not {type(messages).__name__}")
+    if model.tokenizer is None:
+        raise UsageError("run.no-tokenizer", "this model has no tokenizer, and so no chat")
+    if taken := {"messages", "source"} & names.keys():
+        raise UsageError("chat.names", f"chat_template_kwargs cannot have the name '{taken.pop()}'")
+    conversations = [messages] if any(isinstance(each, Mapping) for each in messages) else messages
+    return [model.tokenizer.encode_chat(each, **names) for each in conversations]
 
 
 class Teller:

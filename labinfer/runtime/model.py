@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 _numbers = count()
 
+Message = Mapping[str, Any]
+"""One message of a conversation: ``role``, ``content`` and what else the chat template knows."""
+
 
 class Model:
     """Runs a plan. Use it as a context manager, or ``close`` it: weights, cache and arenas are given back at once."""
@@ -165,7 +168,7 @@ class Model:
     def generate(
         self,
         prompts: str | Listing[str] | Listing[int] | Listing[Listing[int]],
-        params: SamplingParams | None = None,
+        params: SamplingParams | Listing[SamplingParams] | None = None,
         on_token: Callable[[int, str], None] | None = None,
         lora_request: LoRARequest | Listing[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
@@ -173,6 +176,28 @@ class Model:
         from labinfer.runtime.generate import generate
 
         return generate(self, prompts, params, on_token, lora_request)
+
+    def chat(
+        self,
+        messages: Listing[Message] | Listing[Listing[Message]],
+        params: SamplingParams | Listing[SamplingParams] | None = None,
+        on_token: Callable[[int, str], None] | None = None,
+        lora_request: LoRARequest | Listing[LoRARequest | None] | None = None,
+        *,
+        tools: Listing[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """The next message of one conversation or of several, by the model's chat template; the rest as ``generate``.
+
+        A conversation is a list of messages, ``{"role": "user", "content": "Hello"}``. ``tools`` are functions that the
+        model may call, as JSON schemas; ``chat_template_kwargs`` are further names for the template
+        (``enable_thinking``). Without ``add_generation_prompt`` the last message is left open.
+        """
+        from labinfer.runtime.generate import encode_chats, generate
+
+        names = dict(chat_template_kwargs or {}, tools=tools, add_generation_prompt=add_generation_prompt)
+        return generate(self, encode_chats(self, messages, names), params, on_token, lora_request)
 
     def check_tokens(self, token_ids: Iterable[int]) -> list[int]:
         """``token_ids`` as a list of ints, all of them in the vocabulary."""
