@@ -20,7 +20,7 @@ from labinfer.runtime.batch import Part
 from labinfer.runtime.capture import Capture
 from labinfer.runtime.delivery import Delivery
 from labinfer.runtime.model import Model
-from labinfer.runtime.outputs import RequestOutput
+from labinfer.runtime.outputs import RequestOutput, RequestOutputKind
 from labinfer.runtime.request import Request, Sequence
 from labinfer.runtime.sampling import Sampled, SamplingRules, SamplingState, prompt_logprobs, sample
 from labinfer.runtime.scheduler import Policy, Scheduler, Unrunnable
@@ -140,13 +140,16 @@ class Engine:
                 self.thread = EngineThread(self)
         self.thread.wake.set()
 
-    def stream(self, request: Request) -> AsyncIterator[RequestOutput]:
+    def stream(
+        self, request: Request, kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    ) -> AsyncIterator[RequestOutput]:
         """Run ``request`` in the background: ``async for output in engine.stream(Request(prompt, params))``.
 
-        Each output holds all that has been made by then; whoever is slow gets fewer of them. Leaving the loop, or
-        cancelling the task, aborts the request. Raises what ``add`` raises, and the error of a request that fails.
+        Each output holds all that has been made by then, or what ``kind`` says: a long answer is cheaper in deltas.
+        Whoever is slow gets fewer outputs. Leaving the loop, or cancelling the task, aborts the request. Raises what
+        ``add`` raises, and the error of a request that fails.
         """
-        return stream(self, request)
+        return stream(self, request, kind)
 
     def finish(self, requests: Iterable[Request]) -> None:
         """Step until ``requests``, which were added, are done; while a thread steps, wait for it."""

@@ -75,8 +75,8 @@ class Teller:
 
     def __call__(self, sequence: RunningSequence) -> None:
         """Tell what is new."""
-        if sequence.index == 0 and len(sequence.text) > self.told:
-            new, self.told = sequence.text[self.told :], len(sequence.text)
+        if sequence.index == 0 and len(sequence.pieces) > self.told:
+            new, self.told = "".join(sequence.pieces[self.told :]), len(sequence.pieces)
             self.on_token(self.index, new)
 
 

@@ -157,7 +157,11 @@ class Sequence:
     @property
     def generated(self) -> list[int]:
         """Tokens of the answer, as far as they were told: all of them once it is done."""
+        return self.generated_after(0)
+
+    def generated_after(self, count: int) -> list[int]:
+        """``generated`` without the first ``count`` tokens."""
         if self.done and not self.heard:
-            made: list[int] = self.saved[len(self.request.prompt) :].tolist()
+            made: list[int] = self.saved[len(self.request.prompt) + count :].tolist()
             return made
-        return list(self.told)
+        return self.told[count:]

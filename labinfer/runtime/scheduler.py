@@ -89,6 +89,8 @@ class Scheduler:
     ) -> None:
         self.batch, self.limits, self.policy, self.costs, self.swap = batch, limits, policy, costs, swap
         self.adapters, self.max_len = adapters or Adapters(0, ()), limits.max_sequence_len
+        # More could not all make a token in each step, and the last of them would wait with blocks in their hands.
+        self.max_running = min(limits.max_num_seqs, limits.max_logits_rows, limits.max_num_batched_tokens)
         self.waiting: list[tuple[Any, int, Sequence]] = []  # a heap
         self.running: list[Sequence] = []
         self.rows = np.zeros(0, np.intp)
@@ -136,7 +138,7 @@ class Scheduler:
         only_decodes = int(remaining.max()) <= 1
         prompts = limits.max_num_batched_tokens if only_decodes else self.prompt_budget(remaining)
         counts = self.policy.split(remaining, limits.max_num_batched_tokens, prompts)
-        if only_decodes and len(rows) <= limits.max_logits_rows and np.count_nonzero(counts) == len(rows):
+        if only_decodes and np.count_nonzero(counts) == len(rows):
             return Part(rows, counts, counts, counts, decodes=True)
         wanted = self.wanted(rows, remaining, counts)
         chosen = counts.nonzero()[0]
@@ -144,16 +146,16 @@ class Scheduler:
         return Part(rows[chosen], counts[chosen], wanted[chosen], new[chosen]) if len(chosen) else None
 
     def wanted(self, rows: np.ndarray, remaining: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Rows of logits for each sequence, int32; where they run out, ``counts`` are lowered."""
+        """Rows of logits for each sequence, int32; prompts that want all of theirs compute as many tokens as are left.
+
+        One for every other sequence is always left, since no more of them run.
+        """
         most, scored = self.limits.max_logits_rows, self.batch.scored[rows]
         wanted: np.ndarray = ((counts == remaining) & (counts > 0)).astype(np.int32)
         if scored.any():
             for index in scored.nonzero()[0].tolist():
                 others = int(wanted.sum()) - int(wanted[index])
                 counts[index] = wanted[index] = max(0, min(int(counts[index]), most - others))
-        over = np.cumsum(wanted) > most  # without logits its last token waits for the next step
-        counts[over] -= wanted[over]
-        wanted[over] = 0
         return wanted
 
     def prompt_budget(self, remaining: np.ndarray) -> int:
@@ -168,7 +170,7 @@ class Scheduler:
         num_free = self.batch.blocks.num_free
         if self.running and self.waiting and self.refused == (self.waiting[0][2], num_free):
             return
-        while self.waiting and len(self.running) < self.limits.max_num_seqs:
+        while self.waiting and len(self.running) < self.max_running:
             sequence = self.waiting[0][2]
             if not self.start(sequence):
                 if not self.running:
@@ -272,7 +274,7 @@ class Scheduler:
 
     def fork(self, sequence: Sequence, into: Sequence) -> None:
         """Have ``into`` go on from where ``sequence`` is: in a row of its own, or waiting if all are taken."""
-        if sequence.row >= 0 and len(self.running) < self.limits.max_num_seqs:
+        if sequence.row >= 0 and len(self.running) < self.max_running:
             self.adapters.share(sequence, into)
             self.take(into, self.batch.fork(sequence.row))
         else:
