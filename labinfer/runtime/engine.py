@@ -64,7 +64,6 @@ class Engine:
         self.numbers, self.random = count(), random.Random(seed)
         self.is_eos = np.zeros(model.vocab_size, np.bool_)
         self.is_eos[[token for token in self.eos_ids if token < model.vocab_size]] = True
-        self.draw = model.interpreters[-1].device.draw
         self.device = ThreadPoolExecutor(1, "labinfer-device") if overlaps(model) else None
         self.inbox: deque[Callable[[], None]] = deque()
         self.thread: EngineThread | None = None
@@ -281,7 +280,7 @@ class Engine:
         for index in (~self.batch.plain[rows]).nonzero()[0].tolist():
             if (state := owners[int(rows[index])].state) is not None:
                 states[index] = state
-        sampled = sample(logits, states, self.draw)
+        sampled = sample(logits, states)
         for index, error in sampled.errors.items():
             sequence = owners[int(rows[index])]
             self.batch.num_tokens[sequence.row] -= 1
@@ -323,7 +322,7 @@ class Engine:
             request.sequences.append(other)
             self.prepared = None
             self.scheduler.fork(sequence, other)
-            sampled = sample(logits, {0: other.state} if other.state else {}, self.draw)
+            sampled = sample(logits, {0: other.state} if other.state else {})
             other.token_ids[-1] = sampled.tokens[0]
             if 0 in sampled.errors:
                 self.fail(other, sampled.errors[0])
