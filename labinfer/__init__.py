@@ -11,16 +11,18 @@ _EXPORTS = {
     "compile": "labinfer.api",
     "validate": "labinfer.api",
     "load": "labinfer.llm",
+    "LoRARequest": "labinfer.runtime.lora",
     "Plan": "labinfer.compiler.plan",
     "SamplingParams": "labinfer.runtime.sampling",
 }
 
-__all__ = ["LLM", "Plan", "SamplingParams", "__version__", "compile", "load", "validate"]
+__all__ = ["LLM", "LoRARequest", "Plan", "SamplingParams", "__version__", "compile", "load", "validate"]
 
 if TYPE_CHECKING:
     from labinfer.api import compile, validate
     from labinfer.compiler.plan import Plan
     from labinfer.llm import LLM, load
+    from labinfer.runtime.lora import LoRARequest
     from labinfer.runtime.sampling import SamplingParams
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from labinfer.api import checkpoint_source, find_plan, sha256
 from labinfer.compiler.fold import unfold_weights
 from labinfer.compiler.plan import Plan
 from labinfer.compiler.source import MAX_MAP_BYTES
-from labinfer.errors import StalePlan, WeightsError
+from labinfer.errors import StalePlan, UsageError, WeightsError
 from labinfer.home import graphs_dir
 from labinfer.ops.formats import stored_bytes
 from labinfer.progress import Progress, silent
@@ -23,7 +23,7 @@ from labinfer.runtime.tokenizer import Tokenizer
 from labinfer.runtime.weights import Checkpoint, open_checkpoint
 
 LOAD_LOGITS_ROWS = 64
-"""Rows of logits that ``load`` and ``LLM`` plan for, so that ``Model.logits`` goes 64 positions a step."""
+"""Rows of logits that ``load`` and ``LLM`` plan for at least, so that ``Model.logits`` goes 64 positions a step."""
 
 
 def load(model: str | Path | Plan | None = None, **options: Any) -> LLM:
@@ -36,7 +36,8 @@ class LLM(Model):
 
     ``model`` is a plan, a plan.json or anything ``compile`` takes; None is the embedded default. ``options`` go to the
     compiler under vLLM's names (``max_model_len``, ``max_num_seqs``, ``max_num_batched_tokens``, ``block_size``, ...)
-    and are refused for a plan, which has decided them. ``progress`` shows the weights being loaded. The keywords from
+    and are refused for a plan, which has decided them. ``progress`` shows the weights being loaded. ``seed`` makes
+    requests without a seed of their own repeatable, in the order in which they come. The keywords from
     ``enable_prefix_caching`` on are those of ``labinfer.runtime.cache.CacheOptions``.
     """
 
@@ -48,16 +49,18 @@ class LLM(Model):
         devices: str | Sequence[str] | None = None,
         manager: Manager | None = None,
         progress: Progress | None = None,
+        seed: int | None = None,
         enable_prefix_caching: bool = True,
         eviction_policy: Callable[[], EvictionPolicy] = LeastRecentlyUsed,
         cold_folder: str | Path | None = None,
         cold_bytes: int = 10 * 10**9,
         **options: Any,
     ) -> None:
+        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+            raise UsageError("run.seed", f"seed must be a whole number, got {seed!r:.60}")
         if devices is not None:
             options["devices"] = devices
-        tokens = options.get("max_num_batched_tokens")
-        rows = {"max_logits_rows": min(LOAD_LOGITS_ROWS, tokens if isinstance(tokens, int) else LOAD_LOGITS_ROWS)}
+        rows = {"max_logits_rows": default_logits_rows(options)}
         plan = find_plan(model, weights=weights, progress=progress, defaults=rows, **options)
         checkpoint = open_plan_checkpoint(plan, weights, str(model) if isinstance(model, str | Path) else "the plan")
         self.checkpoint = checkpoint
@@ -66,7 +69,7 @@ class LLM(Model):
             show = progress or silent
             compiling = partial(show, "preparing kernels")
             cache = CacheOptions(enable_prefix_caching, eviction_policy, cold_folder, cold_bytes)
-            super().__init__(plan, checkpoint, tokenizer, manager, loading(plan, show), compiling, cache)
+            super().__init__(plan, checkpoint, tokenizer, manager, loading(plan, show), compiling, cache, seed)
         except BaseException:
             checkpoint.close()
             raise
@@ -77,9 +80,17 @@ class LLM(Model):
         self.checkpoint.close()
 
 
+def default_logits_rows(options: Mapping[str, Any]) -> int:
+    """Rows of logits for the limits among ``options``, whose values nobody has checked yet."""
+    limits = {name: value for name, value in options.items() if isinstance(value, int)}
+    rows: int = max(LOAD_LOGITS_ROWS, limits.get("max_num_seqs", 0))
+    return min(rows, limits.get("max_num_batched_tokens", rows))
+
+
 def loading(plan: Plan, progress: Progress) -> Callable[[int], None]:
     """Counts the bytes read from the checkpoint and shows them with ``progress``."""
-    total = sum(stored_bytes(weight.format, weight.shape) for weight in unfold_weights(plan).values())
+    read = [weight for weight in unfold_weights(plan).values() if not weight.adapter]
+    total = sum(stored_bytes(weight.format, weight.shape) for weight in read)
     done = 0
 
     def advance(nbytes: int) -> None:

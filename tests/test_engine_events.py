@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, ClassVar
 
 import hypothesis.strategies as st
@@ -11,17 +13,18 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 import labinfer
-from labinfer import SamplingParams
+from labinfer import LoRARequest, SamplingParams
 from labinfer.errors import UsageError
 from labinfer.runtime.engine import Engine
 from labinfer.runtime.model import Session
 from labinfer.runtime.request import Request
 
+from .adapters import save_adapter
 from .tiny import GOLDEN
 from .token_memory import expected_tokens, remember_tokens
 
 EXAMPLES, EVENTS = 30, 60
-"""For each of the six kinds of engine: more than 10,000 events in all."""
+"""For each of the seven kinds of engine: more than 10,000 events in all."""
 
 TEXTS = [[1, 2, 3, 4, 5, 6, 7] * 6, [1, 2, 3, 4, 5, 6, 8] * 6, [9] * 40]
 
@@ -32,6 +35,12 @@ def loaded(family: str, **options: Any) -> labinfer.LLM:
     model = labinfer.load(GOLDEN / family, **options)
     remember_tokens(model)
     return model
+
+
+@cache
+def adapter(seed: int) -> LoRARequest:
+    """One of several adapters of the llama."""
+    return LoRARequest(str(seed), save_adapter(Path(mkdtemp()) / "adapter", GOLDEN / "llama-llama3", seed, rank=1))
 
 
 class EngineEvents(RuleBasedStateMachine):
@@ -67,11 +76,14 @@ class EngineEvents(RuleBasedStateMachine):
         text=st.sampled_from(TEXTS), length=st.integers(1, 40), n=st.sampled_from([1, 1, 1, 2, 3]),
         most=st.integers(1, 20), temperature=st.sampled_from([0.0, 1.0]), stop=st.lists(st.integers(0, 95), max_size=8),
         priority=st.integers(0, 2), salt=st.sampled_from(["", "", "other"]), listens=st.booleans(),
+        lora=st.integers(-2, 2),
     )  # fmt: skip
     def arrive(self, text: list[int], length: int, n: int, most: int, temperature: float, stop: list[int],
-               priority: int, salt: str, listens: bool) -> None:  # fmt: skip
+               priority: int, salt: str, listens: bool, lora: int) -> None:  # fmt: skip
         params = SamplingParams(temperature=temperature, max_tokens=most, n=n, stop_token_ids=stop)
         request = Request(text[:length], params, priority, salt)
+        if lora >= 0 and self.model.adapters.slots:
+            request.lora = adapter(lora)
         if listens:
             request.listener, request.interactive = lambda sequence: None, length % 2 == 0
         self.requests.append(self.engine.add(request))
@@ -133,6 +145,7 @@ class EngineEvents(RuleBasedStateMachine):
             assert request.finished
             self.check(request)
         assert self.model.blocks.usage == 0
+        assert not any(slot.users for slot in self.model.adapters.slots)
         self.model.blocks.check_integrity()
         if self.model.cache.swap is not None:
             assert all(
@@ -151,7 +164,8 @@ class EngineEvents(RuleBasedStateMachine):
             assert request.error.code == "run.cache-full"
             return
         for sequence in request.sequences:
-            wanted = expected_tokens(self.model, request.prompt, request.params, request.seed, sequence.index)
+            asked = request.prompt, request.params, request.seed, sequence.index, request.lora
+            wanted = expected_tokens(self.model, *asked)
             made = sequence.generated
             if request.number in self.aborted and sequence.finish_reason == "abort":
                 assert made == wanted[: len(made)]
@@ -176,3 +190,4 @@ TestSwap = machine("Swap", options={"swap_space": 1e-4})
 TestOverlapSwap = machine("OverlapSwap", options={"swap_space": 1e-4, "block_size": 1, "num_blocks": 60}, overlap="1")
 TestSmallSteps = machine("SmallSteps", options={"max_num_batched_tokens": 3, "max_logits_rows": 2, "num_blocks": 12})
 TestWindows = machine("Windows", family="gemma3_text-linear_global", options={"num_blocks": 14})
+TestAdapters = machine("Adapters", options={"max_loras": 2, "max_lora_rank": 1, "swap_space": 1e-4}, overlap="1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from labinfer import SamplingParams
 from labinfer.errors import LabinferError, UsageError
 from labinfer.llm import LLM
 from labinfer.runtime.engine import Engine
-from labinfer.runtime.outputs import RequestOutput
+from labinfer.runtime.outputs import RequestOutput, RequestOutputKind
 from labinfer.runtime.request import Request
 from labinfer.runtime.scheduler import Policy
 
@@ -81,6 +82,56 @@ def test_streams_and_generate_from_several_threads_share_the_steps(model: LLM, a
     for thread in threads:
         thread.join()
     assert [answers[index] for index in range(8)] == alone + alone
+
+
+def test_deltas_are_the_answer_in_pieces(tiny_model: Path) -> None:
+    wanted = {"temperature": 1.5, "seed": 3, "max_tokens": 20, "ignore_eos": True, "n": 3, "logprobs": 2}
+    with labinfer.load(tiny_model) as loaded:
+        prompt = list(range(5, 15))
+        [whole] = loaded.generate([prompt], SamplingParams(**wanted))
+        stop = " ".join(whole.outputs[1].text.split()[8:10])
+        params = SamplingParams(**wanted, stop=stop)
+        [whole] = loaded.generate([prompt], params)
+        stream = loaded.engine.stream(Request(prompt, params), RequestOutputKind.DELTA)
+        outputs = asyncio.run(collected(stream))
+        assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+        assert all(output.outputs for output in outputs)
+        for answer in whole.outputs:
+            pieces = [each for output in outputs for each in output.outputs if each.index == answer.index]
+            assert "".join(each.text for each in pieces) == answer.text
+            assert [token for each in pieces for token in each.token_ids] == answer.token_ids
+            assert [entry for each in pieces for entry in each.logprobs or []] == answer.logprobs
+            ends = [each.finish_reason for each in pieces]
+            assert ends == [None] * (len(pieces) - 1) + [answer.finish_reason]
+            assert pieces[-1].cumulative_logprob == pytest.approx(answer.cumulative_logprob)
+            assert pieces[-1].stop_reason == answer.stop_reason
+        assert {answer.finish_reason for answer in whole.outputs} == {"stop", "length"}
+
+
+@pytest.mark.parametrize("kind", RequestOutputKind)
+def test_only_the_end_is_told_of_the_likeliest_answers_and_where_it_is_asked_for(
+    model: LLM, kind: RequestOutputKind
+) -> None:
+    params = SamplingParams(temperature=1.5, seed=3, max_tokens=12, n=2, best_of=4, ignore_eos=True)
+    [whole] = model.generate([PROMPTS[1]], params)
+    [only] = asyncio.run(collected(model.engine.stream(Request(PROMPTS[1], params), kind)))
+    assert only.finished
+    assert [each.token_ids for each in only.outputs] == [each.token_ids for each in whole.outputs]
+    final = asyncio.run(collected(model.engine.stream(Request(PROMPTS[1], greedy()), RequestOutputKind.FINAL_ONLY)))
+    assert [len(output.token_ids) for output in final] == [10]
+
+
+@pytest.mark.parametrize("limits", [{"max_logits_rows": 2}, {"max_num_batched_tokens": 3}], ids=str)
+def test_every_sequence_that_runs_grows_in_each_step(limits: dict[str, int]) -> None:
+    with labinfer.load(LLAMA, **limits) as model:
+        engine = Engine(model)
+        requests = [engine.add(Request([index], greedy())) for index in range(7)]
+        while not all(request.finished for request in requests):
+            before = [len(request.sequences[0].token_ids) for request in requests]
+            engine.step()
+            for request, length in zip(requests, before, strict=True):
+                [sequence] = request.sequences
+                assert sequence.row < 0 or len(sequence.token_ids) == length + 1
 
 
 def test_leaving_a_stream_aborts_its_request(model: LLM, alone: list[list[int]]) -> None:

@@ -106,6 +106,20 @@ def test_linear_and_embedding(rng):
     assert np.array_equal(rows, weight[[2, 0, 2]])
 
 
+def test_lora_add(rng):
+    y, x = normal(rng, 7, 4), normal(rng, 7, 5)
+    a, b = normal(rng, 3, 2, 5), normal(rng, 3, 4, 2)
+    step, _ = paged_step(rng, [(3, 3), (5, 1), (9, 2), (1, 1)])
+    attrs = {"max_loras": 3, "rank": 2}
+    assert np.array_equal(run("lora_add", attrs, y, x, weights={"a": a, "b": b}, step=step)[0], y)
+    step.adapter = np.array([2, -1, 0, 2], np.int32)
+    (z,) = run("lora_add", attrs, y, x, weights={"a": a, "b": b}, step=step)
+    for t, slot in enumerate([2, 2, 2, -1, 0, 0, 2]):
+        for o in range(4):
+            added = sum(b[slot, o, r] * a[slot, r, i] * x[t, i] for r in range(2) for i in range(5))
+            assert z[t, o] == pytest.approx(y[t, o] + (added if slot >= 0 else 0), rel=1e-5, abs=1e-5)
+
+
 @pytest.mark.parametrize("group", [None, 4])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_rms_norm(rng, group, offset):
@@ -536,6 +550,7 @@ def test_flops():
     assert flops("attention", HEADS | {"window": 16}, rows(32)) == 2 * 10 * 16 * 4 * (8 + 8)
     assert flops("moe", MOE, rows(6), rows(2, dtype="i32"), rows(2)) == 10 * 2 * 3 * 2 * 6 * 8
     assert flops("split", {"sizes": [3, 4]}, rows(7)) == 0
+    assert flops("lora_add", {"max_loras": 9, "rank": 2}, rows(7), rows(5)) == 2 * 10 * 2 * (7 + 5)
 
 
 def test_every_declaration_is_consistent():

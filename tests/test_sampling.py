@@ -1,6 +1,6 @@
 """Sampling: exact distributions, random numbers that depend on nothing else, rows that do not touch each other."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from labinfer import SamplingParams
 from labinfer.errors import UsageError
 from labinfer.runtime.sampling import SamplingRules, sample, token_logprobs
-from labinfer.runtime.sampling.draw import draw, draw_many, greatest
+from labinfer.runtime.sampling.draw import draw, greatest
 from labinfer.runtime.sampling.random_numbers import philox, uniform
 from labinfer.runtime.sampling.sampler import sample_row
 
@@ -83,11 +83,7 @@ def test_draws_follow_the_exact_distribution(name: str) -> None:
     randoms = uniform(7, 0, np.arange(DRAWS, dtype=np.uint64))
     state = state_of(prompt=PROMPT, output=OUTPUT, **knobs)
 
-    def in_bulk(logits: np.ndarray, temperature: float, top_k: int, top_p: float, random: float) -> np.ndarray:
-        return draw_many(logits, temperature, top_k, top_p, randoms)
-
-    bulk: Callable[..., Any] = in_bulk
-    tokens: Any = sample_row(LOGITS, state, bulk)
+    tokens = sample_row(LOGITS, state, randoms)
     statistic, bound = chi_square(tokens, expected)
     assert statistic < bound
 
@@ -102,7 +98,7 @@ def test_tokens_of_many_sequences_follow_the_distribution() -> None:
 
 
 def test_the_chi_square_test_can_fail() -> None:
-    tokens = draw_many(LOGITS, 1.03, 0, 1.0, uniform(7, 0, np.arange(DRAWS, dtype=np.uint64)))
+    tokens = draw(LOGITS, 1.03, 0, 1.0, uniform(7, 0, np.arange(DRAWS, dtype=np.uint64)))
     statistic, bound = chi_square(tokens, SOME)
     assert statistic > bound
 
@@ -173,7 +169,7 @@ def test_large_vocabularies_are_walked_as_if_all_were_sorted(spread: float, limi
     cumulative = cumulative[: len(order)] / cumulative[len(order) - 1]
     for random in (0.0, 1e-9, 0.25, 0.6, 0.9, 0.999, 1 - 2**-53):
         expected = order[min(np.searchsorted(cumulative, random, side="right"), len(order) - 1)]
-        assert draw(row, temperature, top_k, top_p, random) == expected
+        assert draw(row, temperature, top_k, top_p, np.array([random])) == [expected]
 
 
 def test_greedy_takes_the_first_of_the_greatest() -> None:
@@ -260,8 +256,10 @@ def test_a_bad_row_is_an_error_of_its_own() -> None:
 def test_processors_get_the_answer_and_a_copy() -> None:
     told = []
 
-    def look(ids: tuple[int, ...], logits: np.ndarray) -> np.ndarray:
-        told.append(ids)
+    def look(ids: Sequence[int], logits: np.ndarray) -> np.ndarray:
+        told.append((list(ids), len(ids), ids[-2:]))
+        with pytest.raises(TypeError):
+            ids[0] = 3  # type: ignore[index]
         logits[:] = 0
         logits[ids[-1]] = 9
         return logits
@@ -269,7 +267,7 @@ def test_processors_get_the_answer_and_a_copy() -> None:
     row = LOGITS.copy()
     state = state_of(temperature=0, logits_processors=[look, lambda ids, x: x.astype(np.float64)], output=[4, 6])
     assert sample(row[np.newaxis], {0: state}).tokens[0] == 6
-    assert told == [(4, 6)]
+    assert told == [([4, 6], 2, [4, 6])]
     np.testing.assert_array_equal(row, LOGITS)
 
 

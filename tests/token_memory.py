@@ -1,16 +1,19 @@
 """A device whose tokens tell whether the cache held the right ones: each is made from all that attention sees.
 
-Steps store token ids as keys, and read them back through the step's block tables. A wrong, stale or shared block
-changes what follows, and what should follow is known from the tokens alone.
+Steps store token ids, marked with the sequence's adapter, as keys, and read them back through the step's block tables.
+A wrong, stale or shared block changes what follows, and what should follow is known from the tokens alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from zlib import crc32
 
 import numpy as np
 
 from labinfer.llm import LLM
+from labinfer.ops.base import NO_ADAPTER
+from labinfer.runtime.lora import LoRARequest, fingerprint
 from labinfer.runtime.sampling import SamplingParams, SamplingRules, SamplingState, sample
 from labinfer.runtime.step_memory import StepBatch
 
@@ -23,6 +26,18 @@ def logits_of(texts: Sequence[Sequence[float]], starts: Sequence[int], vocab_siz
     return np.random.default_rng(mixed).random(vocab_size, np.float32) * 4
 
 
+def mark(salt: str | None) -> int:
+    """What is added to the tokens of a sequence whose adapter has this salt."""
+    return 128 * (1 + crc32(salt.encode()) % 1000) if salt else 0
+
+
+def marks_of(model: LLM, batch: StepBatch) -> np.ndarray:
+    """The mark of each token of a step."""
+    slots = [NO_ADAPTER] * len(batch.context_len) if batch.adapter is None else batch.adapter.tolist()
+    marks = [0 if slot == NO_ADAPTER else mark(model.adapters.slots[slot].salt) for slot in slots]
+    return np.repeat(marks, np.diff(batch.query_start))
+
+
 def remember_tokens(model: LLM) -> None:
     """Replace what ``model`` computes."""
     groups, size = model.plan.limits.groups, model.plan.limits.block_size
@@ -33,8 +48,9 @@ def remember_tokens(model: LLM) -> None:
     width = [array.shape[1] // size for array in memory]
 
     def run(batch: StepBatch) -> np.ndarray:
+        marked = batch.token_ids + marks_of(model, batch)
         for array, slots, each in zip(memory, batch.slot_mappings, width, strict=True):
-            array.reshape(-1, each)[slots, 0] = batch.token_ids
+            array.reshape(-1, each)[slots, 0] = marked
         rows = np.empty((len(batch.logits_rows), model.vocab_size), np.float32)
         for row, token in enumerate(batch.logits_rows):
             sequence = int(np.searchsorted(batch.query_start, token, "right")) - 1
@@ -51,14 +67,23 @@ def remember_tokens(model: LLM) -> None:
     model.run = run  # type: ignore[method-assign]
 
 
-def expected_tokens(model: LLM, prompt: Sequence[int], params: SamplingParams, seed: int, index: int = 0) -> list[int]:
+def expected_tokens(
+    model: LLM,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    seed: int,
+    index: int = 0,
+    lora: LoRARequest | None = None,
+) -> list[int]:
     """What such a model answers."""
+    marked = mark(fingerprint(lora.path)) if lora else 0
     tokens, limits = list(prompt), model.plan.limits
     state = SamplingState(SamplingRules(params, model.vocab_size), seed, index, prompt)
     most = min(len(prompt) + (params.max_tokens or model.max_len), model.max_len)
     while len(tokens) < most:
         starts = [max(0, len(tokens) - group.window) if group.window else 0 for group in limits.groups]
-        logits = logits_of([tokens[start:] for start in starts], starts, model.vocab_size)
+        texts = [[token + marked for token in tokens[start:]] for start in starts]
+        logits = logits_of(texts, starts, model.vocab_size)
         tokens.append(int(sample(logits[np.newaxis], {0: state}).tokens[0]))
         if state.accept(tokens[-1]):
             break

@@ -147,8 +147,6 @@ class Device(ABC):
     """Threads that store weights at the same time."""
     overlaps = False
     """Whether the host has nothing to do while the device computes, and can prepare the next step."""
-    draw: Callable[[Any, float, int, float, float], int] | None = None
-    """``draw(logits, temperature, top_k, top_p, random)``: the device's own way to pick a token from a host row."""
 
     def __init__(self, name: str, memory_limit: int | None = None, threads: int | None = None) -> None:
         self.name = name

@@ -21,7 +21,7 @@ def decode_bytes(plan: Plan, batch: int, context: float) -> int:
     for stage in plan.stages:
         placed, read = list(placed_ops(stage)), dict[str, float]()
         for each in placed:
-            for name in each.op.weights.values():
+            for name in (name for name in each.op.weights.values() if not weights[name].adapter):
                 share = 1 - (1 - share_read(each, weights[name])) ** batch
                 read[name] = min(1.0, read.get(name, 0.0) + share)
             if each.op.kind in ("attention", "mla_attention") and each.op.state:

@@ -65,7 +65,7 @@ def _answer(model: Model, answering: Answering, messages: list[dict[str, str]], 
         show(index, text)
 
     try:
-        model.generate(answering.encode(model, messages), answering.params, stream)
+        model.generate(answering.encode(model, messages), answering.params, stream, answering.lora)
     except KeyboardInterrupt:
         pass
     except UsageError as error:

@@ -47,6 +47,8 @@ PLAN_OPTIONS = {
     "num_blocks": "Blocks of the KV cache (default: enough for all sequences at full length).",
     "kv_memory": "Memory for the KV cache instead: 500MB, 2GiB.",
     "swap_space": "GiB of host memory for cache blocks that are swapped out (default: 0).",
+    "max_loras": "LoRA adapters a step may use (default: none).",
+    "max_lora_rank": "Greatest rank of a LoRA adapter (default: 16).",
     "fuse": "Fused ops: those the devices have (auto, the default), all that are declared, or none.",
 }
 """Options that decide the plan, by the compiler's name for them, and their help."""

@@ -18,6 +18,7 @@ from labinfer.errors import UsageError
 
 if TYPE_CHECKING:
     from labinfer.llm import LLM
+    from labinfer.runtime.lora import LoRARequest
     from labinfer.runtime.model import Model
     from labinfer.runtime.outputs import RequestOutput
     from labinfer.runtime.sampling import SamplingParams
@@ -28,11 +29,12 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 @dataclass(frozen=True, slots=True)
 class Answering:
-    """How prompts are answered: sampling, the system message, and whether the chat template is left out."""
+    """How prompts are answered: sampling, system message, whether the chat template is left out, and the adapter."""
 
     params: SamplingParams
     system: str | None
     raw: bool
+    lora: LoRARequest | None
 
     def uses_template(self, model: Model) -> bool:
         """Whether prompts go through the model's chat template."""
@@ -67,6 +69,7 @@ class Answering:
     metavar="NAME=FILE.npy",
     help="Write a value of the plan, such as layers.3.attn.out, for every token (repeatable).",
 )
+@click.option("--lora", metavar="NAME=PATH", help="Answer with a LoRA adapter: a folder as PEFT saves it.")
 @plan_options
 @click.option("--stats", is_flag=True, help="Show times, speed and memory on stderr.")
 @json_option
@@ -78,6 +81,7 @@ def run(
     system: str | None,
     raw: bool,
     taps: tuple[str, ...],
+    lora: str | None,
     weights: str | None,
     stats: bool,
     as_json: bool,
@@ -98,14 +102,14 @@ def run(
     ids = _token_ids(token_ids) if token_ids is not None else None
     files = _tap_files(taps)
     params = take_params(options)
-    answering = Answering(params, system, raw)
+    answering = Answering(params, system, raw, _lora_request(lora))
     chatting = text is None and ids is None and sys.stdin.isatty() and sys.stdout.isatty()
     if chatting and (as_json or files):
         raise UsageError("cli.usage", "--json and --tap need a prompt")
     if text is None and ids is None and not chatting:
         text = _read_stdin()
     started = time.perf_counter()
-    with _load(model, weights, given(options)) as llm:
+    with _load(model, weights, given(options), answering.lora) as llm:
         load_seconds = time.perf_counter() - started
         if chatting:
             from labinfer.cli.chat import chat
@@ -117,7 +121,7 @@ def run(
         from labinfer.runtime.taps import tapped
 
         with tapped(llm, files):
-            answer = llm.generate(ids, params, None if as_json else show)[0]
+            answer = llm.generate(ids, params, None if as_json else show, answering.lora)[0]
         _finish(llm, answer, load_seconds, stats, as_json)
 
 
@@ -151,6 +155,17 @@ def _tap_files(taps: tuple[str, ...]) -> dict[str, str]:
     return files
 
 
+def _lora_request(text: str | None) -> LoRARequest | None:
+    from labinfer.runtime.lora import LoRARequest
+
+    if text is None:
+        return None
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise UsageError("cli.lora", f"'{text}' should be NAME=PATH, such as french=./french-adapter")
+    return LoRARequest(name, path)
+
+
 def _read_stdin() -> str:
     data = sys.stdin.buffer.read(MAX_STDIN + 1)
     if len(data) > MAX_STDIN:
@@ -164,15 +179,17 @@ def _read_stdin() -> str:
     return text
 
 
-def _load(model: str | None, weights: str | None, options: dict[str, Any]) -> LLM:
-    """Load a model for one sequence, unless a plan or an option says more."""
+def _load(model: str | None, weights: str | None, options: dict[str, Any], lora: LoRARequest | None) -> LLM:
+    """Load a model for one sequence and its adapter, unless a plan or an option says more."""
     from labinfer.api import ONE_SEQUENCE, find_plan, is_plan
     from labinfer.llm import LLM
+    from labinfer.runtime.lora import adapter_rank
 
     with current().progress() as progress:
         if model is not None and is_plan(model):
             return LLM(model, weights=weights, progress=progress, **options)  # errors name the file
-        plan = find_plan(model, weights=weights, progress=progress, defaults=ONE_SEQUENCE, **options)
+        room = {"max_loras": 1, "max_lora_rank": adapter_rank(lora.path)} if lora else {}
+        plan = find_plan(model, weights=weights, progress=progress, defaults={**ONE_SEQUENCE, **room}, **options)
         return LLM(plan, weights=weights, progress=progress)
 
 

@@ -336,6 +336,10 @@ def _check_op(blueprint: Blueprint, line: OpLine) -> Iterator[LabinferError]:
             "map.unknown-op", f"there is no op '{line.op}'", place=line.place("op"), remedy=did_you_mean(line.op, OPS)
         )
         return
+    if spec.inserted:
+        message = f"op '{line.op}' is put in by the compiler, a map cannot write it"
+        yield InvalidFile("map.inserted-op", message, place=line.place("op"), remedy="leave the line out")
+        return
     slots = {slot.name for slot in spec.weights}
     weights = {name for group in blueprint.weights.values() for name in group}
     extra = line.model_extra or {}

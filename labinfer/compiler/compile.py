@@ -24,6 +24,8 @@ from labinfer.ops.fusions import FUSIONS
 
 Fuse = Literal["auto", "all", "none"]
 FUSE: tuple[Fuse, ...] = get_args(Fuse)
+DEFAULT_LORA = {"max_loras": 4, "max_lora_rank": 16}
+"""Limits of a plan with adapters that names none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,8 @@ class CompileOptions:
     ``kv_dtype`` is how keys and values are kept, ``threads`` how many a CPU uses (default: its physical cores).
     ``activations`` ``int8`` trades exactness for speed where devices can.
     ``fuse``: ``auto`` uses the fused kernels that the devices have, ``all`` every declared fusion, ``none`` no fusion.
+    ``enable_lora`` makes room for ``max_loras`` adapters a step (default: 4) of rank ``max_lora_rank`` at most
+    (default: 16); giving one of these enables it too.
     """
 
     max_num_batched_tokens: int = 512
@@ -51,20 +55,24 @@ class CompileOptions:
     threads: int | None = None
     activations: Literal["exact", "int8"] = "exact"
     fuse: Fuse = "auto"
+    enable_lora: bool | None = None
+    max_loras: int | None = None
+    max_lora_rank: int | None = None
     arena_effort_seconds: float = 1.0
 
 
 def compile_graph(
-    blueprint: Blueprint, source: ModelSource, targets: Sequence[Target], fuse: str, tracer: Tracer
+    blueprint: Blueprint, source: ModelSource, targets: Sequence[Target], options: CompileOptions, tracer: Tracer
 ) -> OpGraph:
     """Map and configuration to the optimised op graph."""
+    fuse = options.fuse
     if fuse not in FUSE:
         raise UsageError("limits.fuse", f"fuse must be one of {', '.join(FUSE)}, got {fuse!r}")
     graph = lower(blueprint, source)
     tracer.done("lower", 0, len(graph.ops), f"{len(graph.weights)} weights, {len(graph.values)} values")
     native = set.intersection(*(set(target.fusions) for target in targets))
     chosen = [fusion for fusion in FUSIONS if fuse == "all" or (fuse == "auto" and fusion.kind in native)]
-    run_passes(graph, chosen, tracer)
+    run_passes(graph, chosen, tracer, **_lora_limits(options))
     return graph
 
 
@@ -78,8 +86,9 @@ def compile_plan(
 ) -> Plan:
     """The plan for running ``source`` on ``targets``; raises what is wrong with the map, the model or the devices."""
     tracer = tracer or Tracer()
+    _check_options(options)
     targets = [_target(target, options) for target in targets]
-    graph = compile_graph(blueprint, source, targets, options.fuse, tracer)
+    graph = compile_graph(blueprint, source, targets, options, tracer)
     limits, vocab_size = _limits(blueprint, source, options), _vocab_size(graph)
     placements = place(graph, targets)
     tracer.done("place", len(graph.ops), len(graph.ops), f"{len(placements)} stages")
@@ -144,7 +153,8 @@ def _device(target: Target, graph: OpGraph) -> PlanDevice:
     )  # fmt: skip
 
 
-def _limits(blueprint: Blueprint, source: ModelSource, options: CompileOptions) -> Limits:
+def _check_options(options: CompileOptions) -> None:
+    """Raise ``UsageError`` for a number that cannot be meant."""
     for name in (
         "max_num_batched_tokens",
         "max_num_seqs",
@@ -153,6 +163,8 @@ def _limits(blueprint: Blueprint, source: ModelSource, options: CompileOptions) 
         "block_size",
         "num_blocks",
         "kv_memory",
+        "max_loras",
+        "max_lora_rank",
     ):
         value, bound = getattr(options, name), 1 << (60 if name == "kv_memory" else 31)
         default = CompileOptions.__dataclass_fields__[name].default
@@ -164,6 +176,9 @@ def _limits(blueprint: Blueprint, source: ModelSource, options: CompileOptions) 
             raise UsageError("limits.range", f"{name} must be a number from 0 on, got {value!r}")
     if options.num_blocks and options.kv_memory:
         raise UsageError("limits.cache", "num_blocks and kv_memory both say how large the cache is", remedy="give one")
+
+
+def _limits(blueprint: Blueprint, source: ModelSource, options: CompileOptions) -> Limits:
     scope = model_scope(blueprint, source)
     longest = scope["max_context"] if "max_context" in blueprint.config else 4096
     if not isinstance(longest, int) or longest < 1:
@@ -180,7 +195,16 @@ def _limits(blueprint: Blueprint, source: ModelSource, options: CompileOptions) 
         block_size=options.block_size,
         kv_dtype=options.kv_dtype,
         groups=[CacheGroup(num_blocks=1)],
+        **_lora_limits(options),
     )
+
+
+def _lora_limits(options: CompileOptions) -> dict[str, int]:
+    """The plan's ``max_loras`` and ``max_lora_rank``, zeros without adapters."""
+    given = {"max_loras": options.max_loras, "max_lora_rank": options.max_lora_rank}
+    if options.enable_lora is False or (options.enable_lora is None and not any(given.values())):
+        return dict.fromkeys(given, 0)
+    return {name: value or DEFAULT_LORA[name] for name, value in given.items()}
 
 
 def _vocab_size(graph: OpGraph) -> int:
@@ -260,10 +284,14 @@ def _value(name: str, graph: OpGraph, arena: ArenaPlan) -> dict[str, Any]:
 
 
 def _bytes(graph: OpGraph, parts: Sequence[Op], target: Target, limits: Limits, arena: int) -> StageBytes:
-    weights = dict.fromkeys(name for part in parts for name in part.weights.values())
+    used = [graph.weights[name] for name in dict.fromkeys(name for part in parts for name in part.weights.values())]
     longest = -(-limits.max_model_len // limits.block_size) * limits.block_size
+    size = {False: 0, True: 0}
+    for weight in used:
+        size[weight.adapter] += target.weight_bytes(weight.format, weight.shape)
     return StageBytes(
-        weights=sum(target.weight_bytes(graph.weights[name].format, graph.weights[name].shape) for name in weights),
+        weights=size[False],
+        adapters=size[True],
         kv_cache=0,  # until _size_cache
         arena=arena,
         step=limits.step_bytes,

@@ -229,7 +229,7 @@ def fold_weights(weights: Mapping[str, Weight]) -> list[PlanWeight]:
         fix = weight.transform
         fresh = PlanWeight(
             name=name, shape=list(weight.shape), format=weight.format, tensor=tensor, stack=weight.stack,
-            rows=list(fix.rows), order=list(fix.order), transpose=fix.transpose,
+            rows=list(fix.rows), order=list(fix.order), transpose=fix.transpose, adapter=weight.adapter,
         )  # fmt: skip
         if layer is None or name == weight.name:
             folded.append(fresh)
@@ -249,7 +249,7 @@ def unfold_weights(plan: Plan) -> dict[str, Weight]:
         fix = Transform(tuple(line.rows), tuple(line.order), line.transpose)
         for layer in _layers(line):
             name, tensor = (text if layer is None else unfold_name(text, layer) for text in (line.name, line.tensor))
-            found[name] = Weight(name, tuple(line.shape), line.format, tensor, line.stack, fix)
+            found[name] = Weight(name, tuple(line.shape), line.format, tensor, line.stack, fix, line.adapter)
         if len(found) > MAX_OPS:
             raise InvalidFile("plan.too-large", f"the plan has more than {MAX_OPS} weights")
     return found

@@ -47,11 +47,16 @@ def stacked_names(tensor: str, stack: int | None) -> tuple[str, ...]:
     return (tensor,) if stack is None else tuple(tensor.replace("{e}", str(e)) for e in range(stack))
 
 
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+"""What PEFT appends to the name of a module for the two matrices of its adapter."""
+
+
 @dataclass(frozen=True, slots=True)
 class Weight:
     """A logical weight: its shape, stored format, and the checkpoint tensor that it is read from.
 
-    With ``stack``, ``tensor`` is a pattern in ``{e}``, and that many tensors are stacked along a new first axis.
+    With ``stack``, ``tensor`` is a pattern in ``{e}``, and that many tensors are stacked along a new first axis. With
+    ``adapter`` it is a pool: row ``i`` along the first axis is filled at run time from the ``tensor`` of adapter ``i``.
     """
 
     name: str
@@ -60,6 +65,7 @@ class Weight:
     tensor: str
     stack: int | None = None
     transform: Transform = Transform()
+    adapter: bool = False
 
     def tensors(self) -> tuple[str, ...]:
         """The names of the checkpoint tensors, in stacking order."""
@@ -107,7 +113,10 @@ class Op:
 
 @dataclass(slots=True)
 class OpGraph:
-    """A whole model: ``ops`` in schedule order, the type of every value, all weights and states by name."""
+    """A whole model: ``ops`` in schedule order, the type of every value, all weights and states by name.
+
+    ``modules`` tells, for weights of one tensor, how the Hugging Face model holds them: adapters go by its names.
+    """
 
     name: str
     inputs: tuple[str, ...]
@@ -116,6 +125,7 @@ class OpGraph:
     values: dict[str, TensorType] = field(default_factory=dict)
     weights: dict[str, Weight] = field(default_factory=dict)
     states: dict[str, State] = field(default_factory=dict)
+    modules: dict[str, Weight] = field(default_factory=dict)
 
     def producers(self) -> dict[str, Op]:
         """The op that makes each value; graph inputs have none."""

@@ -122,7 +122,7 @@ class _Lowering:
                 self.sink.add(
                     InvalidFile("map.undefined-name", f"output '{name}' is never made", place=place, remedy=remedy)
                 )
-        graph.weights = self.table.weights
+        graph.weights, graph.modules = self.table.weights, self.table.modules
         if all(isinstance(error, WeightsError) for error in self.sink.errors):
             self.table.check_unused()
         self.sink.check()

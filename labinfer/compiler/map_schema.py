@@ -18,9 +18,10 @@ def map_schema() -> Schema:
     schema = Blueprint.model_json_schema(by_alias=True)
     definitions: Schema = schema["$defs"]
     line = definitions.pop("OpLine")
-    for kind, spec in OPS.items():
+    written = {kind: spec for kind, spec in OPS.items() if not spec.inserted}
+    for kind, spec in written.items():
         definitions[f"op_{kind}"] = op_line(kind, spec, line["properties"], definitions)
-    ops = [{"$ref": f"#/$defs/op_{kind}"} for kind in OPS]
+    ops = [{"$ref": f"#/$defs/op_{kind}"} for kind in written]
     definitions["OpLine"] = {"description": first_paragraph(line.get("description", "")), "oneOf": ops}
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "LABInfer model map"}
     return {**head, **{key: value for key, value in schema.items() if key != "title"}}

@@ -52,6 +52,8 @@ class Limits(PlanModel):
     groups: list[CacheGroup] = Field(
         min_length=1, max_length=64, description="blocks of the cache: for layers that see all first, then by window"
     )
+    max_loras: NonNegativeInt = Field(default=0, description="LoRA adapters that a step may use; 0: no room for any")
+    max_lora_rank: NonNegativeInt = Field(default=0, description="greatest rank of an adapter")
 
     @property
     def cache_bytes_per_number(self) -> int:
@@ -90,6 +92,7 @@ class Limits(PlanModel):
             "context_len": (sequences,),
             "total_len": (sequences,),
             "logits_rows": (self.max_logits_rows,),
+            **({"adapter": (sequences,)} if self.max_loras else {}),
         }
 
     @property
@@ -197,11 +200,12 @@ class StageBytes(PlanModel):
     step: NonNegativeInt = Field(description="the inputs of a step")
     tables: NonNegativeInt = Field(default=0, description="constants that ops share, such as rope's cosines and sines")
     swap: NonNegativeInt = Field(default=0, description="host memory for cache blocks that are swapped out")
+    adapters: NonNegativeInt = Field(default=0, description="pools of LoRA adapters")
 
     @property
     def total(self) -> int:
         """All of it on the device."""
-        return self.weights + self.kv_cache + self.arena + self.step + self.tables
+        return self.weights + self.kv_cache + self.arena + self.step + self.tables + self.adapters
 
 
 class Stage(PlanModel):
@@ -228,6 +232,7 @@ class PlanWeight(PlanModel):
     rows: list[PositiveInt] = Field(default_factory=list, description="transform: sizes of the first axis")
     order: list[NonNegativeInt] = Field(default_factory=list, description="transform: permutation of those axes")
     transpose: bool = Field(default=False, description="transform: both axes swapped")
+    adapter: bool = Field(default=False, description="a pool, filled at run time: `tensor` is the name in an adapter")
 
 
 class PlanState(PlanModel):

@@ -21,7 +21,7 @@ from labinfer.compiler.fold import (
     unfold_states,
     unfold_weights,
 )
-from labinfer.compiler.graph import Op, State
+from labinfer.compiler.graph import LORA_A, LORA_B, Op, State
 from labinfer.compiler.passes.fuse import matches
 from labinfer.compiler.plan import Limits, Plan, Stage
 from labinfer.errors import ErrorSink, InvalidFile, LabinferError, Place, did_you_mean
@@ -96,7 +96,8 @@ class _PlanCheck:
         """Complaints about the plan's weights: stacks and regrouped rows must fit the shapes."""
         found = []
         for line in self.plan.weights:
-            rows = line.shape[0] if line.shape and line.stack is None else None
+            each = line.shape[1:] if line.adapter else line.shape
+            rows = each[0] if each and line.stack is None else None
             if line.stack is not None and (len(line.shape) < 2 or line.stack != line.shape[0]):
                 found.append(("plan.weight", f"'{line.name}' stacks {line.stack} tensors into shape {line.shape}"))
             if (line.rows or line.order) and (
@@ -212,10 +213,14 @@ class _PlanCheck:
         for name, weight in op.weights.items():
             if weight not in self.weights:
                 self.complain("plan.weight", f"'{op.name}' uses weight '{weight}' ({name}), which is not in the plan")
+            elif self.weights[weight].adapter != spec.inserted:
+                self.complain("plan.weight", f"'{op.name}' uses '{weight}': pools of adapters are for 'lora_add' alone")
             elif shapes.get(name) != self.weights[weight].shape:
                 needs = f"needs {list(shapes[name])} as" if name in shapes else "takes no"
                 shape = list(self.weights[weight].shape)
                 self.complain("plan.weight", f"'{op.name}' {needs} '{name}'; '{weight}' is {shape}")
+        if op.kind == "lora_add":
+            self.pools(op)
         state = self.states.get(op.state or "")
         if (spec.state and state is None) or (op.state and not spec.state):
             self.complain("plan.state", f"'{op.name}' uses state '{op.state}', which is not in the plan or not its own")
@@ -233,6 +238,16 @@ class _PlanCheck:
         kept = groups[state.group].window if state.group < len(groups) else None
         seen = getattr(op.attrs, "window", None)
         return kept is None or not op.outputs or (seen is not None and seen <= kept)
+
+    def pools(self, op: Op) -> None:
+        """The pools of a ``lora_add`` are both of one module, and have the room that the limits say."""
+        limits, attrs = self.plan.limits, op.attrs.model_dump()
+        if (attrs["max_loras"], attrs["rank"]) != (limits.max_loras, limits.max_lora_rank):
+            self.complain("plan.lora", f"'{op.name}' has room for other adapters than the limits say")
+        a, b = (self.weights.get(op.weights.get(slot, "")) for slot in "ab")
+        named = a and b and a.tensor.endswith(LORA_A) and b.tensor == a.tensor.removesuffix(LORA_A) + LORA_B
+        if a and b and not (named and a.format == b.format == "f32"):
+            self.complain("plan.lora", f"'{op.name}' does not use both pools of one module")
 
     def fused(self, op: Op, whole: bool, stage: Stage) -> None:
         """A fused op is made of the parts that are declared for it, and its device can run it whole if it is to."""

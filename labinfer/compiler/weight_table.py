@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from labinfer.compiler.blueprint import Blueprint, Regroup, WeightEntry
 from labinfer.compiler.expressions import Scope, parse_expression
@@ -38,6 +38,7 @@ class WeightTable:
         self.blueprint, self.source, self.sink = blueprint, source, sink
         self.groups = blueprint.weights
         self.weights: dict[str, Weight] = {}
+        self.modules: dict[str, Weight] = {}
         self.used: set[str] = set()
 
     def resolve(self, name: str, shape: tuple[int, ...], place: Place | None, user: User) -> str | None:
@@ -56,7 +57,7 @@ class WeightTable:
         if full in self.weights:
             self.check_same_shape(full, shape, place)
             return full
-        candidates = self.candidates(entry, owner, user)
+        candidates = self.candidates(entry, owner, user, self.source.kind)
         found = self.find(candidates, entry)
         if entry.tie and self.is_tied(entry, found, user.scope):
             self.used.update(found.tensors() if found else ())
@@ -67,7 +68,19 @@ class WeightTable:
             self.sink.add(self.missing(full, entry, candidates))
             return full
         self.weights[full] = self.checked(replace(found, name=full, shape=shape), entry, place, user.scope)
+        if module := self.module(self.weights[full], entry, owner, user):
+            self.modules[full] = module
         return full
+
+    def module(self, weight: Weight, entry: WeightEntry, owner: str, user: User) -> Weight | None:
+        """``weight`` as the Hugging Face model holds it; None for a stack, and where the map names no such tensor."""
+        if self.source.kind == "gguf":
+            names = self.candidates(entry, owner, user, "hf")
+            if not names:
+                return None
+            fix = self.transform(entry.hf_fix, user.scope) if entry.hf_fix else Transform()
+            weight = replace(names[0], name=weight.name, shape=weight.shape, transform=fix)
+        return weight if weight.stack is None else None
 
     def check_same_shape(self, full: str, shape: tuple[int, ...], place: Place | None) -> None:
         """A weight that is used twice must be used alike."""
@@ -81,11 +94,11 @@ class WeightTable:
             self.source.kind == "gguf" and found is None
         )
 
-    def candidates(self, entry: WeightEntry, owner: str, user: User) -> list[Weight]:
-        """Every way the checkpoint may hold the weight, best first."""
+    def candidates(self, entry: WeightEntry, owner: str, user: User, kind: Literal["hf", "gguf"]) -> list[Weight]:
+        """Every way a checkpoint of ``kind`` may hold the weight, best first."""
         prefix = self.groups.get(owner, {}).get("prefix")
-        prefixes = as_list(getattr(prefix, self.source.kind)) if prefix else [""]
-        names = [start + name for start in prefixes for name in as_list(getattr(entry, self.source.kind))]
+        prefixes = as_list(getattr(prefix, kind)) if prefix else [""]
+        names = [start + name for start in prefixes for name in as_list(getattr(entry, kind))]
         found = []
         for name in (name.replace("{i}", str(user.layer)) for name in names):
             stack = self.stack(entry, user.scope) if "{e}" in name else None

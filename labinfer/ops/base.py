@@ -86,6 +86,10 @@ class ShapeMismatch(Exception):
         self.inputs = tuple(inputs)
 
 
+NO_ADAPTER = -1
+"""``Step.adapter`` of a sequence without an adapter."""
+
+
 @dataclass(slots=True)
 class Step:
     """The runtime input of one step, as the kernels see it: flat over all sequences. All arrays are int32.
@@ -93,7 +97,8 @@ class Step:
     ``positions[T]``; ``query_start[S+1]`` bounds each sequence's tokens; ``context_len[S]`` counts a sequence's tokens
     up to and with this step; ``total_len[S]`` counts all its tokens known so far (prompt and generated), which
     length-dependent rope looks at; ``block_table[S, B]`` lists its cache blocks in order; ``slot_mapping[T]`` says
-    where each token's keys and values go; ``logits_rows[R]`` picks the tokens whose logits are wanted. A block holds
+    where each token's keys and values go; ``logits_rows[R]`` picks the tokens whose logits are wanted. ``adapter[S]``
+    is the slot of each sequence's adapter or ``NO_ADAPTER``; it is None where no sequence has one. A block holds
     ``block_size`` tokens; no step has more than ``max_num_seqs`` sequences.
     """
 
@@ -107,6 +112,7 @@ class Step:
     logits_rows: np.ndarray
     block_size: int = 16
     max_num_seqs: int = 1
+    adapter: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +176,7 @@ class OpSpec:
     out, and an output name with a star (``*parts``) stands for as many outputs as ``infer`` returns. ``inplace`` maps
     an output index to the input indices it may be written over, when shapes are equal and the input dies there.
     ``view`` says that outputs are column windows of input 0, side by side, and no kernel runs. ``state`` says that the
-    op uses the map's cache.
+    op uses the map's cache. ``inserted`` ops come from the compiler; a map cannot write them.
     """
 
     kind: ClassVar[str]
@@ -181,6 +187,7 @@ class OpSpec:
     inplace: ClassVar[Mapping[int, tuple[int, ...]]] = {}
     view: ClassVar[bool] = False
     state: ClassVar[bool] = False
+    inserted: ClassVar[bool] = False
 
     class Attrs(OpAttrs):
         """No attributes."""

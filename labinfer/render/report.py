@@ -100,7 +100,7 @@ class PlacedOp:
 
 def report(plan: Plan) -> Report:
     """The report of ``plan``."""
-    weights = unfold_weights(plan)
+    weights = {name: weight for name, weight in unfold_weights(plan).items() if not weight.adapter}
     placed = [list(placed_ops(stage)) for stage in plan.stages]
     stored: Counter[str] = Counter()
     for weight in weights.values():
@@ -121,7 +121,8 @@ def report(plan: Plan) -> Report:
 
 def num_parameters(plan: Plan) -> int:
     """The elements of all weights; a weight that two ops share counts once."""
-    return sum(prod(w.shape) * (w.layers[1] - w.layers[0] + 1 if w.layers else 1) for w in plan.weights)
+    own = [weight for weight in plan.weights if not weight.adapter]
+    return sum(prod(w.shape) * (w.layers[1] - w.layers[0] + 1 if w.layers else 1) for w in own)
 
 
 def placed_ops(stage: Stage) -> Iterable[PlacedOp]:
@@ -182,7 +183,7 @@ def decode_cost(plan: Plan, stages: list[list[PlacedOp]], weights: Mapping[str, 
     states = unfold_states(plan)
     flops = context_flops = weight_bytes = context_bytes = 0
     for stage, placed in zip(plan.stages, stages, strict=True):
-        used = dict.fromkeys(name for each in placed for name in each.op.weights.values())
+        used = dict.fromkeys(name for each in placed for name in each.op.weights.values() if name in weights)
         stored = {name: stored_bytes(weights[name].format, weights[name].shape) for name in used}
         growth = stage.bytes.weights / max(sum(stored.values()), 1)  # the device's layout may differ from the file's
         for each in placed:
@@ -190,7 +191,7 @@ def decode_cost(plan: Plan, stages: list[list[PlacedOp]], weights: Mapping[str, 
             alone = spec.flops(op.attrs, each.inputs, 1, 1, 1)
             flops += alone
             context_flops += spec.flops(op.attrs, each.inputs, 1, 1, context) - alone
-            for name in op.weights.values():
+            for name in used.keys() & op.weights.values():
                 weight_bytes += int(growth * stored[name] * share_read(each, weights[name]))
             if spec.state and op.outputs and op.state:
                 seen = min(context, getattr(op.attrs, "window", None) or context)

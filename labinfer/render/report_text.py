@@ -53,10 +53,11 @@ def summary_lines(plan: Plan, report: Report, width: int = 80) -> Iterator[Line]
     yield from fact("weights", given, width)
     yield from fact("map", " extends ".join(source.maps), width)
     yield from fact("sha256", ", ".join(f"{name} {digest[:12]}" for name, digest in source.sha256.items()), width)
+    pools = f"; {count(limits.max_loras, 'adapter')} of rank {limits.max_lora_rank}" if limits.max_loras else ""
     yield from fact(
         "limits",
         f"{limits.max_model_len:,} tokens a sequence; {count(limits.max_num_seqs, 'sequence')} and "
-        f"{limits.max_num_batched_tokens:,} tokens a step; {count(limits.max_logits_rows, 'row')} of logits",
+        f"{limits.max_num_batched_tokens:,} tokens a step; {count(limits.max_logits_rows, 'row')} of logits{pools}",
         width,
     )
     yield Line()
@@ -78,16 +79,19 @@ def product_lines(plan: Plan, width: int) -> Iterator[Line]:
 
 def device_table(plan: Plan) -> list[str]:
     """Stages, their layers, and exact bytes by kind."""
-    rows = [["stage", "device", "layers", "weights", "KV cache", "arena", "step", "total"]]
+    pools = any(stage.bytes.adapters for stage in plan.stages)
+    kinds = ["weights", *(["adapters"] if pools else []), "KV cache", "arena", "step", "total"]
+    rows = [["stage", "device", "layers", *kinds]]
     sizes = []
     for number, stage in enumerate(plan.stages):
         taken = stage.bytes
-        sizes.append((taken.weights, taken.kv_cache, taken.arena, taken.step + taken.tables, taken.total))
+        weights = (taken.weights, taken.adapters) if pools else (taken.weights,)
+        sizes.append((*weights, taken.kv_cache, taken.arena, taken.step + taken.tables, taken.total))
         layers = ranges(layer for block in layers_by_block(stage).values() for layer in block)
         rows.append([str(number), stage.device, layers, *map(human_bytes, sizes[-1])])
     if len(sizes) > 1:
         rows.append(["", "in all", "", *(human_bytes(sum(column)) for column in zip(*sizes, strict=True))])
-    return align(rows, right=(3, 4, 5, 6, 7))
+    return align(rows, right=range(3, 3 + len(kinds)))
 
 
 def report_lines(plan: Plan, report: Report, width: int = 80) -> Iterator[Line]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from labinfer.compiler.plan import Limits
+from labinfer.ops.base import NO_ADAPTER
 from labinfer.runtime.block_digests import Salt
 from labinfer.runtime.block_manager import BlockManager
 from labinfer.runtime.step_memory import StepBatch
@@ -20,7 +21,7 @@ CopyBlocks = Callable[[Sequence[tuple[int, int, int]]], None]
 """Copies cache blocks: (group, source, target)."""
 
 
-COLUMNS = ("token_ids", "num_tokens", "num_computed", "end", "watched", "plain", "scored", "interactive")
+COLUMNS = ("token_ids", "num_tokens", "num_computed", "end", "watched", "plain", "scored", "interactive", "adapter")
 
 
 class Part(NamedTuple):
@@ -47,18 +48,20 @@ class Batch:
     """``token_ids`` [rows, max_model_len] and columns [rows]; ``add`` takes a row, ``remove`` gives it back.
 
     int32: ``num_tokens`` counts the tokens known, ``num_computed`` those whose keys and values are in the cache, and
-    ``end`` those of a sequence when it ends. bool: ``watched`` rows have something done to each token, ``plain`` ones
-    take the likeliest, of ``scored`` ones all logits of the prompt are wanted, for ``interactive`` ones somebody waits.
-    Rows are those of ``blocks``; ``copy_blocks`` copies in the cache itself.
+    ``end`` those of a sequence when it ends; ``adapter`` is a slot or ``NO_ADAPTER``. bool: ``watched`` rows have
+    something done to each token, ``plain`` ones take the likeliest, of ``scored`` ones all logits of the prompt are
+    wanted, for ``interactive`` ones somebody waits. Rows are those of ``blocks``; ``copy_blocks`` copies in the cache
+    itself.
     """
 
     def __init__(self, limits: Limits, blocks: BlockManager, copy_blocks: CopyBlocks) -> None:
         self.blocks, self.copy_blocks, self.block_size = blocks, copy_blocks, limits.block_size
         rows = limits.max_num_seqs
         self.token_ids = np.zeros((rows, limits.max_model_len), np.int32)
-        self.num_tokens, self.num_computed, self.end = (np.zeros(rows, np.int32) for _ in range(3))
+        self.num_tokens, self.num_computed, self.end, self.adapter = (np.zeros(rows, np.int32) for _ in range(4))
         self.watched, self.plain, self.scored, self.interactive = (np.zeros(rows, np.bool_) for _ in range(4))
         self.salts: list[Salt] = [()] * rows
+        self.has_adapters = limits.max_loras > 0
         self.numbers = np.arange(limits.max_num_batched_tokens + 1, dtype=np.int32)
 
     def add(self, token_ids: Sequence[int] | np.ndarray, salt: Salt = ()) -> int:
@@ -71,7 +74,7 @@ class Batch:
             self.salts += [()] * len(self.salts)
         self.token_ids[row, : len(token_ids)] = token_ids
         self.num_tokens[row], self.num_computed[row], self.salts[row] = len(token_ids), 0, salt
-        self.watched[row] = False
+        self.watched[row], self.adapter[row] = False, NO_ADAPTER
         return row
 
     def attach(self, row: int) -> int:
@@ -164,7 +167,13 @@ class Batch:
             logits_rows=logits,
             block_tables=tables,
             slot_mappings=[table[owner, block] * size + offset for table in tables],
+            adapter=self.adapters(rows) if self.has_adapters else None,
         )
+
+    def adapters(self, rows: np.ndarray) -> np.ndarray | None:
+        """The adapter slots of ``rows``, int32; None where none of them has one."""
+        slots: np.ndarray = self.adapter[rows]
+        return slots if (slots != NO_ADAPTER).any() else None
 
 
 def logits_rows(query_start: np.ndarray, wanted: np.ndarray) -> np.ndarray:

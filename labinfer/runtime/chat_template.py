@@ -103,7 +103,8 @@ def render_chat_template(
     ``variables`` are further names for the template (bos_token, enable_thinking, ...). Raises UsageError when the
     messages are malformed or the template refuses them, WeightsError when the template is broken, hostile or too big.
     """
-    if isinstance(messages, (str, bytes)) or not all(isinstance(message, Mapping) for message in messages):
+    listed = isinstance(messages, Sequence) and not isinstance(messages, str | bytes)
+    if not listed or not all(isinstance(message, Mapping) for message in messages):
         raise UsageError("chat.messages", "messages must be a list of objects with a role and a content")
     context = {
         "documents": None,

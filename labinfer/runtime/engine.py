@@ -20,10 +20,10 @@ from labinfer.runtime.batch import Part
 from labinfer.runtime.capture import Capture
 from labinfer.runtime.delivery import Delivery
 from labinfer.runtime.model import Model
-from labinfer.runtime.outputs import RequestOutput
+from labinfer.runtime.outputs import RequestOutput, RequestOutputKind
 from labinfer.runtime.request import Request, Sequence
 from labinfer.runtime.sampling import Sampled, SamplingRules, SamplingState, prompt_logprobs, sample
-from labinfer.runtime.scheduler import NoRoom, Policy, Scheduler
+from labinfer.runtime.scheduler import Policy, Scheduler, Unrunnable
 from labinfer.runtime.step_costs import StepCosts
 from labinfer.runtime.step_memory import StepBatch
 from labinfer.runtime.streaming import EngineThread, stream
@@ -59,12 +59,11 @@ class Engine:
     ) -> None:
         self.model, self.batch, self.eos_ids = model, model.batch, frozenset(eos_ids)
         self.costs, self.capture = StepCosts(), Capture(model)
-        swap = model.cache.swap
-        self.scheduler = Scheduler(model.batch, model.plan.limits, policy or Policy(), self.costs, swap)
+        swap, policy = model.cache.swap, policy or Policy()
+        self.scheduler = Scheduler(model.batch, model.plan.limits, policy, self.costs, swap, model.adapters)
         self.numbers, self.random = count(), random.Random(seed)
         self.is_eos = np.zeros(model.vocab_size, np.bool_)
         self.is_eos[[token for token in self.eos_ids if token < model.vocab_size]] = True
-        self.draw = model.interpreters[-1].device.draw
         self.device = ThreadPoolExecutor(1, "labinfer-device") if overlaps(model) else None
         self.inbox: deque[Callable[[], None]] = deque()
         self.thread: EngineThread | None = None
@@ -93,6 +92,8 @@ class Engine:
         if len(tokens) >= self.model.max_len:
             message = f"a prompt of {len(tokens)} tokens leaves no room in a context of {self.model.max_len}"
             raise UsageError("run.too-long", message, remedy="compile with a larger --max-model-len")
+        if request.lora is not None:
+            self.model.adapters.check(request.lora)
         params = request.params
         if request.num_made > params.n and params.logprobs is None:
             params = replace(params, logprobs=0)  # tells which answers are the likeliest
@@ -138,13 +139,16 @@ class Engine:
                 self.thread = EngineThread(self)
         self.thread.wake.set()
 
-    def stream(self, request: Request) -> AsyncIterator[RequestOutput]:
+    def stream(
+        self, request: Request, kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    ) -> AsyncIterator[RequestOutput]:
         """Run ``request`` in the background: ``async for output in engine.stream(Request(prompt, params))``.
 
-        Each output holds all that has been made by then; whoever is slow gets fewer of them. Leaving the loop, or
-        cancelling the task, aborts the request. Raises what ``add`` raises, and the error of a request that fails.
+        Each output holds all that has been made by then, or what ``kind`` says: a long answer is cheaper in deltas.
+        Whoever is slow gets fewer outputs. Leaving the loop, or cancelling the task, aborts the request. Raises what
+        ``add`` raises, and the error of a request that fails.
         """
-        return stream(self, request)
+        return stream(self, request, kind)
 
     def finish(self, requests: Iterable[Request]) -> None:
         """Step until ``requests``, which were added, are done; while a thread steps, wait for it."""
@@ -200,8 +204,10 @@ class Engine:
         while True:
             try:
                 part = self.scheduler.schedule(ahead)
-            except NoRoom as error:
-                self.fail(error.sequence, error)
+            except Unrunnable as failure:
+                self.fail(failure.sequence, failure.error)
+                if ahead:  # it leaves the queue after the step that runs
+                    return None
             else:
                 return None if part is None else Scheduled(part, self.batch.step(part))
 
@@ -274,7 +280,7 @@ class Engine:
         for index in (~self.batch.plain[rows]).nonzero()[0].tolist():
             if (state := owners[int(rows[index])].state) is not None:
                 states[index] = state
-        sampled = sample(logits, states, self.draw)
+        sampled = sample(logits, states)
         for index, error in sampled.errors.items():
             sequence = owners[int(rows[index])]
             self.batch.num_tokens[sequence.row] -= 1
@@ -316,7 +322,7 @@ class Engine:
             request.sequences.append(other)
             self.prepared = None
             self.scheduler.fork(sequence, other)
-            sampled = sample(logits, {0: other.state} if other.state else {}, self.draw)
+            sampled = sample(logits, {0: other.state} if other.state else {})
             other.token_ids[-1] = sampled.tokens[0]
             if 0 in sampled.errors:
                 self.fail(other, sampled.errors[0])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from labinfer.errors import UsageError
+from labinfer.runtime.lora import LoRARequest
 from labinfer.runtime.outputs import RequestOutput, output_of
 from labinfer.runtime.request import Request
 from labinfer.runtime.request import Sequence as RunningSequence
@@ -23,17 +24,20 @@ def generate(
     prompts: Prompts,
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     on_token: Callable[[int, str], None] | None = None,
+    lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     **options: Any,
 ) -> list[RequestOutput]:
     """Complete ``prompts`` together, many in each step; ``params`` are for all of them, or one for each.
 
     ``on_token(index, text)`` is called with the text that became certain for prompt ``index``. An end-of-text token is
-    in ``token_ids`` but not in ``text``. ``options`` go to each ``Request``.
+    in ``token_ids`` but not in ``text``. ``lora_request`` is the adapter of all prompts, or a list with each one's.
+    ``options`` go to each ``Request``.
     """
     engine, given = model.engine, list_prompts(prompts)
+    each_params, adapters = params_of_each(params, len(given)), lora_requests(lora_request, len(given))
     requests = [
-        Request(tokenize(model, prompt), each, text=prompt if isinstance(prompt, str) else None, **options)
-        for prompt, each in zip(given, params_of_each(params, len(given)), strict=True)
+        Request(tokenize(model, prompt), each, text=prompt if isinstance(prompt, str) else None, lora=lora, **options)
+        for prompt, each, lora in zip(given, each_params, adapters, strict=True)
     ]
     if on_token is not None:
         for index, request in enumerate(requests):
@@ -51,6 +55,18 @@ def generate(
     return [output_of(request) for request in requests]
 
 
+def encode_chats(model: Model, messages: Any, names: Mapping[str, Any]) -> list[list[int]]:
+    """The prompts of one conversation or of several; ``names`` are for the chat template."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise UsageError("chat.messages", f"messages must be a list, not {type(messages).__name__}")
+    if model.tokenizer is None:
+        raise UsageError("run.no-tokenizer", "this model has no tokenizer, and so no chat")
+    if taken := {"messages", "source"} & names.keys():
+        raise UsageError("chat.names", f"chat_template_kwargs cannot have the name '{taken.pop()}'")
+    conversations = [messages] if any(isinstance(each, Mapping) for each in messages) else messages
+    return [model.tokenizer.encode_chat(each, **names) for each in conversations]
+
+
 class Teller:
     """A listener that hands the new text of its request's first answer to ``on_token``."""
 
@@ -59,8 +75,8 @@ class Teller:
 
     def __call__(self, sequence: RunningSequence) -> None:
         """Tell what is new."""
-        if sequence.index == 0 and len(sequence.text) > self.told:
-            new, self.told = sequence.text[self.told :], len(sequence.text)
+        if sequence.index == 0 and len(sequence.pieces) > self.told:
+            new, self.told = "".join(sequence.pieces[self.told :]), len(sequence.pieces)
             self.on_token(self.index, new)
 
 
@@ -71,6 +87,17 @@ def params_of_each(params: SamplingParams | Sequence[SamplingParams] | None, cou
     if len(params) != count:
         raise UsageError("sampling.params", f"there are {count} prompts and {len(params)} sampling parameters")
     return list(params)
+
+
+def lora_requests(given: LoRARequest | Sequence[LoRARequest | None] | None, count: int) -> Sequence[LoRARequest | None]:
+    """The adapter of each of ``count`` prompts."""
+    kinds = (LoRARequest, type(None))
+    listed = [given] * count if isinstance(given, kinds) else given
+    if not isinstance(listed, list | tuple) or not all(isinstance(each, kinds) for each in listed):
+        raise UsageError("lora.request", f"lora_request must be a LoRARequest or a list of them, got {given!r:.60}")
+    if len(listed) != count:
+        raise UsageError("lora.request", f"lora_request names {len(listed)} adapters for {count} prompts")
+    return listed
 
 
 def list_prompts(prompts: Prompts) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Listing
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from labinfer.compiler.fold import unfold_ops, unfold_states, unfold_weights
-from labinfer.compiler.plan import Plan
+from labinfer.compiler.graph import Op, Weight
+from labinfer.compiler.plan import Plan, Stage
 from labinfer.errors import LabinferError, UsageError, did_you_mean
+from labinfer.ops.base import NO_ADAPTER
 from labinfer.runtime.batch import Batch, Part, part_of
 from labinfer.runtime.cache import Cache, CacheOptions
 from labinfer.runtime.interpreter import Interpreter, check_kernels
 from labinfer.runtime.kv_cache import KVCache
+from labinfer.runtime.lora import Adapters, LoRARequest
 from labinfer.runtime.manager import Manager
 from labinfer.runtime.parameters import Parameters, Progress
 from labinfer.runtime.step_memory import StepBatch
@@ -30,12 +33,16 @@ from labinfer.runtime.weights import Checkpoint
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from labinfer.backends.base import Device
     from labinfer.runtime.engine import Engine
     from labinfer.runtime.outputs import RequestOutput
     from labinfer.runtime.sampling import SamplingParams
     from labinfer.runtime.tokenizer import Tokenizer
 
 _numbers = count()
+
+Message = Mapping[str, Any]
+"""One message of a conversation: ``role``, ``content`` and what else the chat template knows."""
 
 
 class Model:
@@ -59,6 +66,7 @@ class Model:
         self.lock = threading.RLock()  # held by whoever runs steps
         self.interpreters: list[Interpreter] = []
         self.memory: list[KVCache | Parameters | Cache] = []
+        self.adapters = Adapters(0, ())
         weights, states = unfold_weights(plan), unfold_states(plan)
         try:
             for stage in plan.stages:
@@ -66,12 +74,11 @@ class Model:
                 check_kernels(stage, device)
                 self.manager.grant(self.owner, stage.device, stage.bytes.total)
                 ops = [part for op, _ in unfold_ops(stage) for part in op.primitives()]
-                parameters = Parameters(stage, ops, weights, device)
-                self.memory.append(parameters)
+                weighed = self.allocate_weights(stage, ops, weights, device)
                 arrays = KVCache(device, states, dict.fromkeys(op.state for op in ops if op.state), plan.limits)
                 self.memory.append(arrays)
                 options = plan.devices[stage.device].options
-                self.interpreters.append(Interpreter(stage, device, plan.limits, parameters.arrays(), arrays, options))
+                self.interpreters.append(Interpreter(stage, device, plan.limits, weighed, arrays, options))
             self.cache = Cache(
                 plan, [each for each in self.memory if isinstance(each, KVCache)], cache or CacheOptions()
             )
@@ -82,10 +89,30 @@ class Model:
         except BaseException:
             self.close()
             raise
+        self.adapters = Adapters(plan.limits.max_loras, self.parameters)
+
+    @property
+    def parameters(self) -> list[Parameters]:
+        """The weights, and the pools of adapters, of each stage."""
+        return [memory for memory in self.memory if isinstance(memory, Parameters)]
+
+    def allocate_weights(
+        self, stage: Stage, ops: list[Op], weights: Mapping[str, Weight], device: Device
+    ) -> dict[str, Any]:
+        """Memory for what the ops of ``stage`` multiply with: its weights, and the pools of adapters if it has any."""
+        used = [weights[name] for name in dict.fromkeys(name for op in ops for name in op.weights.values())]
+        pools = [weight for weight in used if weight.adapter]
+        own = [weight for weight in used if not weight.adapter]
+        made = [Parameters("weights", own, stage.bytes.weights, device)]
+        self.memory += made
+        if pools or stage.bytes.adapters:
+            made.append(Parameters("adapters", pools, stage.bytes.adapters, device))
+            self.memory.append(made[-1])
+        return {name: array for each in made for name, array in each.arrays().items()}
 
     def load(self, checkpoint: Checkpoint, progress: Progress, compiling: Callable[[int, int], None]) -> None:
         """Read the weights, and meanwhile bind a first tape, which may have to compile kernels."""
-        weights = [memory for memory in self.memory if isinstance(memory, Parameters)]
+        weights = self.parameters
         for each in weights:  # binding looks at values of vectors (rope's factors), but only at places of matrices
             each.load(checkpoint, progress, vectors=True)
         with ThreadPoolExecutor(1) as background:
@@ -129,25 +156,48 @@ class Model:
         if not self.interpreters:
             raise UsageError("run.closed", "the model is closed")
 
-    def session(self) -> Session:
+    def session(self, lora_request: LoRARequest | None = None) -> Session:
         """A fresh sequence that keeps its cache: ``session.append(token_ids)`` gives their logits."""
-        return Session(self)
+        return Session(self, lora_request)
 
-    def logits(self, token_ids: Iterable[int]) -> np.ndarray:
+    def logits(self, token_ids: Iterable[int], lora_request: LoRARequest | None = None) -> np.ndarray:
         """Logits of every position of one sequence: float32 [len(token_ids), vocab_size]."""
-        with self.session() as session:
+        with self.session(lora_request) as session:
             return session.append(token_ids)
 
     def generate(
         self,
         prompts: str | Listing[str] | Listing[int] | Listing[Listing[int]],
-        params: SamplingParams | None = None,
+        params: SamplingParams | Listing[SamplingParams] | None = None,
         on_token: Callable[[int, str], None] | None = None,
+        lora_request: LoRARequest | Listing[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
         """Answers to one or several prompts (texts, or lists of token ids), in order; see ``generate.generate``."""
         from labinfer.runtime.generate import generate
 
-        return generate(self, prompts, params, on_token)
+        return generate(self, prompts, params, on_token, lora_request)
+
+    def chat(
+        self,
+        messages: Listing[Message] | Listing[Listing[Message]],
+        params: SamplingParams | Listing[SamplingParams] | None = None,
+        on_token: Callable[[int, str], None] | None = None,
+        lora_request: LoRARequest | Listing[LoRARequest | None] | None = None,
+        *,
+        tools: Listing[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """The next message of one conversation or of several, by the model's chat template; the rest as ``generate``.
+
+        A conversation is a list of messages, ``{"role": "user", "content": "Hello"}``. ``tools`` are functions that the
+        model may call, as JSON schemas; ``chat_template_kwargs`` are further names for the template
+        (``enable_thinking``). Without ``add_generation_prompt`` the last message is left open.
+        """
+        from labinfer.runtime.generate import encode_chats, generate
+
+        names = dict(chat_template_kwargs or {}, tools=tools, add_generation_prompt=add_generation_prompt)
+        return generate(self, encode_chats(self, messages, names), params, on_token, lora_request)
 
     def check_tokens(self, token_ids: Iterable[int]) -> list[int]:
         """``token_ids`` as a list of ints, all of them in the vocabulary."""
@@ -192,13 +242,13 @@ class Model:
 
     def variable(self, name: str) -> Variable:
         """The weight or activation called ``name``: a ``Parameter`` with its array, or a ``Tensor`` with its slot."""
-        for memory in self.memory:
-            if isinstance(memory, Parameters) and name in memory.by_name:
+        for memory in self.parameters:
+            if name in memory.by_name:
                 return memory.by_name[name]
         for interpreter in self.interpreters:
             if name in interpreter.slots:
                 return Tensor(name, interpreter.device.name, interpreter.slots[name])
-        known = [known for memory in self.memory if isinstance(memory, Parameters) for known in memory.by_name]
+        known = [known for memory in self.parameters for known in memory.by_name]
         known += [value for interpreter in self.interpreters for value in interpreter.slots]
         message = f"there is no weight and no activation '{name}' with a place of its own"
         raise UsageError("run.unknown-variable", message, remedy=did_you_mean(name, known))
@@ -209,6 +259,7 @@ class Model:
             engine.close()
         for interpreter in self.interpreters:
             interpreter.close()
+        self.adapters.close()
         for memory in self.memory:
             memory.close()
         self.interpreters, self.memory = [], []
@@ -226,10 +277,15 @@ class Model:
 class Session:
     """One sequence that is computed piece by piece; a context manager, since it owns cache blocks."""
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    def __init__(self, model: Model, lora_request: LoRARequest | None = None) -> None:
+        self.model, self.row, self.adapter = model, -1, NO_ADAPTER
+        if lora_request:
+            model.adapters.check(lora_request)
         with model.lock:
+            if not model.adapters.give(self, lora_request):
+                raise UsageError("lora.no-slot", f"no slot is free for adapter '{lora_request and lora_request.name}'")
             self.row = model.batch.add([])
+            model.batch.adapter[self.row] = self.adapter
 
     def append(self, token_ids: Iterable[int]) -> np.ndarray:
         """Add tokens and compute them in as many steps as it takes: float32 logits [len(token_ids), vocab_size]."""
@@ -257,10 +313,11 @@ class Session:
         return result
 
     def close(self) -> None:
-        """Give the cache blocks back; the session cannot be used any more."""
+        """Give the cache blocks and the adapter back; the session cannot be used any more."""
         with self.model.lock:
             if self.row >= 0:
                 self.model.batch.remove(self.row)
+                self.model.adapters.take(self)
         self.row = -1
 
     def __enter__(self) -> Session:

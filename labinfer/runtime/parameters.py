@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from labinfer.backends.base import Device, capabilities
-from labinfer.compiler.graph import Op, Transform, Weight
-from labinfer.compiler.plan import Stage
+from labinfer.compiler.graph import Transform, Weight
 from labinfer.errors import InvalidFile, WeightsError
 from labinfer.ops.formats import FORMATS
 from labinfer.runtime.variables import Parameter
@@ -21,20 +20,19 @@ Progress = Callable[[int], None]
 
 
 class Parameters:
-    """The weights of one stage, in the device's own layout and exactly the plan's bytes, each a ``Parameter``.
+    """Weights of one stage in one allocation, in the device's own layout and exactly the plan's bytes.
 
-    Their arrays exist at once, ``load`` fills them.
+    Each is a ``Parameter``. Their arrays exist at once, zero; ``load`` fills all but the pools of adapters.
     """
 
-    def __init__(self, stage: Stage, ops: list[Op], weights: Mapping[str, Weight], device: Device) -> None:
+    def __init__(self, label: str, used: Sequence[Weight], nbytes: int, device: Device) -> None:
         self.device = device
         weight_bytes = capabilities(device.name).weight_bytes
-        used = [weights[name] for name in dict.fromkeys(name for op in ops for name in op.weights.values())]
         needed = sum(weight_bytes(weight.format, weight.shape) for weight in used)
-        if needed != stage.bytes.weights:
-            message = f"the weights of '{device.name}' take {needed} bytes, the plan says {stage.bytes.weights}"
+        if needed != nbytes:
+            message = f"the {label} of '{device.name}' take {needed} bytes, the plan says {nbytes}"
             raise InvalidFile("plan.bytes", message, remedy="compile the plan again")
-        self.buffer = device.allocate(stage.bytes.weights, "weights")
+        self.buffer = device.allocate(nbytes, label)
         self.by_name: dict[str, Parameter] = {}
         offset = 0
         for weight in used:
@@ -44,7 +42,8 @@ class Parameters:
 
     def load(self, checkpoint: Checkpoint, progress: Progress, vectors: bool) -> None:
         """Read the vectors, or everything else, with as many threads as the device takes."""
-        chosen = [each for each in self.by_name.values() if (len(each.weight.shape) == 1) == vectors]
+        listed = [each for each in self.by_name.values() if not each.weight.adapter]
+        chosen = [each for each in listed if (len(each.weight.shape) == 1) == vectors]
         with ThreadPoolExecutor(self.device.loaders) as pool:  # reading and packing hold no GIL
             for _ in pool.map(lambda each: read_weight(each, checkpoint, self.device, progress), chosen):
                 pass

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from labinfer.errors import LabinferError
+from labinfer.ops.base import NO_ADAPTER
 from labinfer.runtime.sampling import AnswerText, Logprob, SamplingParams, SamplingRules, SamplingState
 
 if TYPE_CHECKING:
     from labinfer.runtime.batch import Batch
+    from labinfer.runtime.lora import LoRARequest
     from labinfer.runtime.swap import SwappedRow
 
 
@@ -64,6 +66,7 @@ class Request:
     ``cache_salt`` keeps its cached prefix apart from requests with another one. ``capture`` names values of the plan,
     such as ``layers.3.attn.out``, whose rows for the request's tokens are wanted. ``interactive`` says that somebody
     waits for each token. ``listener(sequence)`` is called after every token; without one, text is made at the end only.
+    ``lora`` is the adapter that it runs with.
     """
 
     prompt: Listing[int]
@@ -74,6 +77,7 @@ class Request:
     interactive: bool = False
     listener: Callable[[Sequence], None] | None = None
     text: str | None = None
+    lora: LoRARequest | None = None
     number: int = -1
     seed: int = 0
     rules: SamplingRules = field(init=False)
@@ -106,7 +110,8 @@ class Sequence:
     ``state`` is None where the likeliest token is all that is wanted. ``told`` are the tokens, and ``pieces`` the text,
     that have been told; once ``done`` there is nothing more to tell. Its last token may not belong to the text
     (``ends_in_text``). While it waits after preemption, ``swapped`` are its blocks in host memory, with
-    ``num_computed`` tokens. ``captured`` are rows of values by name and position.
+    ``num_computed`` tokens. ``captured`` are rows of values by name and position. ``adapter`` is a slot that it
+    holds while it has a row.
     """
 
     request: Request
@@ -125,6 +130,7 @@ class Sequence:
     done: bool = False
     swapped: SwappedRow | None = None
     num_computed: int = 0
+    adapter: int = NO_ADAPTER
     captured: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
 
     @property
@@ -151,7 +157,11 @@ class Sequence:
     @property
     def generated(self) -> list[int]:
         """Tokens of the answer, as far as they were told: all of them once it is done."""
+        return self.generated_after(0)
+
+    def generated_after(self, count: int) -> list[int]:
+        """``generated`` without the first ``count`` tokens."""
         if self.done and not self.heard:
-            made: list[int] = self.saved[len(self.request.prompt) :].tolist()
+            made: list[int] = self.saved[len(self.request.prompt) + count :].tolist()
             return made
-        return list(self.told)
+        return self.told[count:]

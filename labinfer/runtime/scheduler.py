@@ -18,6 +18,7 @@ import numpy as np
 from labinfer.compiler.plan import Limits
 from labinfer.errors import LabinferError
 from labinfer.runtime.batch import Batch, Part
+from labinfer.runtime.lora import Adapters
 from labinfer.runtime.request import Request, Sequence
 from labinfer.runtime.step_costs import StepCosts
 from labinfer.runtime.swap import Swap
@@ -59,28 +60,37 @@ class Policy:
         return max(running, key=self.rank)
 
 
-class NoRoom(LabinferError):
-    """A sequence cannot go on although no other runs: sessions hold the blocks that it needs."""
+class Unrunnable(Exception):
+    """``sequence`` can never go on, for the reason ``error``: without one, sessions hold what it needs."""
 
-    def __init__(self, sequence: Sequence) -> None:
-        super().__init__("run.cache-full", "no cache blocks are left: sessions hold them all")
-        self.sequence = sequence
+    def __init__(self, sequence: Sequence, error: LabinferError | None = None) -> None:
+        message = "no cache blocks or adapter slots are left: sessions hold them all"
+        self.sequence, self.error = sequence, error or LabinferError("run.cache-full", message)
 
 
 class Scheduler:
     """Keeps the waiting and the running sequences; ``schedule`` says what the next step computes.
 
-    A sequence is admitted when there are blocks for its tokens so far and ``watermark`` of all blocks, and one for each
-    running sequence, stay free; never for what it may yet become. When blocks run out nevertheless, one is preempted.
+    A sequence is admitted when there are a slot for its adapter and blocks for its tokens so far, and ``watermark`` of
+    all blocks, and one for each running sequence, stay free; never for what it may yet become. When blocks run out
+    nevertheless, one is preempted: it gives its slot back too, and gets one again when it goes on.
     """
 
     watermark = 0.01
 
     def __init__(
-        self, batch: Batch, limits: Limits, policy: Policy, costs: StepCosts, swap: Swap | None = None
+        self,
+        batch: Batch,
+        limits: Limits,
+        policy: Policy,
+        costs: StepCosts,
+        swap: Swap | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         self.batch, self.limits, self.policy, self.costs, self.swap = batch, limits, policy, costs, swap
-        self.max_len = limits.max_sequence_len
+        self.adapters, self.max_len = adapters or Adapters(0, ()), limits.max_sequence_len
+        # More could not all make a token in each step, and the last of them would wait with blocks in their hands.
+        self.max_running = min(limits.max_num_seqs, limits.max_logits_rows, limits.max_num_batched_tokens)
         self.waiting: list[tuple[Any, int, Sequence]] = []  # a heap
         self.running: list[Sequence] = []
         self.rows = np.zeros(0, np.intp)
@@ -102,7 +112,7 @@ class Scheduler:
         """The next step, whose blocks are there; None when there is nothing to do, or nothing that can be done.
 
         ``ahead``: the step before it still runs, so sequences that end with that are left out, and none is preempted.
-        Raises ``NoRoom`` for a sequence that cannot go on although no other runs.
+        Raises ``Unrunnable`` for a sequence that cannot go on although no other runs, or whose adapter cannot be read.
         """
         self.admit()
         while self.running:
@@ -115,7 +125,7 @@ class Scheduler:
                 return None
             victim = self.policy.victim(self.running)
             if len(self.running) == 1:
-                raise NoRoom(victim)
+                raise Unrunnable(victim)
             self.preempt(victim)
         return None
 
@@ -128,7 +138,7 @@ class Scheduler:
         only_decodes = int(remaining.max()) <= 1
         prompts = limits.max_num_batched_tokens if only_decodes else self.prompt_budget(remaining)
         counts = self.policy.split(remaining, limits.max_num_batched_tokens, prompts)
-        if only_decodes and len(rows) <= limits.max_logits_rows and np.count_nonzero(counts) == len(rows):
+        if only_decodes and np.count_nonzero(counts) == len(rows):
             return Part(rows, counts, counts, counts, decodes=True)
         wanted = self.wanted(rows, remaining, counts)
         chosen = counts.nonzero()[0]
@@ -136,16 +146,16 @@ class Scheduler:
         return Part(rows[chosen], counts[chosen], wanted[chosen], new[chosen]) if len(chosen) else None
 
     def wanted(self, rows: np.ndarray, remaining: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Rows of logits for each sequence, int32; where they run out, ``counts`` are lowered."""
+        """Rows of logits for each sequence, int32; prompts that want all of theirs compute as many tokens as are left.
+
+        One for every other sequence is always left, since no more of them run.
+        """
         most, scored = self.limits.max_logits_rows, self.batch.scored[rows]
         wanted: np.ndarray = ((counts == remaining) & (counts > 0)).astype(np.int32)
         if scored.any():
             for index in scored.nonzero()[0].tolist():
                 others = int(wanted.sum()) - int(wanted[index])
                 counts[index] = wanted[index] = max(0, min(int(counts[index]), most - others))
-        over = np.cumsum(wanted) > most  # without logits its last token waits for the next step
-        counts[over] -= wanted[over]
-        wanted[over] = 0
         return wanted
 
     def prompt_budget(self, remaining: np.ndarray) -> int:
@@ -157,37 +167,45 @@ class Scheduler:
 
     def admit(self) -> None:
         """Move waiting sequences to the running ones while there is room."""
-        admitted, num_free = False, self.batch.blocks.num_free
+        num_free = self.batch.blocks.num_free
         if self.running and self.waiting and self.refused == (self.waiting[0][2], num_free):
             return
-        while self.waiting and len(self.running) < self.limits.max_num_seqs:
+        while self.waiting and len(self.running) < self.max_running:
             sequence = self.waiting[0][2]
             if not self.start(sequence):
                 if not self.running:
-                    raise NoRoom(sequence)
+                    raise Unrunnable(sequence)
                 self.refused = sequence, num_free
-                break
+                return
             heapq.heappop(self.waiting)
-            self.running.append(sequence)
-            admitted = True
-        if admitted:
-            self.update()
 
     def start(self, sequence: Sequence) -> bool:
+        """Give ``sequence`` its adapter and a row; False without room for them."""
+        try:
+            given = self.adapters.give(sequence, sequence.request.lora)
+        except LabinferError as error:
+            raise Unrunnable(sequence, error) from None
+        if given and not self.place(sequence):
+            self.adapters.take(sequence)
+            return False
+        return given
+
+    def place(self, sequence: Sequence) -> bool:
         """Give ``sequence`` a row, with what was swapped out of it or what is cached; False without room for it."""
         batch, request, metrics = self.batch, sequence.request, sequence.request.metrics
-        row = batch.add(sequence.saved, (request.cache_salt,) if request.cache_salt else ())
-        cached = 0
+        adapter, cached = self.adapters.salt(sequence), 0
+        row = batch.add(sequence.saved, (request.cache_salt, *adapter) if request.cache_salt or adapter else ())
         computes_all = bool(request.capture) or request.params.prompt_logprobs is not None
         if sequence.swapped is None and not computes_all:
             cached = batch.attach(row)
         if (self.running and not self.has_room(row)) or not self.swap_in(sequence, row):
             batch.remove(row)
             return False
-        self.take(sequence, row)
-        batch.end[row] = self.longest(request)
+        batch.end[row], batch.adapter[row] = self.longest(request), sequence.adapter
         batch.plain[row], batch.interactive[row] = sequence.state is None, request.interactive
-        batch.watched[row], batch.scored[row] = sequence.watched, request.params.prompt_logprobs is not None
+        batch.scored[row] = request.params.prompt_logprobs is not None
+        self.take(sequence, row)
+        batch.watched[row] = sequence.watched
         if metrics.first_scheduled_time is None:
             metrics.first_scheduled_time, metrics.num_cached_tokens = time.perf_counter(), cached
         return True
@@ -197,8 +215,10 @@ class Scheduler:
         return min(len(request.prompt) + (request.params.max_tokens or self.max_len), self.max_len)
 
     def take(self, sequence: Sequence, row: int) -> None:
-        """``row`` is that of ``sequence`` from now on."""
+        """``sequence`` runs in ``row`` from now on."""
         sequence.row, self.owners[row] = row, sequence
+        self.running.append(sequence)
+        self.rows = np.append(self.rows, row)
 
     def swap_in(self, sequence: Sequence, row: int) -> bool:
         """Fetch what was swapped out of ``sequence``, if anything; False without room."""
@@ -231,7 +251,9 @@ class Scheduler:
         self.wait(sequence)
 
     def leave(self, sequence: Sequence) -> None:
-        """Give the row of a sequence back; it keeps its tokens. ``update`` afterwards."""
+        """Give the row and the adapter of a sequence back; it keeps its tokens. ``update`` afterwards."""
+        self.refused = None
+        self.adapters.take(sequence)
         if sequence.row >= 0:
             sequence.saved = sequence.token_ids.copy()
             del self.owners[sequence.row]
@@ -252,10 +274,9 @@ class Scheduler:
 
     def fork(self, sequence: Sequence, into: Sequence) -> None:
         """Have ``into`` go on from where ``sequence`` is: in a row of its own, or waiting if all are taken."""
-        if sequence.row >= 0 and len(self.running) < self.limits.max_num_seqs:
+        if sequence.row >= 0 and len(self.running) < self.max_running:
+            self.adapters.share(sequence, into)
             self.take(into, self.batch.fork(sequence.row))
-            self.running.append(into)
-            self.update()
         else:
             into.saved = sequence.token_ids.copy()
             self.wait(into)

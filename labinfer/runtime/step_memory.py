@@ -11,7 +11,7 @@ import numpy as np
 
 from labinfer.backends.base import Device
 from labinfer.compiler.plan import Limits
-from labinfer.ops.base import Step
+from labinfer.ops.base import NO_ADAPTER, Step
 
 
 @dataclass(slots=True)
@@ -30,12 +30,14 @@ class StepBatch:
     logits_rows: np.ndarray
     block_tables: Sequence[np.ndarray]
     slot_mappings: Sequence[np.ndarray]
+    adapter: np.ndarray | None = None
 
 
 class StepMemory:
     """Arrays at the plan's upper bounds; ``steps`` show as much of them as the present step uses, one a cache group.
 
-    Bound kernels always find a step there. The steps differ in ``block_table`` and ``slot_mapping`` only.
+    Bound kernels always find a step there. The steps differ in ``block_table`` and ``slot_mapping`` only. A batch
+    without ``adapter`` has none in any sequence.
     """
 
     def __init__(self, device: Device, limits: Limits) -> None:
@@ -58,6 +60,8 @@ class StepMemory:
         """Copy ``batch`` to the device."""
         for name, memory in self.arrays.items():
             host = getattr(batch, name)
+            if host is None:
+                host = np.full(len(batch.context_len), NO_ADAPTER, np.int32)
             used = memory[: len(host)]
             for step in self.steps:
                 setattr(step, name, used)

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from labinfer.errors import LabinferError
-from labinfer.runtime.outputs import RequestOutput, output_of
+from labinfer.runtime.outputs import Deltas, RequestOutput, RequestOutputKind, output_of
 from labinfer.runtime.request import Request, Sequence
 
 if TYPE_CHECKING:
@@ -83,15 +83,18 @@ def mailbox() -> Mailbox:
     return _mailboxes[loop]
 
 
-async def stream(engine: Engine, request: Request) -> AsyncIterator[RequestOutput]:
-    """Run ``request``, which is new, and yield all that it has made whenever there is more; see ``Engine.stream``."""
+async def stream(engine: Engine, request: Request, kind: RequestOutputKind) -> AsyncIterator[RequestOutput]:
+    """Run ``request``, which is new, and yield what it has made whenever there is more; see ``Engine.stream``."""
     await asyncio.to_thread(engine.check, request)  # a grammar takes a while
-    box, event = mailbox(), asyncio.Event()
+    if request.num_made > request.params.n:
+        kind = RequestOutputKind.FINAL_ONLY
+    box, event, deltas = mailbox(), asyncio.Event(), Deltas(request)
 
-    def listener(_: Sequence) -> None:
-        box.post(event)
+    def listener(sequence: Sequence) -> None:
+        if sequence.done or kind is not RequestOutputKind.FINAL_ONLY:
+            box.post(event)
 
-    request.listener, request.interactive = listener, True
+    request.listener, request.interactive = listener, kind is not RequestOutputKind.FINAL_ONLY
     engine.submit(lambda: engine.queue(request))
     engine.start()
     try:
@@ -99,10 +102,12 @@ async def stream(engine: Engine, request: Request) -> AsyncIterator[RequestOutpu
         while not finished:
             await event.wait()
             event.clear()
-            finished = request.finished
             if request.error is not None:
                 raise request.error
-            yield output_of(request)
+            output = deltas.take() if kind is RequestOutputKind.DELTA else output_of(request)
+            finished = output.finished
+            if finished or (output.outputs and kind is not RequestOutputKind.FINAL_ONLY):
+                yield output
     finally:
         if not request.finished:
             engine.submit(lambda: engine.abort(request))

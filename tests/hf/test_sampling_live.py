@@ -1,6 +1,5 @@
 """The knobs against Hugging Face's logits processors, on the same logits."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,6 @@ from transformers import (
 
 from labinfer import SamplingParams
 from labinfer.runtime.sampling import SamplingRules, SamplingState
-from labinfer.runtime.sampling.draw import draw
 from labinfer.runtime.sampling.sampler import sample_row
 from labinfer.runtime.tokenizer import Tokenizer
 
@@ -90,5 +88,4 @@ def test_the_distribution_is_that_of_hugging_face(name: str, seed: int) -> None:
         place = int(np.searchsorted(upper, random, side="right"))
         if abs(upper[max(place - 1, 0) : place + 1] - random).min() < 1e-6:
             continue  # float32 there, float64 here
-        drawn: Callable[..., int] = lambda x, t, k, p, _, at=random: draw(x, t, k, p, at)  # noqa: E731
-        assert sample_row(logits, state, drawn) == order[place]
+        assert sample_row(logits, state, np.array([random])) == [order[place]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from ctypes import c_double, c_int64
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -22,7 +21,7 @@ from labinfer.backends.cpu.packed_weight import PackedWeight, pack
 from labinfer.backends.cpu.rope_tables import rope_tables
 from labinfer.backends.cpu.tape import Row, kernels_of, table
 from labinfer.backends.cpu.workers import Workers
-from labinfer.backends.cpu.workspace import sampling_scratch, scratch_bytes
+from labinfer.backends.cpu.workspace import scratch_bytes
 from labinfer.backends.host import DTYPES, HostDevice
 from labinfer.errors import UsageError
 from labinfer.ops.base import Call, KernelBounds, TensorType
@@ -88,10 +87,6 @@ class CpuDevice(HostDevice):
         self.workers = Workers(self.threads)
         self.tables: weakref.WeakValueDictionary[Any, np.ndarray] = weakref.WeakValueDictionary()
         self.latents: set[int] = set()
-        self.sampling = np.empty(0, np.uint8)
-        self.sample = machine_code.function(
-            "sample", c_int64, c_int64, c_int64, c_double, c_int64, c_double, c_double, c_int64
-        )
         kernels = {kind: CpuKernel(self, kind) for kind in EMITTERS}
         self.F = FunctionTable(kernels, lambda shape, dtype: np.empty(shape, DTYPES[dtype]))
 
@@ -164,14 +159,6 @@ class CpuDevice(HostDevice):
     def tune(self, formats: Iterable[str]) -> None:
         """From how many tokens on the matrix unit pays."""
         tune(formats)
-
-    def draw(self, logits: np.ndarray, temperature: float, top_k: int, top_p: float, random: float) -> int:
-        """A token from one row of logits, without sorting the vocabulary (see ``sampling``)."""
-        size = sampling_scratch(len(logits))
-        if self.sampling.size < size:
-            self.sampling = np.empty(size + 64, np.uint8)
-        scratch = self.sampling.ctypes.data
-        return self.sample(logits.ctypes.data, len(logits), temperature, top_k, top_p, random, scratch)
 
     def close(self) -> None:
         """End the threads."""

@@ -10,9 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 from labinfer.backends.cpu.emitter import Emitter, address, cache_dtype, stride
-from labinfer.backends.cpu.layout import glu_chunk, product_kernel, scattered_form
+from labinfer.backends.cpu.layout import PANEL_ROWS, glu_chunk, product_kernel, scattered_form
 from labinfer.backends.cpu.tape import ACCUMULATE, ACTIVATION_CODES
-from labinfer.backends.cpu.workspace import attention_partials_bytes, attention_scratch, mla_scratch, route_scratch
+from labinfer.backends.cpu.workspace import (
+    attention_partials_bytes,
+    attention_scratch,
+    mla_scratch,
+    out_stride,
+    route_scratch,
+)
 from labinfer.ops.base import Call
 
 
@@ -32,6 +38,25 @@ def _linear_add(e: Emitter, call: Call) -> None:
     if address(residual) != address(y):
         e.add("copy_step", *y.shape[:1], address(residual), stride(residual), address(y), stride(y), y.shape[1])
     e.linear(call.parts[0], x, y, ACCUMULATE)
+
+
+def _lora_add(e: Emitter, call: Call) -> None:
+    (base, x), y, step, rank = call.inputs, call.outputs[0], e.step, call.attrs.rank
+    a, b = call.weights["a"], call.weights["b"]
+    if address(base) != address(y):
+        e.add("copy_step", len(y), address(base), stride(base), address(y), stride(y), y.shape[1])
+    if step.adapter is None:
+        return
+    kernel, width = product_kernel("f32", 0), out_stride(rank)
+    low, sequences = e.take(4 * len(y) * width), (address(step.query_start), address(step.adapter))
+    e.add(
+        "lora_down_step", kernel, a.address, a.nbytes, a.columns, address(x), x.strides[0], low, width, len(y),
+        -(-rank // PANEL_ROWS), rank, *sequences,
+    )  # fmt: skip
+    e.add(
+        "lora_up_step", kernel, b.address, b.nbytes, rank, low, width, address(y), stride(y), -(-b.rows // PANEL_ROWS),
+        b.rows, *sequences,
+    )  # fmt: skip
 
 
 def _norm_qkv(e: Emitter, call: Call) -> None:
@@ -249,5 +274,6 @@ EMITTERS: dict[str, Callable[[Emitter, Call], None]] = {
     "norm_glu": _norm_glu,
     "rope_kv_write": _rope_kv_write,
     "linear_add": _linear_add,
+    "lora_add": _lora_add,
 }
 """Every op this backend runs, and how."""

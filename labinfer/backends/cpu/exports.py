@@ -7,9 +7,9 @@ from typing import Any
 
 from numba import types
 
-from labinfer.backends.cpu import driver, linear, matrix_unit, panels, sampling, steps
+from labinfer.backends.cpu import driver, linear, lora, matrix_unit, panels, steps
 
-_I, _F = types.int64, types.float64
+_I = types.int64
 
 STEP = types.void(_I, _I, _I, _I)
 """Arguments of a row, sequences of the step, worker, workers."""
@@ -27,7 +27,8 @@ _SINGLE: dict[str, tuple[Callable[..., Any], Any]] = {
     "call": (driver.call, _I(_I)),
     "lead": (driver.lead, types.void(_I, _I, _I, _I, _I, _I)),
     "announce": (driver.announce, types.void(_I)),
-    "sample": (sampling.sample, _I(_I, _I, _F, _I, _F, _F, _I)),
+    "lora_down_step": (lora.lora_down_step, STEP),
+    "lora_up_step": (lora.lora_up_step, STEP),
 }
 
 

@@ -25,9 +25,6 @@ MLA_GROUP_HEADS = 8
 MAX_SPLITS = 8
 """Parts that the context of a decoding sequence is cut into at most."""
 
-BUCKETS = 1024
-"""Parts that drawing a token sorts the vocabulary into."""
-
 
 def lines(nbytes: int) -> int:
     """``nbytes`` rounded up to whole cache lines."""
@@ -125,9 +122,9 @@ def _mla(bounds: KernelBounds) -> int:
     return kv_b + mla_scratch(attrs.num_heads, attrs.rope_dim, attrs.kv_rank) * bounds.threads
 
 
-def sampling_scratch(vocab_size: int) -> int:
-    """Bytes for drawing a token from a row of logits."""
-    return 16 + 16 * BUCKETS + 12 * vocab_size
+def _lora_add(bounds: KernelBounds) -> int:
+    """What the adapters' first matrices make of each token."""
+    return lines(4 * bounds.tokens * out_stride(bounds.attrs[0].rank))
 
 
 def route_scratch(num_experts: int, num_groups: int) -> int:
@@ -170,6 +167,7 @@ def attention_partials_bytes(num_heads: int, v_head_dim: int, max_sequences: int
 _SIZERS = {
     "linear": _linear,
     "linear_add": _linear,
+    "lora_add": _lora_add,
     "norm_qkv": _normed,
     "norm_glu": _norm_glu,
     "rope": _rope,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from labinfer.compiler.graph import OpGraph
 from labinfer.compiler.passes.fuse import fuse
+from labinfer.compiler.passes.lora import insert_lora
 from labinfer.compiler.passes.prune import prune
 from labinfer.compiler.rules import verify_graph
 from labinfer.ops.fusions import Fusion
@@ -42,10 +43,17 @@ Pass = Callable[[OpGraph], str]
 """Changes a graph in place and returns its effect in words."""
 
 
-def run_passes(graph: OpGraph, fusions: Iterable[Fusion], tracer: Tracer) -> None:
-    """Run the pipeline on ``graph``; a broken rule after a pass is an error that names the pass."""
+def run_passes(
+    graph: OpGraph, fusions: Iterable[Fusion], tracer: Tracer, max_loras: int = 0, max_lora_rank: int = 0
+) -> None:
+    """Run the pipeline on ``graph``; a broken rule after a pass is an error that names the pass.
+
+    With ``max_loras`` the graph gets room for so many adapters of at most ``max_lora_rank``.
+    """
     chosen = tuple(fusions)
-    pipeline: Sequence[tuple[str, Pass]] = (("prune", prune), ("fuse", lambda graph: fuse(graph, chosen)))
+    pipeline: list[tuple[str, Pass]] = [("prune", prune), ("fuse", lambda graph: fuse(graph, chosen))]
+    if max_loras:
+        pipeline.insert(1, ("lora", lambda graph: insert_lora(graph, max_loras, max_lora_rank)))
     verify_graph(graph, "lower")
     tracer.done("verify lower", len(graph.ops), len(graph.ops), "all rules hold")
     for name, run in pipeline:

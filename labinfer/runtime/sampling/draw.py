@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
-
-Draw = Callable[[np.ndarray, float, int, float, float], int]
-"""Picks a token from logits by temperature, top_k (0: off), top_p and a number in [0, 1)."""
 
 LOOKS = (256, 4096)
 """So many of the likeliest tokens are put in order first; seldom are more needed."""
 
 
-def draw(logits: np.ndarray, temperature: float, top_k: int, top_p: float, random: float) -> int:
-    """A token from float32 ``logits`` [vocab] and one random number: see ``draw_many``."""
-    return int(draw_many(logits, temperature, top_k, top_p, np.array([random]))[0])
+def draw(logits: np.ndarray, temperature: float, top_k: int, top_p: float, randoms: np.ndarray) -> np.ndarray:
+    """A token from float32 ``logits`` [vocab] for each of ``randoms``, numbers in [0, 1).
 
-
-def draw_many(logits: np.ndarray, temperature: float, top_k: int, top_p: float, randoms: np.ndarray) -> np.ndarray:
-    """A token for each of ``randoms``, numbers in [0, 1): the inverse of the distribution function.
-
+    The inverse of the distribution function by ``temperature``, ``top_k`` (0: off) and ``top_p``.
     It walks the tokens from the most to the least likely, equal ones by their ids, until their probability passes the
     number. Most walks are short, so only the likeliest tokens are put in order first.
     """

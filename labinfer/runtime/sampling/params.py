@@ -14,7 +14,7 @@ import numpy as np
 
 from labinfer.errors import UsageError
 
-LogitsProcessor = Callable[[tuple[int, ...], np.ndarray], np.ndarray]
+LogitsProcessor = Callable[[Sequence[int], np.ndarray], np.ndarray]
 """``processor(output_token_ids, logits)``: the logits float32 [vocab_size] to use instead."""
 
 INFINITY = float("inf")

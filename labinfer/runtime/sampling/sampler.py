@@ -9,7 +9,7 @@ import numpy as np
 
 from labinfer.errors import LabinferError
 from labinfer.runtime.sampling import adjust
-from labinfer.runtime.sampling.draw import Draw, draw
+from labinfer.runtime.sampling.draw import draw
 from labinfer.runtime.sampling.logprobs import Logprob, token_logprobs
 from labinfer.runtime.sampling.state import SamplingState
 
@@ -25,13 +25,13 @@ class Sampled:
     errors: dict[int, LabinferError] = field(default_factory=dict)
 
 
-def sample(logits: np.ndarray, states: Mapping[int, SamplingState], device_draw: Draw | None = None) -> Sampled:
+def sample(logits: np.ndarray, states: Mapping[int, SamplingState]) -> Sampled:
     """A token for each row of float32 ``logits`` [rows, vocab_size].
 
     ``states`` are those of the rows whose rules are not plain; every other row gets the first of its greatest logits,
-    all of them in one call. ``device_draw`` picks as ``draw`` does. Whatever goes wrong with a row is an error of that
-    row alone. The states are not told of the tokens: ``accept`` does that, so that several rows of one sequence can be
-    sampled in turn and those after a wrong guess be left out.
+    all of them in one call. Whatever goes wrong with a row is an error of that row alone. The states are not told of
+    the tokens: ``accept`` does that, so that several rows of one sequence can be sampled in turn and those after a
+    wrong guess be left out.
     """
     best = logits.argmax(1)  # the first NaN of a row, if there is any
     made = Sampled(best)
@@ -40,7 +40,7 @@ def sample(logits: np.ndarray, states: Mapping[int, SamplingState], device_draw:
     for row, state in states.items():
         if row not in made.errors:
             try:
-                made.tokens[row] = sample_row(logits[row], state, device_draw or draw)
+                made.tokens[row] = sample_row(logits[row], state, np.array([state.random]))[0]
             except LabinferError as error:
                 made.errors[row] = error
             else:
@@ -50,21 +50,21 @@ def sample(logits: np.ndarray, states: Mapping[int, SamplingState], device_draw:
     return made
 
 
-def sample_row(logits: np.ndarray, state: SamplingState, draw: Draw) -> int:
-    """The next token of ``state``'s sequence, by its row of logits and its random number."""
+def sample_row(logits: np.ndarray, state: SamplingState, randoms: np.ndarray) -> np.ndarray:
+    """The next token of ``state``'s sequence, by its row of logits, for each of ``randoms``, numbers in [0, 1)."""
     params, logits = state.rules.params, state.adjusted(logits)
     best = int(logits.argmax())
     if not np.isfinite(logits[best]):
         raise not_a_number(logits, best)
     if params.greedy:
-        return best
+        return np.full(len(randoms), best)
     if params.min_p > 0 or params.typical_p < 1:
         logits = logits.copy()
         if params.min_p > 0:
             adjust.cut_by_min_p(logits, params.min_p, params.temperature)
         if params.typical_p < 1:
             adjust.cut_by_typical_p(logits, params.typical_p, params.temperature)
-    return draw(logits, params.temperature, max(params.top_k, 0), params.top_p, state.random)
+    return draw(logits, params.temperature, max(params.top_k, 0), params.top_p, randoms)
 
 
 def not_a_number(logits: np.ndarray, best: int) -> LabinferError:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -68,7 +69,7 @@ class SamplingState:
             return logits
         logits = logits.copy()
         for processor in params.logits_processors:
-            logits = processed(processor, tuple(self.output), logits)
+            logits = processed(processor, ReadOnly(self.output), logits)
         if self.matcher is not None:
             self.matcher.mask(logits)
         if rules.allowed is not None:
@@ -85,7 +86,23 @@ class SamplingState:
         return logits
 
 
-def processed(processor: LogitsProcessor, output: tuple[int, ...], logits: np.ndarray) -> np.ndarray:
+class ReadOnly(Sequence[int]):
+    """The tokens of an answer, to be looked at: copying a long one for each of its tokens would take long."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens = tokens
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._tokens[index]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._tokens)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+
+def processed(processor: LogitsProcessor, output: Sequence[int], logits: np.ndarray) -> np.ndarray:
     """What a user's function makes of ``logits``; its failure is one of the request."""
     name = getattr(processor, "__name__", type(processor).__name__)
     try:
