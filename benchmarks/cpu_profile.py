@@ -3,26 +3,21 @@
     python benchmarks/cpu_profile.py model.gguf                  # decode at a context of 64
     python benchmarks/cpu_profile.py model.gguf --tokens 512     # prefill
 
-After each op's rows one more row lets the first worker note the time, so the step runs as always: one compiled loop,
-all workers; a barrier counts with the op before it. Medians over steps; bytes are those of the op's weights.
+The step runs as always: one compiled loop, all workers; a barrier counts with the op before it. Medians over steps;
+bytes are those of the op's weights.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from dataclasses import replace
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-from labinfer.backends.cpu.device import CpuDevice, CpuKernel
-from labinfer.backends.cpu.emit import EMITTERS
-from labinfer.backends.cpu.emitter import Emitter
 from labinfer.backends.cpu.features import LEVEL
 from labinfer.backends.cpu.packed_weight import PackedWeight
-from labinfer.backends.cpu.tape import Row, table
 from labinfer.bench.ceiling import read_bandwidth
 from labinfer.bench.measure import limits, num_threads, plan_tests, weight_memory
 from labinfer.llm import LLM
@@ -40,26 +35,14 @@ class Profile:
     """A step's tape with a clock after each op."""
 
     def __init__(self, model: LLM, tokens: int) -> None:
-        (interpreter,) = model.interpreters
-        device = interpreter.device
-        assert isinstance(device, CpuDevice)
-        self.bound = [each for each in interpreter.bind(tokens, 1).bound if isinstance(each.kernel, CpuKernel)]
-        self.times = np.zeros(len(self.bound) + 1, np.int64)
-        rows = [Row("clock_step", (self.times.ctypes.data,))]
-        for number, each in enumerate(self.bound):
-            emitter = Emitter(device, each.call)
-            EMITTERS[each.kernel.kind](emitter, each.call)
-            rows += emitter.rows
-            rows[-1] = replace(rows[-1], then_wait=True)  # the clock is read when all workers are done
-            rows.append(Row("clock_step", (self.times.ctypes.data + 8 * (number + 1),), then_wait=False))
-        self.table, self.device = table(rows), device
-        self.interpreter = interpreter
+        (self.interpreter,) = model.interpreters
+        self.bound = [each for each in self.interpreter.bind(tokens, 1).bound if each.kernel is not None]
+        self.program = self.interpreter.device.timed([(each.kernel, each.call) for each in self.bound])
 
-    def run(self, step: Any) -> np.ndarray:
-        """Cycles of each op in one step."""
+    def run(self, step: Any) -> list[float]:
+        """Seconds of each op in one step."""
         self.interpreter.step_memory.load(step)
-        self.device.workers.run(self.table.ctypes.data, len(self.table), len(step.context_len))
-        return np.diff(self.times)
+        return list(self.program())
 
 
 def name(op: Any, call: Call) -> str:
@@ -94,13 +77,12 @@ def show(profile: Profile, step: Any, steps: int, model: LLM) -> None:
     import time
 
     profile.run(step)
-    cycles, seconds = [], []
+    runs, seconds = [], []
     for _ in range(steps):
         start = time.perf_counter()
-        cycles.append(profile.run(step))
+        runs.append(profile.run(step))
         seconds.append(time.perf_counter() - start)
-    per_cycle = median(seconds) / median(int(each.sum()) for each in cycles)
-    each_op = np.median(cycles, axis=0) * per_cycle
+    each_op = np.median(runs, axis=0)
     spent: dict[str, float] = defaultdict(float)
     count: dict[str, int] = defaultdict(int)
     nbytes: dict[str, int] = defaultdict(int)

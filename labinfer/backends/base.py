@@ -7,9 +7,12 @@ nor requests.
 from __future__ import annotations
 
 import importlib
+import platform
 import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +34,15 @@ def no_workspace(bounds: KernelBounds) -> int:
     return 0
 
 
+def host_fingerprint(kind: str, kernels: str, threads: int | None) -> dict[str, Any]:
+    """What times of kernels depend on that run on this machine's processor; the same on every machine like it."""
+    names: dict[str, str] = {}
+    with suppress(OSError), open("/proc/cpuinfo") as file:
+        names = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in file)}
+    machine = " ".join([platform.machine(), *(names.get(key, "") for key in ("model name", "cpu family", "model"))])
+    return {"kind": kind, "machine": machine.strip(), "threads": threads, "kernels": kernels}
+
+
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What the compiler must know of a device.
@@ -41,10 +53,12 @@ class Capabilities:
     constants it keeps for all ops with these attributes; ``threads`` how many it uses unless told otherwise;
     ``block_multiple`` is what the cache's block size must be a multiple of; ``activations`` says how exactly it can
     multiply, and ``matrix_unit(activations)`` the fewest tokens, by weight format, for which its matrix unit pays.
+    ``fingerprint(threads)`` says what measured times depend on: ``kind``, machine, threads, version of the kernels.
     """
 
     parameters: str
     weight_bytes: Callable[[str, Sequence[int]], int]
+    fingerprint: Callable[[int | None], Mapping[str, Any]]
     fusions: tuple[str, ...] = ()
     workspace: Callable[[KernelBounds], int] = no_workspace
     kv_dtypes: tuple[str, ...] = ("f32",)
@@ -201,6 +215,21 @@ class Device(ABC):
                     kernel(call)
             except Exception as error:
                 raise KernelFailure(call) from error
+
+        return run
+
+    def timed(self, calls: Sequence[tuple[Kernel, Call]]) -> Callable[[], Sequence[float]]:
+        """Like ``program``, but the callable returns the seconds that each call took."""
+        programs = [self.program([call]) for call in calls]
+
+        def run() -> list[float]:
+            seconds = []
+            for program in programs:
+                start = time.perf_counter()
+                program()
+                self.synchronize()
+                seconds.append(time.perf_counter() - start)
+            return seconds
 
         return run
 

@@ -35,6 +35,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "graph": ("labinfer.cli.graph:graph", "Draw a map or a plan."),
         "validate": ("labinfer.cli.validate:validate", "Check a map against a config and a checkpoint."),
         "schema": ("labinfer.cli.schema:schema", "Print the JSON Schema of the map language."),
+        "profile": ("labinfer.cli.profile:profile", "Measure what the ops of a model cost on this machine."),
         "pack": ("labinfer.cli.pack:pack", "Pack buffers with known lifetimes into one arena."),
     },
     "Models": {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -24,7 +26,7 @@ from labinfer.backends.cpu.workers import Workers
 from labinfer.backends.cpu.workspace import scratch_bytes
 from labinfer.backends.host import DTYPES, HostDevice
 from labinfer.errors import UsageError
-from labinfer.ops.base import Call, KernelBounds, TensorType
+from labinfer.ops.base import Call, KernelBounds, Step, TensorType
 from labinfer.ops.dequantization import dequantize
 
 
@@ -123,8 +125,13 @@ class CpuDevice(HostDevice):
             self.tables[key] = table
         return table
 
-    def rows(self, calls: Sequence[tuple[Kernel, Call]]) -> tuple[list[Row], list[np.ndarray]]:
-        """The rows of the tape for ``calls``, and the arrays they point to that nothing else keeps."""
+    def rows(
+        self, calls: Sequence[tuple[Kernel, Call]], clock: np.ndarray | None = None
+    ) -> tuple[list[Row], list[np.ndarray]]:
+        """The rows of the tape for ``calls``, and the arrays they point to that nothing else keeps.
+
+        With a ``clock``, int64 [calls + 1], the first worker notes there when it starts and when each call is done.
+        """
         kinds = [kernel.kind for kernel, _ in calls if isinstance(kernel, CpuKernel)]
         for (_, call), kind in zip(calls, kinds, strict=True):  # who reads a cache decides how it is written
             if kind == "mla_attention":
@@ -132,11 +139,16 @@ class CpuDevice(HostDevice):
             elif kind == "attention":
                 self.latents.discard(id(call.cache))
         rows, kept = list[Row](), list[np.ndarray]()
-        for (_, call), kind in zip(calls, kinds, strict=True):
+        if clock is not None:
+            rows.append(Row("clock_step", (clock.ctypes.data,)))
+        for number, ((_, call), kind) in enumerate(zip(calls, kinds, strict=True), 1):
             emitter = Emitter(self, call)
             EMITTERS[kind](emitter, call)
             rows += emitter.rows
             kept += emitter.kept
+            if clock is not None:
+                rows[-1] = replace(rows[-1], then_wait=True)  # the clock is read when all workers are done
+                rows.append(Row("clock_step", (clock.ctypes.data + 8 * number,), then_wait=False))
         return rows, kept
 
     def prepare(self, calls: Sequence[tuple[Kernel, Call]], progress: Callable[[int, int], None]) -> None:
@@ -145,16 +157,41 @@ class CpuDevice(HostDevice):
 
     def program(self, calls: Sequence[tuple[Kernel, Call]]) -> Callable[[], None]:
         """The calls as one tape, run by all workers in one compiled loop."""
-        rows, kept = self.rows(calls)
+        return self.tape(*self.rows(calls), calls[0][1].step)
+
+    def tape(self, rows: Sequence[Row], kept: Sequence[np.ndarray], step: Step | None) -> Callable[[], None]:
+        """A callable that runs ``rows``."""
         tape = table(rows)
         workers, at, count = self.workers, tape.ctypes.data, len(tape)
-        step = calls[0][1].step
 
         def run() -> None:
             workers.run(at, count, 0 if step is None else len(step.context_len))
             _ = tape, kept  # the rows, and what they point to, live as long as what runs them
 
         return run
+
+    def timed(self, calls: Sequence[tuple[Kernel, Call]]) -> Callable[[], Sequence[float]]:
+        """The calls as one tape with a clock between them: they run as always, in one compiled loop."""
+        clock = np.zeros(len(calls) + 1, np.int64)
+        program = self.tape(*self.rows(calls, clock), calls[0][1].step)
+
+        def run() -> list[float]:
+            program()
+            seconds: list[float] = (np.diff(clock) * self.cycle_seconds).tolist()
+            return seconds
+
+        return run
+
+    @cached_property
+    def cycle_seconds(self) -> float:
+        """Seconds of a tick of the clock that ``timed`` reads, against the system's, over 50 ms."""
+        ticks = np.zeros(1, np.int64)
+        note = self.tape([Row("clock_step", (ticks.ctypes.data,))], [ticks], None)
+        note()
+        before, start = int(ticks[0]), time.perf_counter()
+        time.sleep(0.05)
+        note()
+        return (time.perf_counter() - start) / (int(ticks[0]) - before)
 
     def tune(self, formats: Iterable[str]) -> None:
         """From how many tokens on the matrix unit pays."""

@@ -1,0 +1,119 @@
+"""``labinfer profile``: what the ops of a model cost on the devices here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from labinfer.cli.options import CHOICES, COUNT, PLAN_OPTIONS, given, json_option
+from labinfer.cli.output import current
+
+if TYPE_CHECKING:
+    from labinfer.compiler.costs import DeviceProfile
+    from labinfer.profile.validate import Comparison, ValidatedStep
+
+COLUMNS = ("OP", "1 TOKEN µs", "±", "MOST SEQUENCES µs", "LARGEST STEP µs", "± µs")
+PATIENCE_SECONDS = 30
+"""How long measuring waits for other programs to be quiet."""
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--devices", metavar="LIST", help="Devices to measure (default: those of the plan, or cpu).")
+@click.option("--threads", type=COUNT, metavar="N", help=PLAN_OPTIONS["threads"])
+@click.option("--kv-dtype", type=click.Choice(CHOICES["kv_dtype"]), help=PLAN_OPTIONS["kv_dtype"])
+@click.option("--activations", type=click.Choice(CHOICES["activations"]), help=PLAN_OPTIONS["activations"])
+@click.option("--max-num-batched-tokens", type=COUNT, metavar="N", help=PLAN_OPTIONS["max_num_batched_tokens"])
+@click.option("--max-num-seqs", type=COUNT, metavar="N", help="Sequences of the largest decode step (default: 16).")
+@click.option("--weights", metavar="PATH", help="Model directory or file to take names and shapes of weights from.")
+@click.option("--quick", is_flag=True, help="Measure few sizes of steps.")
+@click.option("--again", is_flag=True, help="Measure what is known too.")
+@click.option("--validate", is_flag=True, help="Run the plan, and compare what steps take with what was predicted.")
+@json_option
+def profile(model: str | None, quick: bool, again: bool, validate: bool, as_json: bool, **options: Any) -> None:
+    """Measure what the ops of a model cost on this machine.
+
+    MODEL is a plan.json, or whatever `labinfer compile` takes; without it, the embedded SmolLM2-135M-Instruct. Every
+    distinct op is measured on every device, in steps of many sizes and contexts, as part of whole steps. What is known
+    is not measured again. The results lie under LABINFER_HOME/profiles, one file for each device: plain JSON, which a
+    cluster file can name on another machine.
+
+    \b
+    labinfer profile model.gguf --quick
+    labinfer profile plan.json --validate
+    """
+    from labinfer.api import ONE_SEQUENCE, find_plan, is_plan
+    from labinfer.profile.quiet import Patience
+    from labinfer.profile.session import profile_links, profile_plan
+
+    out = current()
+    with out.progress() as progress:
+        defaults = {} if model is not None and is_plan(model) else ONE_SEQUENCE
+        plan = find_plan(model, progress=progress, defaults=defaults, **given(options))
+        source = plan.source.checkpoint or plan.source.maps[0]
+        profiles = profile_plan(plan, source, progress, Patience(PATIENCE_SECONDS), quick=quick, again=again)
+    if validate:
+        from labinfer.profile.validate import validate_plan
+
+        links = profile_links({name: device.threads for name, device in plan.devices.items()})
+        steps = validate_plan(plan, profiles, links, Patience(PATIENCE_SECONDS))
+        if as_json:
+            out.json([asdict(step) for step in steps])
+            return
+        show_validation(steps)
+        return
+    if as_json:
+        out.json({name: each.model_dump(mode="json", exclude_defaults=True) for name, each in profiles.items()})
+        return
+    for name, each in profiles.items():
+        show_profile(name, each)
+
+
+def show_profile(name: str, profile: DeviceProfile) -> None:
+    """The profile of a device as a table, the dearest op of a decode step first."""
+    from labinfer.compiler.costs.store import profile_path
+
+    out = current()
+    facts = ", ".join(f"{key} {value}" for key, value in profile.device.items() if value is not None)
+    out.data(f"{name}: {facts}")
+    out.data(f"{len(profile.ops)} ops in {profile_path(profile.device)}")
+    rows = []
+    for signature, table in profile.ops.items():
+        decode, prefill = table.step or table.decode, table.step or table.prefill
+        most = max(point[0] for point in decode)
+        large = max(prefill, key=lambda point: (point[0], -point[1]))
+        largest = min(point for point in decode if point[0] == most)
+        rows.append((decode[0][2], [signature, *_times(decode[0]), _microseconds(largest[2]), *_times(large)]))
+    rows.sort(key=lambda row: -row[0])
+    out.table(COLUMNS, [row for _, row in rows], right=COLUMNS[1:])
+
+
+def _times(point: Sequence[float]) -> list[str]:
+    return [_microseconds(point[2]), _microseconds(point[3])]
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{1e6 * seconds:.1f}"
+
+
+def show_validation(steps: Sequence[ValidatedStep]) -> None:
+    """Predicted against measured: whole steps, their stages, and kinds of ops."""
+    from statistics import median
+
+    rows: list[list[str]] = []
+    for step in steps:
+        rows.append(_row(step.whole, ""))
+        rows += [_row(each, "  ") for each in step.stages]
+        rows += [_row(each, "    ") for each in sorted(step.ops, key=lambda each: -each.measured)]
+    columns = ["STEP", "TIMES", "PREDICTED ms", "MEASURED ms", "ERROR"]
+    current().table(columns, rows, right=columns[1:])
+    middle = median(abs(step.whole.error) for step in steps)
+    current().data(f"median error of {len(steps)} steps: {100 * middle:.1f} %")
+
+
+def _row(each: Comparison, indent: str) -> list[str]:
+    times = (f"{1e3 * seconds:.3f}" for seconds in (each.predicted, each.measured))
+    return [indent + each.what, str(each.count), *times, f"{100 * each.error:+.1f} %"]

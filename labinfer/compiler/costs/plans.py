@@ -1,0 +1,67 @@
+"""What the stages of a plan cost, from the text of the plan and the profiles of its devices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from labinfer.compiler.costs.predict import StepShape, op_seconds
+from labinfer.compiler.costs.signature import Signer
+from labinfer.compiler.costs.table import DeviceProfile, LinkProfile
+from labinfer.compiler.fold import GRAPH_INPUTS, steps, unfold_inputs, unfold_ops, unfold_states, unfold_weights
+from labinfer.compiler.graph import Op
+from labinfer.compiler.plan import Plan, Stage
+from labinfer.ops.base import TensorType
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """Seconds of a stage in a step: of each op that runs, of what is beside them, of handing on what it made."""
+
+    ops: tuple[tuple[Op, float], ...]
+    overhead: float
+    hop: float
+
+    @property
+    def seconds(self) -> float:
+        """All but the hop."""
+        return sum(each for _, each in self.ops) + self.overhead
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.seconds + self.hop
+
+
+def stage_signer(plan: Plan, stage: Stage) -> Signer:
+    """Writes the signatures of a stage's ops."""
+    types = dict.fromkeys(GRAPH_INPUTS, TensorType(("T",), "i32"))
+    types |= {name: slot.type for name, slot in unfold_inputs(stage).items()}
+    for _, made in unfold_ops(stage):
+        types |= {name: slot.type for name, slot in made.items()}
+    options = plan.devices[stage.device].options
+    return Signer(types, unfold_weights(plan), unfold_states(plan), plan.limits, options)
+
+
+def stage_ops(stage: Stage) -> list[Op]:
+    """The ops that run, fused ones whole or in parts as the plan has them."""
+    return [step for op, made in unfold_ops(stage) for step in steps(op, made)]
+
+
+def predict_plan(
+    plan: Plan, profiles: Mapping[str, DeviceProfile], links: Mapping[tuple[str, str], LinkProfile], step: StepShape
+) -> list[StageCost]:
+    """What each stage takes in a step of this size; ``links`` are by the devices at both ends.
+
+    A ``KeyError`` names a signature, or a pair of devices, that was never measured.
+    """
+    found = []
+    for number, stage in enumerate(plan.stages):
+        profile, signer = profiles[stage.device], stage_signer(plan, stage)
+        costs = tuple((op, op_seconds(profile, signer, op, step)) for op in stage_ops(stage))
+        nbytes = sum(signer.types[name].nbytes(step.tokens, step.rows) for name in stage.outputs)
+        following = plan.stages[number + 1].device if number + 1 < len(plan.stages) else None
+        link = profile.out if following is None else links[stage.device, following]
+        hop = link.latency + nbytes / link.bandwidth if link else 0.0
+        found.append(StageCost(costs, profile.overhead.seconds("step", step.tokens, 0), hop))
+    return found

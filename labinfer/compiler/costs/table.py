@@ -1,0 +1,126 @@
+"""Measured times of ops by the size of the step, and the file that holds those of one device.
+
+Times are not lines: they have steps where a kernel changes its way (a matrix unit, a chunk that leaves a cache). So a
+table keeps what was measured, and is read by linear interpolation between neighbours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, ValidationError
+
+from labinfer.errors import ErrorSink, InvalidFile, Place
+
+PROFILE_VERSION = 1
+MAX_PROFILE_BYTES = 16_000_000
+
+Point = tuple[NonNegativeInt, NonNegativeInt, NonNegativeFloat, NonNegativeFloat]
+"""Tokens (or rows of logits) of the step, tokens that each sequence had before it, seconds, and the spread of these:
+the median distance from the median."""
+
+Origin = Literal["measured", "borrowed", "derived"]
+"""How times are known: measured on this very device, on another one of its kind, or derived from a specification."""
+
+
+class Record(BaseModel):
+    """Base of all parts of a profile: known keys only."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class CostTable(Record):
+    """Times of one op. Ops that read the cache have points for ``decode`` (each sequence gets one token) and for
+    ``prefill`` (one sequence gets them all); for others only the number of tokens counts, in ``step``."""
+
+    decode: list[Point] = Field(default=[], description="each of so many sequences gets a token")
+    prefill: list[Point] = Field(default=[], description="one sequence gets so many tokens")
+    step: list[Point] = Field(default=[], description="so many tokens, of whatever sequences")
+    quick: bool = Field(default=False, description="whether few points were measured")
+
+    def seconds(self, phase: Literal["decode", "prefill", "step"], tokens: int, past: int) -> float:
+        """The time for ``tokens`` tokens of sequences that had ``past`` tokens before."""
+        by_tokens = self._by_tokens[phase]
+        return interpolate([(count, interpolate(row, past)) for count, row in by_tokens], tokens)
+
+    @cached_property
+    def _by_tokens(self) -> Mapping[str, Sequence[tuple[int, Sequence[tuple[int, float]]]]]:
+        found = {}
+        for phase in ("decode", "prefill", "step"):
+            rows: dict[int, list[tuple[int, float]]] = {}
+            for tokens, past, seconds, _ in sorted(getattr(self, phase)):
+                rows.setdefault(tokens, []).append((past, seconds))
+            found[phase] = list(rows.items())
+        return found
+
+    def most_tokens(self) -> int:
+        """The largest step that was measured."""
+        return max((point[0] for point in [*self.decode, *self.prefill, *self.step]), default=0)
+
+
+def interpolate(points: Sequence[tuple[int, float]], x: float) -> float:
+    """Linear between neighbours of ``points`` (sorted); constant before the first, the last slope goes on after the
+    last, unless it falls. 0 without points."""
+    if not points:
+        return 0.0
+    if x <= points[0][0]:
+        return points[0][1]
+    at = next((number for number, point in enumerate(points) if x <= point[0]), len(points) - 1)
+    if at == 0:
+        return points[0][1]
+    (x0, y0), (x1, y1) = points[at - 1], points[at]
+    slope = (y1 - y0) / (x1 - x0)
+    return y1 + (max(slope, 0.0) if x > x1 else slope) * (x - x1)
+
+
+class LinkProfile(Record):
+    """A way between two devices: seconds until the first byte is there, then bytes per second."""
+
+    latency: NonNegativeFloat = Field(description="seconds")
+    bandwidth: PositiveFloat = Field(description="bytes per second")
+    origin: Origin = Field(default="measured", description="how the numbers are known")
+
+
+class DeviceProfile(Record):
+    """What ops cost on one device: a file that can be read, kept and handed on.
+
+    ``device`` says what the times depend on (see ``Capabilities.fingerprint``). ``ops`` has a table for each signature;
+    ``overhead`` is what a stage takes beside its ops, ``out`` the way from the device to the host.
+    """
+
+    labinfer_profile: Literal[1] = Field(default=1, description="version of this format")
+    device: dict[str, Any] = Field(description="what the times depend on")
+    origin: Origin = Field(default="measured", description="how the times are known")
+    ops: dict[str, CostTable] = Field(default={}, description="times by the signature of an op")
+    overhead: CostTable = Field(default=CostTable(), description="what a step takes beside its ops")
+    out: LinkProfile | None = Field(default=None, description="from the device's memory to the host's")
+
+    def dump(self) -> str:
+        """The profile as JSON text, an op and a phase a line."""
+        from labinfer.compiler.plan import compact_json
+
+        return compact_json(self.model_dump(mode="json", exclude_defaults=True) | {"labinfer_profile": 1}) + "\n"
+
+
+def load_profile(path: Path | str) -> DeviceProfile:
+    """Read a profile; every fault is an ``InvalidFile`` that names the file and the field."""
+    place = Place(str(path))
+    try:
+        if Path(path).stat().st_size > MAX_PROFILE_BYTES:
+            raise InvalidFile("profile.too-large", "the file is too large for a profile", place=place)
+        return DeviceProfile.model_validate(json.loads(Path(path).read_text("utf-8")))
+    except FileNotFoundError:
+        raise InvalidFile("profile.missing", "no such profile", place=place) from None
+    except ValidationError as failure:
+        sink = ErrorSink()
+        for each in failure.errors(include_url=False)[:20]:
+            where = ".".join(map(str, each["loc"])) or "the file"
+            sink.add(InvalidFile("profile.schema", f"{where}: {each['msg']}", place=place))
+        sink.check()
+        raise AssertionError("unreachable: a validation error has details") from failure
+    except (OSError, ValueError, RecursionError) as error:
+        raise InvalidFile("profile.json", f"cannot be read as JSON: {error}", place=place) from None

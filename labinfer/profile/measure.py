@@ -1,0 +1,189 @@
+"""Measures every op of a model inside whole steps, as the model runs them.
+
+An op that runs by itself, again and again, finds its weights in a cache and is faster than it ever will be in a model.
+So whole steps run, on memory as a plan lays it out, with a clock between the ops: each op then meets the caches as its
+predecessor left them, and the times of all ops add up to that of the step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from labinfer.backends.base import capabilities
+from labinfer.compiler.costs import CostTable, DeviceProfile, LinkProfile, Signer, StepShape
+from labinfer.compiler.costs.plans import stage_signer
+from labinfer.compiler.graph import Op
+from labinfer.compiler.plan import Plan
+from labinfer.errors import LabinferError
+from labinfer.profile.grid import Grid
+from labinfer.profile.links import measure_out
+from labinfer.profile.quiet import FOREIGN_SHARE, Foreign, Patience
+from labinfer.profile.synthetic import SyntheticCheckpoint
+from labinfer.progress import Progress
+from labinfer.runtime.batch import Part
+from labinfer.runtime.cache import CacheOptions
+from labinfer.runtime.kv_cache import KVCache
+from labinfer.runtime.model import Model
+from labinfer.runtime.step_memory import StepBatch
+
+BUDGET_SECONDS, FEWEST_RUNS, MOST_RUNS = 0.3, 3, 25
+"""A step is run for so long, but so many times at least and at most."""
+
+MOST_TRIES = 4
+
+Runs = tuple[list[float], list[np.ndarray]]
+"""Seconds of each run of a whole step, and of each op [runs, ops] by stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """A step as measured: seconds of the whole, seconds of each op of each stage, medians over runs; and all runs."""
+
+    whole: float
+    ops: list[list[tuple[Op, float]]]
+    runs: list[float]
+    op_runs: list[np.ndarray]
+
+
+def measure_device(plan: Plan, grid: Grid, quick: bool, patience: Patience, progress: Progress) -> DeviceProfile:
+    """The profile of the one device of ``plan``, which runs the whole model on made-up weights."""
+    (name, device), (stage,) = next(iter(plan.devices.items())), plan.stages
+    profile = DeviceProfile(device=dict(capabilities(name).fingerprint(device.threads)))
+    with Model(plan, SyntheticCheckpoint(plan), cache=CacheOptions(enable_prefix_caching=False)) as model:
+        fill_caches(model)
+        (interpreter,) = model.interpreters
+        signer = stage_signer(plan, stage)
+        profile.out = measure_out(interpreter.device)
+        found: dict[tuple[str, str], dict[tuple[int, int], tuple[float, float]]] = defaultdict(dict)
+        steps = grid.steps()
+        for number, shape in enumerate(steps):
+            progress(f"measuring {name}", number, len(steps))
+            record(found, signer, shape, measure_step(model, shape, patience), plan.vocab_size, profile.out)
+        progress(f"measuring {name}", len(steps), len(steps))
+    for (signature, phase), points in found.items():
+        listed = [(tokens, past, seconds, spread) for (tokens, past), (seconds, spread) in sorted(points.items())]
+        table = profile.overhead if not signature else profile.ops.setdefault(signature, CostTable(quick=quick))
+        setattr(table, phase, listed)
+    return profile
+
+
+def record(
+    found: dict[tuple[str, str], dict[tuple[int, int], tuple[float, float]]],
+    signer: Signer,
+    shape: StepShape,
+    times: StepTimes,
+    vocab_size: int,
+    out: LinkProfile,
+) -> None:
+    """Add what a step showed to the points of each signature and phase; the overhead has the empty signature.
+
+    Ops of one signature count with their mean, so that sums stay sums.
+    """
+    (ops,), (runs,) = times.ops, times.op_runs
+    columns: dict[str, list[int]] = defaultdict(list)
+    for number, (op, _) in enumerate(ops):
+        columns[signer.signature(op)].append(number)
+    for signature, numbers in columns.items():
+        axis = signer.axis(ops[numbers[0]][0])
+        count = shape.rows if axis == "rows" else shape.tokens
+        key = (count, shape.past if axis == "context" else 0)
+        phases = ["step"] if axis != "context" else ["decode", "prefill"] if shape.tokens == 1 else [shape.phase]
+        for phase in phases:
+            found[signature, phase].setdefault(key, spread(runs[:, numbers].mean(axis=1)))
+    copied = out.latency + 4 * shape.rows * vocab_size / out.bandwidth
+    rest = np.maximum(np.array(times.runs) - runs.sum(axis=1) - copied, 0.0)
+    found["", "step"].setdefault((shape.tokens, 0), spread(rest))
+
+
+def spread(runs: np.ndarray) -> tuple[float, float]:
+    """The median, and the median distance from it, of seconds of several runs; to a tenth of a nanosecond."""
+    middle = float(np.median(runs))
+    return round(middle, 10), round(float(np.median(np.abs(runs - middle))), 10)
+
+
+def measure_step(model: Model, shape: StepShape, patience: Patience) -> StepTimes:
+    """Run a step of this size, whole and with clocks between its ops in turn, on whatever the cache holds.
+
+    It runs again while others are busy; the quietest try counts.
+    """
+    with prepared_step(model, shape) as batch:
+        timed = []
+        for interpreter in model.interpreters:
+            interpreter.step_memory.load(batch)
+            bound, _ = interpreter.resolve(len(batch.token_ids), len(batch.logits_rows))
+            listed = [(each.op, each.kernel, each.call) for each in bound if each.kernel is not None]
+            program = interpreter.device.timed([(kernel, call) for _, kernel, call in listed])
+            timed.append(([op for op, _, _ in listed], program))
+        model.run(batch)  # binds the tape, and warms what stays warm
+        tries: list[tuple[float, Runs]] = []
+        while not tries or (tries[-1][0] > FOREIGN_SHARE and patience.left > 0 and len(tries) < MOST_TRIES):
+            patience.wait()
+            foreign = Foreign()
+            times = run_step(model, batch, [program for _, program in timed])
+            tries.append((foreign.share(), times))
+    whole, arrays = min(tries, key=lambda each: each[0])[1]
+    ops = [
+        list(zip(ops, np.median(array, axis=0).tolist(), strict=True))
+        for (ops, _), array in zip(timed, arrays, strict=True)
+    ]
+    return StepTimes(median(whole), ops, whole, arrays)
+
+
+def run_step(model: Model, batch: StepBatch, programs: Sequence[Callable[[], Sequence[float]]]) -> Runs:
+    """Run the whole and the clocked stages in turn."""
+    whole: list[float] = []
+    runs: list[list[np.ndarray]] = [[] for _ in programs]
+    started = time.perf_counter()
+    while len(whole) < FEWEST_RUNS or (len(whole) < MOST_RUNS and time.perf_counter() - started < BUDGET_SECONDS):
+        start = time.perf_counter()
+        model.run(batch)
+        whole.append(time.perf_counter() - start)
+        for seconds, program in zip(runs, programs, strict=True):
+            seconds.append(np.array(program()))
+    return whole, [np.array(each) for each in runs]
+
+
+@contextmanager
+def prepared_step(model: Model, shape: StepShape) -> Iterator[StepBatch]:
+    """The batch of a step of this size: rows whose tokens before it count as computed, and own blocks."""
+    batch, limits = model.batch, model.plan.limits
+    count, random = shape.tokens // shape.sequences, np.random.default_rng(0)
+    rows = [batch.add(random.integers(model.vocab_size, size=shape.past + count)) for _ in range(shape.sequences)]
+    try:
+        for row in rows:
+            for start in range(0, shape.past, limits.max_num_batched_tokens):  # a window gives back what it passed
+                grow(model, [row], min(limits.max_num_batched_tokens, shape.past - start))
+                batch.num_computed[row] += min(limits.max_num_batched_tokens, shape.past - start)
+                batch.commit(part_of_rows([row], 1))
+        yield batch.step(grow(model, rows, count))
+    finally:
+        for row in rows:
+            batch.remove(row)
+
+
+def part_of_rows(rows: list[int], count: int) -> Part:
+    """The next ``count`` tokens of each of ``rows``, with a row of logits for each."""
+    ones = np.ones(len(rows), np.int32)
+    return Part(np.array(rows), ones * np.int32(count), ones, ones, decodes=count == 1)
+
+
+def grow(model: Model, rows: list[int], count: int) -> Part:
+    """Give ``rows`` blocks for their next ``count`` tokens."""
+    part = part_of_rows(rows, count)
+    if model.batch.grow(part) is not None:
+        raise LabinferError("run.cache-full", "the cache has too few blocks for the step to be measured")
+    return part
+
+
+def fill_caches(model: Model) -> None:
+    """Touch the cache's memory: pages that were never written are all one, and are read from a CPU's cache."""
+    for memory in model.memory:
+        if isinstance(memory, KVCache):
+            memory.device.fill(memory.buffer, 0x3C)

@@ -1,0 +1,124 @@
+"""Profiles of the devices of this machine for one model: what is not known yet is measured and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+from labinfer.api import compile
+from labinfer.backends.base import capabilities
+from labinfer.compiler.costs import DeviceProfile, LinkProfile
+from labinfer.compiler.costs.plans import stage_ops, stage_signer
+from labinfer.compiler.costs.store import store_profile, stored_profile
+from labinfer.compiler.plan import Plan
+from labinfer.errors import DoesNotFit
+from labinfer.ops.fusions import is_view
+from labinfer.profile.grid import MOST_CACHED_TOKENS, Grid, grid_for
+from labinfer.profile.links import measure_link
+from labinfer.profile.measure import measure_device
+from labinfer.profile.quiet import Patience
+from labinfer.progress import Progress
+from labinfer.runtime.manager import Manager
+from labinfer.units import human_bytes
+
+SEQUENCES = 16
+"""Sequences of the largest decode step that is measured, unless more are asked for."""
+
+
+def profile_device(
+    model: str | Path,
+    name: str,
+    threads: int | None,
+    progress: Progress,
+    patience: Patience,
+    *,
+    quick: bool = False,
+    again: bool = False,
+    **options: Any,
+) -> DeviceProfile:
+    """The profile of device ``name`` with every op of ``model``; measures those it lacks (all with ``again``).
+
+    ``quick`` measures fewer sizes of steps. ``options`` are the compiler's. What was measured is kept on disk.
+    """
+    if threads is not None:
+        options["threads"] = threads
+    options["max_num_seqs"] = max(options.get("max_num_seqs") or 0, SEQUENCES)
+    options.pop("max_model_len", None)
+    plan = compile(model, devices=name, **options)
+    device, limits = plan.devices[name], plan.limits
+    stored = stored_profile(capabilities(name).fingerprint(device.threads))
+    bounds = limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_model_len
+    grid = grid_for(quick, *bounds, device.matrix_unit.values())
+    if not again and is_known(stored, plan, quick, grid):
+        return stored
+    plan = compile(model, devices=name, num_blocks=blocks_for(grid, limits.block_size), **options)
+    check_memory(plan)
+    fresh = measure_device(plan, grid, quick, patience, progress)
+    fresh.ops = {**stored.ops, **fresh.ops}
+    store_profile(fresh)
+    return fresh
+
+
+def is_known(profile: DeviceProfile, plan: Plan, quick: bool, grid: Grid) -> bool:
+    """Whether ``profile`` has times for every op of ``plan``, at steps as large, and as many of them as asked for."""
+    (stage,) = plan.stages
+    signer = stage_signer(plan, stage)
+    for op in stage_ops(stage):
+        if is_view(op.kind):
+            continue
+        table = profile.ops.get(signer.signature(op))
+        largest = max(grid.decode) if signer.axis(op) == "rows" else max(grid.prefill)
+        if table is None or (table.quick and not quick) or table.most_tokens() < largest:
+            return False
+    return bool(profile.overhead.step)
+
+
+def blocks_for(grid: Grid, block_size: int) -> int:
+    """Cache blocks that the largest step of ``grid`` needs."""
+    return max(s.sequences * -(-(s.past + s.tokens // s.sequences) // block_size) for s in grid.steps())
+
+
+def check_memory(plan: Plan) -> None:
+    """Raise ``DoesNotFit`` where the machine has too little memory free to run the model once."""
+    ((name, device),) = plan.devices.items()
+    manager = Manager()
+    try:
+        free, _ = manager.device(name, device.threads).memory()
+    finally:
+        manager.close()
+    needed = plan.stages[0].bytes.total
+    if needed > free:
+        message = f"measuring '{plan.source.name}' on '{name}' takes {human_bytes(needed)} of {human_bytes(free)} free"
+        remedy = f"measure a model with fewer layers of the same shapes, or at most {MOST_CACHED_TOKENS} cached tokens"
+        raise DoesNotFit("profile.memory", message, remedy=remedy)
+
+
+def profile_links(devices: Mapping[str, int | None]) -> dict[tuple[str, str], LinkProfile]:
+    """The way between any two of ``devices`` (name, threads) in this process."""
+    manager = Manager()
+    try:
+        opened = {name: manager.device(name, threads) for name, threads in devices.items()}
+        return {(a, b): measure_link(opened[a], opened[b]) for a, b in permutations(opened, 2)}
+    finally:
+        manager.close()
+
+
+def profile_plan(
+    plan: Plan, model: str | Path, progress: Progress, patience: Patience, *, quick: bool = False, again: bool = False
+) -> dict[str, DeviceProfile]:
+    """Profiles of the devices of ``plan`` for the ops of ``model``."""
+    limits = plan.limits
+    options: dict[str, Any] = {
+        "quick": quick,
+        "again": again,
+        "block_size": limits.block_size,
+        "kv_dtype": limits.kv_dtype,
+        "max_num_batched_tokens": limits.max_num_batched_tokens,
+        "max_num_seqs": limits.max_num_seqs,
+    }
+    return {
+        name: profile_device(model, name, device.threads, progress, patience, activations=device.activations, **options)
+        for name, device in plan.devices.items()
+    }

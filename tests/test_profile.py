@@ -1,0 +1,161 @@
+"""Profiles: tables of measured times, signatures, what is measured and kept, and predictions from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import labinfer
+from labinfer.compiler.costs import CostTable, DeviceProfile, StepShape, load_profile
+from labinfer.compiler.costs.plans import predict_plan, stage_ops, stage_signer
+from labinfer.compiler.costs.store import profile_path, store_profile
+from labinfer.compiler.costs.table import interpolate
+from labinfer.errors import LabinferError
+from labinfer.ops.dequantization import dequantize
+from labinfer.ops.fusions import is_view
+from labinfer.profile.grid import MOST_CACHED_TOKENS, grid_for
+from labinfer.profile.quiet import Patience
+from labinfer.profile.session import profile_device, profile_links
+from labinfer.profile.synthetic import BYTES, SyntheticCheckpoint
+from labinfer.profile.validate import validate_plan
+from labinfer.progress import silent
+
+_GOLDEN = Path(__file__).parent / "golden"
+_MODEL = _GOLDEN / "llama-llama3"
+_SMALL = {"max_num_batched_tokens": 16}
+
+
+def _profile(model: Path, name: str = "reference") -> DeviceProfile:
+    return profile_device(model, name, None, silent, Patience(0), quick=True, **_SMALL)
+
+
+def test_interpolation_goes_through_the_points_and_on_with_the_last_slope() -> None:
+    points = [(1, 2.0), (4, 2.0), (8, 6.0)]
+    assert [interpolate(points, x) for x in (0, 1, 4, 6, 8, 10)] == [2, 2, 2, 4, 6, 8]
+    assert interpolate([(1, 5.0), (2, 3.0)], 4) == 3.0  # a time that falls, as noise makes it, falls no further
+    assert interpolate([], 3) == 0.0
+
+
+@given(st.lists(st.tuples(st.integers(0, 1000), st.floats(0, 1e3)), min_size=1, unique_by=lambda point: point[0]))
+def test_interpolated_times_are_never_negative(points: list[tuple[int, float]]) -> None:
+    assert all(interpolate(sorted(points), x) >= 0 for x in range(0, 3000, 7))
+
+
+def test_a_table_is_linear_in_context_and_in_tokens() -> None:
+    points = [(n, past, (1 + 2 * n) * (3.0 + past), 0.0) for n in (1, 4) for past in (0, 10)]
+    table = CostTable(decode=points)
+    assert table.seconds("decode", 2, 5) == pytest.approx(5 * 8)
+    assert table.seconds("decode", 4, 20) == pytest.approx(9 * 23)
+
+
+def test_grids_keep_to_the_bounds_and_measure_both_sides_of_a_crossing() -> None:
+    grid = grid_for(False, 64, 4, 256, [16])
+    assert max(grid.decode) == 4
+    assert {15, 16, 64} <= set(grid.prefill)
+    assert all(shape.sequences * shape.past <= MOST_CACHED_TOKENS for shape in grid.steps())
+    assert all(shape.past + shape.tokens // shape.sequences <= 256 for shape in grid.steps())
+
+
+@pytest.mark.parametrize(
+    "format", ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"]
+)
+def test_made_up_weights_are_ordinary_numbers(format: str) -> None:
+    from labinfer.ops.formats import stored_bytes
+
+    raw = np.random.default_rng(1).choice(BYTES, stored_bytes(format, (64, 256)))
+    values = dequantize(raw, format, (64, 256))
+    assert np.isfinite(values).all()
+    assert 1e-6 < np.abs(values).mean() < 1e4
+    assert values.min() < 0 < values.max()
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize("folder", ["llama-llama3", "mixtral-window", "gemma3_text-linear_global", "gpt2-untied_inner"])
+def test_every_op_of_a_model_is_measured_once_and_kept(folder: str) -> None:
+    profile = _profile(_GOLDEN / folder)
+    plan = labinfer.compile(_GOLDEN / folder, devices="reference")
+    (stage,) = plan.stages
+    signer = stage_signer(plan, stage)
+    assert {signer.signature(op) for op in stage_ops(stage) if not is_view(op.kind)} == set(profile.ops)
+    assert all(point[2] > 0 for table in profile.ops.values() for point in [*table.step, *table.decode])
+    written = profile_path(profile.device).stat().st_mtime_ns
+    assert _profile(_GOLDEN / folder) == profile  # nothing is measured again
+    assert profile_path(profile.device).stat().st_mtime_ns == written
+    assert load_profile(profile_path(profile.device)) == profile
+
+
+@pytest.mark.usefixtures("home")
+def test_predictions_add_up_the_ops_of_each_stage() -> None:
+    profile = _profile(_MODEL)
+    plan = labinfer.compile(_MODEL, devices="reference:0=0-0,reference:1=1-2", **_SMALL)
+    links = profile_links({"reference:0": None, "reference:1": None})
+    profiles = dict.fromkeys(plan.devices, profile)
+    one, two = predict_plan(plan, profiles, links, StepShape.decode(1, 10))
+    assert two.seconds > one.seconds > 0
+    link = links["reference:0", "reference:1"]
+    assert one.hop == pytest.approx(link.latency + 4 * 24 / link.bandwidth)
+    assert sum(seconds for _, seconds in one.ops) + one.overhead == one.seconds
+    more = predict_plan(plan, profiles, links, StepShape.prefill(16, 10))
+    assert sum(stage.total for stage in more) > one.total + two.total
+
+
+@pytest.mark.usefixtures("home")
+def test_validation_compares_every_step_stage_and_op() -> None:
+    plan = labinfer.compile(_MODEL, devices="reference,reference:1", **_SMALL)
+    profiles = {name: _profile(_MODEL, name) for name in plan.devices}
+    steps = validate_plan(plan, profiles, profile_links(dict.fromkeys(plan.devices)), Patience(0))
+    assert {step.shape.phase for step in steps} == {"decode", "prefill"}
+    for step in steps:
+        assert [each.what for each in step.stages] == [f"stage {n} on {d}" for n, d in enumerate(plan.devices)]
+        assert sum(each.measured for each in step.ops) == pytest.approx(sum(each.measured for each in step.stages))
+        assert all(each.measured > 0 for each in [step.whole, *step.stages, *step.ops])
+
+
+def test_made_up_checkpoints_have_what_a_plan_names() -> None:
+    plan = labinfer.compile(_GOLDEN / "mixtral-window", devices="reference")
+    checkpoint = SyntheticCheckpoint(plan)
+    with labinfer.LLM(_GOLDEN / "mixtral-window", devices="reference") as model:
+        known = model.checkpoint.tensors
+        assert {name: (t.shape, t.format) for name, t in checkpoint.tensors.items()} == {
+            name: (known[name].shape, known[name].format) for name in checkpoint.tensors
+        }
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"labinfer_profile": 2, "device": {}}', '{"device": {}, "ops": {"x": {"step": [[1]]}}}']
+)
+def test_a_bad_profile_is_told_with_its_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    with pytest.raises(LabinferError, match=r"profile\.") as raised:
+        load_profile(path)
+    assert str(raised.value.place) == str(path)
+    assert raised.value.exit_code == 3
+
+
+@pytest.mark.usefixtures("home")
+def test_profiles_are_short_readable_json() -> None:
+    profile = DeviceProfile(device={"kind": "x"}, ops={"op": CostTable(step=[(1, 0, 1e-6, 0.0)])})
+    text = store_profile(profile).read_text()
+    assert json.loads(text)["ops"] == {"op": {"step": [[1, 0, 1e-6, 0.0]]}}
+
+
+@pytest.mark.usefixtures("home")
+def test_the_command_measures_and_validates(labinfer_cli: Callable[..., CompletedProcess[str]]) -> None:
+    found = labinfer_cli(
+        "profile", _MODEL, "--devices", "reference", "--quick", "--json", "--max-num-batched-tokens", 16
+    )
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["reference"]["device"]["kind"] == "reference"
+    shown = labinfer_cli("profile", _MODEL, "--devices", "reference", "--quick", "--max-num-batched-tokens", 16)
+    assert "linear(f32[T, 24])" in shown.stdout
+    assert labinfer_cli("compile", _MODEL, "--devices", "reference", "--max-num-batched-tokens", 16).returncode == 0
+    checked = labinfer_cli("profile", "plan.json", "--quick", "--validate")
+    assert "median error of" in checked.stdout
