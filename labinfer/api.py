@@ -11,10 +11,10 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from labinfer.backends.base import capabilities, device_kind
 from labinfer.compiler.blueprint import Blueprint, Match, read_map
 from labinfer.compiler.check_names import check_names
 from labinfer.compiler.compile import CompileOptions, compile_plan
@@ -29,6 +29,7 @@ from labinfer.home import graphs_dir, models_dir
 from labinfer.ops.formats import FORMATS
 from labinfer.progress import Progress
 from labinfer.runtime.weights import Checkpoint, open_checkpoint, read_config
+from labinfer.targets import real_target
 
 DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 ONE_SEQUENCE = {"max_num_seqs": 1, "max_logits_rows": 1}
@@ -44,6 +45,9 @@ def compile(
     weights: str | Path | None = None,
     config: str | Path | None = None,
     devices: str | Sequence[str] | None = None,
+    cluster: str | Path | None = None,
+    objective: str = "latency",
+    workload: str = "",
     tracer: Tracer | None = None,
     progress: Progress | None = None,
     **options: Any,
@@ -51,12 +55,22 @@ def compile(
     """The plan for ``model``: a map (path, or name in graphs/), a model directory, a GGUF or safetensors file, a name.
 
     A map without ``weights`` or ``config`` is compiled for its own example model. ``devices`` names the devices, with
-    layers if placed by hand: ``"reference:0=0-7,reference:1=8-15"``. ``options`` are those of ``CompileOptions``.
+    layers if placed by hand: ``"reference:0=0-7,reference:1=8-15"``. Over the devices of a ``cluster`` file, costs that
+    were measured before (``labinfer profile``) decide: what is best for ``objective`` (``latency``, ``throughput`` or
+    ``balanced``) and ``workload`` (``prompt=512,output=128,concurrency=8``). ``options`` are ``CompileOptions``'.
     ``progress`` shows the download of a model that is not here yet; without it a bar on stderr does. Raises a
     ``LabinferError`` that says what is wrong and where.
     """
     blueprint, source, checkpoint = read_model(model, weights, config, progress)
-    return compile_plan(blueprint, source, targets(devices), compile_options(options), checkpoint, tracer)
+    if cluster is None:
+        return compile_plan(blueprint, source, targets(devices), compile_options(options), checkpoint, tracer)
+    if devices is not None:
+        raise UsageError("device.list", "the cluster file names the devices; give it or devices, not both")
+    from labinfer.placing import cluster_goal  # numpy, which a plan for devices by name does without
+
+    places, goal = cluster_goal(cluster, objective, workload)
+    chosen = compile_options({"max_num_seqs": goal.workload.concurrency, **options})
+    return compile_plan(blueprint, source, places, chosen, checkpoint, tracer, goal)
 
 
 def validate(
@@ -298,25 +312,11 @@ def targets(devices: str | Sequence[str] | None) -> list[Target]:
 
 def _target(item: str) -> Target:
     name, assigned, layers = item.partition("=")
-    known = capabilities(name)
-    span: tuple[int, int] | None = None
-    if assigned:
-        match = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", layers)
-        span = (int(match[1]), int(match[2] or match[1])) if match else None
-        if span is None or span[1] < span[0]:
-            raise UsageError("device.layers", f"'{item}' should be like '{name}=0-7'")
-    return Target(
-        name=name,
-        kind=device_kind(name),
-        parameters=known.parameters,
-        weight_bytes=known.weight_bytes,
-        fusions=known.fusions,
-        workspace=known.workspace,
-        kv_dtypes=known.kv_dtypes,
-        tables=known.tables,
-        threads=known.threads(),
-        block_multiple=known.block_multiple,
-        activations=known.activations,
-        matrix_unit=known.matrix_unit,
-        layers=span,
-    )
+    target = real_target(name)
+    if not assigned:
+        return target
+    match = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", layers)
+    span = (int(match[1]), int(match[2] or match[1])) if match else None
+    if span is None or span[1] < span[0]:
+        raise UsageError("device.layers", f"'{item}' should be like '{name}=0-7'")
+    return replace(target, layers=span)

@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import labinfer
-from labinfer.compiler.costs import CostTable, DeviceProfile, StepShape, load_profile
+from labinfer.compiler.costs import CostTable, DeviceProfile, Measured, StepShape, load_profile
 from labinfer.compiler.costs.plans import predict_plan, stage_ops, stage_signer
 from labinfer.compiler.costs.store import profile_path, store_profile
 from labinfer.compiler.costs.table import interpolate
 from labinfer.errors import LabinferError
 from labinfer.ops.dequantization import dequantize
-from labinfer.ops.fusions import is_view
+from labinfer.profile import measure
 from labinfer.profile.grid import MOST_CACHED_TOKENS, grid_for
 from labinfer.profile.quiet import Patience
 from labinfer.profile.session import profile_device, profile_links
@@ -30,6 +30,11 @@ from labinfer.progress import silent
 _GOLDEN = Path(__file__).parent / "golden"
 _MODEL = _GOLDEN / "llama-llama3"
 _SMALL = {"max_num_batched_tokens": 16}
+
+
+@pytest.fixture(autouse=True)
+def _short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "BUDGET_SECONDS", 0)
 
 
 def _profile(model: Path, name: str = "reference") -> DeviceProfile:
@@ -83,7 +88,7 @@ def test_every_op_of_a_model_is_measured_once_and_kept(folder: str) -> None:
     plan = labinfer.compile(_GOLDEN / folder, devices="reference")
     (stage,) = plan.stages
     signer = stage_signer(plan, stage)
-    assert {signer.signature(op) for op in stage_ops(stage) if not is_view(op.kind)} == set(profile.ops)
+    assert {signer.signature(op) for op in stage_ops(stage)} == set(profile.ops)
     assert all(point[2] > 0 for table in profile.ops.values() for point in [*table.step, *table.decode])
     written = profile_path(profile.device).stat().st_mtime_ns
     assert _profile(_GOLDEN / folder) == profile  # nothing is measured again
@@ -96,21 +101,21 @@ def test_predictions_add_up_the_ops_of_each_stage() -> None:
     profile = _profile(_MODEL)
     plan = labinfer.compile(_MODEL, devices="reference:0=0-0,reference:1=1-2", **_SMALL)
     links = profile_links({"reference:0": None, "reference:1": None})
-    profiles = dict.fromkeys(plan.devices, profile)
-    one, two = predict_plan(plan, profiles, links, StepShape.decode(1, 10))
+    costs = dict.fromkeys(plan.devices, Measured(profile))
+    one, two = predict_plan(plan, costs, links, StepShape.decode(1, 10))
     assert two.seconds > one.seconds > 0
     link = links["reference:0", "reference:1"]
     assert one.hop == pytest.approx(link.latency + 4 * 24 / link.bandwidth)
     assert sum(seconds for _, seconds in one.ops) + one.overhead == one.seconds
-    more = predict_plan(plan, profiles, links, StepShape.prefill(16, 10))
+    more = predict_plan(plan, costs, links, StepShape.prefill(16, 10))
     assert sum(stage.total for stage in more) > one.total + two.total
 
 
 @pytest.mark.usefixtures("home")
 def test_validation_compares_every_step_stage_and_op() -> None:
     plan = labinfer.compile(_MODEL, devices="reference,reference:1", **_SMALL)
-    profiles = {name: _profile(_MODEL, name) for name in plan.devices}
-    steps = validate_plan(plan, profiles, profile_links(dict.fromkeys(plan.devices)), Patience(0))
+    costs = {name: Measured(_profile(_MODEL, name)) for name in plan.devices}
+    steps = validate_plan(plan, costs, profile_links(dict.fromkeys(plan.devices)), Patience(0))
     assert {step.shape.phase for step in steps} == {"decode", "prefill"}
     for step in steps:
         assert [each.what for each in step.stages] == [f"stage {n} on {d}" for n, d in enumerate(plan.devices)]

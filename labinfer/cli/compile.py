@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from labinfer.cli.options import given, json_option, plan_options
+from labinfer.cli.options import PATIENCE_SECONDS, given, json_option, plan_options
 from labinfer.cli.output import current
 from labinfer.errors import UsageError
 
@@ -17,11 +17,17 @@ if TYPE_CHECKING:
     from labinfer.compiler.plan import Plan
 
 
+OBJECTIVES = ("latency", "throughput", "balanced")
+
+
 @click.command("compile")
 @click.argument("model")
 @click.option("-o", "--output", default="plan.json", show_default=True, metavar="FILE", help="The plan; - is stdout.")
 @click.option("--config", metavar="FILE", help="A config.json to compile a map for, without weights.")
 @plan_options
+@click.option("--cluster", metavar="FILE", help="Devices and links instead: measured costs decide who runs what.")
+@click.option("--objective", type=click.Choice(OBJECTIVES), help="With --cluster: what is best (default: latency).")
+@click.option("--workload", metavar="LIST", help="With --cluster: prompt=512,output=128,concurrency=1.")
 @click.option("--trace", is_flag=True, help="Show each pass: its time, the ops before and after, its effect.")
 @click.option("--dry-run", is_flag=True, help="Compile and sum up, write nothing.")
 @json_option
@@ -33,6 +39,9 @@ def compile_command(
     trace: bool,
     dry_run: bool,
     as_json: bool,
+    cluster: str | None,
+    objective: str | None,
+    workload: str | None,
     **options: Any,
 ) -> None:
     """Compile a model map into a plan.
@@ -44,6 +53,10 @@ def compile_command(
     labinfer compile llama.yaml
     labinfer compile ~/models/Qwen3-0.6B -o qwen.json --max-model-len 8k
     labinfer compile model.gguf --devices reference:0=0-14,reference:1=15-29
+    labinfer compile model.gguf --cluster cluster.yaml --workload prompt=1000,output=200
+
+    Over a cluster file, what the ops of the model cost is measured where it is not known yet (a quick measurement;
+    `labinfer profile` makes a better one).
     """
     if as_json and output == "-" and not dry_run:
         raise UsageError("cli.usage", "--json and -o - both want stdout")
@@ -51,7 +64,13 @@ def compile_command(
     from labinfer.compiler.passes import Tracer
 
     out, tracer = current(), Tracer()
-    plan = compile(model, weights=weights, config=config, tracer=tracer, **given(options))
+    options = given({**options, "weights": weights, "config": config, "cluster": cluster})
+    options |= given({"objective": objective, "workload": workload})
+    if cluster is not None:
+        measure(model, cluster, options)
+    elif objective or workload:
+        raise UsageError("cli.usage", "--objective and --workload need --cluster")
+    plan = compile(model, tracer=tracer, **options)
     text = plan.dump()
     if trace and not as_json:
         click.echo("\n".join(trace_table(tracer)), err=True)
@@ -64,6 +83,16 @@ def compile_command(
         out.note(line)
     size = f"{len(text.encode()):,} bytes"
     out.note(f"dry run: {size}, nothing written" if dry_run else f"wrote {output}, {size}" if output != "-" else size)
+
+
+def measure(model: str, cluster: str, options: dict[str, Any]) -> None:
+    """Measure what is not known yet of the devices of a cluster file."""
+    from labinfer.profile.quiet import Patience
+    from labinfer.profile.session import profile_cluster
+
+    known = {name: value for name, value in options.items() if name != "cluster"}
+    with current().progress() as progress:
+        profile_cluster(model, cluster, progress, Patience(PATIENCE_SECONDS), quick=True, **known)
 
 
 def save(text: str, output: str) -> None:
@@ -91,7 +120,7 @@ def stage_lines(plan: Plan) -> list[str]:
 
 def trace_table(tracer: Tracer) -> list[str]:
     """The passes of a compile as a table."""
-    from labinfer.render.report_text import align
+    from labinfer.render.report_lines import align
 
     rows = [["pass", "ms", "ops before", "after", "effect"]]
     for step in tracer.traces:

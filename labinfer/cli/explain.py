@@ -16,7 +16,7 @@ from labinfer.errors import UsageError
 
 if TYPE_CHECKING:
     from labinfer.compiler.plan import Plan
-    from labinfer.render.report_text import Line
+    from labinfer.render.report_lines import Line
 
 MIN_WIDTH, MAX_WIDTH = 72, 120
 STYLES: dict[str, dict[str, Any]] = {"title": {"bold": True, "fg": "cyan"}, "head": {"bold": True}, "text": {}}
@@ -47,6 +47,7 @@ def explain(
         plan = find_plan(model, weights=weights, progress=progress, defaults=ONE_SEQUENCE, **given(options))
     if as_json:
         found = asdict(report(plan)) | {"source": plan.source.model_dump(), "limits": plan.limits.model_dump()}
+        found["placement"] = plan.placement and plan.placement.model_dump()
         out.json(found | ({"plan": plan.model_dump(mode="json", by_alias=True)} if ops or values else {}))
         return
     width = min(max(shutil.get_terminal_size((100, 24)).columns, MIN_WIDTH), MAX_WIDTH)

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from labinfer.cli.options import CHOICES, COUNT, PLAN_OPTIONS, given, json_option
+from labinfer.cli.options import CHOICES, COUNT, PATIENCE_SECONDS, PLAN_OPTIONS, given, json_option
 from labinfer.cli.output import current
+from labinfer.errors import UsageError
 
 if TYPE_CHECKING:
     from labinfer.compiler.costs import DeviceProfile
     from labinfer.profile.validate import Comparison, ValidatedStep
 
 COLUMNS = ("OP", "1 TOKEN µs", "±", "MOST SEQUENCES µs", "LARGEST STEP µs", "± µs")
-PATIENCE_SECONDS = 30
-"""How long measuring waits for other programs to be quiet."""
 
 
 @click.command()
 @click.argument("model", required=False)
 @click.option("--devices", metavar="LIST", help="Devices to measure (default: those of the plan, or cpu).")
+@click.option("--cluster", metavar="FILE", help="Measure the devices of a cluster file that are here, and their links.")
 @click.option("--threads", type=COUNT, metavar="N", help=PLAN_OPTIONS["threads"])
 @click.option("--kv-dtype", type=click.Choice(CHOICES["kv_dtype"]), help=PLAN_OPTIONS["kv_dtype"])
 @click.option("--activations", type=click.Choice(CHOICES["activations"]), help=PLAN_OPTIONS["activations"])
@@ -33,7 +33,9 @@ PATIENCE_SECONDS = 30
 @click.option("--again", is_flag=True, help="Measure what is known too.")
 @click.option("--validate", is_flag=True, help="Run the plan, and compare what steps take with what was predicted.")
 @json_option
-def profile(model: str | None, quick: bool, again: bool, validate: bool, as_json: bool, **options: Any) -> None:
+def profile(
+    model: str | None, cluster: str | None, quick: bool, again: bool, validate: bool, as_json: bool, **options: Any
+) -> None:
     """Measure what the ops of a model cost on this machine.
 
     MODEL is a plan.json, or whatever `labinfer compile` takes; without it, the embedded SmolLM2-135M-Instruct. Every
@@ -44,22 +46,31 @@ def profile(model: str | None, quick: bool, again: bool, validate: bool, as_json
     \b
     labinfer profile model.gguf --quick
     labinfer profile plan.json --validate
+    labinfer profile model.gguf --cluster cluster.yaml
     """
     from labinfer.api import ONE_SEQUENCE, find_plan, is_plan
     from labinfer.profile.quiet import Patience
-    from labinfer.profile.session import profile_links, profile_plan
+    from labinfer.profile.session import profile_cluster, profile_links, profile_plan
 
-    out = current()
+    out, patience = current(), Patience(PATIENCE_SECONDS)
+    if cluster is not None and (validate or model is None):
+        raise UsageError("cli.usage", "--cluster needs a model, and --validate a plan")
     with out.progress() as progress:
-        defaults = {} if model is not None and is_plan(model) else ONE_SEQUENCE
-        plan = find_plan(model, progress=progress, defaults=defaults, **given(options))
-        source = plan.source.checkpoint or plan.source.maps[0]
-        profiles = profile_plan(plan, source, progress, Patience(PATIENCE_SECONDS), quick=quick, again=again)
+        if model is not None and cluster is not None:
+            profiles = profile_cluster(model, cluster, progress, patience, quick=quick, again=again, **options)
+        else:
+            plan = find_plan(
+                model, progress=progress, defaults={} if model and is_plan(model) else ONE_SEQUENCE, **given(options)
+            )
+            source = plan.source.checkpoint or plan.source.maps[0]
+            profiles = profile_plan(plan, source, progress, patience, quick=quick, again=again)
     if validate:
+        from labinfer.compiler.costs import Measured
         from labinfer.profile.validate import validate_plan
 
         links = profile_links({name: device.threads for name, device in plan.devices.items()})
-        steps = validate_plan(plan, profiles, links, Patience(PATIENCE_SECONDS))
+        costs = {name: Measured(each) for name, each in profiles.items()}
+        steps = validate_plan(plan, costs, links, Patience(PATIENCE_SECONDS))
         if as_json:
             out.json([asdict(step) for step in steps])
             return

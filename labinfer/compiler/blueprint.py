@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, ValidationError
 
-from labinfer.compiler.source import Node, load_yaml
+from labinfer.compiler.source import Node, load_yaml, place_of
 from labinfer.errors import ErrorSink, InvalidFile, LabinferError, Place, did_you_mean
 from labinfer.ops import OPS
 
@@ -228,14 +228,7 @@ def _read_one(path: Path) -> Blueprint:
 def _schema_error(node: Node, detail: Any) -> LabinferError:
     """A pydantic finding as an error at its place in the text."""
     steps = [step for step in detail["loc"] if step not in ("op", "use", "repeat") or step == detail["loc"][-1]]
-    place = node.place
-    for step in steps:
-        value = node.value
-        if isinstance(value, dict) and step in value:
-            place, node = node.key_places.get(str(step), place), value[str(step)]
-        elif isinstance(value, list) and isinstance(step, int) and step < len(value):
-            node = value[step]
-            place = node.place
+    place = place_of(node, steps)
     where = ".".join(str(step) for step in steps)
     if detail["type"] == "extra_forbidden":
         remedy = did_you_mean(str(steps[-1]), _known_keys(detail["loc"][:-1]))

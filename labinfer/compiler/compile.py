@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from labinfer import __version__
 from labinfer.compiler.arena import ArenaPlan, aligned, plan_arena
@@ -21,6 +22,9 @@ from labinfer.compiler.target import Placement, Target, place
 from labinfer.errors import DoesNotFit, InvalidFile, UsageError
 from labinfer.ops.base import KernelBounds, KernelOptions, TensorType
 from labinfer.ops.fusions import FUSIONS
+
+if TYPE_CHECKING:
+    from labinfer.compiler.place_by_cost import Goal, PlacedByCost
 
 Fuse = Literal["auto", "all", "none"]
 FUSE: tuple[Fuse, ...] = get_args(Fuse)
@@ -70,7 +74,7 @@ def compile_graph(
         raise UsageError("limits.fuse", f"fuse must be one of {', '.join(FUSE)}, got {fuse!r}")
     graph = lower(blueprint, source)
     tracer.done("lower", 0, len(graph.ops), f"{len(graph.weights)} weights, {len(graph.values)} values")
-    native = set.intersection(*(set(target.fusions) for target in targets))
+    native = {kind for target in targets for kind in target.fusions}  # others run the parts
     chosen = [fusion for fusion in FUSIONS if fuse == "all" or (fuse == "auto" and fusion.kind in native)]
     run_passes(graph, chosen, tracer, **_lora_limits(options))
     return graph
@@ -83,16 +87,21 @@ def compile_plan(
     options: CompileOptions,
     checkpoint: str | None = None,
     tracer: Tracer | None = None,
+    goal: Goal | None = None,
 ) -> Plan:
-    """The plan for running ``source`` on ``targets``; raises what is wrong with the map, the model or the devices."""
+    """The plan for running ``source`` on ``targets``; raises what is wrong with the map, the model or the devices.
+
+    With a ``goal``, costs decide which device runs which layer.
+    """
     tracer = tracer or Tracer()
     _check_options(options)
     targets = [_target(target, options) for target in targets]
     graph = compile_graph(blueprint, source, targets, options, tracer)
     limits, vocab_size = _limits(blueprint, source, options), _vocab_size(graph)
-    placements = place(graph, targets)
-    tracer.done("place", len(graph.ops), len(graph.ops), f"{len(placements)} stages")
     limits.groups, graph.states = assign_groups(graph.states, graph.ops, limits.max_model_len)
+    placed = _place_by_cost(graph, targets, limits, goal) if goal else None
+    placements = placed.placements(targets) if placed else place(graph, targets)
+    tracer.done("place", len(graph.ops), len(graph.ops), f"{len(placements)} stages")
     stages = [_stage(graph, placements, number, limits, options) for number in range(len(placements))]
     _size_cache(graph, placements, stages, limits, options)
     _check_memory(stages, targets)
@@ -104,15 +113,36 @@ def compile_plan(
         limits=limits,
         vocab_size=vocab_size,
         recompute_after=_recompute_after(graph),
-        devices={target.name: _device(target, graph) for target in targets},
+        devices={target.name: _device(target, graph) for target in _used(targets, placements if placed else None)},
         stages=stages,
         states=fold_states(graph.states),
         weights=fold_weights(graph.weights),
     )
+    if placed and goal:
+        from labinfer.compiler.explain_placement import record_placement
+
+        record_placement(plan, placed, goal)
     tracer.done(
         "write", len(graph.ops), len(graph.ops), f"{sum(len(b) for s in stages for b in s.blocks.values())} op lines"
     )
     return plan
+
+
+def _place_by_cost(graph: OpGraph, targets: Sequence[Target], limits: Limits, goal: Goal) -> PlacedByCost:
+    from labinfer.compiler.place_by_cost import place_by_cost  # numpy, which other plans do without
+
+    return place_by_cost(graph, targets, limits, goal, partial(_reserved, graph, limits))
+
+
+def _used(targets: Sequence[Target], placements: Sequence[Placement] | None) -> list[Target]:
+    """The devices that the plan lists: those that costs chose, or all that a person named."""
+    return [each for each in targets if placements is None or any(placed.target is each for placed in placements)]
+
+
+def _reserved(graph: OpGraph, limits: Limits, target: Target) -> int:
+    """Bytes that ``target`` needs beside weights and cache, whichever layers it gets: as if it had them all."""
+    whole = _stage(graph, [Placement(target, tuple(graph.ops))], 0, limits, CompileOptions(arena_effort_seconds=0))
+    return whole.bytes.arena + whole.bytes.step + whole.bytes.tables
 
 
 def _target(target: Target, options: CompileOptions) -> Target:
@@ -149,7 +179,7 @@ def _device(target: Target, graph: OpGraph) -> PlanDevice:
     fewest = {name: tokens for name, tokens in sorted(target.options.matrix_unit.items()) if name in formats}
     return PlanDevice(
         kind=target.kind, memory=target.memory, parameters=target.parameters, threads=target.threads, fusions=fusions,
-        activations=target.options.activations, matrix_unit=fewest,
+        activations=target.options.activations, matrix_unit=fewest, declared=target.declared,
     )  # fmt: skip
 
 

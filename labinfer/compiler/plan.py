@@ -14,20 +14,15 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
 
+from labinfer.compiler.placement_record import PlanModel, PlanPlacement
 from labinfer.errors import Errors, InvalidFile, Place
 from labinfer.ops.base import ITEM_SIZE, Dim, KernelOptions, TensorType
 
 SCHEMA_VERSION = 1
 MAX_PLAN_BYTES = 4_000_000
 """A folded plan takes some 20 kB; a bound keeps a hostile one from taking time and memory."""
-
-
-class PlanModel(BaseModel):
-    """Base of all parts of a plan: known keys only."""
-
-    model_config = ConfigDict(extra="forbid", populate_by_name=True, defer_build=True)
 
 
 class CacheGroup(PlanModel):
@@ -154,6 +149,9 @@ class PlanOp(PlanModel):
     workspace: tuple[NonNegativeInt, PositiveInt] | None = Field(
         default=None, description="scratch memory: byte offset in the arena, and bytes"
     )
+    cost: tuple[NonNegativeFloat, NonNegativeFloat] | None = Field(
+        default=None, description="predicted seconds in a decode step and in a prefill step of the workload"
+    )
     body: list[PlanOp] = Field(default_factory=list, description="parts of a fused op")
 
 
@@ -247,13 +245,14 @@ class PlanState(PlanModel):
 class PlanDevice(PlanModel):
     """A device: ``memory`` is its cap in bytes, ``parameters`` the layout of weights, ``threads`` how many it uses.
 
-    ``activations`` and ``matrix_unit`` are how it computes (see ``options``).
+    ``activations`` and ``matrix_unit`` are how it computes (see ``options``). One that is ``declared`` is not here.
     """
 
     kind: str = Field(description="backend")
     memory: PositiveInt | None = Field(default=None, description="cap in bytes")
     parameters: str = Field(description="layout that weights take there")
     threads: PositiveInt | None = Field(default=None, description="threads it uses")
+    declared: str | None = Field(default=None, description="of one that is not here, what it is said to be")
     fusions: list[str] = Field(default_factory=list, description="fused ops it has kernels for")
     activations: Literal["exact", "int8"] = Field(
         default="exact", description="bits of activations in products: about 16, or 8 for speed"
@@ -282,6 +281,7 @@ class Plan(PlanModel):
     )
     devices: dict[str, PlanDevice] = Field(description="devices by name")
     stages: list[Stage] = Field(description="what each device runs, in order")
+    placement: PlanPlacement | None = Field(default=None, description="why layers are where they are, if by cost")
     states: list[PlanState] = Field(description="what the cache keeps")
     weights: list[PlanWeight] = Field(description="weights and the tensors they are read from")
 

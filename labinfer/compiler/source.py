@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
@@ -36,6 +37,19 @@ class Node:
         if isinstance(self.value, dict):
             return {key: item.plain() for key, item in self.value.items()}
         return self.value
+
+
+def place_of(node: Node, steps: Iterable[str | int]) -> Place:
+    """Where the element stands that ``steps`` (keys and indices) lead to, or the last one on the way to it."""
+    place = node.place
+    for step in steps:
+        value = node.value
+        if isinstance(value, dict) and step in value:
+            place, node = node.key_places.get(str(step), place), value[str(step)]
+        elif isinstance(value, list) and isinstance(step, int) and step < len(value):
+            node = value[step]
+            place = node.place
+    return place
 
 
 def load_yaml(

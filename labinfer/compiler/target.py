@@ -22,7 +22,7 @@ class Target:
     block of the cache;
     ``activations`` are the ways it multiplies, ``matrix_unit(activations)`` where its matrix unit pays, and ``options``
     what was chosen of that; ``memory`` is a cap in bytes; ``layers`` the layers (first, last) a person gave it, None
-    for an even share.
+    for an even share; ``declared`` says what a device that is not here is.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Target:
     options: KernelOptions = DEFAULT_OPTIONS
     memory: int | None = None
     layers: tuple[int, int] | None = None
+    declared: str | None = None
 
     def steps(self, ops: Iterable[Op]) -> list[Op]:
         """``ops`` as this device runs them: fused ops it has no kernel for are run part by part."""

@@ -36,7 +36,7 @@ def grid_for(quick: bool, max_tokens: int, max_sequences: int, longest: int, cro
 
     ``crossings`` are numbers of tokens from which on a device multiplies in another way: both sides are measured.
     """
-    base = QUICK if quick else FULL
+    base, max_tokens = QUICK if quick else FULL, min(max_tokens, longest - 1)
     decode = {each for each in base.decode if each <= max_sequences} | {min(max_sequences, 64)}
     prefill = {each for each in base.prefill if each <= max_tokens} | {max_tokens}
     if not quick:

@@ -97,7 +97,7 @@ def record(
         phases = ["step"] if axis != "context" else ["decode", "prefill"] if shape.tokens == 1 else [shape.phase]
         for phase in phases:
             found[signature, phase].setdefault(key, spread(runs[:, numbers].mean(axis=1)))
-    copied = out.latency + 4 * shape.rows * vocab_size / out.bandwidth
+    copied = out.seconds(4 * shape.rows * vocab_size)
     rest = np.maximum(np.array(times.runs) - runs.sum(axis=1) - copied, 0.0)
     found["", "step"].setdefault((shape.tokens, 0), spread(rest))
 

@@ -11,10 +11,10 @@ from labinfer.api import compile
 from labinfer.backends.base import capabilities
 from labinfer.compiler.costs import DeviceProfile, LinkProfile
 from labinfer.compiler.costs.plans import stage_ops, stage_signer
-from labinfer.compiler.costs.store import store_profile, stored_profile
+from labinfer.compiler.costs.store import store_link, store_profile, stored_link, stored_profile
 from labinfer.compiler.plan import Plan
 from labinfer.errors import DoesNotFit
-from labinfer.ops.fusions import is_view
+from labinfer.placing import cluster_goal
 from labinfer.profile.grid import MOST_CACHED_TOKENS, Grid, grid_for
 from labinfer.profile.links import measure_link
 from labinfer.profile.measure import measure_device
@@ -22,6 +22,11 @@ from labinfer.profile.quiet import Patience
 from labinfer.progress import Progress
 from labinfer.runtime.manager import Manager
 from labinfer.units import human_bytes
+
+SIGNED_OPTIONS = (
+    "weights", "config", "block_size", "kv_dtype", "activations", "fuse", "max_num_batched_tokens", "max_num_seqs"
+)  # fmt: skip
+"""Options of a compile that decide which ops there are, or how large steps get."""
 
 SEQUENCES = 16
 """Sequences of the largest decode step that is measured, unless more are asked for."""
@@ -61,13 +66,34 @@ def profile_device(
     return fresh
 
 
+def profile_cluster(
+    model: str | Path,
+    cluster: str | Path,
+    progress: Progress,
+    patience: Patience,
+    *,
+    quick: bool = False,
+    again: bool = False,
+    **options: Any,
+) -> dict[str, DeviceProfile]:
+    """Profiles of the devices of a cluster file that are here, for the ops of ``model``, and the links between them."""
+    targets, _ = cluster_goal(cluster, "latency", "")
+    real = {target.name: target.threads for target in targets if target.declared is None}
+    known = {name: options[name] for name in SIGNED_OPTIONS if options.get(name) is not None}
+    found = {
+        name: profile_device(model, name, threads, progress, patience, quick=quick, again=again, **known)
+        for name, threads in real.items()
+    }
+    if again or any(stored_link(*pair) is None for pair in permutations(real, 2)):
+        profile_links(real)
+    return found
+
+
 def is_known(profile: DeviceProfile, plan: Plan, quick: bool, grid: Grid) -> bool:
     """Whether ``profile`` has times for every op of ``plan``, at steps as large, and as many of them as asked for."""
     (stage,) = plan.stages
     signer = stage_signer(plan, stage)
     for op in stage_ops(stage):
-        if is_view(op.kind):
-            continue
         table = profile.ops.get(signer.signature(op))
         largest = max(grid.decode) if signer.axis(op) == "rows" else max(grid.prefill)
         if table is None or (table.quick and not quick) or table.most_tokens() < largest:
@@ -96,13 +122,16 @@ def check_memory(plan: Plan) -> None:
 
 
 def profile_links(devices: Mapping[str, int | None]) -> dict[tuple[str, str], LinkProfile]:
-    """The way between any two of ``devices`` (name, threads) in this process."""
+    """The way between any two of ``devices`` (name, threads) in this process; measured now, and kept."""
     manager = Manager()
     try:
         opened = {name: manager.device(name, threads) for name, threads in devices.items()}
-        return {(a, b): measure_link(opened[a], opened[b]) for a, b in permutations(opened, 2)}
+        found = {(a, b): measure_link(opened[a], opened[b]) for a, b in permutations(opened, 2)}
     finally:
         manager.close()
+    for pair, link in found.items():
+        store_link(*pair, link)
+    return found
 
 
 def profile_plan(

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from labinfer.compiler.costs import DeviceProfile, LinkProfile, StepShape
+from labinfer.compiler.costs import Costs, LinkProfile, StepShape
 from labinfer.compiler.costs.plans import predict_plan
 from labinfer.compiler.plan import Plan
 from labinfer.profile.measure import fill_caches, measure_step
@@ -55,25 +55,25 @@ def steps_of(plan: Plan) -> list[StepShape]:
 
 def validate_plan(
     plan: Plan,
-    profiles: Mapping[str, DeviceProfile],
+    costs: Mapping[str, Costs],
     links: Mapping[tuple[str, str], LinkProfile],
     patience: Patience,
 ) -> list[ValidatedStep]:
     """Run ``plan`` on made-up weights, which take as long as others, at each of ``steps_of``."""
     with Model(plan, SyntheticCheckpoint(plan), cache=CacheOptions(enable_prefix_caching=False)) as model:
         fill_caches(model)
-        return [validate_step(model, profiles, links, shape, patience) for shape in steps_of(plan)]
+        return [validate_step(model, costs, links, shape, patience) for shape in steps_of(plan)]
 
 
 def validate_step(
     model: Model,
-    profiles: Mapping[str, DeviceProfile],
+    costs: Mapping[str, Costs],
     links: Mapping[tuple[str, str], LinkProfile],
     shape: StepShape,
     patience: Patience,
 ) -> ValidatedStep:
     """Predict and measure one step."""
-    predicted, times = predict_plan(model.plan, profiles, links, shape), measure_step(model, shape, patience)
+    predicted, times = predict_plan(model.plan, costs, links, shape), measure_step(model, shape, patience)
     name = f"{shape.phase} {shape.tokens} tokens after {shape.past}"
     whole = Comparison(name, 1, sum(stage.total for stage in predicted), times.whole)
     stages, ops = [], []

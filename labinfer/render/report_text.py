@@ -4,42 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 from labinfer.compiler.plan import Plan, PlanOp, Stage
+from labinfer.render.placement import placement_lines
 from labinfer.render.report import Report, StageReport, ranges
+from labinfer.render.report_lines import Line, align, fact
 from labinfer.units import human_bytes, human_count
 
-LABEL = 12
-"""Columns of the label before each fact."""
-
 MAX_LIVE = 12
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A line of the report and what it is: the title, the head of a section, or text."""
-
-    text: str = ""
-    kind: Literal["title", "head", "text"] = "text"
-
-
-def align(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Rows of cells as lines of columns two spaces apart; the columns numbered in ``right`` end flush."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
-    lines = []
-    for row in rows:
-        cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        lines.append("  ".join(cells).rstrip())
-    return lines
-
-
-def fact(label: str, text: str, width: int) -> Iterator[Line]:
-    """A label and its text, folded under itself."""
-    first, rest = f"  {label.ljust(LABEL)}", " " * (LABEL + 2)
-    for line in textwrap.wrap(text, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False):
-        yield Line(line)
 
 
 def summary_lines(plan: Plan, report: Report, width: int = 80) -> Iterator[Line]:
@@ -97,6 +69,7 @@ def device_table(plan: Plan) -> list[str]:
 def report_lines(plan: Plan, report: Report, width: int = 80) -> Iterator[Line]:
     """The whole report but for the ops."""
     yield from summary_lines(plan, report, width)
+    yield from placement_lines(plan, width)
     yield from weight_lines(report, width)
     yield from cache_lines(report, width)
     for number, stage in enumerate(report.stages):

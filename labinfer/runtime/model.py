@@ -17,7 +17,7 @@ import numpy as np
 from labinfer.compiler.fold import unfold_ops, unfold_states, unfold_weights
 from labinfer.compiler.graph import Op, Weight
 from labinfer.compiler.plan import Plan, Stage
-from labinfer.errors import LabinferError, UsageError, did_you_mean
+from labinfer.errors import DoesNotFit, LabinferError, UsageError, did_you_mean
 from labinfer.ops.base import NO_ADAPTER
 from labinfer.runtime.batch import Batch, Part, part_of
 from labinfer.runtime.cache import Cache, CacheOptions
@@ -69,6 +69,7 @@ class Model:
         self.adapters = Adapters(0, ())
         weights, states = unfold_weights(plan), unfold_states(plan)
         try:
+            check_devices(plan)
             for stage in plan.stages:
                 device = self.manager.device(stage.device, plan.devices[stage.device].threads)
                 check_kernels(stage, device)
@@ -272,6 +273,15 @@ class Model:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def check_devices(plan: Plan) -> None:
+    """Raise ``DoesNotFit`` for a plan over devices that are only declared."""
+    for stage in plan.stages:
+        declared = plan.devices[stage.device].declared
+        if declared is not None:
+            message = f"device '{stage.device}' ({declared}) is only declared: this plan can be explained, not run"
+            raise DoesNotFit("device.declared", message, remedy="compile it for devices that are here")
 
 
 class Session:

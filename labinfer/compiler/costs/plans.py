@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from labinfer.compiler.costs.predict import StepShape, op_seconds
+from labinfer.compiler.costs.predict import Costs, StepShape
 from labinfer.compiler.costs.signature import Signer
-from labinfer.compiler.costs.table import DeviceProfile, LinkProfile
+from labinfer.compiler.costs.table import LinkProfile
 from labinfer.compiler.fold import GRAPH_INPUTS, steps, unfold_inputs, unfold_ops, unfold_states, unfold_weights
 from labinfer.compiler.graph import Op
 from labinfer.compiler.plan import Plan, Stage
 from labinfer.ops.base import TensorType
+from labinfer.ops.fusions import is_view
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,24 +45,23 @@ def stage_signer(plan: Plan, stage: Stage) -> Signer:
 
 
 def stage_ops(stage: Stage) -> list[Op]:
-    """The ops that run, fused ones whole or in parts as the plan has them."""
-    return [step for op, made in unfold_ops(stage) for step in steps(op, made)]
+    """The ops that run, fused ones whole or in parts as the plan has them; no views."""
+    return [step for op, made in unfold_ops(stage) for step in steps(op, made) if not is_view(step.kind)]
 
 
 def predict_plan(
-    plan: Plan, profiles: Mapping[str, DeviceProfile], links: Mapping[tuple[str, str], LinkProfile], step: StepShape
+    plan: Plan, costs: Mapping[str, Costs], links: Mapping[tuple[str, str], LinkProfile], step: StepShape
 ) -> list[StageCost]:
-    """What each stage takes in a step of this size; ``links`` are by the devices at both ends.
+    """What each stage takes in a step of this size; ``costs`` are by device, ``links`` by the devices at both ends.
 
     A ``KeyError`` names a signature, or a pair of devices, that was never measured.
     """
     found = []
     for number, stage in enumerate(plan.stages):
-        profile, signer = profiles[stage.device], stage_signer(plan, stage)
-        costs = tuple((op, op_seconds(profile, signer, op, step)) for op in stage_ops(stage))
+        known, signer = costs[stage.device], stage_signer(plan, stage)
+        ops = tuple((op, known.op_seconds(signer, op, step)) for op in stage_ops(stage))
         nbytes = sum(signer.types[name].nbytes(step.tokens, step.rows) for name in stage.outputs)
         following = plan.stages[number + 1].device if number + 1 < len(plan.stages) else None
-        link = profile.out if following is None else links[stage.device, following]
-        hop = link.latency + nbytes / link.bandwidth if link else 0.0
-        found.append(StageCost(costs, profile.overhead.seconds("step", step.tokens, 0), hop))
+        link = known.out if following is None else links[stage.device, following]
+        found.append(StageCost(ops, known.overhead_seconds(step), link.seconds(nbytes) if link else 0.0))
     return found

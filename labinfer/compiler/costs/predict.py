@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, Protocol, Self
 
 from labinfer.compiler.costs.signature import Signer
-from labinfer.compiler.costs.table import DeviceProfile
+from labinfer.compiler.costs.table import DeviceProfile, LinkProfile, Origin
 from labinfer.compiler.graph import Op
-from labinfer.ops.fusions import is_view
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +35,43 @@ class StepShape:
         return "decode" if self.tokens == self.sequences else "prefill"
 
 
-def op_seconds(profile: DeviceProfile, signer: Signer, op: Op, step: StepShape) -> float:
-    """Seconds of one op in a step; 0 for a view. A ``KeyError`` names a signature that the profile does not have."""
-    if is_view(op.kind):
-        return 0.0
-    table, axis = profile.ops[signer.signature(op)], signer.axis(op)
-    if axis == "context":
-        return table.seconds(step.phase, step.tokens, step.past)
-    return table.seconds("step", step.rows if axis == "rows" else step.tokens, 0)
+class Costs(Protocol):
+    """What ops cost on a device, measured (``DeviceProfile``) or derived from a specification (``Roofline``)."""
+
+    @property
+    def origin(self) -> Origin:
+        """How the times are known."""
+
+    @property
+    def out(self) -> LinkProfile | None:
+        """The way from the device's memory to the host's."""
+
+    def op_seconds(self, signer: Signer, op: Op, step: StepShape) -> float:
+        """Seconds of one op, which is no view, in a step; a ``KeyError`` names a signature that is not known."""
+
+    def overhead_seconds(self, step: StepShape) -> float:
+        """Seconds of a stage beside its ops."""
 
 
-def unknown_ops(profile: DeviceProfile, signer: Signer, ops: Iterable[Op]) -> list[str]:
-    """The signatures among ``ops`` that the profile has no times for."""
-    signatures = dict.fromkeys(signer.signature(op) for op in ops if not is_view(op.kind))
-    return [each for each in signatures if each not in profile.ops]
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The costs of a device by its profile."""
+
+    profile: DeviceProfile
+    origin: Origin = "measured"
+
+    @property
+    def out(self) -> LinkProfile | None:
+        """The way from the device's memory to the host's."""
+        return self.profile.out
+
+    def op_seconds(self, signer: Signer, op: Op, step: StepShape) -> float:
+        """Between what was measured."""
+        table, axis = self.profile.ops[signer.signature(op)], signer.axis(op)
+        if axis == "context":
+            return table.seconds(step.phase, step.tokens, step.past)
+        return table.seconds("step", step.rows if axis == "rows" else step.tokens, 0)
+
+    def overhead_seconds(self, step: StepShape) -> float:
+        """Between what was measured."""
+        return self.profile.overhead.seconds("step", step.tokens, 0)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from labinfer.compiler.costs.table import DeviceProfile, load_profile
+from labinfer.compiler.costs.table import DeviceProfile, LinkProfile, Links, load_profile
 from labinfer.files import atomic_write
 from labinfer.home import cache_dir
 
@@ -32,3 +32,35 @@ def store_profile(profile: DeviceProfile) -> Path:
     with atomic_write(path) as stream:
         stream.write(profile.dump().encode())
     return path
+
+
+def links_path() -> Path:
+    """Where the links between the devices of this machine lie."""
+    return cache_dir() / "profiles" / "links.json"
+
+
+def stored_links() -> Links:
+    """The links that were measured so far, by the kinds of device at both ends."""
+    try:
+        return Links.model_validate(json.loads(links_path().read_text("utf-8")))
+    except (OSError, ValueError):  # none yet, or damaged: they are measured in a moment
+        return Links()
+
+
+def stored_link(source: str, target: str) -> LinkProfile | None:
+    """The link from one device of this machine to another; None before it was measured."""
+    return stored_links().links.get(link_name(source, target))
+
+
+def store_link(source: str, target: str, link: LinkProfile) -> None:
+    """Keep what was measured between two devices."""
+    found = stored_links()
+    found.links[link_name(source, target)] = link
+    links_path().parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(links_path()) as stream:
+        stream.write((found.model_dump_json(indent=1, exclude_defaults=True) + "\n").encode())
+
+
+def link_name(source: str, target: str) -> str:
+    """``cpu to cpu``: devices of a kind are connected alike."""
+    return " to ".join(name.partition(":")[0] for name in (source, target))

@@ -84,6 +84,17 @@ class LinkProfile(Record):
     bandwidth: PositiveFloat = Field(description="bytes per second")
     origin: Origin = Field(default="measured", description="how the numbers are known")
 
+    def seconds(self, nbytes: int) -> float:
+        """The time that so many bytes take."""
+        return self.latency + nbytes / self.bandwidth
+
+
+class Links(Record):
+    """A file of links between the devices of a machine, by the kinds at both ends: ``cpu to cpu``."""
+
+    labinfer_links: Literal[1] = Field(default=1, description="version of this format")
+    links: dict[str, LinkProfile] = Field(default={}, description="links by name")
+
 
 class DeviceProfile(Record):
     """What ops cost on one device: a file that can be read, kept and handed on.
@@ -94,7 +105,6 @@ class DeviceProfile(Record):
 
     labinfer_profile: Literal[1] = Field(default=1, description="version of this format")
     device: dict[str, Any] = Field(description="what the times depend on")
-    origin: Origin = Field(default="measured", description="how the times are known")
     ops: dict[str, CostTable] = Field(default={}, description="times by the signature of an op")
     overhead: CostTable = Field(default=CostTable(), description="what a step takes beside its ops")
     out: LinkProfile | None = Field(default=None, description="from the device's memory to the host's")

@@ -1,0 +1,149 @@
+"""The cluster file: devices, the links between them, and what must run where. Read as maps are: errors have places."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from labinfer.compiler.source import Node, load_yaml, place_of
+from labinfer.errors import ErrorSink, InvalidFile, Place, UsageError, did_you_mean
+from labinfer.units import parse_bytes
+
+HERE = "here"
+"""The host that devices are on unless they say otherwise: this one."""
+
+_SECONDS = re.compile(r"(\d+(?:\.\d+)?)\s*(ns|us|µs|ms|s)", re.ASCII)
+_SCALES = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
+
+
+def _bytes(value: object) -> object:
+    try:
+        return parse_bytes(value) if isinstance(value, str) else value
+    except UsageError as error:
+        raise ValueError(error.message) from None
+
+
+def _rate(value: object) -> object:
+    return _bytes(value.removesuffix("/s")) if isinstance(value, str) else value
+
+
+def _seconds(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    match = _SECONDS.fullmatch(value.strip())
+    if match is None:
+        raise ValueError(f"'{value}' is no time such as 50us or 1.5ms")
+    return float(match[1]) * _SCALES[match[2]]
+
+
+Bytes = Annotated[PositiveInt, BeforeValidator(_bytes)]
+Rate = Annotated[PositiveInt, BeforeValidator(_rate)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_seconds)]
+
+
+class ClusterModel(BaseModel):
+    """Base of all parts of a cluster file: known keys only."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ClusterDevice(ClusterModel):
+    """A device: a real one of this machine by its name (``cpu``, ``cpu:1``), or a declared one.
+
+    A declared device is ``like`` one of the catalogue, or one whose ``profile`` was measured elsewhere. Plans for it
+    can be compiled and explained, but not run here.
+    """
+
+    threads: PositiveInt | None = Field(default=None, le=1024, description="threads of a CPU")
+    memory: Bytes | None = Field(default=None, description="cap in bytes, or like 24GB, 16GiB")
+    share: float = Field(default=1.0, gt=0, le=1, description="part of its compute that is granted")
+    like: str | None = Field(default=None, description="a device of the catalogue: a100-80g")
+    profile: str | None = Field(default=None, description="a profile measured elsewhere, beside this file")
+    host: str = Field(default=HERE, description="the host it is on")
+
+    @property
+    def declared(self) -> bool:
+        """Whether it is not here."""
+        return self.like is not None or self.profile is not None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.like and self.profile:
+            raise ValueError("give 'like' or 'profile', not both")
+        return self
+
+
+class ClusterLink(ClusterModel):
+    """A connection of two hosts or devices, in both directions."""
+
+    between: tuple[str, str] = Field(description="hosts or devices")
+    latency: Seconds = Field(description="seconds until the first byte arrives, or like 50us")
+    bandwidth: Rate = Field(description="bytes per second, or like 1.25GB/s")
+
+
+class Cluster(ClusterModel):
+    """A whole cluster file."""
+
+    devices: dict[str, ClusterDevice] = Field(min_length=1, max_length=4096, description="devices by name")
+    links: list[ClusterLink] = Field(default=[], description="the nearest one given counts: of devices, then of hosts")
+    pins: dict[str, str] = Field(
+        default={},
+        description="layers by name (`start`, `layers.0`, `layers.1?`, `end`), and the device that must run them",
+    )
+    _node: Node
+    _file: Path
+
+    def place(self, *path: str | int) -> Place:
+        """Where an element stands: ``place("devices", "gpu")``."""
+        return place_of(self._node, path)
+
+    @property
+    def file(self) -> Path:
+        """The file it was read from."""
+        return self._file
+
+
+def read_cluster(path: Path | str) -> Cluster:
+    """Read a cluster file; all its errors are raised together as ``InvalidFile`` with file, line and column."""
+    node, sink = load_yaml(path), ErrorSink()
+    try:
+        cluster = Cluster.model_validate(node.plain())
+    except ValidationError as failure:
+        for detail in failure.errors(include_url=False):
+            sink.add(_schema_error(node, detail))
+        sink.check()
+        raise AssertionError("unreachable: a validation error has details") from failure
+    cluster._node, cluster._file = node, Path(path)
+    for error in _unknown_names(cluster):
+        sink.add(error)
+    sink.check()
+    return cluster
+
+
+def _schema_error(node: Node, detail: Any) -> InvalidFile:
+    place, where = place_of(node, detail["loc"]), ".".join(map(str, detail["loc"]))
+    if detail["type"] == "extra_forbidden":
+        known = {name for each in (Cluster, ClusterDevice, ClusterLink) for name in each.model_fields}
+        remedy = did_you_mean(str(detail["loc"][-1]), known)
+        return InvalidFile("cluster.unknown-key", f"unknown key '{where}'", place=place, remedy=remedy)
+    return InvalidFile("cluster.schema", f"{where or 'the file'}: {detail['msg']}", place=place)
+
+
+def _unknown_names(cluster: Cluster) -> list[InvalidFile]:
+    """Links and pins that name nothing of the file."""
+    hosts = {device.host for device in cluster.devices.values()} | {HERE}
+    known = {*cluster.devices, *hosts}
+    named: list[tuple[tuple[str | int, ...], str, set[str]]] = []
+    named += [(("links", n), end, known) for n, link in enumerate(cluster.links) for end in link.between]
+    named += [(("pins", pattern), name, set(cluster.devices)) for pattern, name in cluster.pins.items()]
+    return [
+        InvalidFile(
+            "cluster.unknown-name", f"there is no device or host '{name}'", place=cluster.place(*path),
+            remedy=did_you_mean(name, among),
+        )
+        for path, name, among in named
+        if name not in among
+    ]  # fmt: skip

@@ -1,0 +1,92 @@
+"""Writes into a plan what its placement was decided by: the cost of each op, predictions of stages, the bound."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from itertools import pairwise
+
+from labinfer.compiler.costs.plans import StageCost, predict_plan
+from labinfer.compiler.costs.predict import StepShape
+from labinfer.compiler.partition import Partition
+from labinfer.compiler.place_by_cost import Goal, PlacedByCost
+from labinfer.compiler.placement_record import Change, OtherPlacement, PlannedStep, PlanPlacement, StagePrediction
+from labinfer.compiler.plan import Plan, Stage
+
+NANOSECONDS = 9
+"""Decimals of the seconds in a plan."""
+
+
+def record_placement(plan: Plan, placed: PlacedByCost, goal: Goal) -> None:
+    """Fill ``plan.placement`` and the costs of all ops from the numbers that the placement was decided by."""
+    chosen, work, devices = placed.chosen, goal.workload, len(placed.problem.devices)
+    decode, prefill = work.decode_step(goal.objective, devices), work.prefill_step(plan.limits)
+    costs = [predict_plan(plan, goal.costs, goal.links, step) for step in (decode, prefill)]
+    for stage, *phases in zip(plan.stages, *costs, strict=True):
+        write_costs(stage, *phases)
+    unit = placed.problem.workload
+    stages = []
+    for run, in_decode, in_prefill in zip(chosen.stages, *costs, strict=True):
+        seconds = unit.decode_steps * in_decode.seconds + unit.prefill_steps * in_prefill.seconds
+        stages.append(
+            StagePrediction(
+                device=run.device, units=(placed.units[run.start].name, placed.units[run.stop - 1].name),
+                decode=rounded(in_decode.seconds), prefill=rounded(in_prefill.seconds),
+                decode_hop=rounded(in_decode.hop), prefill_hop=rounded(in_prefill.hop), unit=rounded(seconds),
+            )
+        )  # fmt: skip
+    plan.placement = PlanPlacement(
+        objective=goal.objective.value,
+        workload=asdict(work),
+        decode=planned_step(decode),
+        prefill=planned_step(prefill),
+        micro_batches=unit.micro_batches,
+        value=rounded(chosen.value),
+        lower_bound=rounded(chosen.lower_bound),
+        gap=rounded(chosen.gap),
+        bound_kind=chosen.bound_kind,
+        algorithm=chosen.algorithm,
+        served=rounded(placed.served.units_per_second * decode.sequences),
+        stages=stages,
+        origins=origins(placed, goal),
+        reasons=placed.told.reasons,
+        runner_ups=[other_placement(placed, each) for each in placed.told.runner_ups],
+        changes=[Change(what=each.what, value=rounded(each.value)) for each in placed.told.changes],
+    )
+
+
+def rounded(seconds: float) -> float:
+    """To a nanosecond, so that plans stay readable."""
+    return round(seconds, NANOSECONDS)
+
+
+def planned_step(step: StepShape) -> PlannedStep:
+    """A step as the plan states it."""
+    return PlannedStep(tokens=step.tokens, sequences=step.sequences, past=step.past)
+
+
+def write_costs(stage: Stage, decode: StageCost, prefill: StageCost) -> None:
+    """Give each op of a stage's blocks its cost, which is the same in every layer that a block stands for."""
+    by_name = {op.name: (rounded(a), rounded(b)) for (op, a), (_, b) in zip(decode.ops, prefill.ops, strict=True)}
+    for entry in stage.schedule:
+        for op in stage.blocks[entry.block]:
+            layer = "" if entry.layers is None else str(entry.layers[0])
+            names = [each.name.replace("{i}", layer) for each in [op, *op.body]]
+            found = [by_name[name] for name in dict.fromkeys(names) if name in by_name]
+            if found:
+                op.cost = (rounded(sum(a for a, _ in found)), rounded(sum(b for _, b in found)))
+
+
+def other_placement(placed: PlacedByCost, other: Partition) -> OtherPlacement:
+    """A runner-up by the names of its units."""
+    names = [unit.name for unit in placed.units]
+    stages = [(each.device, names[each.start], names[each.stop - 1]) for each in other.stages]
+    return OtherPlacement(stages=stages, value=rounded(other.value))
+
+
+def origins(placed: PlacedByCost, goal: Goal) -> dict[str, str]:
+    """How the numbers of each device, and of each link that is used, are known."""
+    found: dict[str, str] = {device.name: goal.costs[device.name].origin for device in placed.problem.devices}
+    used = [stage.device for stage in placed.chosen.stages]
+    for pair in pairwise(used):
+        found[" to ".join(pair)] = goal.links[pair].origin
+    return found

@@ -1,0 +1,233 @@
+"""Places layers on devices by what they cost there: the op graph becomes a partition problem, and its answer stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import groupby
+
+from labinfer.compiler.costs import Costs, LinkProfile, Signer, StepShape
+from labinfer.compiler.fold import GRAPH_INPUTS
+from labinfer.compiler.graph import Op, OpGraph
+from labinfer.compiler.partition import Device, DeviceKind, Layer, Link, Objective, Partition, Problem, partition
+from labinfer.compiler.partition.explain import Explanation, explain
+from labinfer.compiler.partition.simulate import Simulation, rank
+from labinfer.compiler.plan import Limits
+from labinfer.compiler.target import Placement, Target
+from labinfer.compiler.workload import Workload
+from labinfer.errors import DoesNotFit, InvalidFile, Place, UsageError
+from labinfer.ops.base import TensorType
+from labinfer.ops.fusions import is_view
+
+NO_CAP = 1 << 60
+"""Bytes of a device whose memory nobody limits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """Units whose names match ``pattern`` must run on ``device``, as ``place`` says."""
+
+    pattern: str
+    device: str
+    place: Place | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What a placement should be best at, and what is known of devices and links: costs by device, links by pair."""
+
+    objective: Objective
+    workload: Workload
+    costs: Mapping[str, Costs]
+    links: Mapping[tuple[str, str], LinkProfile]
+    pins: Sequence[Pin] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What is placed as a whole: a layer, or what stands before the first or after the last one."""
+
+    name: str
+    ops: tuple[Op, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedByCost:
+    """The chosen partition of ``units``, why it is so, and what it serves; ``problem`` is what was solved."""
+
+    units: Sequence[Unit]
+    problem: Problem
+    chosen: Partition
+    told: Explanation
+    served: Simulation
+
+    def placements(self, targets: Sequence[Target]) -> list[Placement]:
+        """The run of ops of each stage."""
+        known = {target.name: target for target in targets}
+        return [
+            Placement(
+                known[stage.device], tuple(op for unit in self.units[stage.start : stage.stop] for op in unit.ops)
+            )
+            for stage in self.chosen.stages
+        ]
+
+
+def place_by_cost(
+    graph: OpGraph, targets: Sequence[Target], limits: Limits, goal: Goal, reserved: Callable[[Target], int]
+) -> PlacedByCost:
+    """The best placement of ``graph`` on ``targets`` for ``goal``.
+
+    ``reserved`` gives the bytes that a device needs beside weights and cache. Of the best plans by static value the one
+    is taken that serves most in a simulation; for latency alone, which that does not change, the first.
+    """
+    units = split(graph)
+    problem = problem_of(graph, units, targets, limits, goal, reserved)
+    best = partition(problem, goal.objective)
+    told = explain(problem, best)
+    candidates = [best, *told.runner_ups]
+    if goal.objective is Objective.LATENCY:
+        (_, served), *_ = rank(problem, [best])
+        return PlacedByCost(units, problem, best, told, served)
+    candidates.append(partition(problem, Objective.LATENCY))
+    chosen, served = rank(problem, candidates)[0]
+    if chosen is not best:
+        told = explain(problem, chosen)
+    return PlacedByCost(units, problem, chosen, told, served)
+
+
+def split(graph: OpGraph) -> list[Unit]:
+    """The ops in order by layer; those of no layer are ``start`` or ``end``, or go with the layer before them."""
+    units: list[Unit] = []
+    layers = [op.layer for op in graph.ops if op.layer is not None]
+    last = layers[-1] if layers else None
+    for layer, run in groupby(graph.ops, key=lambda op: op.layer):
+        ops = tuple(run)
+        if layer is not None:
+            units.append(Unit(f"layers.{layer}", ops))
+        elif not units:
+            units.append(Unit("start", ops))
+        elif units[-1].name == f"layers.{last}":
+            units.append(Unit("end", ops))
+        else:
+            units[-1] = Unit(units[-1].name, units[-1].ops + ops)
+    return units
+
+
+def problem_of(
+    graph: OpGraph,
+    units: Sequence[Unit],
+    targets: Sequence[Target],
+    limits: Limits,
+    goal: Goal,
+    reserved: Callable[[Target], int],
+) -> Problem:
+    """The partition problem: bytes and seconds of each unit on each device, links, pins."""
+    work = goal.workload
+    decode, prefill = work.decode_step(goal.objective, len(targets)), work.prefill_step(limits)
+    devices, entering = [], {}
+    for target in targets:
+        costs, signer = goal.costs[target.name], signer_of(graph, limits, target)
+        seconds = [[unit_seconds(unit, target, costs, signer, step) for unit in units] for step in (prefill, decode)]
+        entering[target.name] = costs.overhead_seconds(decode)
+        for phase, step in zip(seconds, (prefill, decode), strict=True):
+            phase[0] += costs.overhead_seconds(step)  # that of further stages comes with the hop into them
+        kind = DeviceKind(target.name, tuple(seconds[0]), tuple(seconds[1]))
+        capped = target.memory is not None
+        devices.append(Device(target.name, kind, target.memory or NO_CAP, reserved(target) if capped else 0))
+    links = {}
+    for source in targets:
+        for target in targets:
+            if source is not target:
+                link = goal.links[source.name, target.name]
+                links[source.name, target.name] = Link(link.latency + entering[target.name], link.bandwidth)
+    return Problem(
+        layers=layers_of(graph, units, targets[0], limits, work),
+        devices=tuple(devices),
+        workload=work.unit(goal.objective, len(targets), limits),
+        links=links,
+        pins=pins_of(units, targets, goal.pins),
+        tied_bytes=tied_bytes(graph, units, targets[0]),
+    )
+
+
+def signer_of(graph: OpGraph, limits: Limits, target: Target) -> Signer:
+    """Writes the signatures of the graph's ops on a device."""
+    types = dict.fromkeys(GRAPH_INPUTS, TensorType(("T",), "i32")) | graph.values
+    return Signer(types, graph.weights, graph.states, limits, target.options)
+
+
+def unit_seconds(unit: Unit, target: Target, costs: Costs, signer: Signer, step: StepShape) -> float:
+    """Seconds of a unit's ops; ``DoesNotFit`` where one was never measured."""
+    try:
+        ops = [op for op in target.steps(unit.ops) if not is_view(op.kind)]
+        return sum(costs.op_seconds(signer, op, step) for op in ops)
+    except KeyError as missing:
+        message = f"what '{missing.args[0]}' costs on '{target.name}' was never measured"
+        remedy = "measure the model there first: labinfer profile MODEL --cluster FILE"
+        raise DoesNotFit("profile.unmeasured", message, remedy=remedy) from None
+
+
+def layers_of(
+    graph: OpGraph, units: Sequence[Unit], target: Target, limits: Limits, work: Workload
+) -> tuple[Layer, ...]:
+    """Bytes of each unit: weights, cache per token, and what it hands on per token.
+
+    Of a window, no sequence keeps more than its blocks, so its layers count for that part of a token.
+    """
+    last_use = {name: number for number, unit in enumerate(units) for op in unit.ops for name in op.inputs}
+    made: dict[str, TensorType] = {}
+    length, found = work.prompt + work.output, []
+    for number, unit in enumerate(units):
+        parts = [part for op in unit.ops for part in op.primitives()]
+        made |= {name: graph.values[name] for part in parts for name in part.outputs if name in last_use}
+        crossing = [kind for name, kind in made.items() if last_use[name] > number]
+        cache = 0.0
+        for name in dict.fromkeys(part.state for part in parts if part.state):
+            state = graph.states[name]
+            group = limits.groups[state.group]
+            kept = limits.blocks_needed(group, length) / -(-length // limits.block_size)
+            cache += kept * state.width * limits.cache_bytes_per_number
+        weights = sum(weight_bytes(graph, name, target) for name in unit_weights(unit))
+        found.append(Layer(unit.name, weights, round(cache), sum(kind.nbytes(1, 1) for kind in crossing)))
+    return tuple(found)
+
+
+def unit_weights(unit: Unit) -> list[str]:
+    """The weights of a unit, each once."""
+    return list(dict.fromkeys(name for op in unit.ops for part in op.primitives() for name in part.weights.values()))
+
+
+def weight_bytes(graph: OpGraph, name: str, target: Target) -> int:
+    """Bytes of a weight on a device."""
+    weight = graph.weights[name]
+    return target.weight_bytes(weight.format, weight.shape)
+
+
+def tied_bytes(graph: OpGraph, units: Sequence[Unit], target: Target) -> int:
+    """Bytes of weights that the first and the last unit share."""
+    shared = set(unit_weights(units[0])) & set(unit_weights(units[-1])) if len(units) > 1 else set()
+    return sum(weight_bytes(graph, name, target) for name in shared)
+
+
+def pins_of(units: Sequence[Unit], targets: Sequence[Target], pins: Sequence[Pin]) -> dict[str, str]:
+    """The device that each pinned unit must run on, from ``device:`` in the map and from patterns."""
+    names, found = {target.name for target in targets}, dict[str, str]()
+    for unit in units:
+        wanted = {op.device: str(op.origin) for op in unit.ops if op.device is not None}
+        matching = [pin for pin in pins if fnmatchcase(unit.name, pin.pattern)]
+        wanted |= {pin.device: str(pin.place or "pins") for pin in matching}
+        if len(wanted) > 1:
+            listed = " and ".join(f"'{device}' (at {where})" for device, where in wanted.items())
+            raise UsageError("device.pins", f"'{unit.name}' is pinned to {listed}", remedy="pin it once")
+        for device, where in wanted.items():
+            if device not in names:
+                message = f"'{unit.name}' is pinned to device '{device}' (at {where}), which is not among the devices"
+                raise DoesNotFit("device.unknown", message, remedy=f"devices: {', '.join(sorted(names))}")
+            found[unit.name] = device
+    for pin in pins:
+        if not any(fnmatchcase(unit.name, pin.pattern) for unit in units):
+            shown = f"{units[0].name}, {units[1].name} ... {units[-1].name}" if len(units) > 1 else units[0].name
+            message = f"no layer is called '{pin.pattern}'"
+            raise InvalidFile("cluster.pins", message, place=pin.place, remedy=f"layers: {shown}")
+    return found

@@ -1,0 +1,114 @@
+"""A cluster file as the compiler takes it: its devices as targets, what they cost, and the links between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import permutations
+from pathlib import Path
+
+from labinfer.backends.base import BACKENDS, capabilities
+from labinfer.compiler.cluster import Cluster, ClusterDevice, read_cluster
+from labinfer.compiler.costs import Costs, DeviceProfile, LinkProfile, Measured, load_profile
+from labinfer.compiler.costs.roofline import Roofline, specification
+from labinfer.compiler.costs.store import stored_link, stored_profile
+from labinfer.compiler.partition import Objective
+from labinfer.compiler.place_by_cost import Goal, Pin
+from labinfer.compiler.target import Target
+from labinfer.compiler.workload import Workload, parse_workload
+from labinfer.errors import InvalidFile, UsageError, did_you_mean
+from labinfer.ops.base import KernelBounds
+from labinfer.ops.formats import stored_bytes
+from labinfer.targets import real_target
+
+LOCAL_LINK = LinkProfile(latency=20e-6, bandwidth=5e9, origin="derived")
+"""Between devices of one host, where nothing was measured."""
+
+REMOTE_LINK = LinkProfile(latency=100e-6, bandwidth=1.25e9, origin="derived")
+"""Between hosts that the file gives no link for: 10 Gbit/s Ethernet."""
+
+
+def cluster_goal(path: Path | str, objective: str, workload: str) -> tuple[list[Target], Goal]:
+    """The devices of the cluster file at ``path``, real and declared, and what a placement over them is for."""
+    cluster = read_cluster(path)
+    targets = [cluster_target(cluster, name, device) for name, device in cluster.devices.items()]
+    return targets, goal_of(cluster, targets, objective, parse_workload(workload))
+
+
+def cluster_target(cluster: Cluster, name: str, device: ClusterDevice) -> Target:
+    """One device; an unknown one is told with its place in the file."""
+    place = cluster.place("devices", name)
+    if device.like is not None:
+        spec = specification(device.like)
+        return Target(
+            name, device.like, "stored", stored_bytes, (), no_workspace,
+            ("f32", "bf16", "f16"), no_tables, None, memory=device.memory or spec.memory, declared=f"like {spec.name}",
+        )  # fmt: skip
+    profile = foreign_profile(cluster, device)
+    kind = str(profile.device.get("kind", "")) if profile else name.partition(":")[0]
+    if kind not in BACKENDS:
+        remedy = did_you_mean(kind, BACKENDS) or f"real devices: {', '.join(BACKENDS)}; declare others with 'like'"
+        raise InvalidFile("cluster.device", f"there is no device '{name}'", place=place, remedy=remedy)
+    target = real_target(kind if profile else name)
+    threads = profile.device.get("threads") if profile else device.threads or shared_threads(target, device.share)
+    declared = f"as measured elsewhere, {device.profile}" if profile else None
+    return replace(target, name=name, threads=threads, memory=device.memory, declared=declared)
+
+
+def shared_threads(target: Target, share: float) -> int | None:
+    """The threads of a share of a CPU."""
+    return target.threads and max(1, round(target.threads * share))
+
+
+def no_workspace(bounds: KernelBounds) -> int:
+    """A specification says nothing of scratch memory."""
+    return 0
+
+
+def no_tables(attrs: object, max_model_len: int) -> int:
+    """A specification says nothing of tables."""
+    return 0
+
+
+def foreign_profile(cluster: Cluster, device: ClusterDevice) -> DeviceProfile | None:
+    """The profile that a device names, which lies beside the cluster file."""
+    return None if device.profile is None else load_profile(cluster.file.parent / device.profile)
+
+
+def goal_of(cluster: Cluster, targets: Sequence[Target], objective: str, workload: Workload) -> Goal:
+    """What a placement over ``cluster`` should be best at, with all that is known of its devices and links."""
+    if objective not in list(Objective):
+        remedy = did_you_mean(objective, list(Objective)) or f"objectives: {', '.join(Objective)}"
+        raise UsageError("placement.objective", f"there is no objective '{objective}'", remedy=remedy)
+    return Goal(
+        objective=Objective(objective),
+        workload=workload,
+        costs={target.name: device_costs(cluster, target) for target in targets},
+        links={pair: link_between(cluster, *pair) for pair in permutations(cluster.devices, 2)},
+        pins=[Pin(pattern, name, cluster.place("pins", pattern)) for pattern, name in cluster.pins.items()],
+    )
+
+
+def device_costs(cluster: Cluster, target: Target) -> Costs:
+    """Measured here, borrowed from a file, or derived from a specification."""
+    device = cluster.devices[target.name]
+    if device.like is not None:
+        return Roofline(specification(device.like), device.share)
+    profile = foreign_profile(cluster, device)
+    if profile is not None:
+        return Measured(profile, "borrowed")
+    return Measured(stored_profile(capabilities(target.name).fingerprint(target.threads)))
+
+
+def link_between(cluster: Cluster, source: str, target: str) -> LinkProfile:
+    """The link that the file gives for two devices, or for their hosts; else what was measured, or an assumption."""
+    one, other = cluster.devices[source], cluster.devices[target]
+    for ends in ({source, target}, {one.host, other.host}):
+        for link in reversed(cluster.links):
+            if set(link.between) == ends:
+                return LinkProfile(latency=link.latency, bandwidth=link.bandwidth, origin="derived")
+    if one.host != other.host:
+        return REMOTE_LINK
+    if one.declared or other.declared:
+        return LOCAL_LINK
+    return stored_link(source, target) or LOCAL_LINK

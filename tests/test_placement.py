@@ -1,0 +1,214 @@
+"""Cluster files, and plans whose layers are placed by cost."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import labinfer
+from labinfer.compiler.cluster import read_cluster
+from labinfer.compiler.costs.roofline import specifications
+from labinfer.compiler.plan import Plan, load_plan
+from labinfer.compiler.source import load_yaml
+from labinfer.compiler.workload import parse_workload
+from labinfer.errors import DoesNotFit, LabinferError, UsageError
+from labinfer.profile import measure
+from labinfer.profile.quiet import Patience
+from labinfer.profile.session import profile_cluster
+from labinfer.progress import silent
+from tests.mutation import damaged
+
+_GOLDEN = Path(__file__).parent / "golden"
+_MODEL = _GOLDEN / "llama-llama3"
+_DECLARED = """\
+devices:
+  fast: {like: l4, memory: 150kB}
+  slow: {like: t4, host: far}
+  slower: {like: epyc-9654, host: far}
+links:
+  - {between: [here, far], latency: 1us, bandwidth: 10GB/s}
+"""
+_LIMITS: dict[str, Any] = {"max_model_len": 64, "max_num_batched_tokens": 16}
+
+
+@pytest.fixture(autouse=True)
+def _short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "BUDGET_SECONDS", 0)
+
+
+def _cluster(folder: Path, text: str) -> Path:
+    path = folder / "cluster.yaml"
+    path.write_text(text)
+    return path
+
+
+def _compile(folder: Path, text: str, workload: str = "prompt=32,output=8", **options: Any) -> Plan:
+    return labinfer.compile(_MODEL, cluster=_cluster(folder, text), workload=workload, **{**_LIMITS, **options})
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("devices: {}", 1, "devices"),
+        ("devices:\n  a: {like: l4, memry: 3GB}", 2, "did you mean 'memory'"),
+        ("devices:\n  a: {like: l4, memory: much}", 2, "no size"),
+        ("devices:\n  a: {like: l4, profile: x.json}", 2, "not both"),
+        ("devices:\n  a: {like: l4}\nlinks:\n  - {between: [a, b], latency: 1us, bandwidth: 1GB/s}", 4, "'b'"),
+        ("devices:\n  a: {like: l4}\nlinks:\n  - {between: [a, a], latency: soon, bandwidth: 1GB/s}", 4, "no time"),
+        ("devices:\n  a: {like: l4}\npins:\n  end: c", 4, "'c'"),
+    ],
+)
+def test_errors_of_a_cluster_file_have_a_place(tmp_path: Path, text: str, line: int, message: str) -> None:
+    with pytest.raises(LabinferError, match=message) as raised:
+        read_cluster(_cluster(tmp_path, text))
+    assert raised.value.place is not None
+    assert raised.value.place.line == line
+    assert raised.value.exit_code == 3
+
+
+@given(st.integers(0, 2**32))
+def test_a_damaged_cluster_file_never_gives_a_traceback(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+    tree = load_yaml("declared", text=_DECLARED).plain()
+    text = json.dumps(damaged(tree, random.Random(seed)), default=str)
+    path = _cluster(tmp_path_factory.getbasetemp(), text)
+    with contextlib.suppress(LabinferError):
+        labinfer.compile(_MODEL, cluster=path, **_LIMITS)
+
+
+def test_sizes_times_and_rates_are_read_with_their_units(tmp_path: Path) -> None:
+    cluster = read_cluster(_cluster(tmp_path, _DECLARED))
+    assert cluster.devices["fast"].memory == 150_000
+    assert (cluster.links[0].latency, cluster.links[0].bandwidth) == (1e-6, 10_000_000_000)
+
+
+def test_the_catalogue_has_plausible_devices() -> None:
+    assert len(specifications()) >= 12
+    for spec in specifications().values():
+        assert 10 < spec.gb_per_second < 10_000
+        assert spec.source
+
+
+@pytest.mark.parametrize("text", ["prompt=0", "prompt", "promt=3", "output=1e3", "concurrency=-1"])
+def test_bad_workloads_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"workload|should be like"):
+        parse_workload(text)
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput", "balanced"])
+def test_a_placement_states_what_it_was_decided_by(tmp_path: Path, objective: str) -> None:
+    plan = _compile(tmp_path, _DECLARED, "prompt=32,output=8,concurrency=4", objective=objective)
+    found = plan.placement
+    assert found is not None
+    assert 0 < found.lower_bound <= found.value
+    assert [each.device for each in found.stages] == [stage.device for stage in plan.stages]
+    assert set(found.reasons) == {"fast", "slow", "slower"}
+    assert set(plan.devices) == {stage.device for stage in plan.stages}  # those that do not help are left out
+    assert found.origins["fast"] == "derived"
+    latency = sum(each.unit for each in found.stages)
+    hops = zip(found.stages, found.stages[1:], strict=False)
+    if objective == "latency":
+        steps = found.workload["output"], 2  # of decode; of prefill, 16 tokens each
+        latency += sum(steps[0] * a.decode_hop + steps[1] * a.prefill_hop for a, _ in hops)
+        assert found.value == pytest.approx(latency, rel=1e-4)
+
+
+def test_the_costs_of_ops_add_up_to_the_stage(tmp_path: Path) -> None:
+    plan = _compile(tmp_path, "devices: {only: {like: l4}}")
+    (stage,), placement = plan.stages, plan.placement
+    assert placement is not None
+    decode = prefill = 0.0
+    for entry in stage.schedule:
+        times = 1 if entry.layers is None else entry.layers[1] - entry.layers[0] + 1
+        for op in stage.blocks[entry.block]:
+            assert op.cost is not None
+            decode, prefill = decode + times * op.cost[0], prefill + times * op.cost[1]
+    overhead = placement.stages[0].decode - decode
+    assert overhead == pytest.approx(10 * specifications()["l4"].op_microseconds * 1e-6, rel=1e-3)
+    assert placement.stages[0].prefill == pytest.approx(prefill + overhead, rel=1e-3)
+
+
+def test_a_plan_with_a_placement_is_read_back_as_it_was(tmp_path: Path) -> None:
+    plan = _compile(tmp_path, _DECLARED)
+    path = tmp_path / "plan.json"
+    path.write_text(plan.dump())
+    assert load_plan(path) == plan
+
+
+def test_memory_caps_hold_and_say_what_is_missing(tmp_path: Path) -> None:
+    plan = _compile(tmp_path, _DECLARED)
+    used = [stage for stage in plan.stages if stage.device == "fast"]
+    assert all(stage.bytes.total <= 150_000 for stage in used)
+    with pytest.raises(DoesNotFit, match="no chain of stages fits"):
+        _compile(tmp_path, "devices: {tiny: {like: l4, memory: 10kB}}")
+
+
+def test_pins_are_honoured_or_told(tmp_path: Path) -> None:
+    plan = _compile(tmp_path, _DECLARED + "pins: {layers.1: slow, end: slower}")
+    runs = {unit: each.device for each in plan.placement.stages for unit in each.units} if plan.placement else {}
+    assert runs["end"] == "slower"
+    assert "slow" in runs.values()
+    for pins, message in (("layers.9: slow", "no layer is called"), ("layers.?: slow, layers.1: fast", "pin it once")):
+        with pytest.raises(LabinferError, match=message):
+            _compile(tmp_path, _DECLARED + f"pins: {{{pins}}}")
+
+
+@pytest.mark.usefixtures("home")
+def test_measured_devices_run_what_was_placed_with_the_same_tokens(tmp_path: Path) -> None:
+    text = "devices: {'reference:0': {memory: 450kB}, 'reference:1': {memory: 450kB}}"
+    apart = text + "\npins: {start: 'reference:1', end: 'reference:0'}"
+    with pytest.raises(DoesNotFit, match="was never measured"):
+        _compile(tmp_path, text)
+    options = {"max_num_batched_tokens": 16, "quick": True}
+    profile_cluster(_MODEL, _cluster(tmp_path, text), silent, Patience(0), **options)
+    plan, two = _compile(tmp_path, text), _compile(tmp_path, apart)
+    assert two.placement is not None
+    assert set(two.placement.origins.values()) == {"measured"}
+    assert [stage.device for stage in two.stages] == ["reference:1", "reference:0"]
+    prompt, greedy = [5, 6, 7, 8], labinfer.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    expected = labinfer.LLM(_MODEL, devices="reference", **_LIMITS).generate([prompt], greedy)[0].token_ids
+    for each in (plan, two):
+        with labinfer.LLM(each) as model:
+            assert model.generate([prompt], greedy)[0].token_ids == expected
+
+
+def test_plans_for_devices_that_are_not_here_do_not_run(tmp_path: Path) -> None:
+    plan = _compile(tmp_path, _DECLARED)
+    with pytest.raises(DoesNotFit, match="can be explained, not run"):
+        labinfer.LLM(plan)
+
+
+@pytest.mark.usefixtures("home")
+def test_a_profile_of_another_machine_is_borrowed(tmp_path: Path) -> None:
+    options = {"max_num_batched_tokens": 16, "quick": True}
+    path = _cluster(tmp_path, "devices: {reference: {}}")
+    (profile,) = profile_cluster(_MODEL, path, silent, Patience(0), **options).values()
+    (tmp_path / "lab.json").write_text(profile.dump())
+    plan = _compile(tmp_path, "devices: {lab: {profile: lab.json}}")
+    assert plan.placement is not None
+    assert plan.placement.origins == {"lab": "borrowed"}
+    assert plan.devices["lab"].declared
+
+
+@pytest.mark.usefixtures("home")
+def test_the_command_compiles_over_a_cluster_and_explains(
+    tmp_path: Path, labinfer_cli: Callable[..., CompletedProcess[str]]
+) -> None:
+    _cluster(tmp_path, _DECLARED)
+    more = ("--max-model-len", 64, "--max-num-batched-tokens", 16)
+    done = labinfer_cli("compile", _MODEL, "--cluster", "cluster.yaml", "--workload", "prompt=32,output=8", *more)
+    assert done.returncode == 0, done.stderr
+    shown = labinfer_cli("explain", "plan.json").stdout
+    assert "Placement: best latency for prompt 32, output 8, concurrency 1" in shown
+    assert "derived times" in shown
+    told = json.loads(labinfer_cli("explain", "plan.json", "--json").stdout)
+    assert told["placement"]["objective"] == "latency"
+    assert labinfer_cli("compile", _MODEL, "--objective", "latency").returncode == 2
