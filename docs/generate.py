@@ -15,8 +15,9 @@ from typing import Any, get_type_hints
 import click
 
 from labinfer.cli.main import COMMANDS, SECTIONS, cli
-from labinfer.compiler import blueprint, plan
+from labinfer.compiler import blueprint, cluster, placement_record, plan
 from labinfer.compiler.blueprint import read_map
+from labinfer.compiler.costs.roofline import specifications
 from labinfer.errors import LabinferError
 from labinfer.home import graphs_dir
 from labinfer.ops import OPS
@@ -256,6 +257,8 @@ def plan_fields() -> str:
     parts = [
         plan.Plan, plan.Source, plan.Limits, plan.CacheGroup, plan.PlanDevice, plan.Stage, plan.Entry, plan.PlanOp,
         plan.PlanValue, plan.Arena, plan.StageBytes, plan.PlanState, plan.PlanWeight,
+        placement_record.PlanPlacement, placement_record.StagePrediction, placement_record.PlannedStep,
+        placement_record.OtherPlacement, placement_record.Change,
     ]  # fmt: skip
     return "\n\n".join(f"### {each.__name__}\n\n{whole(each.__doc__)}\n\n{fields(each, type_text)}" for each in parts)
 
@@ -281,11 +284,26 @@ def schema_of(name: str) -> Callable[[], str]:
     return lambda: fields(getattr(blueprint, name))
 
 
+def cluster_fields() -> str:
+    """The keys of a cluster file."""
+    parts = [("The file", cluster.Cluster), ("A device", cluster.ClusterDevice), ("A link", cluster.ClusterLink)]
+    return "\n\n".join(f"**{title}**\n\n{fields(each, type_text)}" for title, each in parts)
+
+
+def catalogue_of_devices() -> str:
+    """The devices that ``like:`` takes."""
+    rows = [
+        [code(name), each.name, f"{each.memory_gb:g}", f"{each.gb_per_second:g}", f"{each.tflops:g}", each.source]
+        for name, each in specifications().items()
+    ]
+    return table(["like", "device", "GB", "GB/s", "TFLOP/s", "source"], rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "ops": ops, "command index": command_index, "commands": commands,
     "exit codes": exit_codes, "families": families, "formats": formats,
     "fusions": fusions, "activations": activations, "plan fields": plan_fields, "sampling parameters": knobs,
-    "short plan": short_plan,
+    "short plan": short_plan, "cluster": cluster_fields, "devices": catalogue_of_devices,
     "map": schema_of("Blueprint"), "config": schema_of("ConfigEntry"), "check": schema_of("Check"),
     "match": schema_of("Match"), "op": schema_of("OpLine"), "use": schema_of("UseLine"),
     "repeat": schema_of("RepeatLine"),

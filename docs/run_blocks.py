@@ -147,6 +147,7 @@ def copied_checkout() -> Iterator[Path]:
 def main() -> int:
     """Run one page; a second argument names what the blocks to run need, without it those that need nothing run."""
     page, needs = Path(sys.argv[1]).resolve(), sys.argv[2] if len(sys.argv) > 2 else None
+    os.environ["LABINFER_PATIENCE"] = "0"  # figures on the pages are no measurements
     os.environ["LABINFER_DEVICES"] = "reference"  # the same output whether or not numba is installed
     with copied_checkout():
         run_page(page, needs)

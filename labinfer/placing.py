@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
-from labinfer.backends.base import BACKENDS, capabilities
+from labinfer.backends.base import BACKENDS, fingerprint
 from labinfer.compiler.cluster import Cluster, ClusterDevice, read_cluster
 from labinfer.compiler.costs import Costs, DeviceProfile, LinkProfile, Measured, load_profile
 from labinfer.compiler.costs.roofline import Roofline, specification
@@ -97,7 +97,7 @@ def device_costs(cluster: Cluster, target: Target) -> Costs:
     profile = foreign_profile(cluster, device)
     if profile is not None:
         return Measured(profile, "borrowed")
-    return Measured(stored_profile(capabilities(target.name).fingerprint(target.threads)))
+    return Measured(stored_profile(fingerprint(target.name, target.threads)))
 
 
 def link_between(cluster: Cluster, source: str, target: str) -> LinkProfile:

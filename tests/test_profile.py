@@ -153,7 +153,10 @@ def test_profiles_are_short_readable_json() -> None:
 
 
 @pytest.mark.usefixtures("home")
-def test_the_command_measures_and_validates(labinfer_cli: Callable[..., CompletedProcess[str]]) -> None:
+def test_the_command_measures_and_validates(
+    labinfer_cli: Callable[..., CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LABINFER_PATIENCE", "0")
     found = labinfer_cli(
         "profile", _MODEL, "--devices", "reference", "--quick", "--json", "--max-num-batched-tokens", 16
     )

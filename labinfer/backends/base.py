@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from labinfer import __version__
 from labinfer.errors import DoesNotFit, UsageError, did_you_mean
 from labinfer.ops.base import OPS, Call, KernelBounds, TensorType
 
@@ -34,13 +35,12 @@ def no_workspace(bounds: KernelBounds) -> int:
     return 0
 
 
-def host_fingerprint(kind: str, kernels: str, threads: int | None) -> dict[str, Any]:
-    """What times of kernels depend on that run on this machine's processor; the same on every machine like it."""
+def processor() -> str:
+    """The processor of this machine, the same on every machine like it."""
     names: dict[str, str] = {}
     with suppress(OSError), open("/proc/cpuinfo") as file:
         names = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in file)}
-    machine = " ".join([platform.machine(), *(names.get(key, "") for key in ("model name", "cpu family", "model"))])
-    return {"kind": kind, "machine": machine.strip(), "threads": threads, "kernels": kernels}
+    return " ".join([platform.machine(), *filter(None, map(names.get, ("model name", "cpu family", "model")))])
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +53,11 @@ class Capabilities:
     constants it keeps for all ops with these attributes; ``threads`` how many it uses unless told otherwise;
     ``block_multiple`` is what the cache's block size must be a multiple of; ``activations`` says how exactly it can
     multiply, and ``matrix_unit(activations)`` the fewest tokens, by weight format, for which its matrix unit pays.
-    ``fingerprint(threads)`` says what measured times depend on: ``kind``, machine, threads, version of the kernels.
+    ``machine`` says what it runs on, and ``kernels`` which version of its kernels: measured times depend on both.
     """
 
     parameters: str
     weight_bytes: Callable[[str, Sequence[int]], int]
-    fingerprint: Callable[[int | None], Mapping[str, Any]]
     fusions: tuple[str, ...] = ()
     workspace: Callable[[KernelBounds], int] = no_workspace
     kv_dtypes: tuple[str, ...] = ("f32",)
@@ -67,6 +66,8 @@ class Capabilities:
     block_multiple: int = 1
     activations: tuple[str, ...] = ("exact",)
     matrix_unit: Callable[[str], Mapping[str, int]] = lambda activations: {}
+    machine: Callable[[], str] = processor
+    kernels: Callable[[], str] = lambda: __version__
 
 
 @dataclass(eq=False, slots=True)
@@ -286,3 +287,9 @@ def capabilities(name: str) -> Capabilities:
     package = BACKENDS[device_kind(name)].partition(":")[0].rpartition(".")[0]
     found: Capabilities = importlib.import_module(package).CAPABILITIES
     return found
+
+
+def fingerprint(name: str, threads: int | None) -> dict[str, Any]:
+    """What times measured on device ``name`` with so many threads depend on."""
+    known = capabilities(name)
+    return {"kind": device_kind(name), "machine": known.machine(), "threads": threads, "kernels": known.kernels()}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from labinfer.cli.options import PATIENCE_SECONDS, given, json_option, plan_options
+from labinfer.cli.options import given, json_option, plan_options
 from labinfer.cli.output import current
 from labinfer.errors import UsageError
 
@@ -92,7 +92,7 @@ def measure(model: str, cluster: str, options: dict[str, Any]) -> None:
 
     known = {name: value for name, value in options.items() if name != "cluster"}
     with current().progress() as progress:
-        profile_cluster(model, cluster, progress, Patience(PATIENCE_SECONDS), quick=True, **known)
+        profile_cluster(model, cluster, progress, Patience(), quick=True, **known)
 
 
 def save(text: str, output: str) -> None:

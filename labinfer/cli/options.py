@@ -63,10 +63,6 @@ KINDS: dict[str, tuple[Any, str]] = {
 """Types and placeholders of the options that are neither a choice nor a count."""
 
 
-PATIENCE_SECONDS = 30
-"""How long measuring waits for other programs to be quiet."""
-
-
 def plan_options(function: Function) -> Function:
     """Give a command ``--weights`` and every option of ``PLAN_OPTIONS``; those not given arrive as None."""
     for name, text in reversed(PLAN_OPTIONS.items()):

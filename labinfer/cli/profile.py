@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from labinfer.cli.options import CHOICES, COUNT, PATIENCE_SECONDS, PLAN_OPTIONS, given, json_option
+from labinfer.cli.options import CHOICES, COUNT, PLAN_OPTIONS, given, json_option
 from labinfer.cli.output import current
 from labinfer.errors import UsageError
 
@@ -52,7 +52,7 @@ def profile(
     from labinfer.profile.quiet import Patience
     from labinfer.profile.session import profile_cluster, profile_links, profile_plan
 
-    out, patience = current(), Patience(PATIENCE_SECONDS)
+    out, patience = current(), Patience()
     if cluster is not None and (validate or model is None):
         raise UsageError("cli.usage", "--cluster needs a model, and --validate a plan")
     with out.progress() as progress:
@@ -70,7 +70,7 @@ def profile(
 
         links = profile_links({name: device.threads for name, device in plan.devices.items()})
         costs = {name: Measured(each) for name, each in profiles.items()}
-        steps = validate_plan(plan, costs, links, Patience(PATIENCE_SECONDS))
+        steps = validate_plan(plan, costs, links, Patience())
         if as_json:
             out.json([asdict(step) for step in steps])
             return

@@ -16,7 +16,7 @@ from statistics import median
 
 import numpy as np
 
-from labinfer.backends.base import capabilities
+from labinfer.backends.base import fingerprint
 from labinfer.compiler.costs import CostTable, DeviceProfile, LinkProfile, Signer, StepShape
 from labinfer.compiler.costs.plans import stage_signer
 from labinfer.compiler.graph import Op
@@ -55,7 +55,7 @@ class StepTimes:
 def measure_device(plan: Plan, grid: Grid, quick: bool, patience: Patience, progress: Progress) -> DeviceProfile:
     """The profile of the one device of ``plan``, which runs the whole model on made-up weights."""
     (name, device), (stage,) = next(iter(plan.devices.items())), plan.stages
-    profile = DeviceProfile(device=dict(capabilities(name).fingerprint(device.threads)))
+    profile = DeviceProfile(device=fingerprint(name, device.threads))
     with Model(plan, SyntheticCheckpoint(plan), cache=CacheOptions(enable_prefix_caching=False)) as model:
         fill_caches(model)
         (interpreter,) = model.interpreters

@@ -6,6 +6,8 @@ import os
 import time
 from contextlib import suppress
 
+from labinfer.errors import UsageError
+
 WINDOW_SECONDS = 0.05
 FOREIGN_SHARE = 0.1
 """The part of the processors that others may use while something is measured."""
@@ -35,11 +37,14 @@ class Foreign:
         return max(0.0, busy - self.busy) / seconds / (os.cpu_count() or 1)
 
 
-class Patience:
-    """Seconds that may be spent in waiting for others, all measurements together."""
+DEFAULT_PATIENCE = 30.0
 
-    def __init__(self, seconds: float) -> None:
-        self.left = seconds
+
+class Patience:
+    """Seconds that may be spent in waiting for others, all measurements together; ``LABINFER_PATIENCE``, else 30."""
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self.left = stated_patience() if seconds is None else seconds
 
     def wait(self) -> None:
         """Return when nobody else is busy, or no patience is left."""
@@ -49,3 +54,12 @@ class Patience:
             if foreign.share() <= FOREIGN_SHARE:
                 return
             self.left -= WINDOW_SECONDS
+
+
+def stated_patience() -> float:
+    """What the environment says; a ``UsageError`` unless it is a number of seconds."""
+    text = os.environ.get("LABINFER_PATIENCE", "")
+    try:
+        return max(0.0, float(text)) if text else DEFAULT_PATIENCE
+    except ValueError:
+        raise UsageError("profile.patience", f"LABINFER_PATIENCE is '{text}', no number of seconds") from None

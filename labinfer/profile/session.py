@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from labinfer.api import compile
-from labinfer.backends.base import capabilities
+from labinfer.backends.base import fingerprint
 from labinfer.compiler.costs import DeviceProfile, LinkProfile
 from labinfer.compiler.costs.plans import stage_ops, stage_signer
 from labinfer.compiler.costs.store import store_link, store_profile, stored_link, stored_profile
@@ -53,7 +53,7 @@ def profile_device(
     options.pop("max_model_len", None)
     plan = compile(model, devices=name, **options)
     device, limits = plan.devices[name], plan.limits
-    stored = stored_profile(capabilities(name).fingerprint(device.threads))
+    stored = stored_profile(fingerprint(name, device.threads))
     bounds = limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_model_len
     grid = grid_for(quick, *bounds, device.matrix_unit.values())
     if not again and is_known(stored, plan, quick, grid):
