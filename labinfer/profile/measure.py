@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import median
 
 import numpy as np
 
@@ -37,19 +36,42 @@ BUDGET_SECONDS, FEWEST_RUNS, MOST_RUNS = 0.3, 3, 25
 """A step is run for so long, but so many times at least and at most."""
 
 MOST_TRIES = 4
+DIGITS = 10
+"""Decimals of seconds in a profile: a tenth of a nanosecond."""
 
-Runs = tuple[list[float], list[np.ndarray]]
-"""Seconds of each run of a whole step, and of each op [runs, ops] by stage."""
+QUIET, BUSY = 0.5, 0.1
+"""Which quantile of the runs counts: the median, or a quick one where other programs are busy all the time, which can
+only make a run longer."""
+
+
+Runs = tuple[np.ndarray, list[np.ndarray]]
+"""Seconds of each run of a whole step [runs], and of the ops of each stage [runs, ops]."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """A step as measured: seconds of the whole, seconds of each op of each stage, medians over runs; and all runs."""
+    """A step as measured: seconds of each run of the whole, the ops of each stage, and seconds of each run of these
+    [runs, ops]. ``quantile`` of the runs is what counts."""
 
-    whole: float
-    ops: list[list[tuple[Op, float]]]
-    runs: list[float]
+    runs: np.ndarray
+    ops: list[list[Op]]
     op_runs: list[np.ndarray]
+    quantile: float
+
+    @property
+    def whole(self) -> float:
+        """Seconds of the whole step."""
+        return float(np.quantile(self.runs, self.quantile))
+
+    def of_ops(self, stage: int) -> list[tuple[Op, float]]:
+        """Seconds of each op of a stage."""
+        seconds = np.quantile(self.op_runs[stage], self.quantile, axis=0)
+        return list(zip(self.ops[stage], seconds.tolist(), strict=True))
+
+    def rest(self) -> float:
+        """Seconds of the step beside its ops."""
+        ops = sum(runs.sum(axis=1) for runs in self.op_runs)
+        return self.whole - float(np.quantile(ops, self.quantile))
 
 
 def measure_device(plan: Plan, grid: Grid, quick: bool, patience: Patience, progress: Progress) -> DeviceProfile:
@@ -88,30 +110,29 @@ def record(
     """
     (ops,), (runs,) = times.ops, times.op_runs
     columns: dict[str, list[int]] = defaultdict(list)
-    for number, (op, _) in enumerate(ops):
+    for number, op in enumerate(ops):
         columns[signer.signature(op)].append(number)
     for signature, numbers in columns.items():
-        axis = signer.axis(ops[numbers[0]][0])
+        axis = signer.axis(ops[numbers[0]])
         count = shape.rows if axis == "rows" else shape.tokens
         key = (count, shape.past if axis == "context" else 0)
         phases = ["step"] if axis != "context" else ["decode", "prefill"] if shape.tokens == 1 else [shape.phase]
         for phase in phases:
-            found[signature, phase].setdefault(key, spread(runs[:, numbers].mean(axis=1)))
-    copied = out.seconds(4 * shape.rows * vocab_size)
-    rest = np.maximum(np.array(times.runs) - runs.sum(axis=1) - copied, 0.0)
-    found["", "step"].setdefault((shape.tokens, 0), spread(rest))
+            found[signature, phase].setdefault(key, mean_and_spread(runs[:, numbers], times.quantile))
+    rest = max(times.rest() - out.seconds(4 * shape.rows * vocab_size), 0.0)
+    found["", "step"].setdefault((shape.tokens, 0), (round(rest, DIGITS), 0.0))
 
 
-def spread(runs: np.ndarray) -> tuple[float, float]:
-    """The median, and the median distance from it, of seconds of several runs; to a tenth of a nanosecond."""
-    middle = float(np.median(runs))
-    return round(middle, 10), round(float(np.median(np.abs(runs - middle))), 10)
+def mean_and_spread(runs: np.ndarray, quantile: float) -> tuple[float, float]:
+    """The mean over ops of a quantile of their runs [runs, ops], and the median distance of runs from it; seconds."""
+    each = np.quantile(runs, quantile, axis=0)
+    return round(float(each.mean()), DIGITS), round(float(np.median(np.abs(runs - each))), DIGITS)
 
 
 def measure_step(model: Model, shape: StepShape, patience: Patience) -> StepTimes:
     """Run a step of this size, whole and with clocks between its ops in turn, on whatever the cache holds.
 
-    It runs again while others are busy; the quietest try counts.
+    It runs again while others are busy. A try while they were quiet counts alone, with its median; else all of them do.
     """
     with prepared_step(model, shape) as batch:
         timed = []
@@ -122,18 +143,16 @@ def measure_step(model: Model, shape: StepShape, patience: Patience) -> StepTime
             program = interpreter.device.timed([(kernel, call) for _, kernel, call in listed])
             timed.append(([op for op, _, _ in listed], program))
         model.run(batch)  # binds the tape, and warms what stays warm
-        tries: list[tuple[float, Runs]] = []
-        while not tries or (tries[-1][0] > FOREIGN_SHARE and patience.left > 0 and len(tries) < MOST_TRIES):
+        programs, tries, quiet = [program for _, program in timed], list[Runs](), False
+        while not quiet and len(tries) < MOST_TRIES:
             patience.wait()
             foreign = Foreign()
-            times = run_step(model, batch, [program for _, program in timed])
-            tries.append((foreign.share(), times))
-    whole, arrays = min(tries, key=lambda each: each[0])[1]
-    ops = [
-        list(zip(ops, np.median(array, axis=0).tolist(), strict=True))
-        for (ops, _), array in zip(timed, arrays, strict=True)
-    ]
-    return StepTimes(median(whole), ops, whole, arrays)
+            tries.append(run_step(model, batch, programs))
+            quiet = foreign.share() <= FOREIGN_SHARE
+    counted = tries[-1:] if quiet else tries
+    arrays = [np.concatenate(each) for each in zip(*(runs for _, runs in counted), strict=True)]
+    whole = np.concatenate([runs for runs, _ in counted])
+    return StepTimes(whole, [ops for ops, _ in timed], arrays, QUIET if quiet else BUSY)
 
 
 def run_step(model: Model, batch: StepBatch, programs: Sequence[Callable[[], Sequence[float]]]) -> Runs:
@@ -147,7 +166,7 @@ def run_step(model: Model, batch: StepBatch, programs: Sequence[Callable[[], Seq
         whole.append(time.perf_counter() - start)
         for seconds, program in zip(runs, programs, strict=True):
             seconds.append(np.array(program()))
-    return whole, [np.array(each) for each in runs]
+    return np.array(whole), [np.array(each) for each in runs]
 
 
 @contextmanager

@@ -77,7 +77,8 @@ def validate_step(
     name = f"{shape.phase} {shape.tokens} tokens after {shape.past}"
     whole = Comparison(name, 1, sum(stage.total for stage in predicted), times.whole)
     stages, ops = [], []
-    for number, (stage, measured) in enumerate(zip(predicted, times.ops, strict=True)):
+    for number, stage in enumerate(predicted):
+        measured = times.of_ops(number)
         device = model.plan.stages[number].device
         known = {op.name: seconds for op, seconds in stage.ops}
         sums = sum(known.values()), sum(seconds for _, seconds in measured)

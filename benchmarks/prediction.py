@@ -1,0 +1,164 @@
+"""How well predicted times of plans match measured ones, and how good the plan is that costs choose.
+
+    python benchmarks/prediction.py MODEL.gguf ...             # each model on 1 thread, on 2, and split over both
+    python benchmarks/prediction.py --choose MODEL.gguf        # the chosen plan beside others, where memory is capped
+
+Devices are CPUs of unequal threads in one process. Profiles are measured first where they are missing (--quick: at few
+sizes of steps). Steps run on made-up weights, on a machine as quiet as LABINFER_PATIENCE seconds of waiting make it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import labinfer
+from labinfer.compiler.costs import Costs, LinkProfile, Measured, StepShape
+from labinfer.compiler.costs.plans import predict_plan, stage_ops
+from labinfer.compiler.plan import Plan
+from labinfer.errors import DoesNotFit
+from labinfer.profile.measure import fill_caches, measure_step
+from labinfer.profile.quiet import Patience
+from labinfer.profile.session import profile_device, profile_links
+from labinfer.profile.synthetic import SyntheticCheckpoint
+from labinfer.profile.validate import validate_step
+from labinfer.progress import silent
+from labinfer.runtime.cache import CacheOptions
+from labinfer.runtime.model import Model
+
+DEVICES = {"cpu:0": 2, "cpu:1": 1}
+"""Threads of each device."""
+
+STEPS = (
+    StepShape.decode(1, 16), StepShape.decode(1, 700), StepShape.decode(8, 300), StepShape.prefill(512),
+    StepShape.prefill(256, 256),
+)  # fmt: skip
+LIMITS: dict[str, Any] = {"max_num_seqs": 8, "max_model_len": 1024, "num_blocks": 256}
+PROMPT, OUTPUT = 512, 128
+
+
+class Room:
+    """What is known of the devices for one model."""
+
+    def __init__(self, model: str, quick: bool, patience: Patience) -> None:
+        self.model, self.patience = model, patience
+        self.costs: dict[str, Costs] = {
+            name: Measured(profile_device(model, name, threads, silent, patience, quick=quick))
+            for name, threads in DEVICES.items()
+        }
+        self.links: dict[tuple[str, str], LinkProfile] = profile_links(dict(DEVICES))
+        layers = {
+            op.layer for op in stage_ops(labinfer.compile(model, devices="cpu").stages[0]) if op.layer is not None
+        }
+        self.units = ["start", *(f"layers.{layer}" for layer in sorted(layers)), "end"]
+
+    def compile(self, devices: str, pins: str = "") -> Plan:
+        """The plan over these devices, as a cluster file has them."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "cluster.yaml"
+            path.write_text(f"devices: {{{devices}}}\npins: {{{pins}}}\n")
+            return labinfer.compile(self.model, cluster=path, workload=f"prompt={PROMPT},output={OUTPUT}", **LIMITS)
+
+
+def plans(room: Room) -> Iterator[tuple[str, Plan]]:
+    """Each device alone, and a third of the layers on the slower one, by name."""
+    each = [f"'{name}': {{threads: {threads}}}" for name, threads in DEVICES.items()]
+    for device, threads in zip(each, DEVICES.values(), strict=True):
+        yield f"{threads} threads", room.compile(device)
+    cut = len(room.units) // 3
+    pins = [f"{unit}: 'cpu:1'" for unit in room.units[:cut]] + [f"{unit}: 'cpu:0'" for unit in room.units[cut:]]
+    yield "1 + 2 threads", room.compile(", ".join(each), ", ".join(pins))
+
+
+def accuracy(models: list[str], quick: bool, patience: Patience) -> list[dict[str, Any]]:
+    """Predicted and measured milliseconds of every step of every plan."""
+    found = []
+    for path in models:
+        room = Room(path, quick, patience)
+        for name, plan in plans(room):
+            with Model(plan, SyntheticCheckpoint(plan), cache=CacheOptions(enable_prefix_caching=False)) as model:
+                fill_caches(model)
+                for step in STEPS:
+                    checked = validate_step(model, room.costs, room.links, step, patience)
+                    each = {"model": Path(path).stem, "plan": name, "step": checked.whole.what}
+                    for stage in (checked.whole, *checked.stages):
+                        found.append({**each, "of": stage.what, **milliseconds(stage.predicted, stage.measured)})
+                    print(f"{each['model']:16} {name:14} {line(checked.whole)}", flush=True)
+    return found
+
+
+def milliseconds(predicted: float, measured: float) -> dict[str, float]:
+    """Both times, and by what part the prediction is too high."""
+    return {
+        "predicted_ms": round(1e3 * predicted, 4), "measured_ms": round(1e3 * measured, 4),
+        "error": round(predicted / measured - 1, 4),
+    }  # fmt: skip
+
+
+def line(each: Any) -> str:
+    """A comparison in columns."""
+    return f"{each.what:32} {1e3 * each.predicted:9.3f} {1e3 * each.measured:9.3f} ms {100 * each.error:+6.1f} %"
+
+
+def choice(path: str, quick: bool, patience: Patience) -> list[dict[str, Any]]:
+    """The chosen plan and others, where the quick device has room for half of the weights, best first."""
+    room = Room(path, quick, patience)
+    taken = labinfer.compile(path, devices="cpu", **LIMITS).stages[0].bytes
+    cap = taken.total - taken.weights // 2 - taken.kv_cache // 2
+    devices = f"'cpu:0': {{threads: 2, memory: {cap}}}, 'cpu:1': {{threads: 1}}"
+    candidates = {"chosen": room.compile(devices)}
+    units = room.units
+    for eighths in range(1, 9):
+        for quick_first in (True, False):
+            cut = len(units) * eighths // 16
+            mine, others = (units[:cut], units[cut:]) if quick_first else (units[-cut:], units[:-cut])
+            pins = [f"{unit}: 'cpu:0'" for unit in mine] + [f"{unit}: 'cpu:1'" for unit in others]
+            name = f"cpu:0 has {mine[0]} to {mine[-1]}"
+            with suppress(DoesNotFit):
+                candidates[name] = room.compile(devices, ", ".join(pins))
+    return sorted((seconds_of(room, name, plan) for name, plan in candidates.items()), key=lambda x: x["measured_ms"])
+
+
+def seconds_of(room: Room, name: str, plan: Plan) -> dict[str, Any]:
+    """Predicted and measured milliseconds of a prompt and its answer."""
+    prefill, decode = StepShape.prefill(PROMPT), StepShape.decode(1, PROMPT + OUTPUT // 2)
+    with Model(plan, SyntheticCheckpoint(plan), cache=CacheOptions(enable_prefix_caching=False)) as model:
+        fill_caches(model)
+        measured = [measure_step(model, step, room.patience).whole for step in (prefill, decode)]
+    steps = (predict_plan(plan, room.costs, room.links, step) for step in (prefill, decode))
+    predicted = [sum(stage.total for stage in stages) for stages in steps]
+    total = (each[0] + OUTPUT * each[1] for each in (predicted, measured))
+    return {"plan": name, **milliseconds(*total)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--choose", action="store_true", help="compare the chosen plan with others")
+    parser.add_argument("--quick", action="store_true", help="measure few sizes of steps for the profiles")
+    parser.add_argument("--json", metavar="FILE", help="write all figures there")
+    options = parser.parse_args()
+    patience = Patience()
+    if options.choose:
+        found = [{"model": path, **row} for path in options.models for row in choice(path, options.quick, patience)]
+        for row in found:
+            print(f"{row['measured_ms']:10.2f} ms, predicted {row['predicted_ms']:10.2f}  {row['plan']}")
+    else:
+        found = accuracy(options.models, options.quick, patience)
+        whole = [row for row in found if not row["of"].startswith("stage")]
+        stages = [row for row in found if row["of"].startswith("stage")]
+        for name, rows in (("whole steps", whole), ("stages", stages)):
+            errors = [abs(row["error"]) for row in rows]
+            print(f"median error of {len(rows)} {name}: {100 * median(errors):.1f} %, worst {100 * max(errors):.1f} %")
+    if options.json:
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
