@@ -29,6 +29,7 @@ from labinfer.profile.session import profile_device, profile_links
 from labinfer.profile.synthetic import SyntheticCheckpoint
 from labinfer.profile.validate import validate_step
 from labinfer.progress import silent
+from labinfer.render.measured import MeasuredStep
 from labinfer.runtime.cache import CacheOptions
 from labinfer.runtime.model import Model
 
@@ -86,10 +87,13 @@ def accuracy(models: list[str], quick: bool, patience: Patience) -> list[dict[st
                 fill_caches(model)
                 for step in STEPS:
                     checked = validate_step(model, room.costs, room.links, step, patience)
-                    each = {"model": Path(path).stem, "plan": name, "step": checked.whole.what}
-                    for stage in (checked.whole, *checked.stages):
-                        found.append({**each, "of": stage.what, **milliseconds(stage.predicted, stage.measured)})
-                    print(f"{each['model']:16} {name:14} {line(checked.whole)}", flush=True)
+                    each = {"model": Path(path).stem, "plan": name, "step": checked.what}
+                    times = {"whole": (checked.predicted, checked.measured)}
+                    for stage, ops in zip(plan.stages, checked.stages, strict=True):
+                        sums = sum(op.predicted for op in ops), sum(op.measured for op in ops)
+                        times[f"ops on {stage.device}"] = sums
+                    found += [{**each, "of": what, **milliseconds(*both)} for what, both in times.items()]
+                    print(f"{each['model']:16} {name:14} {line(checked)}", flush=True)
     return found
 
 
@@ -101,9 +105,10 @@ def milliseconds(predicted: float, measured: float) -> dict[str, float]:
     }  # fmt: skip
 
 
-def line(each: Any) -> str:
+def line(step: MeasuredStep) -> str:
     """A comparison in columns."""
-    return f"{each.what:32} {1e3 * each.predicted:9.3f} {1e3 * each.measured:9.3f} ms {100 * each.error:+6.1f} %"
+    error = 100 * (step.predicted / step.measured - 1)
+    return f"{step.what:32} {1e3 * step.predicted:9.3f} {1e3 * step.measured:9.3f} ms {error:+6.1f} %"
 
 
 def choice(path: str, quick: bool, patience: Patience) -> list[dict[str, Any]]:
@@ -151,8 +156,8 @@ def main() -> None:
             print(f"{row['measured_ms']:10.2f} ms, predicted {row['predicted_ms']:10.2f}  {row['plan']}")
     else:
         found = accuracy(options.models, options.quick, patience)
-        whole = [row for row in found if not row["of"].startswith("stage")]
-        stages = [row for row in found if row["of"].startswith("stage")]
+        whole = [row for row in found if row["of"] == "whole"]
+        stages = [row for row in found if row["of"] != "whole"]
         for name, rows in (("whole steps", whole), ("stages", stages)):
             errors = [abs(row["error"]) for row in rows]
             print(f"median error of {len(rows)} {name}: {100 * median(errors):.1f} %, worst {100 * max(errors):.1f} %")

@@ -116,11 +116,14 @@ def test_validation_compares_every_step_stage_and_op() -> None:
     plan = labinfer.compile(_MODEL, devices="reference,reference:1", **_SMALL)
     costs = {name: Measured(_profile(_MODEL, name)) for name in plan.devices}
     steps = validate_plan(plan, costs, profile_links(dict.fromkeys(plan.devices)), Patience(0))
-    assert {step.shape.phase for step in steps} == {"decode", "prefill"}
+    assert {step.what.split()[0] for step in steps} == {"decode", "prefill"}
     for step in steps:
-        assert [each.what for each in step.stages] == [f"stage {n} on {d}" for n, d in enumerate(plan.devices)]
-        assert sum(each.measured for each in step.ops) == pytest.approx(sum(each.measured for each in step.stages))
-        assert all(each.measured > 0 for each in [step.whole, *step.stages, *step.ops])
+        assert len(step.stages) == 2
+        assert [[op.name for op in ops] for ops in step.stages] == [
+            [op.name for op in stage_ops(stage)] for stage in plan.stages
+        ]
+        assert all(op.measured > 0 for ops in step.stages for op in ops)
+        assert step.measured > 0.5 * sum(op.measured for ops in step.stages for op in ops)
 
 
 def test_made_up_checkpoints_have_what_a_plan_names() -> None:

@@ -27,6 +27,7 @@ def _format_list() -> str:
 )
 @click.option("-o", "--output", metavar="FILE", help="Where to write; - is stdout (default: see below).")
 @click.option("--config", metavar="FILE", help="A config.json to compile a map for, without weights.")
+@click.option("--measured", metavar="FILE", help="Steps of the plan, from `labinfer profile PLAN --validate --json`.")
 @plan_options
 @json_option
 def graph(
@@ -35,6 +36,7 @@ def graph(
     output: str | None,
     config: str | None,
     weights: str | None,
+    measured: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -47,9 +49,11 @@ def graph(
     labinfer graph llama.yaml                        llama.html
     labinfer graph plan.json -f svg -o plan.svg
     labinfer graph qwen3.yaml -f dot | dot -Tpdf > qwen3.pdf
+    labinfer graph plan.json -f perfetto --measured steps.json
     """
     from labinfer.api import compile, find_plan
     from labinfer.render import render
+    from labinfer.render.measured import read_measured
 
     out = current()
     if as_json:
@@ -61,7 +65,7 @@ def graph(
     else:
         with out.progress() as progress:
             plan = find_plan(model, weights=weights, progress=progress, **given(options))
-    text = render(plan, format_)
+    text = render(plan, format_, read_measured(measured) if measured else ())
     if output is None:
         output = default_name(model, format_) if format_ == "html" or sys.stdout.isatty() else "-"
     if output == "-":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,7 +13,7 @@ from labinfer.errors import UsageError
 
 if TYPE_CHECKING:
     from labinfer.compiler.costs import DeviceProfile
-    from labinfer.profile.validate import Comparison, ValidatedStep
+    from labinfer.render.measured import MeasuredStep, OpTimes
 
 COLUMNS = ("OP", "1 TOKEN µs", "±", "MOST SEQUENCES µs", "LARGEST STEP µs", "± µs")
 
@@ -72,9 +71,9 @@ def profile(
         costs = {name: Measured(each) for name, each in profiles.items()}
         steps = validate_plan(plan, costs, links, Patience())
         if as_json:
-            out.json([asdict(step) for step in steps])
+            out.json([step.model_dump() for step in steps])
             return
-        show_validation(steps)
+        show_validation(steps, [stage.device for stage in plan.stages])
         return
     if as_json:
         out.json({name: each.model_dump(mode="json", exclude_defaults=True) for name, each in profiles.items()})
@@ -110,21 +109,29 @@ def _microseconds(seconds: float) -> str:
     return f"{1e6 * seconds:.1f}"
 
 
-def show_validation(steps: Sequence[ValidatedStep]) -> None:
+def show_validation(steps: Sequence[MeasuredStep], devices: Sequence[str]) -> None:
     """Predicted against measured: whole steps, their stages, and kinds of ops."""
+    from collections import defaultdict
     from statistics import median
 
     rows: list[list[str]] = []
     for step in steps:
-        rows.append(_row(step.whole, ""))
-        rows += [_row(each, "  ") for each in step.stages]
-        rows += [_row(each, "    ") for each in sorted(step.ops, key=lambda each: -each.measured)]
+        rows.append(_row(step.what, 1, step.predicted, step.measured))
+        for number, ops in enumerate(step.stages):
+            sums = sum(op.predicted for op in ops), sum(op.measured for op in ops)
+            rows.append(_row(f"  ops of stage {number} on {devices[number]}", len(ops), *sums))
+            kinds: dict[str, list[OpTimes]] = defaultdict(list)
+            for op in ops:
+                kinds[op.kind].append(op)
+            for kind, same in sorted(kinds.items(), key=lambda item: -sum(op.measured for op in item[1])):
+                sums = sum(op.predicted for op in same), sum(op.measured for op in same)
+                rows.append(_row(f"    {kind}", len(same), *sums))
     columns = ["STEP", "TIMES", "PREDICTED ms", "MEASURED ms", "ERROR"]
     current().table(columns, rows, right=columns[1:])
-    middle = median(abs(step.whole.error) for step in steps)
+    middle = median(abs(step.predicted / step.measured - 1) for step in steps)
     current().data(f"median error of {len(steps)} steps: {100 * middle:.1f} %")
 
 
-def _row(each: Comparison, indent: str) -> list[str]:
-    times = (f"{1e3 * seconds:.3f}" for seconds in (each.predicted, each.measured))
-    return [indent + each.what, str(each.count), *times, f"{100 * each.error:+.1f} %"]
+def _row(what: str, times: int, predicted: float, measured: float) -> list[str]:
+    error = f"{100 * (predicted / measured - 1):+.1f} %" if measured else ""
+    return [what, str(times), f"{1e3 * predicted:.3f}", f"{1e3 * measured:.3f}", error]

@@ -177,8 +177,9 @@ def _unfold_op(
     inputs = tuple(name(text) for text in op.inputs)
     state = next((part.state for part in body if part.state), name(op.state) if op.state else None)
     unfolded = Op(
-        name(op.name), op.op, inputs, outputs, attrs[id(op)], weights, origin, layer, state, None, body, op.workspace
-    )
+        name(op.name), op.op, inputs, outputs, attrs[id(op)], weights, origin, layer, state, None, body, op.workspace,
+        op.cost,
+    )  # fmt: skip
     return unfolded, slots
 
 

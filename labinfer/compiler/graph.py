@@ -90,7 +90,8 @@ class State:
 class Op:
     """One node. ``weights`` maps the op's weight slots to logical weights; ``body`` lists what a fused op is made of.
 
-    ``workspace`` is the scratch memory of its kernel, once planned: byte offset in the arena, and bytes.
+    ``workspace`` is the scratch memory of its kernel, once planned: byte offset in the arena, and bytes. ``cost`` is
+    what it is predicted to take in a decode step and in a prefill step, in seconds, once placed by cost.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Op:
     device: str | None = None
     body: tuple[Op, ...] = ()
     workspace: tuple[int, int] | None = None
+    cost: tuple[float, float] | None = None
 
     def primitives(self) -> tuple[Op, ...]:
         """The ops that run when no kernel takes the whole: the body of a fused op, else the op itself."""

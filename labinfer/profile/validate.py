@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from labinfer.compiler.costs import Costs, LinkProfile, StepShape
 from labinfer.compiler.costs.plans import predict_plan
@@ -12,33 +10,9 @@ from labinfer.compiler.plan import Plan
 from labinfer.profile.measure import fill_caches, measure_step
 from labinfer.profile.quiet import Patience
 from labinfer.profile.synthetic import SyntheticCheckpoint
+from labinfer.render.measured import MeasuredStep, OpTimes
 from labinfer.runtime.cache import CacheOptions
 from labinfer.runtime.model import Model
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Seconds, predicted and measured, of something that ``count`` times happens in a step."""
-
-    what: str
-    count: int
-    predicted: float
-    measured: float
-
-    @property
-    def error(self) -> float:
-        """By what part the prediction is too high."""
-        return self.predicted / self.measured - 1 if self.measured else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class ValidatedStep:
-    """One size of a step: the whole, each stage's ops together, and the ops of a kind in a stage."""
-
-    shape: StepShape
-    whole: Comparison
-    stages: list[Comparison]
-    ops: list[Comparison]
 
 
 def steps_of(plan: Plan) -> list[StepShape]:
@@ -58,7 +32,7 @@ def validate_plan(
     costs: Mapping[str, Costs],
     links: Mapping[tuple[str, str], LinkProfile],
     patience: Patience,
-) -> list[ValidatedStep]:
+) -> list[MeasuredStep]:
     """Run ``plan`` on made-up weights, which take as long as others, at each of ``steps_of``."""
     with Model(plan, SyntheticCheckpoint(plan), cache=CacheOptions(enable_prefix_caching=False)) as model:
         fill_caches(model)
@@ -71,22 +45,13 @@ def validate_step(
     links: Mapping[tuple[str, str], LinkProfile],
     shape: StepShape,
     patience: Patience,
-) -> ValidatedStep:
+) -> MeasuredStep:
     """Predict and measure one step."""
     predicted, times = predict_plan(model.plan, costs, links, shape), measure_step(model, shape, patience)
-    name = f"{shape.phase} {shape.tokens} tokens after {shape.past}"
-    whole = Comparison(name, 1, sum(stage.total for stage in predicted), times.whole)
-    stages, ops = [], []
+    stages = []
     for number, stage in enumerate(predicted):
-        measured = times.of_ops(number)
-        device = model.plan.stages[number].device
         known = {op.name: seconds for op, seconds in stage.ops}
-        sums = sum(known.values()), sum(seconds for _, seconds in measured)
-        stages.append(Comparison(f"stage {number} on {device}", 1, *sums))
-        kinds: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        for op, seconds in measured:
-            kinds[op.kind].append((known[op.name], seconds))
-        for kind, pairs in kinds.items():
-            sums = sum(each for each, _ in pairs), sum(each for _, each in pairs)
-            ops.append(Comparison(f"{kind} in stage {number}", len(pairs), *sums))
-    return ValidatedStep(shape, whole, stages, ops)
+        stages.append([OpTimes(op.name, op.kind, known[op.name], took) for op, took in times.of_ops(number)])
+    what = f"{shape.phase} {shape.tokens} tokens after {shape.past}"
+    whole = sum(stage.total for stage in predicted)
+    return MeasuredStep(what=what, predicted=whole, measured=times.whole, stages=stages)

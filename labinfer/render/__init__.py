@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 from labinfer.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from labinfer.compiler.plan import Plan
+    from labinfer.render.measured import MeasuredStep
 
 FORMATS: dict[str, tuple[str, str, str]] = {
     "html": ("labinfer.render.html:render_html", ".html", "one page with graph, arena and summary"),
@@ -23,13 +26,16 @@ FORMATS: dict[str, tuple[str, str, str]] = {
 """Format -> (where its function is, the end of its files' names, what it is)."""
 
 
-def render(plan: Plan, format: str) -> str:
-    """``plan`` drawn in one of ``FORMATS``, as text; raises ``UsageError`` for any other format."""
+def render(plan: Plan, format: str, measured: Sequence[MeasuredStep] = ()) -> str:
+    """``plan`` drawn in one of ``FORMATS``, as text; raises ``UsageError`` for any other format.
+
+    What steps of it took is drawn where there is a time axis.
+    """
     if format not in FORMATS:
         remedy = did_you_mean(format, FORMATS) or "formats: " + ", ".join(FORMATS)
         raise UsageError("graph.format", f"there is no format '{format}'", remedy=remedy)
     from labinfer.render.drawing import draw
 
     module, _, function = FORMATS[format][0].partition(":")
-    text: str = getattr(import_module(module), function)(draw(plan))
+    text: str = getattr(import_module(module), function)(draw(plan, measured))
     return text

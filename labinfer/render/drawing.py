@@ -19,6 +19,7 @@ from labinfer.compiler.plan import Entry, Limits, Plan, Stage
 from labinfer.ops import OPS
 from labinfer.ops.base import TensorType
 from labinfer.ops.formats import stored_bytes
+from labinfer.render.measured import MeasuredStep
 from labinfer.render.palette import category_of
 
 MAX_PERIOD = 12
@@ -132,6 +133,7 @@ class Drawing:
     values: dict[str, TensorType]
     weights: dict[str, Weight]
     states: dict[str, State]
+    measured: Sequence[MeasuredStep] = ()
 
     def device(self, stage: int) -> str:
         """The name of the device that runs ``stage``."""
@@ -151,9 +153,9 @@ class Drawing:
         return stored_bytes(weight.format, weight.shape)
 
 
-def draw(plan: Plan) -> Drawing:
-    """The drawing of ``plan``."""
-    drawing = Drawing(plan, [], [], [], [], {}, unfold_weights(plan), unfold_states(plan))
+def draw(plan: Plan, measured: Sequence[MeasuredStep] = ()) -> Drawing:
+    """The drawing of ``plan``, with what steps of it took."""
+    drawing = Drawing(plan, [], [], [], [], {}, unfold_weights(plan), unfold_states(plan), measured)
     drawing.values.update(dict.fromkeys(GRAPH_INPUTS, TensorType(("T",), "i32")))
     known: dict[str, int] = {}
     for number, stage in enumerate(plan.stages):
@@ -211,11 +213,11 @@ def _instances(stage: Stage) -> Iterator[tuple[Entry, int | None, tuple[Op, ...]
 
 
 def _structure(stage: Stage, block: str) -> str:
-    """A block as text without its place in the arena."""
+    """A block as text without its place in the arena, and without its costs."""
 
     def strip(op: dict[str, Any]) -> dict[str, Any]:
         types = {name: value["type"] for name, value in op["out"].items()}
-        return {**op, "out": types, "body": [strip(part) for part in op["body"]]}
+        return {**op, "cost": None, "out": types, "body": [strip(part) for part in op["body"]]}
 
     return json.dumps([strip(op.model_dump(mode="json", by_alias=True)) for op in stage.blocks[block]])
 
