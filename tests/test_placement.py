@@ -10,12 +10,13 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import labinfer
-from labinfer.compiler.cluster import read_cluster
+from labinfer.compiler.cluster import cluster_schema, read_cluster
 from labinfer.compiler.costs.roofline import specifications
 from labinfer.compiler.plan import Plan, load_plan
 from labinfer.compiler.source import load_yaml
@@ -25,6 +26,7 @@ from labinfer.profile import measure
 from labinfer.profile.quiet import Patience
 from labinfer.profile.session import profile_cluster
 from labinfer.progress import silent
+from labinfer.render import render
 from tests.mutation import damaged
 
 _GOLDEN = Path(__file__).parent / "golden"
@@ -212,3 +214,42 @@ def test_the_command_compiles_over_a_cluster_and_explains(
     told = json.loads(labinfer_cli("explain", "plan.json", "--json").stdout)
     assert told["placement"]["objective"] == "latency"
     assert labinfer_cli("compile", _MODEL, "--objective", "latency").returncode == 2
+
+
+def test_predicted_steps_are_drawn_along_time(tmp_path: Path) -> None:
+    plan = _compile(tmp_path, _DECLARED + "pins: {start: fast, end: slow}")
+    assert plan.placement is not None
+    trace = json.loads(render(plan, "perfetto"))
+    names = [e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "process_name"]
+    expected = [
+        f"{phase}, predicted: {s.device} (stage {n})"
+        for phase in ("decode", "prefill")
+        for n, s in enumerate(plan.stages)
+    ]
+    assert names == expected
+    ops = [e for e in trace["traceEvents"] if e["ph"] == "X" and e["pid"] == 0 and e["tid"] == 0]
+    seconds = sum(e["dur"] for e in ops) * 1e-6
+    assert seconds == pytest.approx(plan.placement.stages[0].decode, abs=5e-5)
+    assert '"placement":{' in render(plan, "html")
+
+
+@pytest.mark.usefixtures("home")
+def test_measured_steps_are_drawn_beside_predicted_ones(
+    tmp_path: Path, labinfer_cli: Callable[..., CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LABINFER_PATIENCE", "0")
+    labinfer_cli("compile", _MODEL, "--max-num-batched-tokens", 16, "--max-model-len", 64)
+    steps = labinfer_cli("profile", "plan.json", "--quick", "--validate", "--json")
+    (tmp_path / "steps.json").write_text(steps.stdout)
+    drawn = labinfer_cli("graph", "plan.json", "-f", "perfetto", "--measured", "steps.json", "-o", "-")
+    names = [e["args"]["name"] for e in json.loads(drawn.stdout)["traceEvents"] if e["name"] == "process_name"]
+    assert names[0].endswith("predicted: reference (stage 0)")
+    assert names[1].endswith("measured: reference (stage 0)")
+    (tmp_path / "bad.json").write_text('[{"what": 1}]')
+    assert labinfer_cli("graph", "plan.json", "-f", "perfetto", "--measured", "bad.json", "-o", "-").returncode == 3
+
+
+def test_the_schema_of_cluster_files_accepts_what_is_read() -> None:
+    jsonschema.validate(load_yaml("declared", text=_DECLARED).plain(), cluster_schema())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"devices": {"a": {"lik": "l4"}}}, cluster_schema())

@@ -32,9 +32,10 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Maps and plans": {
         "compile": ("labinfer.cli.compile:compile_command", "Compile a model map into a plan."),
         "explain": ("labinfer.cli.explain:explain", "Explain a plan like a report."),
+        "diff": ("labinfer.cli.diff:diff", "Tell what differs between two plans."),
         "graph": ("labinfer.cli.graph:graph", "Draw a map or a plan."),
         "validate": ("labinfer.cli.validate:validate", "Check a map against a config and a checkpoint."),
-        "schema": ("labinfer.cli.schema:schema", "Print the JSON Schema of the map language."),
+        "schema": ("labinfer.cli.schema:schema", "Print the JSON Schema of maps or of cluster files."),
         "profile": ("labinfer.cli.profile:profile", "Measure what the ops of a model cost on this machine."),
         "pack": ("labinfer.cli.pack:pack", "Pack buffers with known lifetimes into one arena."),
     },

@@ -1,8 +1,9 @@
-"""``labinfer schema``: the map language for editors."""
+"""``labinfer schema``: the map language and cluster files for editors."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
@@ -11,20 +12,20 @@ from labinfer.cli.output import current
 
 
 @click.command()
+@click.argument("language", type=click.Choice(["map", "cluster"]), default="map")
 @click.option("--out", metavar="FILE", help="Write it to a file instead of stdout.")
 @json_option
-def schema(out: str | None, as_json: bool) -> None:
-    """Print the JSON Schema of the map language.
+def schema(language: str, out: str | None, as_json: bool) -> None:
+    """Print the JSON Schema of maps or of cluster files.
 
-    Editors with a YAML language server complete and check maps by it. Begin a map with this line:
+    Editors with a YAML language server complete and check files by it. Begin a map with this line:
 
     \b
     # yaml-language-server: $schema=labmap.schema.json
     """
-    from labinfer.compiler.map_schema import map_schema
     from labinfer.files import atomic_write
 
-    found = map_schema()
+    found = _schema(language)
     if out is None:
         current().json(found)
         return
@@ -34,3 +35,13 @@ def schema(out: str | None, as_json: bool) -> None:
         current().json({"schema": out})
     else:
         current().note(f"wrote {out}")
+
+
+def _schema(language: str) -> dict[str, Any]:
+    if language == "cluster":
+        from labinfer.compiler.cluster import cluster_schema
+
+        return cluster_schema()
+    from labinfer.compiler.map_schema import map_schema
+
+    return map_schema()

@@ -147,3 +147,14 @@ def _unknown_names(cluster: Cluster) -> list[InvalidFile]:
         for path, name, among in named
         if name not in among
     ]  # fmt: skip
+
+
+def cluster_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a cluster file; sizes, rates and times may be texts with a unit."""
+    schema = Cluster.model_json_schema()
+    device, link = (schema["$defs"][name]["properties"] for name in ("ClusterDevice", "ClusterLink"))
+    for fields, name in ((device, "memory"), (link, "latency"), (link, "bandwidth")):
+        about = {"description": fields[name]["description"]}
+        fields[name] = {**about, "type": ["string", "number"]}
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "LABInfer cluster file"}
+    return {**head, **{key: value for key, value in schema.items() if key != "title"}}

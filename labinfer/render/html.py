@@ -22,6 +22,7 @@ from labinfer.render.drawing import Drawing, Node
 from labinfer.render.palette import CATEGORIES, DEVICES, HEAT_LEVELS, drawing_css
 from labinfer.render.picture import block_picture, cards, first_nodes, overview
 from labinfer.render.svg import TEXT_CSS, framed, picture_svg
+from labinfer.render.timeline import Timeline, timelines
 
 
 def render_html(drawing: Drawing) -> str:
@@ -94,6 +95,8 @@ def page_data(drawing: Drawing, shapes: Mapping[int, list[float]], overview_size
         "sections": [{"block": s.block, "stage": s.stage, "layers": s.layers} for s in drawing.sections],
         "weights": [_weight_data(line) for line in plan.weights],
         "devices": {name: device.model_dump(mode="json") for name, device in plan.devices.items()},
+        "placement": plan.placement and plan.placement.model_dump(mode="json"),
+        "timelines": [_timeline_data(drawing, line) for line in timelines(drawing)],
         "stages": [_stage_data(drawing, number) for number in range(len(plan.stages))],
     }
 
@@ -113,8 +116,18 @@ def _node_data(drawing: Drawing, node: Node, block: int) -> dict[str, Any]:
         "origin": str(node.op.origin),
         "flops": node.cost.flops,
         "bytes": node.cost.owned,
+        "cost": node.op.cost,
         "parts": [_node_data(drawing, part, block) for part in node.parts],
     }
+
+
+def _timeline_data(drawing: Drawing, line: Timeline) -> dict[str, Any]:
+    """Seconds of each layer (or of what stands outside of them), by stage, one after another."""
+    stages: list[list[list[Any]]] = [[] for _ in drawing.plan.stages]
+    for instance in drawing.instances:
+        name = drawing.blocks[instance.block].title if instance.layer is None else f"layer {instance.layer}"
+        stages[instance.stage].append([name, sum(line.of(op) for op in instance.ops)])
+    return {"title": line.title, "hops": line.hops, "stages": stages}
 
 
 def _type(drawing: Drawing, name: str) -> list[Any]:
