@@ -66,7 +66,9 @@ def profile(
     if validate:
         from labinfer.compiler.costs import Measured
         from labinfer.profile.validate import validate_plan
+        from labinfer.runtime.model import check_devices
 
+        check_devices(plan)
         links = profile_links({name: device.threads for name, device in plan.devices.items()})
         costs = {name: Measured(each) for name, each in profiles.items()}
         steps = validate_plan(plan, costs, links, Patience())

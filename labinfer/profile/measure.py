@@ -28,7 +28,6 @@ from labinfer.profile.synthetic import SyntheticCheckpoint
 from labinfer.progress import Progress
 from labinfer.runtime.batch import Part
 from labinfer.runtime.cache import CacheOptions
-from labinfer.runtime.kv_cache import KVCache
 from labinfer.runtime.model import Model
 from labinfer.runtime.step_memory import StepBatch
 
@@ -203,6 +202,5 @@ def grow(model: Model, rows: list[int], count: int) -> Part:
 
 def fill_caches(model: Model) -> None:
     """Touch the cache's memory: pages that were never written are all one, and are read from a CPU's cache."""
-    for memory in model.memory:
-        if isinstance(memory, KVCache):
-            memory.device.fill(memory.buffer, 0x3C)
+    for cache in model.cache.arrays:
+        cache.device.fill(cache.buffer, 0x3C)

@@ -137,7 +137,7 @@ def profile_links(devices: Mapping[str, int | None]) -> dict[tuple[str, str], Li
 def profile_plan(
     plan: Plan, model: str | Path, progress: Progress, patience: Patience, *, quick: bool = False, again: bool = False
 ) -> dict[str, DeviceProfile]:
-    """Profiles of the devices of ``plan`` for the ops of ``model``."""
+    """Profiles of the devices of ``plan`` that are here, for the ops of ``model``."""
     limits = plan.limits
     options: dict[str, Any] = {
         "quick": quick,
@@ -150,4 +150,5 @@ def profile_plan(
     return {
         name: profile_device(model, name, device.threads, progress, patience, activations=device.activations, **options)
         for name, device in plan.devices.items()
+        if device.declared is None
     }
