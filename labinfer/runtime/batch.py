@@ -21,7 +21,10 @@ CopyBlocks = Callable[[Sequence[tuple[int, int, int]]], None]
 """Copies cache blocks: (group, source, target)."""
 
 
-COLUMNS = ("token_ids", "num_tokens", "num_computed", "end", "watched", "plain", "scored", "interactive", "adapter")
+COLUMNS = (
+    "token_ids", "num_tokens", "num_computed", "total_len", "end", "adapter",
+    "watched", "plain", "scored", "interactive",
+)  # fmt: skip
 
 
 class Part(NamedTuple):
@@ -47,8 +50,9 @@ def part_of(row: int, count: int, wanted: int) -> Part:
 class Batch:
     """``token_ids`` [rows, max_model_len] and columns [rows]; ``add`` takes a row, ``remove`` gives it back.
 
-    int32: ``num_tokens`` counts the tokens known, ``num_computed`` those whose keys and values are in the cache, and
-    ``end`` those of a sequence when it ends; ``adapter`` is a slot or ``NO_ADAPTER``. bool: ``watched`` rows have
+    int32: ``num_tokens`` counts the tokens known, ``num_computed`` those whose keys and values are in the cache,
+    ``total_len`` those known when the first of them were computed, and ``end`` those of a sequence when it ends;
+    ``adapter`` is a slot or ``NO_ADAPTER``. bool: ``watched`` rows have
     something done to each token, ``plain`` ones take the likeliest, of ``scored`` ones all logits of the prompt are
     wanted, for ``interactive`` ones somebody waits. Rows are those of ``blocks``; ``copy_blocks`` copies in the cache
     itself.
@@ -58,7 +62,8 @@ class Batch:
         self.blocks, self.copy_blocks, self.block_size = blocks, copy_blocks, limits.block_size
         rows = limits.max_num_seqs
         self.token_ids = np.zeros((rows, limits.max_model_len), np.int32)
-        self.num_tokens, self.num_computed, self.end, self.adapter = (np.zeros(rows, np.int32) for _ in range(4))
+        self.num_tokens, self.num_computed, self.total_len = (np.zeros(rows, np.int32) for _ in range(3))
+        self.end, self.adapter = (np.zeros(rows, np.int32) for _ in range(2))
         self.watched, self.plain, self.scored, self.interactive = (np.zeros(rows, np.bool_) for _ in range(4))
         self.salts: list[Salt] = [()] * rows
         self.has_adapters = limits.max_loras > 0
@@ -73,7 +78,8 @@ class Batch:
                 setattr(self, name, np.concatenate([column, np.zeros_like(column)]))
             self.salts += [()] * len(self.salts)
         self.token_ids[row, : len(token_ids)] = token_ids
-        self.num_tokens[row], self.num_computed[row], self.salts[row] = len(token_ids), 0, salt
+        self.num_tokens[row] = self.total_len[row] = len(token_ids)
+        self.num_computed[row], self.salts[row] = 0, salt
         self.watched[row], self.adapter[row] = False, NO_ADAPTER
         return row
 
@@ -91,7 +97,7 @@ class Batch:
     def clear(self, row: int) -> None:
         """Give the blocks of ``row`` back: nothing of it is computed any more."""
         self.blocks.release(row)
-        self.num_computed[row] = 0
+        self.num_computed[row], self.total_len[row] = 0, self.num_tokens[row]
 
     def fork(self, row: int) -> int:
         """A row that goes on from where ``row`` is and shares its blocks."""
@@ -114,7 +120,7 @@ class Batch:
         """Add tokens to one row."""
         before = int(self.num_tokens[row])
         self.token_ids[row, before : before + len(token_ids)] = token_ids
-        self.num_tokens[row] = before + len(token_ids)
+        self.num_tokens[row] = self.total_len[row] = before + len(token_ids)
 
     def grow(self, part: Part) -> int | None:
         """Give rows blocks of their own for what ``part`` writes; where they run out, the index of the first row left.
@@ -163,7 +169,7 @@ class Batch:
             positions=positions,
             query_start=query_start,
             context_len=context,
-            total_len=self.num_tokens[rows],
+            total_len=np.maximum(self.total_len[rows], context),
             logits_rows=logits,
             block_tables=tables,
             slot_mappings=[table[owner, block] * size + offset for table in tables],

@@ -138,12 +138,23 @@ class Scheduler:
         only_decodes = int(remaining.max()) <= 1
         prompts = limits.max_num_batched_tokens if only_decodes else self.prompt_budget(remaining)
         counts = self.policy.split(remaining, limits.max_num_batched_tokens, prompts)
+        if batch.blocks.reuse_until is not None:
+            counts = self.as_before(rows, counts)
         if only_decodes and np.count_nonzero(counts) == len(rows):
             return Part(rows, counts, counts, counts, decodes=True)
         wanted = self.wanted(rows, remaining, counts)
         chosen = counts.nonzero()[0]
         new = (counts == remaining).astype(np.int32)
         return Part(rows[chosen], counts[chosen], wanted[chosen], new[chosen]) if len(chosen) else None
+
+    def as_before(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """``counts``, but tokens that an answer had before are computed one by one again, and the prompt without them.
+
+        Where each length has its own angles (dynamic NTK), only that makes the keys that were there.
+        """
+        batch = self.batch
+        lowered: np.ndarray = np.minimum(counts, np.maximum(batch.total_len[rows] - batch.num_computed[rows], 1))
+        return lowered
 
     def wanted(self, rows: np.ndarray, remaining: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Rows of logits for each sequence, int32; prompts that want all of theirs compute as many tokens as are left.
@@ -204,6 +215,8 @@ class Scheduler:
         batch.end[row], batch.adapter[row] = self.longest(request), sequence.adapter
         batch.plain[row], batch.interactive[row] = sequence.state is None, request.interactive
         batch.scored[row] = request.params.prompt_logprobs is not None
+        if batch.blocks.reuse_until is not None and len(sequence.saved) > batch.blocks.reuse_until:
+            batch.total_len[row] = len(request.prompt)
         self.take(sequence, row)
         batch.watched[row] = sequence.watched
         if metrics.first_scheduled_time is None:

@@ -1,0 +1,51 @@
+"""The tokens of a request do not depend on company, pieces, blocks, reuse, preemption or overlap, in any family."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import labinfer
+
+from .tiny import FOLDERS
+from .workload import alone, together, workload
+
+VOCAB = 96
+SEQUENCES: dict[str, Any] = {"max_num_seqs": 32}
+WAYS: dict[str, dict[str, Any]] = {
+    "batch": {},
+    **{f"chunk {size}": {"max_num_batched_tokens": size} for size in (1, 2, 7, 64, 511, 512)},
+    "blocks of 1": {"block_size": 1},
+    "blocks of 64": {"block_size": 64},
+    "no reuse": {"enable_prefix_caching": False},
+    "recompute": {"max_num_seqs": 4},
+    "swap": {"max_num_seqs": 4, "swap_space": 0.01},
+    "overlap": {},
+    "overlap, small": {"num_blocks": 40, "block_size": 4, "max_num_batched_tokens": 23, "swap_space": 0.01},
+}
+"""Options of the model for each way of running the same requests."""
+
+
+@cache
+def expected(folder: Path, count: int) -> list[list[int]]:
+    return alone(folder, workload(count, VOCAB))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("way", WAYS)
+def test_tokens_of_each_request_alone(way: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LABINFER_OVERLAP", "1" if "overlap" in way else "0")
+    count = 32 if way in ("batch", "overlap") else 8
+    with labinfer.LLM(folder, **{**SEQUENCES, **WAYS[way]}) as llm:
+        if llm.cache.swap is not None:
+            llm.engine.costs.prompt_seconds = lambda tokens: float("inf")  # type: ignore[method-assign]
+        preempt = way in ("recompute", "swap")
+        assert together(llm, workload(count, VOCAB), preempt) == expected(folder, 32)[:count]
+        if preempt:
+            assert llm.engine.scheduler.num_preemptions > 2
+            assert (way == "swap") == (llm.cache.swap is not None and llm.cache.swap.num_out > 0)
+        if way == "batch":
+            assert max(step.num_sequences for step in llm.engine.stats) == 32
