@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import labinfer
-from labinfer import catalogue
+from labinfer import SamplingParams, catalogue
 
 from ..tiny import GOLDEN
-from ..workload import alone, together, workload
+from ..workload import TOKENS, Ask, alone, together, workload
 
 WAYS: dict[str, dict[str, Any]] = {
     "batch": {},
@@ -44,27 +45,34 @@ def gguf() -> Path:
     return path
 
 
+PROMPTS = [run["prompt"] for run in json.loads((GOLDEN / "smollm2.json").read_text())["runs"]]
+
+
+@pytest.fixture(scope="module")
+def smollm2_alone(gguf: Path) -> list[list[int]]:
+    """The greedy and the seeded answers to ``PROMPTS``, one by one."""
+    return alone(gguf, smollm2_asks(), devices="cpu", max_model_len=256)
+
+
+def smollm2_asks() -> list[Ask]:
+    seeded = [{"temperature": 0}, {"temperature": 0.7, "top_p": 0.9, "seed": 1}]
+    kinds = [SamplingParams(**each, max_tokens=TOKENS, ignore_eos=True) for each in seeded]
+    return [Ask(prompt, params) for params in kinds for prompt in PROMPTS]
+
+
 @pytest.mark.parametrize("way", ["batch", "chunk 1", "chunk 7", "chunk 511", "blocks of 64", "swap", "overlap"])
-def test_tokens_of_smollm2(gguf: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_of_smollm2(
+    way: str, gguf: Path, smollm2_alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In chunks only greedily: a matrix unit, where there is one, rounds the products of many tokens otherwise."""
     monkeypatch.setenv("LABINFER_OVERLAP", "1" if way == "overlap" else "0")
-    asks = workload(8, 49152, (5, 30, 60, 17))
+    count = len(PROMPTS) if way.startswith("chunk") else 2 * len(PROMPTS)
     options: dict[str, Any] = {
         "blocks of 64": {"block_size": 64}, "swap": {"max_num_seqs": 3, "swap_space": 0.1},
     }.get(way, {})  # fmt: skip
     if way.startswith("chunk"):
         options = {"max_num_batched_tokens": int(way.split()[1])}
-    limits = {"devices": "cpu", "max_model_len": 128}
-    with labinfer.LLM(gguf, **{**limits, **options}) as llm:
+    with labinfer.LLM(gguf, **{"devices": "cpu", "max_model_len": 256, **options}) as llm:
         if llm.cache.swap is not None:
             llm.engine.costs.prompt_seconds = lambda tokens: float("inf")  # type: ignore[method-assign]
-        assert together(llm, asks, preempt=way == "swap") == smollm2_alone(gguf, asks)
-
-
-_ALONE: dict[Path, list[list[int]]] = {}
-
-
-def smollm2_alone(gguf: Path, asks: list[Any]) -> list[list[int]]:
-    """The answers one by one, made once."""
-    if gguf not in _ALONE:
-        _ALONE[gguf] = alone(gguf, asks, devices="cpu", max_model_len=128)
-    return _ALONE[gguf]
+        assert together(llm, smollm2_asks()[:count], preempt=way == "swap") == smollm2_alone[:count]
