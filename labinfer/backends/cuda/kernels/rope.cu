@@ -1,0 +1,104 @@
+// Rotary position embedding, and the way of keys and values into the cache. One block row (y) for each token.
+// TURN says where angles come from: a table of cosines and sines by position (0), the same with a second half for
+// sequences longer than `trained` (1: longrope), or computed here from the length of the sequence (2: dynamic).
+struct Turn {
+    const float *table, *freq_factors;
+    const int *positions, *query_start, *total_len;
+    int head_dim, start, half, interleaved;
+    int sequences, trained, length;  // rows of the table before its second half
+    float rotary_dim, theta, factor;
+};
+
+DEV float2 angle(const Turn &r, int token, int i) {
+    int row = get(r.positions + token);
+#if TURN == 2
+    float base = r.theta;
+    int total = get(r.total_len + sequence_of(r.query_start, r.sequences, token));
+    if (total > r.trained) {
+        float growth = r.factor * total / r.trained - (r.factor - 1.f);
+        base *= (float)pow((double)growth, (double)r.rotary_dim / (r.rotary_dim - 2.));
+    }
+    float frequency = 1.f / (float)pow((double)base, (double)(2 * i / r.rotary_dim));
+    if (r.freq_factors) frequency /= r.freq_factors[i];
+    double sine, cosine;
+    sincos((double)(row * frequency), &sine, &cosine);
+    return make_float2((float)cosine, (float)sine);
+#else
+#if TURN == 1
+    if (get(r.total_len + sequence_of(r.query_start, r.sequences, token)) > r.trained) row += r.length;
+#endif
+    const float *p = r.table + (size_t)row * 2 * r.half + i;
+    return make_float2(p[0], p[r.half]);
+#endif
+}
+
+// Feature i of `heads * head_dim`, turned; with its partner where it is the first of a pair. False for a second one.
+DEV bool turned(const Turn &r, const float *x, int token, int i, float &a, float &b, int &other) {
+    int within = i % r.head_dim - r.start, pair;
+    a = get(x + i);
+    other = -1;
+    if (within < 0 || within >= 2 * r.half) return true;
+    if (r.interleaved) {
+        if (within % 2) return false;
+        pair = within / 2, other = i + 1;
+    } else {
+        if (within >= r.half) return false;
+        pair = within, other = i + r.half;
+    }
+    float2 cs = angle(r, token, pair);
+    float first = a, second = get(x + other);
+    a = first * cs.x - second * cs.y;
+    b = second * cs.x + first * cs.y;
+    return true;
+}
+
+#define EACH(i, n) for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x)
+
+extern "C" __global__ void rope(const float *x, int x_row, float *y, int y_row, int n, Turn r) {
+    int token = blockIdx.y, other;
+    float a, b;
+    begin();
+    x += (size_t)token * x_row;
+    y += (size_t)token * y_row;
+    EACH(i, n) {
+        if (!turned(r, x, token, i, a, b, other)) continue;
+        y[i] = a;
+        if (other >= 0) y[other] = b;
+    }
+}
+
+// Rows of k (and v, where there is one) to their slots.
+extern "C" __global__ void kv_write(
+    const float *k, int k_row, Cached *k_cache, int k_width, const float *v, int v_row, Cached *v_cache, int v_width,
+    const int *slots) {
+    int token = blockIdx.y;
+    begin();
+    int slot = get(slots + token);
+    EACH(i, k_width) k_cache[(size_t)slot * k_width + i] = cached(get(k + (size_t)token * k_row + i));
+    EACH(i, v_width) v_cache[(size_t)slot * v_width + i] = cached(get(v + (size_t)token * v_row + i));
+}
+
+// q turned into y; k turned, and v as it is, to their slots.
+extern "C" __global__ void rope_kv_write(
+    const float *q, int q_row, float *y, int y_row, int n, Turn q_turn, const float *k, int k_row, Cached *k_cache,
+    int k_width, Turn k_turn, const float *v, int v_row, Cached *v_cache, int v_width, const int *slots) {
+    int token = blockIdx.y, other;
+    float a, b;
+    begin();
+    q += (size_t)token * q_row;
+    k += (size_t)token * k_row;
+    y += (size_t)token * y_row;
+    EACH(i, n) {
+        if (!turned(q_turn, q, token, i, a, b, other)) continue;
+        y[i] = a;
+        if (other >= 0) y[other] = b;
+    }
+    int slot = get(slots + token);
+    k_cache += (size_t)slot * k_width;
+    EACH(i, k_width) {
+        if (!turned(k_turn, k, token, i, a, b, other)) continue;
+        k_cache[i] = cached(a);
+        if (other >= 0) k_cache[other] = cached(b);
+    }
+    EACH(i, v_width) v_cache[(size_t)slot * v_width + i] = cached(get(v + (size_t)token * v_row + i));
+}
