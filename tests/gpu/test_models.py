@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 pytest.importorskip("numba")  # the helpers of the CPU's tests
 
 import labinfer
+from labinfer.runtime.batch import Part
 from labinfer.runtime.manager import Manager
 from tests.cpu.test_models import OTHERS, batched, load
 from tests.hf.agreement import assert_agree
@@ -30,19 +34,77 @@ def manager(gpu: Any) -> Manager:
     return Manager(devices={"cuda": gpu})
 
 
+@pytest.fixture(scope="session")
+def in_float32(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """A golden model with its weights widened to float32: with the checkpoints' own f16, activations are f16 too."""
+    made: dict[Path, Path] = {}
+
+    def widen(folder: Path) -> Path:
+        if folder not in made:
+            made[folder] = tmp_path_factory.mktemp("float32") / folder.name
+            shutil.copytree(folder, made[folder])
+            for file in made[folder].glob("*.safetensors"):
+                save_file({name: tensor.astype(np.float32) for name, tensor in load_file(file).items()}, file)
+        return made[folder]
+
+    return widen
+
+
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(str, way.values())))
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_golden(manager: Manager, folder: Path, way: dict[str, Any]) -> None:
+def test_golden(manager: Manager, in_float32: Callable[[Path], Path], folder: Path, way: dict[str, Any]) -> None:
     """Prompt and each decode step beside three other sequences; the greedy choice is transformers' own."""
     with np.load(folder / "expected.npz") as expected:
         prompt, generated = expected["prompt"].tolist(), expected["generated"].tolist()
         prompt_logits, step_logits = expected["prompt_logits"], expected["step_logits"]
-    with load(folder, "cuda", manager=manager, **way) as model:
+    with load(in_float32(folder), "cuda", manager=manager, **way) as model:
         prompts = [OTHERS[0], prompt, *OTHERS[1:]]
         logits = batched(model, prompts, [[1, 2, 3], generated[: len(step_logits)], [4] * 6, []])[1]
     assert_agree(logits[: len(prompt)], prompt_logits, "prompt")
     assert_agree(logits[len(prompt) :], step_logits, "decode")
     assert logits[len(prompt) - 1 : -1].argmax(1).tolist() == generated[: len(step_logits)]
+
+
+@pytest.mark.parametrize("kv_dtype", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_golden_in_16_bits(manager: Manager, folder: Path, kv_dtype: str) -> None:
+    """The checkpoints' own f16 weights, and the kernels for them."""
+    with np.load(folder / "expected.npz") as expected:
+        prompt, generated = expected["prompt"].tolist(), expected["generated"].tolist()
+        wanted = np.concatenate([expected["prompt_logits"], expected["step_logits"]])
+    with load(folder, "cuda", manager=manager, kv_dtype=kv_dtype) as model:
+        prompts = [OTHERS[0], prompt, *OTHERS[1:]]
+        logits = batched(model, prompts, [[1, 2, 3], generated[: len(wanted) - len(prompt)], [4] * 6, []])[1]
+    error = np.linalg.norm(logits.astype(np.float64) - wanted) / np.linalg.norm(wanted)
+    assert error <= {"f32": 4e-3, "f16": 5e-3, "bf16": 1.5e-2}[kv_dtype]
+
+
+def test_decoding_on_the_device_gives_the_same_tokens(manager: Manager, gpu: Any) -> None:
+    from labinfer.backends.cuda.greedy import GreedyDecode
+
+    prompts, count = [[3, 4, 5], list(range(20))], 24
+    sampling = labinfer.SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+    with load(GOLDEN / "qwen3-bias", "cuda", manager=manager) as model:
+        expected = [list(each.token_ids) for each in model.generate(prompts, sampling)]
+        batch, [interpreter] = model.batch, model.interpreters
+        rows = np.array([batch.add(prompt) for prompt in prompts])
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        part = Part(rows, lengths, 0 * lengths + 1, 0 * lengths)
+        first = model.compute(part).argmax(1)
+        for row, token in zip(rows.tolist(), first.tolist(), strict=True):
+            batch.extend(row, [token])
+        one = 0 * lengths + 1
+        assert batch.blocks.grow(rows, lengths + count) is None
+        interpreter.step_memory.load(batch.step(Part(rows, one, one, 0 * one, True)))
+        bound, values = interpreter.resolve(2, 2)
+        calls = [(each.kernel, each.call) for each in bound if each.kernel is not None]
+        decode = GreedyDecode(
+            gpu, calls, values[model.plan.stages[-1].outputs[-1]], interpreter.step_memory.steps, count
+        )
+        decode.run(count - 1)
+        made = decode.tokens()
+        decode.close()
+    assert [[int(token), *tokens] for token, tokens in zip(first, made.tolist(), strict=True)] == expected
 
 
 def test_nothing_is_left_behind(manager: Manager, gpu: Any) -> None:

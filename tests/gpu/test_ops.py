@@ -136,7 +136,7 @@ def cache_of(rng: np.random.Generator, step: Step, width: int, dtype: Any) -> np
 )
 def test_attention(gpu: Any, rng: np.random.Generator, sequences: Any, shape: Any) -> None:
     heads, kv_heads, dim, v_dim = shape
-    step = paged_step(rng, sequences)
+    step, _ = paged_step(rng, sequences)
     tokens = len(step.positions)
     for dtype in (np.float32, np.float16):
         cache = {
@@ -152,14 +152,14 @@ def test_attention(gpu: Any, rng: np.random.Generator, sequences: Any, shape: An
 
 
 def test_kv_write(gpu: Any, rng: np.random.Generator) -> None:
-    step = paged_step(rng, [(9, 4), (3, 1)])
+    step, _ = paged_step(rng, [(9, 4), (3, 1)])
     cache = {"k": cache_of(rng, step, 24, np.float32), "v": cache_of(rng, step, 12, np.float32)}
     check(gpu, "kv_write", {}, normal(rng, 5, 24), normal(rng, 5, 12), cache=cache, step=step)
 
 
 @pytest.mark.parametrize("format", ["f32", "bf16", "q4_k"])
 def test_mla(gpu: Any, rng: np.random.Generator, format: str) -> None:
-    step = paged_step(rng, [(300, 1), (9, 9), (20, 3)])
+    step, _ = paged_step(rng, [(300, 1), (9, 9), (20, 3)])
     attrs = {"num_heads": 3, "nope_dim": 16, "rope_dim": 8, "v_dim": 12, "kv_rank": 256, "scale": 0.2}
     cache = {"k": cache_of(rng, step, 256, np.float32), "v": cache_of(rng, step, 8, np.float32)}
     weights = {"kv_b": weight(gpu, format, (3 * 28, 256))}

@@ -8,7 +8,7 @@ from labinfer.backends.rope_tables import table_bytes
 CAPABILITIES = Capabilities(
     parameters="planes",
     weight_bytes=weight_bytes,
-    fusions=("norm_qkv", "norm_glu", "rope_kv_write", "linear_add"),
+    fusions=("norm_qkv", "norm_glu", "rope_attention", "rope_kv_write", "linear_add"),
     workspace=scratch_bytes,
     kv_dtypes=("f32", "bf16", "f16"),
     tables=table_bytes,

@@ -83,6 +83,7 @@ class CudaDevice(Device):
         self.multiprocessors = int(self.device.attributes["MultiProcessorCount"])
         self.graphs = os.environ.get("LABINFER_CUDA_GRAPHS") != "0"
         self.overlap = os.environ.get("LABINFER_CUDA_OVERLAP") != "0" and self.capability >= 90
+        self.clusters = self.bulk_copies = self.capability >= 90
         self.allocator = CudaAllocator(memory_limit)
         self.stream = cupy.cuda.Stream()  # not non_blocking: CuPy's own operations, on stream 0, keep the order
         self.recorder = cupy.cuda.Stream(non_blocking=True)

@@ -100,12 +100,13 @@ class Launch:
         shared: int,
         arguments: Sequence[Any],
         overlap: bool,
-        cluster: int = 1,
+        cluster: tuple[int, int, int] = (1, 1, 1),
     ) -> None:
         function.allow_shared(shared)
         self.function, self.kept = function, [parameter(value) for value in arguments]
         self.pointers = (c_void_p * len(self.kept))(*(ctypes.addressof(each) for each in self.kept))
-        wanted = [(PROGRAMMATIC_LAUNCH, (1,))] * overlap + [(CLUSTER, (cluster, 1, 1))] * (cluster > 1)
+        wanted: list[tuple[int, tuple[int, ...]]] = [(PROGRAMMATIC_LAUNCH, (1,))] * overlap
+        wanted += [(CLUSTER, cluster)] * (cluster != (1, 1, 1))
         self.attributes = (Attribute * 2)()
         for attribute, (number, value) in zip(self.attributes, wanted, strict=False):
             attribute.id = number

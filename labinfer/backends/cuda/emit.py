@@ -3,36 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from ctypes import Structure, c_float, c_int, c_uint64
+from ctypes import Structure, c_float, c_int
 from typing import Any
 
-from labinfer.backends.cuda.emitter import Emitter, Linear, address, cache_define, format_defines, stride
-from labinfer.backends.cuda.layout import ACTIVATION_CODES, fits_few
-from labinfer.backends.cuda.workspace import SPLIT_BLOCKS, SPLIT_HEADS, partials_bytes
-from labinfer.errors import LabinferError
+from labinfer.backends.cuda import emit_attention
+from labinfer.backends.cuda.emitter import Emitter, Linear, format_defines, stride
+from labinfer.backends.cuda.layout import ACTIVATION_CODES
 from labinfer.ops.base import Call
-
-
-class AttentionParameters(Structure):
-    """``Parameters`` of ``attention.cu``."""
-
-    _fields_ = (
-        *((name, c_uint64) for name in ("q", "y", "partials", "k", "v", "positions", "query_start", "block_table")),
-        *((name, c_int) for name in ("q_row", "y_row", "table_row", "sequences", "group", "kv_heads", "block_size")),
-        *((name, c_int) for name in ("window", "splits")),
-        *((name, c_float) for name in ("scale", "softcap")),
-    )
-
-
-class LatentParameters(Structure):
-    """``Latent`` of ``mla.cu``."""
-
-    _fields_ = (
-        *((name, c_uint64) for name in ("q", "y", "kv_b", "k", "v", "positions", "query_start", "block_table")),
-        *((name, c_int) for name in ("q_row", "y_row", "table_row", "sequences", "block_size", "heads", "nope")),
-        *((name, c_int) for name in ("rope", "value", "rank")),
-        ("scale", c_float),
-    )
 
 
 class Routing(Structure):
@@ -72,9 +49,9 @@ def _norm_qkv(e: Emitter, call: Call) -> None:
 def _norm_glu(e: Emitter, call: Call) -> None:
     norm, gate, up, glu = call.parts
     x, y = call.inputs[0], call.outputs[0]
-    formats = {part.weights["weight"].format for part in (gate, up)}
-    if len(formats) == 1 and fits_few(*formats, *x.shape):
-        e.few(x, [_product(gate, y), _product(up, None)], norm, None, glu.attrs.function)
+    products = [_product(gate, y), _product(up, None)]
+    if products[0].weight.format == products[1].weight.format and e.is_few(products, x, 8):
+        e.few(x, products, norm, None, glu.attrs.function)
         return
     made = e.array(y.shape)
     e.linear(x, [_product(gate, y), _product(up, made)], norm=norm)
@@ -125,73 +102,6 @@ def _layer_norm(e: Emitter, call: Call) -> None:
     e.add("norm", "layer_norm", (len(y), 1, 1), min(256, -(-n // 32) * 32), *arguments)
 
 
-def _rope(e: Emitter, call: Call) -> None:
-    x, y = call.inputs[0], call.outputs[0]
-    turn, code = e.turn(call)
-    arguments = (x, stride(x), y, stride(y), y.shape[1], turn)
-    e.each("rope", "rope", len(y), y.shape[1], *arguments, defines=(f"TURN={code}", "CACHE=0"))
-
-
-def _kv_write(e: Emitter, call: Call) -> None:
-    k, v = call.inputs[0], call.inputs[1] if len(call.inputs) > 1 else None
-    v_cache, v_width = (None, 0) if v is None else (call.cache["v"], v.shape[1])
-    arguments = (
-        k, stride(k), call.cache["k"], k.shape[1], v, stride(v), v_cache, v_width, e.step.slot_mapping,
-    )  # fmt: skip
-    e.each("rope", "kv_write", len(k), k.shape[1], *arguments, defines=("TURN=0", cache_define(call)))
-
-
-def _rope_kv_write(e: Emitter, call: Call) -> None:
-    rope_q, rope_k, _ = call.parts
-    q, k, v, y = rope_q.inputs[0], rope_k.inputs[0], call.inputs[-1], call.outputs[0]
-    (q_turn, code), (k_turn, k_code) = e.turn(rope_q), e.turn(rope_k)
-    if code != k_code:
-        raise LabinferError("cuda.rope", "queries and keys turn by angles of different kinds", remedy="--fuse none")
-    arguments = (
-        q, stride(q), y, stride(y), y.shape[1], q_turn, k, stride(k), call.cache["k"], k.shape[1], k_turn,
-        v, stride(v), call.cache["v"], v.shape[1], e.step.slot_mapping,
-    )  # fmt: skip
-    e.each("rope", "rope_kv_write", len(y), y.shape[1], *arguments, defines=(f"TURN={code}", cache_define(call)))
-
-
-def _attention(e: Emitter, call: Call) -> None:
-    q, y, attrs, step = call.inputs[0], call.outputs[0], call.attrs, e.step
-    value_dim = attrs.v_head_dim or attrs.head_dim
-    lanes = 1 << (-(-max(attrs.head_dim, value_dim) // 8) - 1).bit_length()
-    if lanes > 32:
-        raise LabinferError("cuda.head-dim", f"heads of {max(attrs.head_dim, value_dim)} numbers are wider than 256")
-    group = attrs.num_heads // attrs.num_kv_heads
-    heads = min(group, SPLIT_HEADS)
-    items = len(y) * attrs.num_kv_heads * -(-group // heads)
-    splits = min(32, -(-SPLIT_BLOCKS // items)) if items < SPLIT_BLOCKS else 1
-    partials = e.scratch(partials_bytes(value_dim)) if splits > 1 else 0
-    parameters = AttentionParameters(
-        address(q), address(y), partials, address(call.cache["k"]), address(call.cache["v"]), address(step.positions),
-        address(step.query_start), address(step.block_table), stride(q), stride(y), stride(step.block_table),
-        e.sequences, group, attrs.num_kv_heads, step.block_size, attrs.window or 0, splits, attrs.scale,
-        attrs.softcap or 0.0,
-    )  # fmt: skip
-    shape = (f"HEADS={heads}", f"LANES={lanes}", f"HEAD_DIM={attrs.head_dim}", f"VALUE_DIM={value_dim}")
-    defines = (cache_define(call), *shape)
-    grid = (items // len(y), len(y), splits)
-    e.add("attention", "attention", grid, 128, parameters, defines=defines)
-    if splits > 1:
-        e.add("attention", "merge", (attrs.num_heads, len(y), 1), 64, parameters, defines=defines)
-
-
-def _mla_attention(e: Emitter, call: Call) -> None:
-    q, y, a, step, w = call.inputs[0], call.outputs[0], call.attrs, e.step, call.weights["kv_b"]
-    parameters = LatentParameters(
-        address(q), address(y), w.address, address(call.cache["k"]), address(call.cache["v"]),
-        address(step.positions), address(step.query_start), address(step.block_table), stride(q), stride(y),
-        stride(step.block_table), e.sequences, step.block_size, a.num_heads, a.nope_dim, a.rope_dim, a.v_dim,
-        a.kv_rank, a.scale,
-    )  # fmt: skip
-    defines = (*format_defines(w.format), cache_define(call))
-    shared = 4 * (2 * a.kv_rank + a.rope_dim + 256)
-    e.add("mla", "mla", (a.num_heads, len(y), 1), 256, parameters, defines=defines, shared=shared)
-
-
 def _router(e: Emitter, call: Call) -> None:
     x, (ids, weights), a = call.inputs[0], call.outputs, call.attrs
     logits = e.array((len(x), a.num_experts))
@@ -235,15 +145,16 @@ EMITTERS: dict[str, Callable[[Emitter, Call], None]] = {
     "activation": _activation,
     "glu": _glu,
     "select_rows": _select_rows,
-    "rope": _rope,
-    "kv_write": _kv_write,
-    "attention": _attention,
-    "mla_attention": _mla_attention,
+    "rope": emit_attention.rope,
+    "kv_write": emit_attention.kv_write,
+    "attention": emit_attention.attention,
+    "mla_attention": emit_attention.mla_attention,
     "router": _router,
     "moe": _moe,
     "norm_qkv": _norm_qkv,
     "norm_glu": _norm_glu,
-    "rope_kv_write": _rope_kv_write,
+    "rope_kv_write": emit_attention.rope_kv_write,
+    "rope_attention": emit_attention.rope_attention,
     "linear_add": _linear_add,
 }
 """Every op this backend runs, and how."""

@@ -14,12 +14,15 @@ from labinfer.backends.cuda.layout import (
     ACTIVATION_CODES,
     CACHE_CODES,
     CUBLAS_BYTES,
+    FEW_TOKENS,
+    STREAM_CHUNK,
     few_row_bytes,
     few_tokens,
     fits_few,
     number_of,
     pitch,
     rounded,
+    stream_shared_bytes,
 )
 from labinfer.backends.cuda.tape import Row, Runnable
 from labinfer.backends.cuda.weights import CudaWeight
@@ -110,9 +113,10 @@ class Emitter:
         *arguments: Any,
         defines: Sequence[str] = (),
         shared: int = 0,
+        cluster: tuple[int, int, int] = (1, 1, 1),
     ) -> None:
         """Append a row."""
-        self.rows.append(Row(Source(source, tuple(defines)), kernel, grid, threads, arguments, shared))
+        self.rows.append(Row(Source(source, tuple(defines)), kernel, grid, threads, arguments, shared, cluster))
 
     def each(self, source: str, kernel: str, tokens: int, width: int, *arguments: Any, defines: Sequence[str] = ()
              ) -> None:  # fmt: skip
@@ -147,7 +151,7 @@ class Emitter:
         by_format: dict[str, list[Linear]] = {}
         for product in products:
             by_format.setdefault(product.weight.format, []).append(product)
-        few = {format for format in by_format if fits_few(format, *x.shape)}
+        few = {format for format, group in by_format.items() if self.is_few(group, x)}
         for format in few:
             self.few(x, by_format.pop(format), norm, residual)
         normed = x
@@ -161,11 +165,22 @@ class Emitter:
                 for each in group:
                     self.tiles(normed, each.weight, each.bias, each.y, residual)
 
+    def is_few(self, products: Sequence[Linear], x: Any, width: int = 16) -> bool:
+        """Whether products of one format go through a kernel for few tokens, in tiles of ``width`` of their rows."""
+        return self.is_streamed(products, x, width) or fits_few(products[0].weight.format, *x.shape)
+
+    def is_streamed(self, products: Sequence[Linear], x: Any, width: int) -> bool:
+        """Whether that is the kernel whose weights come by bulk copies."""
+        weight = products[0].weight
+        whole = weight.columns % 64 == 0 and not any(each.weight.rows % width for each in products)
+        possible = self.device.bulk_copies and weight.format in ("f16", "bf16") and len(x) <= FEW_TOKENS
+        return possible and whole and stride(x) % 2 == 0
+
     def few(
         self, x: Any, products: Sequence[Linear], norm: Call | None, residual: Any, function: str | None = None
     ) -> None:
         """Up to three products for few tokens in one launch; with ``function``, the two of a gated unit."""
-        weight = products[0].weight
+        weight, x_row = products[0].weight, stride(x)
         tokens, width = few_tokens(len(x)), 8 if function else 16
         tiles = sum(-(-each.weight.rows // width) for each in products[: 1 if function else 3])
         parts = [
@@ -173,22 +188,46 @@ class Emitter:
             for each in products
         ]
         parts += [Part()] * (3 - len(parts))
-        defines = (*format_defines(weight.format), f"TOKENS={tokens}", *["NORM"] * bool(norm))
+        defines = (f"TOKENS={tokens}", *["NORM"] * bool(norm))
         defines += (*["GLU"] * bool(function), *["ADD"] * (residual is not None))
         gain, eps, offset = (norm.weights.get("weight"), norm.attrs.eps, norm.attrs.offset) if norm else (None, 0, 0)
         arguments = (
-            x, stride(x), len(x), weight.columns, gain, float(eps), float(offset), residual, stride(residual),
+            x, x_row, len(x), weight.columns, gain, float(eps), float(offset), residual, stride(residual),
             ACTIVATION_CODES[function] if function else 0, tiles, *parts,
         )  # fmt: skip
-        grid = (min(tiles, 2 * self.device.multiprocessors), 1, 1)
-        self.add("few", "few", grid, 256, *arguments, defines=defines, shared=tokens * few_row_bytes(weight.columns))
+        if self.is_streamed(products, x, width):
+            self.stream(weight, tokens, tiles, bool(norm), defines, arguments)
+            return
+        self.add(
+            "few", "few", (min(tiles, 2 * self.device.multiprocessors), 1, 1), 256, *arguments,
+            defines=(*format_defines(weight.format), *defines), shared=tokens * few_row_bytes(weight.columns),
+        )  # fmt: skip
+
+    def stream(
+        self,
+        weight: CudaWeight,
+        tokens: int,
+        tiles: int,
+        normed: bool,
+        defines: Sequence[str],
+        arguments: Sequence[Any],
+    ) -> None:
+        """The same with weights that come by bulk copies; a cluster shares a tile where there are too few of them."""
+        processors = self.device.multiprocessors
+        cluster = 2 if tiles <= processors and weight.columns > STREAM_CHUNK and not normed else 1
+        per_processor = 4 if tiles <= 8 * processors else 3
+        blocks = cluster * tiles if cluster > 1 else min(tiles, per_processor * processors)
+        half = ["HALF"] * (weight.format == "f16")
+        self.add(
+            "stream", "stream", (blocks, 1, 1), 256, *arguments, defines=(*defines, f"CLUSTER={cluster}", *half),
+            shared=stream_shared_bytes(tokens, weight.columns), cluster=(cluster, 1, 1),
+        )  # fmt: skip
 
     def large(self, x: Any, format: str, products: Sequence[Linear], norm: Call | None, residual: Any) -> None:
         """Products by cuBLAS, from activations in 16 bits."""
         tokens, columns = x.shape
         row = pitch(columns)
-        narrow, blas = self.device.blas, self.device.blas
-        assert narrow is not None
+        blas = self.device.blas
         assert blas is not None
         at = self.scratch(narrow_bytes(tokens, columns))
         half = ["HALF"] * (format == "f16")

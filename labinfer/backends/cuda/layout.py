@@ -37,6 +37,9 @@ FEW_TOKENS = 8
 FEW_SHARED_BYTES = 100_000
 """Activations of such a product that a block can keep in shared memory, beside another block's."""
 
+STREAM_CHUNK = 2048
+"""Columns of a tile that come to shared memory at once, where weights come by bulk copies (``stream.cu``)."""
+
 CUBLAS_BYTES = 32 << 20
 """cuBLAS's scratch memory, as NVIDIA recommends for Hopper."""
 
@@ -89,3 +92,8 @@ def few_tokens(tokens: int) -> int:
 def few_row_bytes(columns: int) -> int:
     """Bytes of shared memory for one token's activations there."""
     return (-(-columns // 128) * 32 + 1) * 8
+
+
+def stream_shared_bytes(tokens: int, columns: int) -> int:
+    """Bytes of shared memory for a tile of 16 rows and the activations it meets."""
+    return 2 * (16 * min(STREAM_CHUNK, columns) + tokens * (STREAM_CHUNK + 32))

@@ -25,7 +25,7 @@ class Row:
     threads: int
     arguments: tuple[Any, ...]
     shared: int = 0
-    cluster: int = 1
+    cluster: tuple[int, int, int] = (1, 1, 1)
 
 
 class Tape:

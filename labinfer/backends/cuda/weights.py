@@ -98,7 +98,7 @@ def _low_then_high(packed: Bytes) -> Bytes:
 def _nibbles(codes: Bytes) -> Bytes:
     """Codes below 16, [n, 256], as [n, 8, 16]: of each 32 columns, ``j`` in the low and ``j + 16`` in the high half."""
     halves = codes.reshape(-1, 8, 2, 16)
-    packed: Bytes = halves[:, :, 0] | halves[:, :, 1] << 4
+    packed: Bytes = np.bitwise_or(halves[:, :, 0], np.left_shift(halves[:, :, 1], 4, dtype=np.uint8))
     return packed
 
 

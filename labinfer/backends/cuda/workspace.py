@@ -61,6 +61,12 @@ def _attention(bounds: KernelBounds) -> int:
     return partials_bytes(attrs.v_head_dim or attrs.head_dim)
 
 
+def _rope_attention(bounds: KernelBounds) -> int:
+    """Turned queries, where a kernel of its own turns them; as ``_attention``."""
+    q, attrs = bounds.inputs[0], bounds.attrs[-1]
+    return rounded(4 * bounds.tokens * int(q.shape[1])) + partials_bytes(attrs.v_head_dim or attrs.head_dim)
+
+
 def _router(bounds: KernelBounds) -> int:
     return rounded(4 * bounds.tokens * bounds.attrs[0].num_experts) + _linear(bounds)
 
@@ -78,6 +84,7 @@ _SIZERS = {
     "norm_qkv": _normed,
     "norm_glu": _norm_glu,
     "attention": _attention,
+    "rope_attention": _rope_attention,
     "router": _router,
     "moe": _moe,
 }

@@ -1,18 +1,32 @@
 // Attention of each query to its sequence's cached keys, in float32: for decode, and for any shape and cache format.
 // A block takes one query token, up to HEADS of the query heads that share a key head, and one of `splits` parts of the
 // context; a key's row is read by LANES lanes, eight numbers each. Online softmax (Milakov & Gimelshein,
-// arXiv:1805.02867); with several parts, `merge` joins what they leave in `partials` (Flash-Decoding).
+// arXiv:1805.02867). Several parts are joined in the memory of a cluster of CLUSTER blocks, or, without clusters, by
+// `merge` from what they leave in `partials` (Flash-Decoding).
+// TURN: queries come unturned, and the token's own key and value, not cached yet, are turned and written here; each
+// sequence has one token then.
 #define WARPS 4
 #define GROUPS (32 / LANES)  // keys that a warp takes at once
 #define UNROLL 2
 struct Parameters {
     const float *q;
     float *y, *partials;
-    const Cached *k, *v;
+    Cached *k, *v;
     const int *positions, *query_start, *block_table;
     int q_row, y_row, table_row, sequences, group, kv_heads, block_size, window, splits;
     float scale, softcap;
 };
+
+#ifdef TURN
+struct Fresh {  // the step's keys and values
+    const float *k, *v;
+    int k_row, v_row;
+    Turn q_turn, k_turn;
+};
+#define FRESH , Fresh fresh
+#else
+#define FRESH
+#endif
 
 // Running maximum, sum of weights, weighted sum of values, in base 2.
 struct State {
@@ -26,8 +40,12 @@ DEV void join(State &a, float max, float sum, const float (&out)[8]) {
     a.max = top;
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(Parameters p) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(Parameters p FRESH) {
     __shared__ float shared[WARPS][HEADS][LANES][10];
+#ifdef CLUSTER
+    __shared__ float gathered[CLUSTER][(HEADS + CLUSTER - 1) / CLUSTER][VALUE_DIM + 2];
+    cluster_arrive();
+#endif
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LANES, d = 8 * part;
     int chunks = (p.group + HEADS - 1) / HEADS, kv_head = blockIdx.x / chunks, head0 = blockIdx.x % chunks * HEADS;
     int token = blockIdx.y, split = blockIdx.z;
@@ -43,7 +61,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(Parameters p)
         int head = kv_head * p.group + min(head0 + h, p.group - 1);
         #pragma unroll
         for (int i = 0; i < 8; i++) {
-            q[h][i] = d + i < HEAD_DIM ? get(p.q + (size_t)token * p.q_row + head * HEAD_DIM + d + i) * p.scale : 0.f;
+            const float *from = p.q + (size_t)token * p.q_row + head * HEAD_DIM;
+#ifdef TURN
+            q[h][i] = d + i < HEAD_DIM ? turned_feature(fresh.q_turn, from, token, d + i) * p.scale : 0.f;
+#else
+            q[h][i] = d + i < HEAD_DIM ? get(from + d + i) * p.scale : 0.f;
+#endif
             state[h].out[i] = 0.f;
         }
         state[h].max = -INFINITY, state[h].sum = 0.f;
@@ -56,6 +79,21 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(Parameters p)
             bool inside = key < end;
             int slot = inside ? get(table + key / p.block_size) * p.block_size + key % p.block_size : 0;
             size_t row = (size_t)slot * p.kv_heads + kv_head;
+#ifdef TURN
+            if (inside && key == position) {
+                #pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    const float *k_from = fresh.k + (size_t)token * fresh.k_row + kv_head * HEAD_DIM;
+                    const float *v_from = fresh.v + (size_t)token * fresh.v_row + kv_head * VALUE_DIM;
+                    Cached new_k = cached(d + i < HEAD_DIM ? turned_feature(fresh.k_turn, k_from, token, d + i) : 0.f);
+                    Cached new_v = cached(d + i < VALUE_DIM ? get(v_from + d + i) : 0.f);
+                    k[u][i] = value(new_k), v[u][i] = value(new_v);
+                    if (head0 == 0 && d + i < HEAD_DIM) p.k[row * HEAD_DIM + d + i] = new_k;
+                    if (head0 == 0 && d + i < VALUE_DIM) p.v[row * VALUE_DIM + d + i] = new_v;
+                }
+                continue;
+            }
+#endif
             eight<HEAD_DIM % 8 == 0>(p.k + row * HEAD_DIM + d, inside ? HEAD_DIM - d : 0, k[u]);
             eight<VALUE_DIM % 8 == 0>(p.v + row * VALUE_DIM + d, inside ? VALUE_DIM - d : 0, v[u]);
         }
@@ -104,6 +142,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(Parameters p)
         }
     }
     __syncthreads();
+#ifdef CLUSTER
+    cluster_wait();  // the others have begun
+#endif
     for (int e = threadIdx.x; e < HEADS * LANES; e += WARPS * 32) {
         int h = e / LANES, lane8 = 8 * (e % LANES), head = kv_head * p.group + head0 + h;
         if (head0 + h >= p.group) continue;
@@ -115,6 +156,29 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(Parameters p)
             for (int i = 0; i < 8; i++) out[i] = from[2 + i];
             join(all, from[0], from[1], out);
         }
+#ifdef CLUSTER
+        #pragma unroll
+        for (int i = 0; i < 8; i++)
+            if (lane8 + i < VALUE_DIM) store_remote(&gathered[split][h / CLUSTER][lane8 + i], h % CLUSTER, all.out[i]);
+        if (lane8 == 0) store_remote(&gathered[split][h / CLUSTER][VALUE_DIM], h % CLUSTER, all.max);
+        if (lane8 == 0) store_remote(&gathered[split][h / CLUSTER][VALUE_DIM + 1], h % CLUSTER, all.sum);
+    }
+    cluster_arrive();
+    cluster_wait();
+    for (int h = split; h < HEADS && head0 + h < p.group; h += CLUSTER)
+        for (int i = threadIdx.x; i < VALUE_DIM; i += WARPS * 32) {
+            float top = -INFINITY, sum = 0.f, out = 0.f;
+            for (int r = 0; r < CLUSTER; r++) top = fmaxf(top, gathered[r][h / CLUSTER][VALUE_DIM]);
+            for (int r = 0; r < CLUSTER; r++) {
+                const float *from = gathered[r][h / CLUSTER];
+                float scale = exp2f(from[VALUE_DIM] - top);
+                sum += scale * from[VALUE_DIM + 1];
+                out += scale * from[i];
+            }
+            p.y[(size_t)token * p.y_row + (kv_head * p.group + head0 + h) * VALUE_DIM + i] = out / sum;
+        }
+}
+#else
         size_t row = (size_t)token * p.group * p.kv_heads + head;
         float *to = p.splits > 1 ? p.partials + (row * p.splits + split) * (VALUE_DIM + 2)
                                  : p.y + (size_t)token * p.y_row + head * VALUE_DIM;
@@ -144,3 +208,4 @@ extern "C" __global__ void merge(Parameters p) {
         p.y[(size_t)token * p.y_row + head * VALUE_DIM + d] = v / sum;
     }
 }
+#endif

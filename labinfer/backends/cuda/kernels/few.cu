@@ -1,20 +1,10 @@
 // Products for a few tokens (at most TOKENS <= 8): every weight is read once, straight into tensor-core fragments.
 // A block takes tiles of 16 rows; its 8 warps share the columns, 128 at a time: lane 4 g + t has the block of 32 columns
-// 4 s + t of rows g and g + 8. Options: NORM (rms_norm of x first), GLU (a tile is 8 rows of the first matrix and the
-// same 8 of the second, joined by the activation), ADD (y = residual + product).
-#define WARPS 8
+// 4 s + t of rows g and g + 8.
 struct Shared {
     float red[WARPS][16][TOKENS];
     float scratch[32];
     float scale[TOKENS];
-};
-
-// One of up to three matrices that meet the same x.
-struct Part {
-    const u8 *w;
-    const float *bias;
-    float *y;
-    int y_row, rows;
 };
 
 // Rows of x as quads, zero beyond `columns`; rows are `pitch` quads apart, so that 8 tokens lie in different banks.
@@ -48,17 +38,13 @@ struct Place {
     const u8 *first, *second;
     int rows0, rows1, row0, row1;
 };
-DEV int tiles_of(int rows) { return (rows + 15) / 16; }
-DEV Place place(const Part (&p)[3], int tile, int &part) {
+DEV Place place(const Part (&p)[3], int tile) {
     int g = threadIdx.x % 32 / 4;
 #ifdef GLU
-    part = 0;
     int row = min(tile * 8 + g, p[0].rows - 1);
     return {p[0].w, p[1].w, p[0].rows, p[1].rows, row, row};
 #else
-    part = 0;
-    while (part < 2 && tile >= tiles_of(p[part].rows)) tile -= tiles_of(p[part++].rows);
-    int rows = p[part].rows;
+    int part = part_of(p, tile), rows = p[part].rows;
     return {p[part].w, p[part].w, rows, rows, min(tile * 16 + g, rows - 1), min(tile * 16 + g + 8, rows - 1)};
 #endif
 }
@@ -82,27 +68,6 @@ DEV float row_sum(const Shared &s, int row, int m) {
     return v;
 }
 
-DEV void finish(const Shared &s, const Part (&p)[3], int tile, int tokens, const float *residual, int residual_row,
-                int function) {
-#ifdef GLU
-    int row = threadIdx.x % 8, m = threadIdx.x / 8, at = tile * 8 + row;
-    if (m >= tokens || at >= p[0].rows) return;
-    float gate = row_sum(s, row, m) + (p[0].bias ? p[0].bias[at] : 0.f);
-    float up = row_sum(s, row + 8, m) + (p[1].bias ? p[1].bias[at] : 0.f);
-    p[0].y[(size_t)m * p[0].y_row + at] = activate(function, gate) * up;
-#else
-    int row = threadIdx.x % 16, m = threadIdx.x / 16, part = 0;
-    while (part < 2 && tile >= tiles_of(p[part].rows)) tile -= tiles_of(p[part++].rows);
-    int at = tile * 16 + row;
-    if (m >= tokens || at >= p[part].rows) return;
-    float v = row_sum(s, row, m) + (p[part].bias ? p[part].bias[at] : 0.f);
-#ifdef ADD
-    v += get(residual + (size_t)m * residual_row + at);
-#endif
-    p[part].y[(size_t)m * p[part].y_row + at] = v;
-#endif
-}
-
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) few(
     const float *x, int x_row, int tokens, int columns, const float *weight, float eps, float offset,
     const float *residual, int residual_row, int function, int tiles, Part p0, Part p1, Part p2) {
@@ -111,8 +76,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) few(
     const Part parts[3] = {p0, p1, p2};
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     int blocks = (columns + 31) / 32, steps = (blocks + 3) / 4, pitch = steps * 32 + 1;
-    int tile = blockIdx.x, part, step = warp;
-    Place at = place(parts, tile, part);
+    int tile = blockIdx.x, step = warp;
+    Place at = place(parts, tile);
     pdl_trigger();
     Pair next;
     if (step < steps) next = fetch(at, columns, 4 * step + t);  // weights do not wait for the kernel before
@@ -124,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) few(
         for (step = warp; step < steps; step += WARPS) {
             Pair now = next;
             bool last = step + WARPS >= steps;
-            if (last && tile + gridDim.x < tiles) at = place(parts, tile + gridDim.x, part);
+            if (last && tile + gridDim.x < tiles) at = place(parts, tile + gridDim.x);
             if (!last || tile + gridDim.x < tiles) next = fetch(at, columns, 4 * (last ? warp : step + WARPS) + t);
             u32 a[16], b[16];
             unpack(now.a, a);
@@ -142,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) few(
             if (m < TOKENS) s.red[warp][g + j / 2 * 8][m] = d[j] + e[j];
         }
         __syncthreads();
-        finish(s, parts, tile, tokens, residual, residual_row, function);
+        finish(parts, tile, tokens, residual, residual_row, function, [&](int row, int m) { return row_sum(s, row, m); });
         __syncthreads();
     }
 }

@@ -62,6 +62,11 @@ DEV uint4 get(const uint4 *p) {
                  : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p) : "memory");
     return r;
 }
+DEV float2 get(const float2 *p) {
+    float2 r;
+    asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(r.x), "=f"(r.y) : "l"(p) : "memory");
+    return r;
+}
 DEV float4 get(const float4 *p) {
     float4 r;
     asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
@@ -84,6 +89,18 @@ DEV float block_sum(float v, float *scratch) {
     v = threadIdx.x % 32 < warps ? scratch[threadIdx.x % 32] : 0.f;
     return warp_sum(v);
 }
+
+// Clusters (sm_90): blocks that can write to each other's shared memory.
+DEV u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+#if __CUDA_ARCH__ >= 900
+DEV void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+DEV void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+DEV void store_remote(float *p, int rank, float v) {
+    u32 at;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(p)), "r"(rank));
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory");
+}
+#endif
 
 // The sequence that token t belongs to: the last one whose tokens begin at or before it and that has any.
 DEV int sequence_of(const int *query_start, int sequences, int t) {

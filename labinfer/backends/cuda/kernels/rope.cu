@@ -1,37 +1,4 @@
-// Rotary position embedding, and the way of keys and values into the cache. One block row (y) for each token.
-// TURN says where angles come from: a table of cosines and sines by position (0), the same with a second half for
-// sequences longer than `trained` (1: longrope), or computed here from the length of the sequence (2: dynamic).
-struct Turn {
-    const float *table, *freq_factors;
-    const int *positions, *query_start, *total_len;
-    int head_dim, start, half, interleaved;
-    int sequences, trained, length;  // rows of the table before its second half
-    float rotary_dim, theta, factor;
-};
-
-DEV float2 angle(const Turn &r, int token, int i) {
-    int row = get(r.positions + token);
-#if TURN == 2
-    float base = r.theta;
-    int total = get(r.total_len + sequence_of(r.query_start, r.sequences, token));
-    if (total > r.trained) {
-        float growth = r.factor * total / r.trained - (r.factor - 1.f);
-        base *= (float)pow((double)growth, (double)r.rotary_dim / (r.rotary_dim - 2.));
-    }
-    float frequency = 1.f / (float)pow((double)base, (double)(2 * i / r.rotary_dim));
-    if (r.freq_factors) frequency /= r.freq_factors[i];
-    double sine, cosine;
-    sincos((double)(row * frequency), &sine, &cosine);
-    return make_float2((float)cosine, (float)sine);
-#else
-#if TURN == 1
-    if (get(r.total_len + sequence_of(r.query_start, r.sequences, token)) > r.trained) row += r.length;
-#endif
-    const float *p = r.table + (size_t)row * 2 * r.half + i;
-    return make_float2(p[0], p[r.half]);
-#endif
-}
-
+// Rotary position embedding, and the way of keys and values into the cache. One row of blocks (y) for each token.
 // Feature i of `heads * head_dim`, turned; with its partner where it is the first of a pair. False for a second one.
 DEV bool turned(const Turn &r, const float *x, int token, int i, float &a, float &b, int &other) {
     int within = i % r.head_dim - r.start, pair;
