@@ -80,27 +80,19 @@ def test_golden_in_16_bits(manager: Manager, folder: Path, kv_dtype: str) -> Non
 
 
 def test_decoding_on_the_device_gives_the_same_tokens(manager: Manager, gpu: Any) -> None:
-    from labinfer.backends.cuda.greedy import GreedyDecode
+    from labinfer.bench.device_decode import decode_on_device
 
     prompts, count = [[3, 4, 5], list(range(20))], 24
     sampling = labinfer.SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
     with load(GOLDEN / "qwen3-bias", "cuda", manager=manager) as model:
         expected = [list(each.token_ids) for each in model.generate(prompts, sampling)]
-        batch, [interpreter] = model.batch, model.interpreters
+        batch = model.batch
         rows = np.array([batch.add(prompt) for prompt in prompts])
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        part = Part(rows, lengths, 0 * lengths + 1, 0 * lengths)
-        first = model.compute(part).argmax(1)
+        first = model.compute(Part(rows, lengths, 0 * lengths + 1, 0 * lengths)).argmax(1)
         for row, token in zip(rows.tolist(), first.tolist(), strict=True):
             batch.extend(row, [token])
-        one = 0 * lengths + 1
-        assert batch.blocks.grow(rows, lengths + count) is None
-        interpreter.step_memory.load(batch.step(Part(rows, one, one, 0 * one, True)))
-        bound, values = interpreter.resolve(2, 2)
-        calls = [(each.kernel, each.call) for each in bound if each.kernel is not None]
-        decode = GreedyDecode(
-            gpu, calls, values[model.plan.stages[-1].outputs[-1]], interpreter.step_memory.steps, count
-        )
+        decode = decode_on_device(model, rows.tolist(), count - 1)
         decode.run(count - 1)
         made = decode.tokens()
         decode.close()

@@ -32,7 +32,7 @@ class Tape:
     """Rows bound to a device. All that varies from step to step lies in device memory, so the addresses hold."""
 
     def __init__(self, device: CudaDevice, rows: Sequence[Row | Runnable], kept: Sequence[Any]) -> None:
-        self.device, self.kept = device, kept
+        self.device, self.rows, self.kept = device, rows, kept
         self.runnables = [device.launch(row) if isinstance(row, Row) else row for row in rows]
         self.graph: Any = None
         self.runs = 0
