@@ -1,7 +1,7 @@
 """The recorded figures of the CUDA backend: decode and prefill of random models of well-known shapes, kernel by kernel.
 
     python benchmarks/models.py FOLDER --random bf16 q4_0          # once: llama-1b-{bf16,q4_0}.gguf
-    python benchmarks/cuda.py FOLDER decode prefill quantized ablate kernels
+    python benchmarks/gpu.py FOLDER decode prefill quantized ablate kernels
 
 Prints the card and its measured copy bandwidth first. Decoding is greedy and stays on the device, sampling included;
 a time is the median of runs, from CUDA events. ``ablate`` turns graphs and the overlap of kernels off in turn.
