@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -106,7 +106,7 @@ def decode(folder: Path, bandwidth: float) -> None:
         for context, steps, goal in ((64, 512, "1,450"), (768, 512, "1,350")):
             time = decode_time(model, device, 1, context, steps)
             row(f"bf16 batch 1, context {context} to {context + steps}", time, 1, weights, bandwidth, goal)
-    with loaded(folder, "bf16", max_num_seqs=256, num_blocks=256 * 70) as (model, device):
+    with loaded(folder, "bf16", max_num_seqs=256, max_logits_rows=256, num_blocks=256 * 70) as (model, device):
         for context, goals in ((385, ("9,500", "42,000", "75,000")), (897, ("8,500", "38,000", "60,000"))):
             for batch, goal in zip((8, 64, 256), goals, strict=True):
                 time = decode_time(model, device, batch, context, 128)
@@ -157,29 +157,33 @@ def ablate(folder: Path, bandwidth: float) -> None:
 
 
 def kernels(folder: Path, bandwidth: float) -> None:
-    """Each kernel of a decode step by what the step takes less without it."""
-    with loaded(folder, "bf16", max_num_seqs=8, num_blocks=1300) as (model, device):
-        for batch in (1, 8):
+    """Each kernel of a step by what the step takes less without it; the context stays as it is."""
+    with loaded(folder, "bf16", max_num_seqs=64, num_blocks=64 * 20) as (model, device):
+        for batch in (1, 8, 64):
             rows = sequences(model, batch, 300)
             step = decode_on_device(model, rows, 1)
-            made = step.tape.rows
-            names = [label(each) for each in made]
-            whole = graph_time(device, made)
-            print(
-                f"\nbatch {batch}: {whole * 1e3:.1f} us in {len(made)} launches\n\n"
-                "| kernel | launches | us each |\n|---|---|---|"
-            )
-            for name, count in Counter(names).items():
-                left = [each for each, other in zip(made, names, strict=True) if other != name]
-                print(f"| {name} | {count} | {(whole - graph_time(device, left)) * 1e3 / count:.2f} |", flush=True)
+            made = [each for each in step.tape.rows if label(each).partition(" ")[0] not in ("advance", "slots")]
+            print_kernels(f"batch {batch}, context 300", device, made)
             step.close()
             for each in rows:
                 model.batch.remove(each)
+        rows = sequences(model, 1, 2049)
+        made, _ = device.rows(model.interpreters[0].calls(2048), 1)
+        print_kernels("prefill of 2048 tokens", device, made)
+
+
+def print_kernels(name: str, device: CudaDevice, made: Sequence[Any]) -> None:
+    names = [label(each) for each in made]
+    whole = graph_time(device, made)
+    print(f"\n{name}: {whole * 1e3:.1f} us in {len(made)} launches\n\n| kernel | launches | us each |\n|---|---|---|")
+    for kernel, count in Counter(names).items():
+        left = [each for each, other in zip(made, names, strict=True) if other != kernel]
+        print(f"| {kernel} | {count} | {(whole - graph_time(device, left)) * 1e3 / count:.2f} |", flush=True)
 
 
 def label(runnable: Any) -> str:
     if not isinstance(runnable, Row):
-        return type(runnable).__name__
+        return f"cuBLAS {runnable.rows} x {runnable.columns}"
     shape = [
         define for define in runnable.source.defines if define.partition("=")[0] in ("NORM", "GLU", "ADD", "CLUSTER")
     ]
@@ -190,7 +194,7 @@ def graph_time(device: CudaDevice, rows: Any) -> float:
     tape = Tape(device, rows, [])
     for _ in range(WARM):
         tape()
-    return median(elapsed(device.stream, lambda: [tape() for _ in range(50)] and None) / 50 for _ in range(REPEAT))
+    return median(elapsed(device.stream, lambda: [tape() for _ in range(20)] and None) / 20 for _ in range(3))
 
 
 PARTS = {"decode": decode, "prefill": prefill, "quantized": quantized, "ablate": ablate, "kernels": kernels}

@@ -45,8 +45,14 @@ SOURCES = {
     "attention-odd": (attention(20, 12, 4, 0), 168),
     **{f"mla-{format}": (product("mla", format, "CACHE=2"), 64) for format in ("f32", "bf16", "q4_k")},
     **{f"embedding-{format}": (product("embedding", format), 32) for format in FORMATS},
-    **{f"few-{format}": (product("few", format, "TOKENS=1", "NORM", "GLU"), 128) for format in FORMATS[1:]},
-    **{f"few-{tokens}": (product("few", "bf16", f"TOKENS={tokens}", "ADD"), 128) for tokens in (2, 4, 8)},
+    **{
+        f"few-{format}": (product("few", format, "TOKENS=1", "NORM", "GLU", "TILE_WARPS=2"), 128)
+        for format in FORMATS[1:]
+    },
+    **{
+        f"few-{tokens}": (product("few", "q4_0", f"TOKENS={tokens}", "ADD", "TILE_WARPS=8"), 128)
+        for tokens in (2, 4, 8)
+    },
     **{f"tiles-{format}": (product("tiles", format), 168) for format in FORMATS[1:]},
     "tiles-experts": (product("tiles", "q4_k", "EXPERTS"), 168),
 }

@@ -50,6 +50,12 @@ class Part(Structure):
     _fields_ = (("w", c_uint64), ("bias", c_uint64), ("y", c_uint64), ("y_row", c_int), ("rows", c_int))
 
 
+class Parts(Structure):
+    """``Parts`` of ``few.cu``."""
+
+    _fields_ = (("p", Part * 3),)
+
+
 class Turn(Structure):
     """``Turn`` of ``rope.cu``."""
 
@@ -187,20 +193,22 @@ class Emitter:
             Part(each.weight.address, address(each.bias), address(each.y), stride(each.y), each.weight.rows)
             for each in products
         ]
-        parts += [Part()] * (3 - len(parts))
         defines = (f"TOKENS={tokens}", *["NORM"] * bool(norm))
         defines += (*["GLU"] * bool(function), *["ADD"] * (residual is not None))
         gain, eps, offset = (norm.weights.get("weight"), norm.attrs.eps, norm.attrs.offset) if norm else (None, 0, 0)
         arguments = (
             x, x_row, len(x), weight.columns, gain, float(eps), float(offset), residual, stride(residual),
-            ACTIVATION_CODES[function] if function else 0, tiles, *parts,
+            ACTIVATION_CODES[function] if function else 0, tiles, Parts((Part * 3)(*parts)),
         )  # fmt: skip
         if self.is_streamed(products, x, width):
             self.stream(weight, tokens, tiles, bool(norm), defines, arguments)
             return
+        processors = self.device.multiprocessors
+        share = next((n for n in (1, 2, 4) if tiles * n >= 12 * processors), 8)  # warps for a tile
         self.add(
-            "few", "few", (min(tiles, 2 * self.device.multiprocessors), 1, 1), 256, *arguments,
-            defines=(*format_defines(weight.format), *defines), shared=tokens * few_row_bytes(weight.columns),
+            "few", "few", (min(-(-tiles * share // 8), 2 * processors), 1, 1), 256, *arguments,
+            defines=(*format_defines(weight.format), *defines, f"TILE_WARPS={share}"),
+            shared=tokens * few_row_bytes(weight.columns),
         )  # fmt: skip
 
     def stream(

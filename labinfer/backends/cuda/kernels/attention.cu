@@ -40,6 +40,30 @@ DEV void join(State &a, float max, float sum, const float (&out)[8]) {
     a.max = top;
 }
 
+#ifdef TURN
+// The token's own key and value, eight numbers of them, as the cache will hold them; `write` puts them there.
+DEV void bring_fresh(const Parameters &p, const Fresh &fresh, int token, int position, int kv_head, bool write, size_t row,
+                     float (&k)[8], float (&v)[8]) {
+    const float *k_from = fresh.k + (size_t)token * fresh.k_row + kv_head * HEAD_DIM;
+    const float *v_from = fresh.v + (size_t)token * fresh.v_row + kv_head * VALUE_DIM;
+    int d = 8 * (threadIdx.x % LANES);
+    #pragma unroll
+    for (int i = 0; i < 8; i++) {
+        if (d + i < HEAD_DIM) {
+            Feature f = feature_of(fresh.k_turn, token, position, d + i);
+            Cached made = cached(get(k_from + d + i) * f.cosine + get(k_from + f.other) * f.sine);
+            k[i] = value(made);
+            if (write) p.k[row * HEAD_DIM + d + i] = made;
+        }
+        if (d + i < VALUE_DIM) {
+            Cached made = cached(get(v_from + d + i));
+            v[i] = value(made);
+            if (write) p.v[row * VALUE_DIM + d + i] = made;
+        }
+    }
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(Parameters p FRESH) {
     __shared__ float shared[WARPS][HEADS][LANES][10];
 #ifdef CLUSTER
@@ -56,16 +80,20 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(Parameters p 
     const int *table = p.block_table + (size_t)sequence * p.table_row;
     float q[HEADS][8];
     State state[HEADS];
+#ifdef TURN
+    Feature features[8];
+    #pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (d + i < HEAD_DIM) features[i] = feature_of(fresh.q_turn, token, position, d + i);
+#endif
     #pragma unroll
     for (int h = 0; h < HEADS; h++) {
-        int head = kv_head * p.group + min(head0 + h, p.group - 1);
+        const float *from = p.q + (size_t)token * p.q_row + (kv_head * p.group + min(head0 + h, p.group - 1)) * HEAD_DIM;
         #pragma unroll
         for (int i = 0; i < 8; i++) {
-            const float *from = p.q + (size_t)token * p.q_row + head * HEAD_DIM;
-#ifdef TURN
-            q[h][i] = d + i < HEAD_DIM ? turned_feature(fresh.q_turn, from, token, d + i) * p.scale : 0.f;
-#else
             q[h][i] = d + i < HEAD_DIM ? get(from + d + i) * p.scale : 0.f;
+#ifdef TURN
+            if (d + i < HEAD_DIM) q[h][i] = q[h][i] * features[i].cosine + get(from + features[i].other) * p.scale * features[i].sine;
 #endif
             state[h].out[i] = 0.f;
         }
@@ -73,30 +101,29 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(Parameters p 
     }
     for (int at = start + (warp * GROUPS + lane / LANES); at - lane / LANES < end; at += WARPS * GROUPS * UNROLL) {
         float k[UNROLL][8], v[UNROLL][8], score[UNROLL];
+        size_t rows[UNROLL];
+        #pragma unroll
+        for (int u = 0; u < UNROLL; u++) {
+            int key = at + u * WARPS * GROUPS, slot = 0;
+            if (key < end) slot = get(table + key / p.block_size) * p.block_size + key % p.block_size;
+            rows[u] = (size_t)slot * p.kv_heads + kv_head;
+        }
         #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
             int key = at + u * WARPS * GROUPS;
-            bool inside = key < end;
-            int slot = inside ? get(table + key / p.block_size) * p.block_size + key % p.block_size : 0;
-            size_t row = (size_t)slot * p.kv_heads + kv_head;
 #ifdef TURN
-            if (inside && key == position) {
-                #pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    const float *k_from = fresh.k + (size_t)token * fresh.k_row + kv_head * HEAD_DIM;
-                    const float *v_from = fresh.v + (size_t)token * fresh.v_row + kv_head * VALUE_DIM;
-                    Cached new_k = cached(d + i < HEAD_DIM ? turned_feature(fresh.k_turn, k_from, token, d + i) : 0.f);
-                    Cached new_v = cached(d + i < VALUE_DIM ? get(v_from + d + i) : 0.f);
-                    k[u][i] = value(new_k), v[u][i] = value(new_v);
-                    if (head0 == 0 && d + i < HEAD_DIM) p.k[row * HEAD_DIM + d + i] = new_k;
-                    if (head0 == 0 && d + i < VALUE_DIM) p.v[row * VALUE_DIM + d + i] = new_v;
-                }
-                continue;
-            }
+            bool inside = key < min(end, position);
+#else
+            bool inside = key < end;
 #endif
-            eight<HEAD_DIM % 8 == 0>(p.k + row * HEAD_DIM + d, inside ? HEAD_DIM - d : 0, k[u]);
-            eight<VALUE_DIM % 8 == 0>(p.v + row * VALUE_DIM + d, inside ? VALUE_DIM - d : 0, v[u]);
+            eight<HEAD_DIM % 8 == 0>(p.k + rows[u] * HEAD_DIM + d, inside ? HEAD_DIM - d : 0, k[u]);
+            eight<VALUE_DIM % 8 == 0>(p.v + rows[u] * VALUE_DIM + d, inside ? VALUE_DIM - d : 0, v[u]);
         }
+#ifdef TURN
+        #pragma unroll
+        for (int u = 0; u < UNROLL; u++)
+            if (at + u * WARPS * GROUPS == position) bring_fresh(p, fresh, token, position, kv_head, head0 == 0, rows[u], k[u], v[u]);
+#endif
         #pragma unroll
         for (int h = 0; h < HEADS; h++) {
             float top = state[h].max;

@@ -53,24 +53,24 @@ DEV void begin() {
 
 // Activations, keys, values and step arrays are read at L2: under programmatic launch a line in this multiprocessor's L1
 // can be older than what the kernel before wrote.
-DEV float get(const float *p) { float r; asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(r) : "l"(p) : "memory"); return r; }
-DEV int get(const int *p) { int r; asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(r) : "l"(p) : "memory"); return r; }
-DEV u16 get(const u16 *p) { u16 r; asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(r) : "l"(p) : "memory"); return r; }
+DEV float get(const float *p) { float r; asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(r) : "l"(p)); return r; }
+DEV int get(const int *p) { int r; asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(r) : "l"(p)); return r; }
+DEV u16 get(const u16 *p) { u16 r; asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(r) : "l"(p)); return r; }
 DEV uint4 get(const uint4 *p) {
     uint4 r;
     asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p) : "memory");
+                 : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
     return r;
 }
 DEV float2 get(const float2 *p) {
     float2 r;
-    asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(r.x), "=f"(r.y) : "l"(p) : "memory");
+    asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(r.x), "=f"(r.y) : "l"(p));
     return r;
 }
 DEV float4 get(const float4 *p) {
     float4 r;
     asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
-                 : "=f"(r.x), "=f"(r.y), "=f"(r.z), "=f"(r.w) : "l"(p) : "memory");
+                 : "=f"(r.x), "=f"(r.y), "=f"(r.z), "=f"(r.w) : "l"(p));
     return r;
 }
 

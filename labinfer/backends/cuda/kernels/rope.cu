@@ -1,6 +1,6 @@
 // Rotary position embedding, and the way of keys and values into the cache. One row of blocks (y) for each token.
 // Feature i of `heads * head_dim`, turned; with its partner where it is the first of a pair. False for a second one.
-DEV bool turned(const Turn &r, const float *x, int token, int i, float &a, float &b, int &other) {
+DEV bool turned(const Turn &r, const float *x, int token, int row, int i, float &a, float &b, int &other) {
     int within = i % r.head_dim - r.start, pair;
     a = get(x + i);
     other = -1;
@@ -12,7 +12,7 @@ DEV bool turned(const Turn &r, const float *x, int token, int i, float &a, float
         if (within >= r.half) return false;
         pair = within, other = i + r.half;
     }
-    float2 cs = angle(r, token, pair);
+    float2 cs = angle(r, token, row, pair);
     float first = a, second = get(x + other);
     a = first * cs.x - second * cs.y;
     b = second * cs.x + first * cs.y;
@@ -27,8 +27,9 @@ extern "C" __global__ void rope(const float *x, int x_row, float *y, int y_row, 
     begin();
     x += (size_t)token * x_row;
     y += (size_t)token * y_row;
+    int row = get(r.positions + token);
     EACH(i, n) {
-        if (!turned(r, x, token, i, a, b, other)) continue;
+        if (!turned(r, x, token, row, i, a, b, other)) continue;
         y[i] = a;
         if (other >= 0) y[other] = b;
     }
@@ -55,15 +56,15 @@ extern "C" __global__ void rope_kv_write(
     q += (size_t)token * q_row;
     k += (size_t)token * k_row;
     y += (size_t)token * y_row;
+    int row = get(q_turn.positions + token), slot = get(slots + token);
     EACH(i, n) {
-        if (!turned(q_turn, q, token, i, a, b, other)) continue;
+        if (!turned(q_turn, q, token, row, i, a, b, other)) continue;
         y[i] = a;
         if (other >= 0) y[other] = b;
     }
-    int slot = get(slots + token);
     k_cache += (size_t)slot * k_width;
     EACH(i, k_width) {
-        if (!turned(k_turn, k, token, i, a, b, other)) continue;
+        if (!turned(k_turn, k, token, row, i, a, b, other)) continue;
         k_cache[i] = cached(a);
         if (other >= 0) k_cache[other] = cached(b);
     }

@@ -9,8 +9,8 @@ struct Turn {
     float rotary_dim, theta, factor;
 };
 
-DEV float2 angle(const Turn &r, int token, int i) {
-    int row = get(r.positions + token);
+// The cosine and sine for pair i of a token at position `row`.
+DEV float2 angle(const Turn &r, int token, int row, int i) {
 #if TURN == 2
     float base = r.theta;
     int total = get(r.total_len + sequence_of(r.query_start, r.sequences, token));
@@ -32,13 +32,16 @@ DEV float2 angle(const Turn &r, int token, int i) {
 #endif
 }
 
-// Feature i of a head at x, turned.
-DEV float turned_feature(const Turn &r, const float *x, int token, int i) {
+// How feature i of a head turns: v * cosine + head[other] * sine.
+struct Feature {
+    float cosine, sine;
+    int other;
+};
+DEV Feature feature_of(const Turn &r, int token, int row, int i) {
     int within = i - r.start;
-    float v = get(x + i);
-    if (within < 0 || within >= 2 * r.half) return v;
+    if (within < 0 || within >= 2 * r.half) return {1.f, 0.f, i};
     bool first = r.interleaved ? within % 2 == 0 : within < r.half;
-    float2 cs = angle(r, token, r.interleaved ? within / 2 : within % r.half);
-    float other = get(x + i + (first ? 1 : -1) * (r.interleaved ? 1 : r.half));
-    return first ? v * cs.x - other * cs.y : v * cs.x + other * cs.y;
+    float2 cs = angle(r, token, row, r.interleaved ? within / 2 : within % r.half);
+    int step = r.interleaved ? 1 : r.half;
+    return {cs.x, first ? -cs.y : cs.y, first ? i + step : i - step};
 }

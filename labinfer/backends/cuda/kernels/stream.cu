@@ -31,37 +31,58 @@ DEV void bulk_copy(void *to, const void *from, int bytes, u64 *b) {
                  ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(b)) : "memory");
 }
 // The first warp asks for a tile: four copies of four rows where rows lie together, else one for each row.
-DEV void load_tile(u16 *ws, Shared &s, const Part (&p)[3], int tile, int columns, int start) {
+DEV void load_tile(u16 *ws, Shared &s, const Parts &parts, int tile, int columns, int start) {
     int lane = threadIdx.x, width = min(CHUNK, columns - start);
     if (lane >= 32) return;
     if (lane == 0) barrier_expect(&s.barrier, 16 * width * 2);
     __syncwarp();
-    int part = part_of(p, tile), together = width == columns ? 4 : 1, row = lane * together;
+    int part = part_of(parts, tile), together = width == columns ? 4 : 1, row = lane * together;
     if (row >= 16) return;
 #ifdef GLU
-    const u16 *from = (const u16 *)p[row / 8].w + (size_t)(tile * 8 + row % 8) * columns;
+    const u16 *from = (const u16 *)parts.p[row / 8].w + (size_t)(tile * 8 + row % 8) * columns;
 #else
-    const u16 *from = (const u16 *)p[part].w + (size_t)(tile * 16 + row) * columns;
+    const u16 *from = (const u16 *)parts.p[part].w + (size_t)(tile * 16 + row) * columns;
 #endif
     bulk_copy(ws + row * width, from + start, together * width * 2, &s.barrier);
 }
 
-// Each warp brings what it multiplies itself: every WARPS-th 64 columns of each token, from column `start` on.
-DEV void stage(u16 *xs, Shared &s, const float *x, int x_row, int tokens, int start, int width, const float *weight,
-               float offset, bool first) {
+#define STEPS (CHUNK / 64 / WARPS)  // of 64 columns, that each warp brings and multiplies: every WARPS-th
+struct Gain {
+    float2 v[STEPS];
+};
+DEV Gain load_gain(const float *weight, float offset, int start, int width) {
+    Gain gain;
+    #pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+        int at = (threadIdx.x / 32 + WARPS * i) * 64 + threadIdx.x % 32 * 2;
+        gain.v[i] = weight && at < width ? *(const float2 *)(weight + start + at) : make_float2(1.f - offset, 1.f - offset);
+        gain.v[i].x += offset, gain.v[i].y += offset;
+    }
+    return gain;
+}
+// Rows of x from column `start` on to shared memory; all loads are under way before the first is used.
+DEV void stage(u16 *xs, Shared &s, const float *x, int x_row, int tokens, int start, int width, const Gain &gain, bool first) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    #pragma unroll 2
+    float2 v[TOKENS][STEPS];
+    #pragma unroll
+    for (int m = 0; m < TOKENS; m++)
+        #pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            int at = (warp + WARPS * i) * 64 + 2 * lane;
+            bool inside = m < tokens && at < width;
+            v[m][i] = inside ? get((const float2 *)(x + (size_t)m * x_row + start + at)) : make_float2(0.f, 0.f);
+        }
+    #pragma unroll
     for (int m = 0; m < TOKENS; m++) {
         float squares = 0.f;
-        #pragma unroll 4
-        for (int k = warp * 64; k < width; k += WARPS * 64) {
-            int i = k + 2 * lane;
-            float2 v = m < tokens ? get((const float2 *)(x + (size_t)m * x_row + start + i)) : make_float2(0.f, 0.f);
+        #pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            float2 e = v[m][i];
 #ifdef NORM
-            squares += v.x * v.x + v.y * v.y;
-            if (weight) v.x *= weight[start + i] + offset, v.y *= weight[start + i + 1] + offset;
+            squares += e.x * e.x + e.y * e.y;
+            e.x *= gain.v[i].x, e.y *= gain.v[i].y;
 #endif
-            *(u32 *)(xs + m * (CHUNK + 32) + i) = two(v.x, v.y);
+            *(u32 *)(xs + m * (CHUNK + 32) + (warp + WARPS * i) * 64 + 2 * lane) = two(e.x, e.y);
         }
 #ifdef NORM
         squares = warp_sum(squares);
@@ -76,6 +97,7 @@ DEV void multiply(float (&d)[4][4], const u16 *ws, const u16 *xs, int width) {
     int m = PAIRED ? g / 2 : g, x0 = PAIRED ? odd : 0;
     bool on = m < TOKENS;
     const u16 *w = ws + g * width + 8 * t, *x = xs + (on ? m : 0) * (CHUNK + 32) + 8 * t;
+    #pragma unroll 2
     for (int k = warp * 64; k < width; k += WARPS * 64) {
         uint4 v0 = make_uint4(0, 0, 0, 0), v1 = v0;
         if (on) v0 = *(const uint4 *)(x + k + x0), v1 = *(const uint4 *)(x + k + 32 - x0);
@@ -110,11 +132,10 @@ DEV void reduce(Shared &s, const float (&d)[4][4]) {
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, TOKENS <= 2 && CLUSTER == 1 ? 3 : 2) stream(
     const float *x, int x_row, int tokens, int columns, const float *weight, float eps, float offset,
-    const float *residual, int residual_row, int function, int tiles, Part p0, Part p1, Part p2) {
+    const float *residual, int residual_row, int function, int tiles, const __grid_constant__ Parts parts) {
     extern __shared__ __align__(128) u8 memory[];
     u16 *ws = (u16 *)memory, *xs = ws + 16 * min(CHUNK, columns);
     __shared__ Shared s;
-    const Part parts[3] = {p0, p1, p2};
     int rank = blockIdx.x % CLUSTER, tile = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER, phase = 0;
     int chunks = (columns + CHUNK - 1) / CHUNK, first = tile, staged = -1;
     if (threadIdx.x == 0) barrier_init(&s.barrier);
@@ -122,14 +143,21 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, TOKENS <= 2 && CLUSTER 
     cluster_arrive();  // its memory may be written to
 #endif
     load_tile(ws, s, parts, tile, columns, rank * CHUNK);  // weights do not wait for the kernel before
+    Gain gain = load_gain(weight, offset, rank * CHUNK, min(CHUNK, columns - rank * CHUNK));
     __syncthreads();
     pdl_trigger();
     pdl_wait();
     for (; tile < tiles; tile += stride) {
-        float d[4][4] = {};
+        float d[4][4] = {}, residue = 0.f;
+#ifdef ADD
+        if (rank == 0) residue = residual_at(parts, tile, tokens, residual, residual_row);
+#endif
         for (int chunk = rank; chunk < chunks; chunk += CLUSTER) {
             int start = chunk * CHUNK, width = min(CHUNK, columns - start);
-            if (staged != chunk) stage(xs, s, x, x_row, tokens, start, width, weight, offset, tile == first);
+#ifdef NORM
+            if (staged >= 0 && staged != chunk) gain = load_gain(weight, offset, start, width);
+#endif
+            if (staged != chunk) stage(xs, s, x, x_row, tokens, start, width, gain, tile == first);
             staged = chunk;
             barrier_wait(&s.barrier, phase);
             multiply(d, ws, xs, width);
@@ -162,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, TOKENS <= 2 && CLUSTER 
         cluster_wait();
         if (rank == 0)
 #endif
-            finish(parts, tile, tokens, residual, residual_row, function, sum);
+            finish(parts, tile, tokens, residue, function, sum);
         if (tile + stride < tiles) __syncthreads();
     }
 }
