@@ -158,18 +158,20 @@ def ablate(folder: Path, bandwidth: float) -> None:
 
 def kernels(folder: Path, bandwidth: float) -> None:
     """Each kernel of a step by what the step takes less without it; the context stays as it is."""
-    with loaded(folder, "bf16", max_num_seqs=64, num_blocks=64 * 20) as (model, device):
-        for batch in (1, 8, 64):
-            rows = sequences(model, batch, 300)
-            step = decode_on_device(model, rows, 1)
-            made = [each for each in step.tape.rows if label(each).partition(" ")[0] not in ("advance", "slots")]
-            print_kernels(f"batch {batch}, context 300", device, made)
-            step.close()
-            for each in rows:
-                model.batch.remove(each)
-        rows = sequences(model, 1, 2049)
-        made, _ = device.rows(model.interpreters[0].calls(2048), 1)
-        print_kernels("prefill of 2048 tokens", device, made)
+    for format, batches in (("bf16", (1, 8, 64)), ("q4_0", (1,))):
+        with loaded(folder, format, max_num_seqs=64, num_blocks=64 * 20) as (model, device):
+            for batch in batches:
+                rows = sequences(model, batch, 300)
+                step = decode_on_device(model, rows, 1)
+                made = [each for each in step.tape.rows if label(each).partition(" ")[0] not in ("advance", "slots")]
+                print_kernels(f"{format} batch {batch}, context 300", device, made)
+                step.close()
+                for each in rows:
+                    model.batch.remove(each)
+            if format == "bf16":
+                sequences(model, 1, 2049)
+                made, _ = device.rows(model.interpreters[0].calls(2048), 1)
+                print_kernels("prefill of 2048 tokens", device, made)
 
 
 def print_kernels(name: str, device: CudaDevice, made: Sequence[Any]) -> None:
@@ -183,7 +185,7 @@ def print_kernels(name: str, device: CudaDevice, made: Sequence[Any]) -> None:
 
 def label(runnable: Any) -> str:
     if not isinstance(runnable, Row):
-        return f"cuBLAS {runnable.rows} x {runnable.columns}"
+        return f"cuBLAS {runnable.product.rows} x {runnable.product.columns}"
     shape = [
         define for define in runnable.source.defines if define.partition("=")[0] in ("NORM", "GLU", "ADD", "CLUSTER")
     ]

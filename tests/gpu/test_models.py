@@ -68,7 +68,7 @@ def test_golden(manager: Manager, in_float32: Callable[[Path], Path], folder: Pa
 @pytest.mark.parametrize("kv_dtype", ["f32", "f16", "bf16"])
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_golden_in_16_bits(manager: Manager, folder: Path, kv_dtype: str) -> None:
-    """The checkpoints' own f16 weights, and the kernels for them; the sharpest attention makes 1.6e-2 of their rounding."""
+    """The checkpoints' own f16 weights, and the kernels for them; the sharpest attention is off by 1.6e-2."""
     with np.load(folder / "expected.npz") as expected:
         prompt, generated = expected["prompt"].tolist(), expected["generated"].tolist()
         wanted = np.concatenate([expected["prompt_logits"], expected["step_logits"]])

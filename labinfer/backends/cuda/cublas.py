@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import byref, c_float, c_int, c_size_t, c_void_p
+from ctypes import byref, c_float, c_size_t, c_void_p
 from dataclasses import dataclass
 from functools import cache
 
@@ -12,8 +12,8 @@ from labinfer.backends.cuda.layout import CUBLAS_BYTES
 from labinfer.errors import LabinferError
 
 TRANSPOSED, PLAIN = 1, 0
-NUMBERS = {"f16": 2, "bf16": 14}
-F32, COMPUTE_F32, DEFAULT = 0, 68, -1
+NUMBERS = {"f32": 0, "f16": 2, "bf16": 14}
+COMPUTE_F32, DEFAULT = 68, -1
 
 
 @cache
@@ -27,8 +27,20 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class Product:
+    """``y = x @ w.T``, or ``y +=``: x [tokens, columns], w [rows, columns] in ``format``, y in ``out``."""
+
+    tokens: int
+    rows: int
+    columns: int
+    format: str
+    out: str = "f32"
+    accumulate: bool = False
+
+
 class Blas:
-    """A handle on the current device. Its calls need a workspace of ``CUBLAS_BYTES`` each."""
+    """A handle on the current device."""
 
     def __init__(self) -> None:
         self.handle = c_void_p()
@@ -43,41 +55,37 @@ class Blas:
         if code:
             raise LabinferError("cuda.cublas", f"cuBLAS reports error {code}")
 
+    def bind(self, product: Product, x: int, w: int, y: int, y_row: int, workspace: int) -> BoundProduct:
+        """``product`` at addresses; rows of y lie ``y_row`` numbers apart, ``workspace`` has ``CUBLAS_BYTES``."""
+        return BoundProduct(self, product, x, w, y, y_row, workspace)
+
     def close(self) -> None:
         """Give the handle back."""
         self.library.cublasDestroy_v2(self.handle)
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
-    """``y (+)= x @ w.T``: x [tokens, columns] and w [rows, columns] in 16 bits, y float32; calling it runs it.
-
-    ``x``, ``w``, ``y`` and ``workspace`` are addresses; rows of x and w lie ``columns`` numbers apart, y's ``y_row``.
-    """
+class BoundProduct:
+    """A product with its addresses; calling it puts it on a stream."""
 
     blas: Blas
-    format: str
-    tokens: int
-    rows: int
-    columns: int
+    product: Product
     x: int
     w: int
     y: int
     y_row: int
-    accumulate: bool
     workspace: int
 
     def __call__(self, stream: int) -> None:
         """On the stream with this handle."""
-        blas, number, one, beta = self.blas, NUMBERS[self.format], c_float(1), c_float(self.accumulate)
-        library, handle = blas.library, blas.handle
+        blas, product, one, beta = self.blas, self.product, c_float(1), c_float(self.product.accumulate)
+        library, handle, number = blas.library, blas.handle, NUMBERS[product.format]
         blas.check(library.cublasSetStream_v2(handle, c_void_p(stream)))
         blas.check(library.cublasSetWorkspace_v2(handle, c_void_p(self.workspace), c_size_t(CUBLAS_BYTES)))
-        columns = c_int(self.columns)
         blas.check(
             library.cublasGemmEx(
-                handle, TRANSPOSED, PLAIN, self.rows, self.tokens, columns, byref(one),
-                c_void_p(self.w), number, columns, c_void_p(self.x), number, columns, byref(beta),
-                c_void_p(self.y), F32, self.y_row, COMPUTE_F32, DEFAULT,
+                handle, TRANSPOSED, PLAIN, product.rows, product.tokens, product.columns, byref(one),
+                c_void_p(self.w), number, product.columns, c_void_p(self.x), number, product.columns, byref(beta),
+                c_void_p(self.y), NUMBERS[product.out], self.y_row, COMPUTE_F32, DEFAULT,
             )
         )  # fmt: skip

@@ -53,6 +53,10 @@ def _norm_glu(e: Emitter, call: Call) -> None:
     if products[0].weight.format == products[1].weight.format and e.is_few(products, x, 8):
         e.few(x, products, norm, None, glu.attrs.function)
         return
+    plain = all(each.bias is None and e.is_large(each.weight.format) for each in products)
+    if plain and products[0].weight.format == products[1].weight.format:
+        e.large_glu(x, products[0].weight, products[1].weight, norm, glu.attrs.function, y)
+        return
     made = e.array(y.shape)
     e.linear(x, [_product(gate, y), _product(up, made)], norm=norm)
     e.glu(glu.attrs.function, y, made, y)
@@ -99,7 +103,7 @@ def _layer_norm(e: Emitter, call: Call) -> None:
     x, y, w = call.inputs[0], call.outputs[0], call.weights
     n = y.shape[1]
     arguments = (x, stride(x), w["weight"], w.get("bias"), y, stride(y), n, float(call.attrs.eps))
-    e.add("norm", "layer_norm", (len(y), 1, 1), min(256, -(-n // 32) * 32), *arguments)
+    e.add("norm", "layer_norm", (len(y), 1, 1), min(512, -(-n // 128) * 32), *arguments)
 
 
 def _router(e: Emitter, call: Call) -> None:

@@ -32,8 +32,12 @@ class Fresh(Structure):
     """``Fresh`` of ``attention.cu``: keys and values of the step."""
 
     _fields_ = (
-        ("k", c_uint64), ("v", c_uint64), ("k_row", c_int), ("v_row", c_int), ("q_turn", Turn), ("k_turn", Turn),
-    )  # fmt: skip
+        ("k", c_uint64),
+        ("v", c_uint64),
+        ("k_row", c_int),
+        ("v_row", c_int),
+        ("turn", Turn),
+    )
 
 
 class PrefillParameters(Structure):
@@ -105,13 +109,20 @@ def rope_attention(e: Emitter, call: Call) -> None:
     rope_q, rope_k, write, attend = call.parts
     q, k, v, y = rope_q.inputs[0], rope_k.inputs[0], write.inputs[-1], call.outputs[0]
     if len(q) == e.sequences:
-        q_turn, k_turn, turn = turns(e, rope_q, rope_k)
-        fresh = Fresh(address(k), address(v), stride(k), stride(v), q_turn, k_turn)
-        decode(e, call, attend.attrs, q, y, (fresh,), (turn,))
-        return
+        turn, k_turn, define = turns(e, rope_q, rope_k)
+        if bytes(turn) == bytes(k_turn) and turns_in_eighths(turn, attend.attrs):
+            fresh = Fresh(address(k), address(v), stride(k), stride(v), turn)
+            decode(e, call, attend.attrs, q, y, (fresh,), (define,))
+            return
     turned = e.array(q.shape)
     turn_and_write(e, call, turned)
     attend_cached(e, call, attend.attrs, turned, y)
+
+
+def turns_in_eighths(turn: Turn, attrs: Any) -> bool:
+    """Whether eight neighbouring features of a head always turn alike, as ``attention.cu`` takes them."""
+    sizes = turn.start, turn.half, attrs.head_dim, attrs.v_head_dim or attrs.head_dim
+    return not turn.interleaved and not any(size % 8 for size in sizes)
 
 
 def attention(e: Emitter, call: Call) -> None:
@@ -139,7 +150,7 @@ def prefill(e: Emitter, call: Call, attrs: Any, q: Any, y: Any) -> None:
         attrs.scale, attrs.softcap or 0.0,
     )  # fmt: skip
     half = str(call.cache["k"].dtype) == "float16"
-    defines = (f"HEAD_DIM={attrs.head_dim}", f"VALUE_DIM={value_dim}", *["HALF"] * half)
+    defines = (f"HEAD_DIM={attrs.head_dim}", f"VALUE_DIM={value_dim}", *["HALF"] * half, *softcap(attrs))
     tiles = min(len(q), len(q) // PREFILL_ROWS + e.sequences)
     shared = 2 * PREFILL_ROWS * (3 * (attrs.head_dim + 8) + 2 * (value_dim + 8))
     e.add("prefill", "prefill", (tiles, attrs.num_heads, 1), 128, parameters, defines=defines, shared=shared)
@@ -168,11 +179,16 @@ def decode(
     )  # fmt: skip
     shape = (f"HEADS={heads}", f"LANES={lanes}", f"HEAD_DIM={attrs.head_dim}", f"VALUE_DIM={value_dim}")
     together = splits > 1 and clusters
-    defines = (cache_define(call), *shape, *turn, *[f"CLUSTER={splits}"] * together)
+    defines = (cache_define(call), *shape, *turn, *[f"CLUSTER={splits}"] * together, *softcap(attrs))
     grid, cluster = (items // len(y), len(y), splits), (1, 1, splits) if together else (1, 1, 1)
     e.add("attention", "attention", grid, 128, parameters, *fresh, defines=defines, cluster=cluster)
     if merged:
         e.add("attention", "merge", (attrs.num_heads, len(y), 1), 64, parameters, defines=defines)
+
+
+def softcap(attrs: Any) -> tuple[str, ...]:
+    """The macro for scores that are bounded."""
+    return ("SOFTCAP",) if attrs.softcap else ()
 
 
 def mla_attention(e: Emitter, call: Call) -> None:

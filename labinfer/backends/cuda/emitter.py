@@ -9,7 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from labinfer.backends.cuda.compile import Source
-from labinfer.backends.cuda.cublas import Product
+from labinfer.backends.cuda.cublas import Blas, Product
 from labinfer.backends.cuda.layout import (
     ACTIVATION_CODES,
     CACHE_CODES,
@@ -126,9 +126,9 @@ class Emitter:
 
     def each(self, source: str, kernel: str, tokens: int, width: int, *arguments: Any, defines: Sequence[str] = ()
              ) -> None:  # fmt: skip
-        """A kernel with a thread for each of ``width`` numbers of each token."""
-        threads = min(256, max(32, width))
-        self.add(source, kernel, (-(-width // threads), tokens, 1), threads, *arguments, defines=defines)
+        """A kernel with a thread for every four of ``width`` numbers of each token."""
+        threads = min(256, -(-width // 128) * 32)
+        self.add(source, kernel, (-(-width // (4 * threads)), tokens, 1), threads, *arguments, defines=defines)
 
     def copy(self, x: Any, y: Any) -> None:
         """``y = x``, unless they are one."""
@@ -139,7 +139,7 @@ class Emitter:
         """``rms_norm`` of rows of ``x`` to ``y``."""
         width, attrs = x.shape[1], call.attrs
         n = attrs.group or width
-        threads = min(256, -(-n // 32) * 32)
+        threads = min(512, -(-n // 128) * 32)
         grid = (len(x), width // n, 1)
         arguments = (x, stride(x), call.weights.get("weight"), y, y_row, n, float(attrs.eps), float(attrs.offset))
         self.add("norm", "rms_norm", grid, threads, *arguments, defines=defines)
@@ -161,11 +161,11 @@ class Emitter:
         for format in few:
             self.few(x, by_format.pop(format), norm, residual)
         normed = x
-        if norm and by_format.keys() - ({"f16", "bf16"} if self.device.blas else set()):
+        if norm and not all(map(self.is_large, by_format)):
             normed = self.array(x.shape)
             self.rms_norm(norm, x, normed, stride(normed))
         for format, group in by_format.items():
-            if format in ("f16", "bf16") and self.device.blas:
+            if self.is_large(format):
                 self.large(x, format, group, norm, residual)
             else:
                 for each in group:
@@ -233,30 +233,46 @@ class Emitter:
 
     def large(self, x: Any, format: str, products: Sequence[Linear], norm: Call | None, residual: Any) -> None:
         """Products by cuBLAS, from activations in 16 bits."""
+        at, workspace = self.narrowed(x, format, norm), self.scratch(CUBLAS_BYTES)
+        for each in products:
+            w, y = each.weight, each.y
+            if residual is not None:
+                self.copy(residual, y)
+            product = Product(len(x), w.rows, pitch(w.columns), format, accumulate=residual is not None)
+            self.rows.append(self.blas.bind(product, at, w.address, address(y), stride(y), workspace))
+            if each.bias is not None:
+                self.each("elementwise", "add_bias", len(x), w.rows, y, stride(y), each.bias, w.rows)
+
+    def large_glu(self, x: Any, gate: CudaWeight, up: CudaWeight, norm: Call, function: str, y: Any) -> None:
+        """A gated unit by cuBLAS; between its two products and the activation, numbers have 16 bits."""
+        at, workspace = self.narrowed(x, gate.format, norm), self.scratch(CUBLAS_BYTES)
+        product = Product(len(x), gate.rows, pitch(gate.columns), gate.format, out=gate.format)
+        made = [self.scratch(2 * len(x) * gate.rows) for _ in range(2)]
+        for weight, to in zip((gate, up), made, strict=True):
+            self.rows.append(self.blas.bind(product, at, weight.address, to, gate.rows, workspace))
+        arguments = (*map(c_uint64, made), y, stride(y), gate.rows, ACTIVATION_CODES[function])
+        half = ["HALF"] * (gate.format == "f16")
+        self.each("elementwise", "narrow_glu", len(x), gate.rows, *arguments, defines=half)
+
+    @property
+    def blas(self) -> Blas:
+        """cuBLAS, where ``is_large`` says that there is one."""
+        assert self.device.blas is not None
+        return self.device.blas
+
+    def is_large(self, format: str) -> bool:
+        """Whether products of many tokens with weights in ``format`` are cuBLAS's."""
+        return self.device.blas is not None and format in ("f16", "bf16")
+
+    def narrowed(self, x: Any, format: str, norm: Call | None) -> int:
+        """The address of rows of ``x``, normed, in 16 bits."""
         tokens, columns = x.shape
-        row = pitch(columns)
-        blas = self.device.blas
-        assert blas is not None
-        at = self.scratch(narrow_bytes(tokens, columns))
-        half = ["HALF"] * (format == "f16")
+        at, row, half = self.scratch(narrow_bytes(tokens, columns)), pitch(columns), ["HALF"] * (format == "f16")
         if norm:
             self.rms_norm(norm, x, c_uint64(at), row, ("NARROW", *half))
         else:
-            arguments = (x, stride(x), c_uint64(at), columns, row)
-            self.each("elementwise", "narrow", tokens, -(-row // 2), *arguments, defines=half)
-        workspace = self.scratch(CUBLAS_BYTES)
-        for each in products:
-            if residual is not None:
-                self.copy(residual, each.y)
-            w, y = each.weight, each.y
-            self.rows.append(
-                Product(
-                    blas, format, tokens, w.rows, row, at, w.address, address(y), stride(y), residual is not None,
-                    workspace,
-                )
-            )  # fmt: skip
-            if each.bias is not None:
-                self.each("elementwise", "add_bias", tokens, w.rows, y, stride(y), each.bias, w.rows)
+            self.each("elementwise", "narrow", tokens, row, x, stride(x), c_uint64(at), columns, row, defines=half)
+        return at
 
     def tiles(
         self,

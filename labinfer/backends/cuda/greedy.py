@@ -19,7 +19,7 @@ from labinfer.ops.base import Call, Step
 if TYPE_CHECKING:
     from labinfer.backends.cuda.device import CudaDevice
 
-PARTS = 32
+PARTS = 128
 """Blocks that look for the best of a row."""
 
 

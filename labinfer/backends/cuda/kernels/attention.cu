@@ -1,8 +1,8 @@
 // Attention of each query to its sequence's cached keys, in float32: for decode, and for any shape and cache format.
 // A block takes one query token, up to HEADS of the query heads that share a key head, and one of `splits` parts of the
 // context; a key's row is read by LANES lanes, eight numbers each. Online softmax (Milakov & Gimelshein,
-// arXiv:1805.02867). Several parts are joined in the memory of a cluster of CLUSTER blocks, or, without clusters, by
-// `merge` from what they leave in `partials` (Flash-Decoding).
+// arXiv:1805.02867), in base 2. Several parts are joined in the memory of a cluster of CLUSTER blocks, or, without
+// clusters, by `merge` from what they leave in `partials` (Flash-Decoding). SOFTCAP bounds scores.
 // TURN: queries come unturned, and the token's own key and value, not cached yet, are turned and written here; each
 // sequence has one token then.
 #define WARPS 4
@@ -21,56 +21,83 @@ struct Parameters {
 struct Fresh {  // the step's keys and values
     const float *k, *v;
     int k_row, v_row;
-    Turn q_turn, k_turn;
+    Turn turn;
 };
-#define FRESH , Fresh fresh
+#define FRESH , const __grid_constant__ Fresh fresh
 #else
 #define FRESH
 #endif
 
-// Running maximum, sum of weights, weighted sum of values, in base 2.
+// Running maximum, sum of weights, weighted sum of values.
 struct State {
     float max, sum, out[8];
 };
 DEV void join(State &a, float max, float sum, const float (&out)[8]) {
-    float top = fmaxf(a.max, max), mine = a.max == top ? 1.f : exp2f(a.max - top), other = max == top ? 1.f : exp2f(max - top);
+    float top = fmaxf(a.max, max), mine = weight_of(a.max, top), other = weight_of(max, top);
     a.sum = a.sum * mine + sum * other;
     #pragma unroll
     for (int i = 0; i < 8; i++) a.out[i] = a.out[i] * mine + out[i] * other;
     a.max = top;
 }
 
+DEV float score_of(const Parameters &p, const float (&q)[8], const Eight &k) {
+    float s = 0.f;
+    #pragma unroll
+    for (int i = 0; i < 8; i++) s += q[i] * at(k, i);
+    #pragma unroll
+    for (int o = LANES / 2; o; o >>= 1) s += __shfl_xor_sync(FULL, s, o);
+#ifdef SOFTCAP
+    s = tanhf(s / p.softcap) * p.softcap;
+#endif
+    return s * 1.44269504f;
+}
+
+// This lane's eight numbers of the queries, turned and scaled.
+DEV void load_queries(float (&q)[HEADS][8], const Parameters &p, const float *from, int heads, int d
 #ifdef TURN
-// The token's own key and value, eight numbers of them, as the cache will hold them; `write` puts them there.
-DEV void bring_fresh(const Parameters &p, const Fresh &fresh, int token, int position, int kv_head, bool write, size_t row,
-                     float (&k)[8], float (&v)[8]) {
+                      , const Eighth &e
+#endif
+) {
+    #pragma unroll
+    for (int h = 0; h < HEADS; h++) {
+        const float *head = from + min(h, heads - 1) * HEAD_DIM;
+        #pragma unroll
+        for (int i = 0; i < 8; i++) {
+            q[h][i] = d + i < HEAD_DIM ? get(head + d + i) * p.scale : 0.f;
+#ifdef TURN
+            if (d < HEAD_DIM) q[h][i] = q[h][i] * e.cosine[i] + get(head + e.other + i) * p.scale * e.sine[i];
+#endif
+        }
+    }
+}
+
+#ifdef TURN
+// The token's own key and value, as the cache will hold them; `write` puts them there.
+DEV void bring_fresh(const Parameters &p, const Fresh &fresh, const Eighth &e, int token, int kv_head, int d, size_t row,
+                     bool write, Eight &k, Eight &v) {
     const float *k_from = fresh.k + (size_t)token * fresh.k_row + kv_head * HEAD_DIM;
     const float *v_from = fresh.v + (size_t)token * fresh.v_row + kv_head * VALUE_DIM;
-    int d = 8 * (threadIdx.x % LANES);
+    Cached *k_to = (Cached *)&k, *v_to = (Cached *)&v;
     #pragma unroll
     for (int i = 0; i < 8; i++) {
-        if (d + i < HEAD_DIM) {
-            Feature f = feature_of(fresh.k_turn, token, position, d + i);
-            Cached made = cached(get(k_from + d + i) * f.cosine + get(k_from + f.other) * f.sine);
-            k[i] = value(made);
-            if (write) p.k[row * HEAD_DIM + d + i] = made;
-        }
-        if (d + i < VALUE_DIM) {
-            Cached made = cached(get(v_from + d + i));
-            v[i] = value(made);
-            if (write) p.v[row * VALUE_DIM + d + i] = made;
-        }
+        k_to[i] = cached(d < HEAD_DIM ? get(k_from + d + i) * e.cosine[i] + get(k_from + e.other + i) * e.sine[i] : 0.f);
+        v_to[i] = cached(d < VALUE_DIM ? get(v_from + d + i) : 0.f);
+    }
+    #pragma unroll
+    for (int i = 0; i < (int)(sizeof(k) / 16); i++) {
+        if (write && d < HEAD_DIM) ((uint4 *)(p.k + row * HEAD_DIM + d))[i] = k.v[i];
+        if (write && d < VALUE_DIM) ((uint4 *)(p.v + row * VALUE_DIM + d))[i] = v.v[i];
     }
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(Parameters p FRESH) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 4) attention(const __grid_constant__ Parameters p FRESH) {
     __shared__ float shared[WARPS][HEADS][LANES][10];
 #ifdef CLUSTER
     __shared__ float gathered[CLUSTER][(HEADS + CLUSTER - 1) / CLUSTER][VALUE_DIM + 2];
     cluster_arrive();
 #endif
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LANES, d = 8 * part;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, d = 8 * (lane % LANES);
     int chunks = (p.group + HEADS - 1) / HEADS, kv_head = blockIdx.x / chunks, head0 = blockIdx.x % chunks * HEADS;
     int token = blockIdx.y, split = blockIdx.z;
     begin();
@@ -78,77 +105,69 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(Parameters p 
     int first = p.window ? max(0, position - p.window + 1) : 0, count = position + 1 - first;
     int each = (count + p.splits - 1) / p.splits, start = first + split * each, end = min(start + each, position + 1);
     const int *table = p.block_table + (size_t)sequence * p.table_row;
+    auto row_of = [&](int key) {
+        return (size_t)(get(table + (u32)key / p.block_size) * p.block_size + (u32)key % p.block_size) * p.kv_heads + kv_head;
+    };
+    const float *queries = p.q + (size_t)token * p.q_row + (kv_head * p.group + head0) * HEAD_DIM;
     float q[HEADS][8];
     State state[HEADS];
+    #pragma unroll
+    for (int h = 0; h < HEADS; h++) state[h] = {-INFINITY, 0.f, {}};
 #ifdef TURN
-    Feature features[8];
-    #pragma unroll
-    for (int i = 0; i < 8; i++)
-        if (d + i < HEAD_DIM) features[i] = feature_of(fresh.q_turn, token, position, d + i);
-#endif
-    #pragma unroll
-    for (int h = 0; h < HEADS; h++) {
-        const float *from = p.q + (size_t)token * p.q_row + (kv_head * p.group + min(head0 + h, p.group - 1)) * HEAD_DIM;
+    Eighth e = eighth_of(fresh.turn, token, position, d);
+    load_queries(q, p, queries, p.group - head0, d, e);
+    bool has_fresh = end == position + 1 && start < end && warp == 0;
+    if (has_fresh) {
+        Eight k, v;
+        bring_fresh(p, fresh, e, token, kv_head, d, row_of(position), head0 == 0 && lane < LANES, k, v);
         #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            q[h][i] = d + i < HEAD_DIM ? get(from + d + i) * p.scale : 0.f;
-#ifdef TURN
-            if (d + i < HEAD_DIM) q[h][i] = q[h][i] * features[i].cosine + get(from + features[i].other) * p.scale * features[i].sine;
-#endif
-            state[h].out[i] = 0.f;
+        for (int h = 0; h < HEADS; h++) {
+            float score = score_of(p, q[h], k);
+            if (lane >= LANES) continue;  // the others have other keys
+            state[h].max = score, state[h].sum = 1.f;
+            #pragma unroll
+            for (int i = 0; i < 8; i++) state[h].out[i] = at(v, i);
         }
-        state[h].max = -INFINITY, state[h].sum = 0.f;
     }
-    for (int at = start + (warp * GROUPS + lane / LANES); at - lane / LANES < end; at += WARPS * GROUPS * UNROLL) {
-        float k[UNROLL][8], v[UNROLL][8], score[UNROLL];
+    end = min(end, position);
+#else
+    load_queries(q, p, queries, p.group - head0, d);
+#endif
+    #pragma unroll 1
+    for (int key0 = start + warp * GROUPS; key0 < end; key0 += WARPS * GROUPS * UNROLL) {
+        Eight k[UNROLL], v[UNROLL];
         size_t rows[UNROLL];
         #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
-            int key = at + u * WARPS * GROUPS, slot = 0;
-            if (key < end) slot = get(table + key / p.block_size) * p.block_size + key % p.block_size;
-            rows[u] = (size_t)slot * p.kv_heads + kv_head;
+            int key = key0 + lane / LANES + u * WARPS * GROUPS;
+            rows[u] = key < end ? row_of(key) : 0;
         }
         #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
-            int key = at + u * WARPS * GROUPS;
-#ifdef TURN
-            bool inside = key < min(end, position);
-#else
-            bool inside = key < end;
-#endif
-            eight<HEAD_DIM % 8 == 0>(p.k + rows[u] * HEAD_DIM + d, inside ? HEAD_DIM - d : 0, k[u]);
-            eight<VALUE_DIM % 8 == 0>(p.v + rows[u] * VALUE_DIM + d, inside ? VALUE_DIM - d : 0, v[u]);
+            bool inside = key0 + lane / LANES + u * WARPS * GROUPS < end;
+            k[u] = load_eight<HEAD_DIM>(p.k + rows[u] * HEAD_DIM + d, inside ? HEAD_DIM - d : 0);
+            v[u] = load_eight<VALUE_DIM>(p.v + rows[u] * VALUE_DIM + d, inside ? VALUE_DIM - d : 0);
         }
-#ifdef TURN
-        #pragma unroll
-        for (int u = 0; u < UNROLL; u++)
-            if (at + u * WARPS * GROUPS == position) bring_fresh(p, fresh, token, position, kv_head, head0 == 0, rows[u], k[u], v[u]);
-#endif
         #pragma unroll
         for (int h = 0; h < HEADS; h++) {
-            float top = state[h].max;
+            float score[UNROLL], top = state[h].max;
             #pragma unroll
             for (int u = 0; u < UNROLL; u++) {
-                float s = 0.f;
-                #pragma unroll
-                for (int i = 0; i < 8; i++) s += q[h][i] * k[u][i];
-                #pragma unroll
-                for (int o = LANES / 2; o; o >>= 1) s += __shfl_xor_sync(FULL, s, o);
-                if (p.softcap) s = tanhf(s / p.softcap) * p.softcap;
-                score[u] = at + u * WARPS * GROUPS < end ? s * 1.44269504f : -INFINITY;
+                score[u] = score_of(p, q[h], k[u]);
+                if (key0 + lane / LANES + u * WARPS * GROUPS >= end) score[u] = -INFINITY;
                 top = fmaxf(top, score[u]);
             }
-            float old = state[h].max == top ? 1.f : exp2f(state[h].max - top);
+            float old = weight_of(state[h].max, top);
             state[h].max = top;
             state[h].sum *= old;
             #pragma unroll
             for (int i = 0; i < 8; i++) state[h].out[i] *= old;
             #pragma unroll
             for (int u = 0; u < UNROLL; u++) {
-                float weight = score[u] == -INFINITY ? 0.f : exp2f(score[u] - top);
+                float weight = weight_of(score[u], top);
                 state[h].sum += weight;
                 #pragma unroll
-                for (int i = 0; i < 8; i++) state[h].out[i] += weight * v[u][i];
+                for (int i = 0; i < 8; i++) state[h].out[i] += weight * at(v[u], i);
             }
         }
     }
@@ -172,10 +191,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(Parameters p 
 #ifdef CLUSTER
     cluster_wait();  // the others have begun
 #endif
-    for (int e = threadIdx.x; e < HEADS * LANES; e += WARPS * 32) {
-        int h = e / LANES, lane8 = 8 * (e % LANES), head = kv_head * p.group + head0 + h;
+    #pragma unroll 1
+    for (int e = threadIdx.x; e < HEADS * LANES; e += WARPS * 32) {  // the warps' states, joined
+        int h = e / LANES, d = 8 * (e % LANES), head = kv_head * p.group + head0 + h;
         if (head0 + h >= p.group) continue;
         State all = {-INFINITY, 0.f, {}};
+        #pragma unroll 1
         for (int w = 0; w < WARPS; w++) {
             const float *from = shared[w][h][e % LANES];
             float out[8];
@@ -184,27 +205,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(Parameters p 
             join(all, from[0], from[1], out);
         }
 #ifdef CLUSTER
+        float *to = gathered[split][h / CLUSTER];  // of the block that finishes this head
         #pragma unroll
         for (int i = 0; i < 8; i++)
-            if (lane8 + i < VALUE_DIM) store_remote(&gathered[split][h / CLUSTER][lane8 + i], h % CLUSTER, all.out[i]);
-        if (lane8 == 0) store_remote(&gathered[split][h / CLUSTER][VALUE_DIM], h % CLUSTER, all.max);
-        if (lane8 == 0) store_remote(&gathered[split][h / CLUSTER][VALUE_DIM + 1], h % CLUSTER, all.sum);
-    }
-    cluster_arrive();
-    cluster_wait();
-    for (int h = split; h < HEADS && head0 + h < p.group; h += CLUSTER)
-        for (int i = threadIdx.x; i < VALUE_DIM; i += WARPS * 32) {
-            float top = -INFINITY, sum = 0.f, out = 0.f;
-            for (int r = 0; r < CLUSTER; r++) top = fmaxf(top, gathered[r][h / CLUSTER][VALUE_DIM]);
-            for (int r = 0; r < CLUSTER; r++) {
-                const float *from = gathered[r][h / CLUSTER];
-                float scale = exp2f(from[VALUE_DIM] - top);
-                sum += scale * from[VALUE_DIM + 1];
-                out += scale * from[i];
-            }
-            p.y[(size_t)token * p.y_row + (kv_head * p.group + head0 + h) * VALUE_DIM + i] = out / sum;
-        }
-}
+            if (d + i < VALUE_DIM) store_remote(to + d + i, h % CLUSTER, all.out[i]);
+        if (d == 0) store_remote(to + VALUE_DIM, h % CLUSTER, all.max), store_remote(to + VALUE_DIM + 1, h % CLUSTER, all.sum);
 #else
         size_t row = (size_t)token * p.group * p.kv_heads + head;
         float *to = p.splits > 1 ? p.partials + (row * p.splits + split) * (VALUE_DIM + 2)
@@ -212,13 +217,33 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(Parameters p 
         float scale = p.splits > 1 ? 1.f : 1.f / all.sum;
         #pragma unroll
         for (int i = 0; i < 8; i++)
-            if (lane8 + i < VALUE_DIM) to[lane8 + i] = all.out[i] * scale;
-        if (p.splits > 1 && lane8 == 0) to[VALUE_DIM] = all.max, to[VALUE_DIM + 1] = all.sum;
+            if (d + i < VALUE_DIM) to[d + i] = all.out[i] * scale;
+        if (p.splits > 1 && d == 0) to[VALUE_DIM] = all.max, to[VALUE_DIM + 1] = all.sum;
+#endif
     }
+#ifdef CLUSTER
+    cluster_arrive();
+    cluster_wait();
+    #pragma unroll 1
+    for (int h = split; h < HEADS && head0 + h < p.group; h += CLUSTER)
+        #pragma unroll 1
+        for (int i = threadIdx.x; i < VALUE_DIM; i += WARPS * 32) {
+            float top = -INFINITY, sum = 0.f, out = 0.f;
+            for (int r = 0; r < CLUSTER; r++) top = fmaxf(top, gathered[r][h / CLUSTER][VALUE_DIM]);
+            for (int r = 0; r < CLUSTER; r++) {
+                const float *from = gathered[r][h / CLUSTER];
+                float scale = weight_of(from[VALUE_DIM], top);
+                sum += scale * from[VALUE_DIM + 1];
+                out += scale * from[i];
+            }
+            p.y[(size_t)token * p.y_row + (kv_head * p.group + head0 + h) * VALUE_DIM + i] = out / sum;
+        }
+#endif
 }
 
+#ifndef CLUSTER
 // One block for each head (x) of a token (y).
-extern "C" __global__ void merge(Parameters p) {
+extern "C" __global__ void merge(const __grid_constant__ Parameters p) {
     int token = blockIdx.y, head = blockIdx.x;
     begin();
     const float *from = p.partials + ((size_t)token * gridDim.x + head) * p.splits * (VALUE_DIM + 2);
@@ -226,12 +251,14 @@ extern "C" __global__ void merge(Parameters p) {
     for (int s = 0; s < p.splits; s++) top = fmaxf(top, get(from + s * (VALUE_DIM + 2) + VALUE_DIM));
     for (int s = 0; s < p.splits; s++) {
         const float *end = from + s * (VALUE_DIM + 2) + VALUE_DIM;
-        sum += exp2f(get(end) - top) * get(end + 1);
+        sum += weight_of(get(end), top) * get(end + 1);
     }
     for (int d = threadIdx.x; d < VALUE_DIM; d += blockDim.x) {
         float v = 0.f;
-        for (int s = 0; s < p.splits; s++)
-            v += exp2f(get(from + s * (VALUE_DIM + 2) + VALUE_DIM) - top) * get(from + s * (VALUE_DIM + 2) + d);
+        for (int s = 0; s < p.splits; s++) {
+            const float *part = from + s * (VALUE_DIM + 2);
+            v += weight_of(get(part + VALUE_DIM), top) * get(part + d);
+        }
         p.y[(size_t)token * p.y_row + head * VALUE_DIM + d] = v / sum;
     }
 }

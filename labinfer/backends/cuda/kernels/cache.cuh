@@ -13,20 +13,34 @@ DEV float value(Cached v) { return from_bf16(v); }
 DEV Cached cached(float v) { return to_bf16(v); }
 #endif
 
-// Eight numbers at p, zero from number `count` on; one load or two where ALIGNED.
-template <bool ALIGNED> DEV void eight(const Cached *p, int count, float (&v)[8]) {
-    if (!ALIGNED || count < 8) {
-        #pragma unroll
-        for (int i = 0; i < 8; i++) v[i] = i < count ? value(get(p + i)) : 0.f;
-        return;
-    }
+// Eight numbers of a row of DIM, as they lie there; those from `count` on are zero.
+struct Eight {
 #if CACHE == 0
-    float4 a = get((const float4 *)p), b = get((const float4 *)p + 1);
-    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+    uint4 v[2];
 #else
-    uint4 a = get((const uint4 *)p);
-    u32 words[4] = {a.x, a.y, a.z, a.w};
-    #pragma unroll
-    for (int i = 0; i < 4; i++) v[2 * i] = value(words[i] & 0xffff), v[2 * i + 1] = value(words[i] >> 16);
+    uint4 v[1];
+#endif
+};
+template <int DIM> DEV Eight load_eight(const Cached *p, int count) {
+    Eight r = {};
+    if (DIM % 8 == 0) {  // then there are eight, or none
+        if (count > 0)
+            #pragma unroll
+            for (int i = 0; i < (int)(sizeof(r) / 16); i++) r.v[i] = get((const uint4 *)p + i);
+    } else {
+        Cached *to = (Cached *)&r;
+        #pragma unroll
+        for (int i = 0; i < 8; i++)
+            if (i < count) to[i] = get(p + i);
+    }
+    return r;
+}
+DEV float at(const Eight &r, int i) {
+#if CACHE == 0
+    const u32 *w = (const u32 *)r.v;
+    return __uint_as_float(w[i]);
+#else
+    u32 w = i < 2 ? r.v[0].x : i < 4 ? r.v[0].y : i < 6 ? r.v[0].z : r.v[0].w;
+    return value((u16)(i % 2 ? w >> 16 : w & 0xffff));
 #endif
 }

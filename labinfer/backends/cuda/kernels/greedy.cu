@@ -18,6 +18,7 @@ extern "C" __global__ void __launch_bounds__(256) argmax(const float *logits, in
     begin();
     logits += (size_t)blockIdx.x * row;
     Best best = {-INFINITY, 0x7fffffff};
+    #pragma unroll 4
     for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < n; i += gridDim.y * blockDim.x)
         best = better(best, {get(logits + i), i});
     best = warp_best(best);
@@ -38,6 +39,7 @@ extern "C" __global__ void __launch_bounds__(32) advance(
     int row = blockIdx.x;
     begin();
     Best best = {-INFINITY, 0x7fffffff};
+    #pragma unroll 4
     for (int i = threadIdx.x; i < parts; i += 32)
         best = better(best, {get(values + row * parts + i), get(tokens + row * parts + i)});
     best = warp_best(best);

@@ -112,11 +112,12 @@ extern "C" __global__ void group(
 // y[t] = the sum over n of weights[t][n] * results[places[t][n]]
 extern "C" __global__ void combine(
     const float *results, const float *weights, int weights_row, const int *places, int top_k, float *y, int y_row, int n) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x, t = blockIdx.y;
+    int t = blockIdx.y;
     begin();
-    if (i >= n) return;
-    float sum = 0.f;
-    for (int k = 0; k < top_k; k++)
-        sum += get(weights + (size_t)t * weights_row + k) * get(results + (size_t)get(places + t * top_k + k) * n + i);
-    y[(size_t)t * y_row + i] = sum;
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) {
+        float sum = 0.f;
+        for (int k = 0; k < top_k; k++)
+            sum += get(weights + (size_t)t * weights_row + k) * get(results + (size_t)get(places + t * top_k + k) * n + i);
+        y[(size_t)t * y_row + i] = sum;
+    }
 }

@@ -1,6 +1,6 @@
 // Attention of many tokens of a sequence on tensor cores, with a 16-bit cache (FlashAttention-2, Dao, arXiv:2307.08691).
 // A block takes 64 tokens of one sequence and one head: each of 4 warps 16 of them. Keys and values come 64 at a time
-// through shared memory, the next ones while these are used. Scores are in base 2, sums in float32.
+// through shared memory, the next ones while these are used. Scores are in base 2; SOFTCAP bounds them.
 #define ROWS 64
 #define KEYS 64
 #define WIDE (HEAD_DIM + 8)  // 16-bit numbers from row to row: eight rows then lie in different banks
@@ -100,6 +100,7 @@ extern "C" __global__ void __launch_bounds__(128) prefill(Parameters p) {
     int from = p.window ? max(0, position0 - p.window + 1) / KEYS * KEYS : 0;
     const int *table = p.block_table + (size_t)tile.sequence * p.table_row;
     load_keys(s, 0, p, table, kv_head, from, last);
+    #pragma unroll 4
     for (int i = threadIdx.x; i < ROWS * HEAD_DIM / 2; i += 128) {
         int row = i / (HEAD_DIM / 2), d = i % (HEAD_DIM / 2) * 2;
         const float *q = p.q + (size_t)(tile.first + row) * p.q_row + head * HEAD_DIM + d;
@@ -107,6 +108,7 @@ extern "C" __global__ void __launch_bounds__(128) prefill(Parameters p) {
     }
     float out[VALUE_DIM / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
     int mine = position0 + warp * 16 + g;  // and mine + 8
+    #pragma unroll 1
     for (int start = from, slot = 0; start < last; start += KEYS, slot ^= 1) {
         bool more = start + KEYS < last;
         if (more) load_keys(s, slot ^ 1, p, table, kv_head, start + KEYS, last);
@@ -115,14 +117,17 @@ extern "C" __global__ void __launch_bounds__(128) prefill(Parameters p) {
         __syncthreads();
         float c[KEYS / 8][4], high[2] = {top[0], top[1]};
         scores_of(c, s, slot);
+        bool edge = start + KEYS > position0 || p.window;  // some of these keys some of the queries do not see
         #pragma unroll
         for (int n = 0; n < KEYS / 8; n++)
             #pragma unroll
             for (int j = 0; j < 4; j++) {
                 int key = start + 8 * n + 2 * t + j % 2, query = mine + j / 2 * 8;
                 float v = c[n][j] * p.scale;
-                if (p.softcap) v = tanhf(v / p.softcap) * p.softcap;
-                c[n][j] = key > query || (p.window && key <= query - p.window) ? -INFINITY : v * 1.44269504f;
+#ifdef SOFTCAP
+                v = tanhf(v / p.softcap) * p.softcap;
+#endif
+                c[n][j] = edge && (key > query || (p.window && key <= query - p.window)) ? -INFINITY : v * 1.44269504f;
                 high[j / 2] = fmaxf(high[j / 2], c[n][j]);
             }
         float old[2];
@@ -130,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(128) prefill(Parameters p) {
         for (int r = 0; r < 2; r++) {
             high[r] = fmaxf(high[r], __shfl_xor_sync(FULL, high[r], 1));
             high[r] = fmaxf(high[r], __shfl_xor_sync(FULL, high[r], 2));
-            old[r] = high[r] == top[r] ? 1.f : exp2f(top[r] - high[r]);
+            old[r] = weight_of(top[r], high[r]);
             top[r] = high[r];
             sum[r] *= old[r];
         }
@@ -146,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(128) prefill(Parameters p) {
                 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     float v = c[k / 8 + n][j];
-                    w[n][j] = v == -INFINITY ? 0.f : exp2f(v - top[j / 2]);
+                    w[n][j] = weight_of(v, top[j / 2]);
                     sum[j / 2] += w[n][j];
                 }
             u32 a[4] = {two(w[0][0], w[0][1]), two(w[0][2], w[0][3]), two(w[1][0], w[1][1]), two(w[1][2], w[1][3])};

@@ -18,9 +18,11 @@ DEV u32 two_f16(float a, float b) { u32 r; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : 
 // The number type of matrix products: bf16, or f16 where the weights are f16 (HALF).
 #ifdef HALF
 DEV u32 two(float a, float b) { return two_f16(fminf(fmaxf(a, -65504.f), 65504.f), fminf(fmaxf(b, -65504.f), 65504.f)); }
+DEV float one(u16 v) { return from_f16(v); }
 #define MMA_TYPE "f16"
 #else
 DEV u32 two(float a, float b) { return two_bf16(a, b); }
+DEV float one(u16 v) { return from_bf16(v); }
 #define MMA_TYPE "bf16"
 #endif
 
@@ -56,6 +58,7 @@ DEV void begin() {
 DEV float get(const float *p) { float r; asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(r) : "l"(p)); return r; }
 DEV int get(const int *p) { int r; asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(r) : "l"(p)); return r; }
 DEV u16 get(const u16 *p) { u16 r; asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(r) : "l"(p)); return r; }
+DEV uint2 get(const uint2 *p) { uint2 r; asm volatile("ld.global.cg.v2.u32 {%0,%1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(p)); return r; }
 DEV uint4 get(const uint4 *p) {
     uint4 r;
     asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -71,6 +74,13 @@ DEV float4 get(const float4 *p) {
     float4 r;
     asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
                  : "=f"(r.x), "=f"(r.y), "=f"(r.z), "=f"(r.w) : "l"(p));
+    return r;
+}
+
+// 2 to the score less the greatest score so far; 0 for minus infinity, whatever the greatest is.
+DEV float weight_of(float score, float max) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(score == -INFINITY ? score : score - max));
     return r;
 }
 

@@ -32,16 +32,22 @@ DEV float2 angle(const Turn &r, int token, int row, int i) {
 #endif
 }
 
-// How feature i of a head turns: v * cosine + head[other] * sine.
-struct Feature {
-    float cosine, sine;
+// How eight features of a head turn, from feature i on, all in the first or all in the second half (`half` style):
+// v * cosine + head[other ..] * sine.
+struct Eighth {
+    float cosine[8], sine[8];
     int other;
 };
-DEV Feature feature_of(const Turn &r, int token, int row, int i) {
+DEV Eighth eighth_of(const Turn &r, int token, int row, int i) {
+    Eighth e;
     int within = i - r.start;
-    if (within < 0 || within >= 2 * r.half) return {1.f, 0.f, i};
-    bool first = r.interleaved ? within % 2 == 0 : within < r.half;
-    float2 cs = angle(r, token, row, r.interleaved ? within / 2 : within % r.half);
-    int step = r.interleaved ? 1 : r.half;
-    return {cs.x, first ? -cs.y : cs.y, first ? i + step : i - step};
+    bool inside = within >= 0 && within < 2 * r.half, first = within < r.half;
+    e.other = !inside ? i : first ? i + r.half : i - r.half;
+    #pragma unroll
+    for (int j = 0; j < 8; j++) {
+        float2 cs = make_float2(1.f, 0.f);
+        if (inside) cs = angle(r, token, row, (first ? within : within - r.half) + j);
+        e.cosine[j] = cs.x, e.sine[j] = first ? -cs.y : cs.y;
+    }
+    return e;
 }
