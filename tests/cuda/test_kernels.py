@@ -16,7 +16,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 
 def product(file: str, format: str, *defines: str) -> Source:
-    half = ("HALF",) * (format == "f16")
+    half = ("HALF",) * (format != "bf16")
     return Source(file, (f"FORMAT={FORMATS.index(format)}", *half, *defines))
 
 
@@ -35,14 +35,14 @@ SOURCES = {
     "moe": (Source("moe"), 64),
     "greedy": (Source("greedy"), 64),
     **{f"rope-{turn}": (Source("rope", (f"TURN={turn}", "CACHE=2")), 72) for turn in range(3)},
-    **{f"attention-{cache}": (attention(64, 64, 8, cache), 128) for cache in range(3)},
-    "attention-cluster": (Source("attention", (*attention(64, 64, 8, 2).defines, "CLUSTER=8", "TURN=0")), 128),
+    **{f"attention-{cache}": (attention(64, 64, 8, cache), 168) for cache in range(3)},
+    "attention-cluster": (Source("attention", (*attention(64, 64, 8, 2).defines, "CLUSTER=8", "TURN=0")), 168),
     **{f"prefill-{dim}": (Source("prefill", (f"HEAD_DIM={dim}", f"VALUE_DIM={dim}")), 255) for dim in (64, 128, 256)},
     "prefill-half": (Source("prefill", ("HEAD_DIM=64", "VALUE_DIM=64", "HALF", "SOFTCAP")), 168),
     **{f"stream-{n}": (Source("stream", (f"TOKENS={n}", "CLUSTER=1", "NORM", "GLU")), 128) for n in (1, 2, 4, 8)},
     "stream-cluster": (Source("stream", ("TOKENS=1", "CLUSTER=2", "ADD")), 128),
-    "attention-wide": (attention(256, 256, 32, 2), 128),
-    "attention-odd": (attention(20, 12, 4, 0), 128),
+    "attention-wide": (attention(256, 256, 32, 2), 168),
+    "attention-odd": (attention(20, 12, 4, 0), 168),
     **{f"mla-{format}": (product("mla", format, "CACHE=2"), 64) for format in ("f32", "bf16", "q4_k")},
     **{f"embedding-{format}": (product("embedding", format), 32) for format in FORMATS},
     **{

@@ -13,8 +13,8 @@ from labinfer.ops.dequantization import dequantize
 from tests.cpu.weights import stored_weight
 from tests.test_ops import paged_step
 
-TOLERANCE = {"f32": 1e-5, "f16": 2e-3}
-"""Of the norm of the result, by weight format; for the others activations are bf16: 1e-2."""
+TOLERANCE = {"f32": 1e-5, "bf16": 1e-2}
+"""Of the norm of the result, by weight format; the others meet activations in f16: 2e-3."""
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_linear(gpu: Any, rng: np.random.Generator, format: str, tokens: int, ro
         weights = {"weight": weight(gpu, format, (rows, columns)), "bias": vector(gpu, normal(rng, rows))}
         check(
             gpu, "linear", {"out_features": rows}, normal(rng, tokens, columns), weights=weights,
-            tolerance=TOLERANCE.get(format, 1e-2),
+            tolerance=TOLERANCE.get(format, 2e-3),
         )  # fmt: skip
 
 
@@ -187,5 +187,5 @@ def test_moe(gpu: Any, rng: np.random.Generator, format: str, tokens: int) -> No
     }
     attrs = {"num_experts": experts, "expert_size": size, "function": "silu"}
     mix = rng.uniform(0, 1, (tokens, top_k)).astype(np.float32)
-    tolerance = {"f32": 1e-5, "f16": 2e-3}.get(format, 1.5e-2)  # two products, one after another
+    tolerance = 1.5 * TOLERANCE.get(format, 2e-3)  # two products, one after another
     check(gpu, "moe", attrs, normal(rng, tokens, width), ids, mix, weights=weights, tolerance=tolerance)

@@ -213,15 +213,17 @@ class CudaDevice(Device):
 
         return run
 
-    def launch(self, row: Row) -> driver.Launch:
-        """A row with its kernel, compiled and loaded when it is the first."""
+    def launch(self, row: Row, overlap: bool) -> driver.Launch:
+        """A row with its kernel, compiled and loaded when it is the first; ``overlap``: with the kernel before it."""
         function = self.functions.get((row.source, row.kernel))
         if function is None:
             module = self.modules.get(row.source)
             if module is None:
                 module = self.modules[row.source] = driver.load_module(compile.cubin(row.source, self.arch))
             function = self.functions[row.source, row.kernel] = driver.Function(module, row.kernel)
-        return driver.Launch(function, row.grid, row.threads, row.shared, row.arguments, self.overlap, row.cluster)
+        return driver.Launch(
+            function, row.grid, row.threads, row.shared, row.arguments, overlap and self.overlap, row.cluster
+        )
 
     def capture(self, run: Callable[[int], None]) -> Any:
         """A CUDA graph of what ``run(stream)`` puts on a stream."""

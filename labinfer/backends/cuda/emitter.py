@@ -322,7 +322,7 @@ class Emitter:
 
 def format_defines(format: str) -> tuple[str, ...]:
     """The macros of kernels that read weights in ``format``."""
-    return (f"FORMAT={number_of(format)}", *["HALF"] * (format == "f16"))
+    return (f"FORMAT={number_of(format)}", *["HALF"] * (format != "bf16"))
 
 
 def cache_define(call: Call) -> str:

@@ -33,7 +33,8 @@ class Tape:
 
     def __init__(self, device: CudaDevice, rows: Sequence[Row | Runnable], kept: Sequence[Any]) -> None:
         self.device, self.rows, self.kept = device, rows, kept
-        self.runnables = [device.launch(row) if isinstance(row, Row) else row for row in rows]
+        # The first kernel waits for all before it, so that the others may read what earlier steps left at once.
+        self.runnables = [device.launch(row, i > 0) if isinstance(row, Row) else row for i, row in enumerate(rows)]
         self.graph: Any = None
         self.runs = 0
 

@@ -91,7 +91,7 @@ DEV void bring_fresh(const Parameters &p, const Fresh &fresh, const Eighth &e, i
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 4) attention(const __grid_constant__ Parameters p FRESH) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 3) attention(const __grid_constant__ Parameters p FRESH) {
     __shared__ float shared[WARPS][HEADS][LANES][10];
 #ifdef CLUSTER
     __shared__ float gathered[CLUSTER][(HEADS + CLUSTER - 1) / CLUSTER][VALUE_DIM + 2];
@@ -100,7 +100,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 4) attention(const __gr
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, d = 8 * (lane % LANES);
     int chunks = (p.group + HEADS - 1) / HEADS, kv_head = blockIdx.x / chunks, head0 = blockIdx.x % chunks * HEADS;
     int token = blockIdx.y, split = blockIdx.z;
-    begin();
+    pdl_trigger();
+#ifndef TURN
+    pdl_wait();
+#endif
     int position = get(p.positions + token), sequence = sequence_of(p.query_start, p.sequences, token);
     int first = p.window ? max(0, position - p.window + 1) : 0, count = position + 1 - first;
     int each = (count + p.splits - 1) / p.splits, start = first + split * each, end = min(start + each, position + 1);
@@ -108,34 +111,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 4) attention(const __gr
     auto row_of = [&](int key) {
         return (size_t)(get(table + (u32)key / p.block_size) * p.block_size + (u32)key % p.block_size) * p.kv_heads + kv_head;
     };
-    const float *queries = p.q + (size_t)token * p.q_row + (kv_head * p.group + head0) * HEAD_DIM;
-    float q[HEADS][8];
-    State state[HEADS];
-    #pragma unroll
-    for (int h = 0; h < HEADS; h++) state[h] = {-INFINITY, 0.f, {}};
-#ifdef TURN
-    Eighth e = eighth_of(fresh.turn, token, position, d);
-    load_queries(q, p, queries, p.group - head0, d, e);
-    bool has_fresh = end == position + 1 && start < end && warp == 0;
-    if (has_fresh) {
-        Eight k, v;
-        bring_fresh(p, fresh, e, token, kv_head, d, row_of(position), head0 == 0 && lane < LANES, k, v);
-        #pragma unroll
-        for (int h = 0; h < HEADS; h++) {
-            float score = score_of(p, q[h], k);
-            if (lane >= LANES) continue;  // the others have other keys
-            state[h].max = score, state[h].sum = 1.f;
-            #pragma unroll
-            for (int i = 0; i < 8; i++) state[h].out[i] = at(v, i);
-        }
-    }
-    end = min(end, position);
-#else
-    load_queries(q, p, queries, p.group - head0, d);
-#endif
-    #pragma unroll 1
-    for (int key0 = start + warp * GROUPS; key0 < end; key0 += WARPS * GROUPS * UNROLL) {
-        Eight k[UNROLL], v[UNROLL];
+    auto load_keys = [&](Eight (&k)[UNROLL], Eight (&v)[UNROLL], int key0, int end) {
         size_t rows[UNROLL];
         #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
@@ -148,6 +124,46 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 4) attention(const __gr
             k[u] = load_eight<HEAD_DIM>(p.k + rows[u] * HEAD_DIM + d, inside ? HEAD_DIM - d : 0);
             v[u] = load_eight<VALUE_DIM>(p.v + rows[u] * VALUE_DIM + d, inside ? VALUE_DIM - d : 0);
         }
+    };
+    Eight k[UNROLL], v[UNROLL];
+    int key0 = start + warp * GROUPS;
+#ifdef TURN  // what earlier steps left does not wait for the kernel before: a tape's first kernel has waited for them
+    bool has_fresh = end == position + 1 && start < end && warp == 0;
+    size_t fresh_row = has_fresh ? row_of(position) : 0;
+    Eighth e = eighth_of(fresh.turn, token, position, d);
+    end = min(end, position);
+    load_keys(k, v, key0, end);
+    pdl_wait();
+#else
+    load_keys(k, v, key0, end);
+#endif
+    const float *queries = p.q + (size_t)token * p.q_row + (kv_head * p.group + head0) * HEAD_DIM;
+    float q[HEADS][8];
+    State state[HEADS];
+    #pragma unroll
+    for (int h = 0; h < HEADS; h++) state[h] = {-INFINITY, 0.f, {}};
+#ifdef TURN
+    load_queries(q, p, queries, p.group - head0, d, e);
+    if (has_fresh) {
+        Eight k, v;
+        bring_fresh(p, fresh, e, token, kv_head, d, fresh_row, head0 == 0 && lane < LANES, k, v);
+        #pragma unroll
+        for (int h = 0; h < HEADS; h++) {
+            float score = score_of(p, q[h], k);
+            if (lane >= LANES) continue;  // the others have other keys
+            state[h].max = score, state[h].sum = 1.f;
+            #pragma unroll
+            for (int i = 0; i < 8; i++) state[h].out[i] = at(v, i);
+        }
+    }
+#else
+    load_queries(q, p, queries, p.group - head0, d);
+#endif
+    #pragma unroll 1
+    while (key0 < end) {
+        int next = key0 + WARPS * GROUPS * UNROLL;
+        Eight next_k[UNROLL], next_v[UNROLL];
+        load_keys(next_k, next_v, next, end);
         #pragma unroll
         for (int h = 0; h < HEADS; h++) {
             float score[UNROLL], top = state[h].max;
@@ -170,6 +186,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 4) attention(const __gr
                 for (int i = 0; i < 8; i++) state[h].out[i] += weight * at(v[u], i);
             }
         }
+        #pragma unroll
+        for (int u = 0; u < UNROLL; u++) k[u] = next_k[u], v[u] = next_v[u];
+        key0 = next;
     }
     #pragma unroll
     for (int h = 0; h < HEADS; h++) {

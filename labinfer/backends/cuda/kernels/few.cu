@@ -1,8 +1,14 @@
 // Products for a few tokens (at most TOKENS <= 8) with weights in any 16-bit or block format: each weight is read once,
-// straight into tensor-core fragments. TILE_WARPS warps share the columns of a tile of 16 rows, 128 at a time: lane
-// 4 g + t has the block of 32 columns 4 s + t of rows g and g + 8. A block has 8 warps, so 8 / TILE_WARPS tiles at once.
+// straight into tensor-core fragments. TILE_WARPS warps share the columns of a tile of 16 rows, each a run of steps of
+// 128: lane 4 g + t has the block of 32 columns 4 s + t of rows g and g + 8. A block has 8 warps, so 8 / TILE_WARPS tiles at once.
 #define TILES (WARPS / TILE_WARPS)
-#define AHEAD (PLAIN ? 1 : 2)  // blocks of weights under way for each lane
+#if PLAIN  // blocks of weights under way for each lane
+#define AHEAD 1
+#elif CODE_BYTES == 16
+#define AHEAD 4
+#else
+#define AHEAD 2
+#endif
 struct Shared {
     float red[WARPS][16][TOKENS];
     float scratch[32];
@@ -64,13 +70,12 @@ DEV Pair fetch(const Parts &parts, int tile, int columns, int block) {
 #endif
 }
 
-// Where a warp is: in which round of tiles, and at which of its steps there.
+// Where a warp is: its tile, and which of its `count` steps there.
 struct Place {
-    int tile, step;
+    int tile, done;
 };
-DEV void advance(Place &at, int steps) {
-    at.step += TILE_WARPS;
-    if (at.step - at.step % TILE_WARPS >= steps) at.step %= TILE_WARPS, at.tile += gridDim.x * TILES;
+DEV void advance(Place &at, int count) {
+    if (++at.done == count) at.done = 0, at.tile += gridDim.x * TILES;
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) few(
@@ -80,64 +85,63 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) few(
     __shared__ Shared s;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     int blocks = (columns + 31) / 32, steps = (blocks + 3) / 4, pitch = steps * 32 + 1;
-    Place at = {(int)blockIdx.x * TILES + warp / TILE_WARPS, warp % TILE_WARPS}, next = at;
+    int count = (steps + TILE_WARPS - 1) / TILE_WARPS, from = warp % TILE_WARPS * count;
+    Place at = {(int)blockIdx.x * TILES + warp / TILE_WARPS, 0}, next = at;
     Pair ahead[AHEAD];
     pdl_trigger();
     #pragma unroll
     for (int i = 0; i < AHEAD; i++) {  // weights do not wait for the kernel before
-        if (next.tile < tiles) ahead[i] = fetch(parts, next.tile, columns, 4 * next.step + t);
-        advance(next, steps);
+        if (next.tile < tiles) ahead[i] = fetch(parts, next.tile, columns, 4 * (from + next.done) + t);
+        advance(next, count);
     }
     pdl_wait();
     stage(xs, pitch, s, x, x_row, tokens, columns, weight, eps, offset);
     const uint2 *mine = xs + (g < TOKENS ? g : 0) * pitch + 8 * t;
     float d[4] = {}, e[4] = {};
+    #pragma unroll 1
     while (at.tile - warp / TILE_WARPS < tiles) {  // as long as any warp of the block has a tile
+        u32 a[16], b[16];
+        unpack(ahead[0].a, a);
+        unpack(ahead[0].b, b);
         #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            if (at.tile - warp / TILE_WARPS >= tiles) break;
-            u32 a[16], b[16];
-            unpack(ahead[i].a, a);
-            unpack(ahead[i].b, b);
-            bool inside = at.tile < tiles && 4 * at.step + t < blocks && g < TOKENS;
-            #pragma unroll
-            for (int j = 0; j < 8; j++) {
-                uint2 v = inside ? mine[32 * at.step + j] : make_uint2(0, 0);
-                mma(j % 2 ? e : d, a[2 * j], b[2 * j], a[2 * j + 1], b[2 * j + 1], v.x, v.y);
-            }
-            if (next.tile < tiles) ahead[i] = fetch(parts, next.tile, columns, 4 * next.step + t);
-            advance(next, steps);
-            int tile = at.tile;
-            advance(at, steps);
-            if (at.tile == tile) continue;
-            #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                int m = 2 * t + j % 2;
-                if (m < TOKENS) s.red[warp][g + j / 2 * 8][m] = d[j] + e[j];
-                d[j] = e[j] = 0.f;
-            }
-            __syncthreads();
-            #pragma unroll
-            for (int k = 0; k < TILES; k++) {
-                int one = tile - warp / TILE_WARPS + k;
-                if (one >= tiles) break;
-                auto sum = [&](int row, int m) {
-                    float v = 0.f;
-                    #pragma unroll
-                    for (int w = 0; w < TILE_WARPS; w++) v += s.red[k * TILE_WARPS + w][row][m];
-#ifdef NORM
-                    v *= s.scale[m];
-#endif
-                    return v;
-                };
-#ifdef ADD
-                float residue = residual_at(parts, one, tokens, residual, residual_row);
-#else
-                float residue = 0.f;
-#endif
-                finish(parts, one, tokens, residue, function, sum);
-            }
-            __syncthreads();
+        for (int i = 1; i < AHEAD; i++) ahead[i - 1] = ahead[i];
+        if (next.tile < tiles) ahead[AHEAD - 1] = fetch(parts, next.tile, columns, 4 * (from + next.done) + t);
+        advance(next, count);
+        int step = from + at.done, tile = at.tile;
+        bool inside = tile < tiles && 4 * step + t < blocks && g < TOKENS;
+        #pragma unroll
+        for (int j = 0; j < 8; j++) {
+            uint2 v = inside ? mine[32 * step + j] : make_uint2(0, 0);
+            mma(j % 2 ? e : d, a[2 * j], b[2 * j], a[2 * j + 1], b[2 * j + 1], v.x, v.y);
         }
+        advance(at, count);
+        if (at.tile == tile) continue;
+        #pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int m = 2 * t + j % 2;
+            if (m < TOKENS) s.red[warp][g + j / 2 * 8][m] = d[j] + e[j];
+            d[j] = e[j] = 0.f;
+        }
+        __syncthreads();
+        #pragma unroll 1
+        for (int k = 0; k < TILES && tile - warp / TILE_WARPS + k < tiles; k++) {
+            int one = tile - warp / TILE_WARPS + k;
+            auto sum = [&](int row, int m) {
+                float v = 0.f;
+                #pragma unroll
+                for (int w = 0; w < TILE_WARPS; w++) v += s.red[k * TILE_WARPS + w][row][m];
+#ifdef NORM
+                v *= s.scale[m];
+#endif
+                return v;
+            };
+#ifdef ADD
+            float residue = residual_at(parts, one, tokens, residual, residual_row);
+#else
+            float residue = 0.f;
+#endif
+            finish(parts, one, tokens, residue, function, sum);
+        }
+        __syncthreads();
     }
 }

@@ -37,27 +37,35 @@ struct Scales {
 #else
 #define CODE_BYTES 16
 #endif
-// What is taken off a code: codes are then signed, and exact in bf16 with 128 added.
+// What is taken off a code: codes are then signed.
 #define ZERO (FORMAT == Q4_0 ? 8 : FORMAT == Q5_0 ? 16 : FORMAT == Q6_K ? 32 : 0)
 
-DEV Scales scales_of(const Matrix &w, size_t row, int block) {
+// A block's scales as they are stored: at most two words.
+DEV uint2 load_scales(const Matrix &w, size_t row, int block) {
     size_t b = row * w.blocks + block;
     const u8 *p = plane(w, CODE_BYTES);
+#if FORMAT == Q4_1 || FORMAT == Q5_1
+    return make_uint2(__ldg((const u32 *)p + b), 0);
+#elif FORMAT == Q6_K
+    return make_uint2(__ldg((const u16 *)p + b), __ldg((const u16 *)plane(w, CODE_BYTES + 2) + b / 8));
+#elif FORMAT == Q4_K || FORMAT == Q5_K
+    return make_uint2(__ldg((const u16 *)p + b), __ldg((const u32 *)plane(w, CODE_BYTES + 2) + b / 8));
+#else
+    return make_uint2(__ldg((const u16 *)p + b), 0);
+#endif
+}
+DEV Scales scales_of(uint2 stored) {
 #if FORMAT == Q8_0 || FORMAT == Q4_0 || FORMAT == Q5_0
-    float d = from_f16(((const u16 *)p)[b]);
+    float d = from_f16(stored.x);
     return {d, 0.f, d, 0.f};
 #elif FORMAT == Q4_1 || FORMAT == Q5_1
-    u32 v = ((const u32 *)p)[b];
-    float d = from_f16(v & 0xffff), m = from_f16(v >> 16);
+    float d = from_f16(stored.x & 0xffff), m = from_f16(stored.x >> 16);
     return {d, m, d, m};
 #elif FORMAT == Q6_K
-    u16 s = ((const u16 *)p)[b];
-    float d = from_f16(((const u16 *)plane(w, CODE_BYTES + 2))[b / 8]);
-    return {d * (signed char)(s & 0xff), 0.f, d * (signed char)(s >> 8), 0.f};
+    float d = from_f16(stored.y);
+    return {d * (signed char)(stored.x & 0xff), 0.f, d * (signed char)(stored.x >> 8), 0.f};
 #else
-    u16 s = ((const u16 *)p)[b];
-    u32 v = ((const u32 *)plane(w, CODE_BYTES + 2))[b / 8];
-    float d = from_f16(v & 0xffff) * (s & 0xff), m = -from_f16(v >> 16) * (s >> 8);
+    float d = from_f16(stored.y & 0xffff) * (stored.x & 0xff), m = -from_f16(stored.y >> 16) * (stored.x >> 8);
     return {d, m, d, m};
 #endif
 }
@@ -87,7 +95,7 @@ DEV float weight_at(const Matrix &w, size_t row, int column) {
 #elif FORMAT == BF16
     return from_bf16(((const u16 *)w.at)[row * w.blocks * 32 + column]);
 #else
-    Scales s = scales_of(w, row, column / 32);
+    Scales s = scales_of(load_scales(w, row, column / 32));
     int j = column % 32;
     return code_at(w, row, column / 32, j) * (j < 16 ? s.d0 : s.d1) + (j < 16 ? s.m0 : s.m1);
 #endif
@@ -108,7 +116,7 @@ struct Raw {
 #elif CODE_BYTES == 24
     uint2 more;
 #endif
-    Scales scales;
+    uint2 scales;
 #endif
 };
 DEV Raw load_block(const Matrix &w, size_t row, int block) {
@@ -120,7 +128,7 @@ DEV Raw load_block(const Matrix &w, size_t row, int block) {
 #elif FORMAT == Q8_0
     r.codes = __ldg((const uint4 *)w.at + b * 2);
     r.more = __ldg((const uint4 *)w.at + b * 2 + 1);
-    r.scales = scales_of(w, row, block);
+    r.scales = load_scales(w, row, block);
 #else
     r.codes = __ldg((const uint4 *)w.at + b);
 #if CODE_BYTES == 20
@@ -128,33 +136,30 @@ DEV Raw load_block(const Matrix &w, size_t row, int block) {
 #elif CODE_BYTES == 24
     r.more = __ldg((const uint2 *)plane(w, 16) + b);
 #endif
-    r.scales = scales_of(w, row, block);
+    r.scales = load_scales(w, row, block);
 #endif
     return r;
 }
-#if !PLAIN
-DEV u32 fma_two(u32 a, u32 b, u32 c) { u32 r; asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c)); return r; }
-#define ONES 0x3f803f80u
-// Two codes, in bits 0..6 of each half, as signed numbers: 128 + code is exact in bf16, and so is the difference.
-DEV u32 signed_two(u32 codes) { return fma_two(codes | 0x43004300u, ONES, two_bf16(-128.f - ZERO, -128.f - ZERO)); }
-// Two int8, in the low byte of each half: 128 + the low seven bits, less 128 or 256.
-DEV u32 bytes_two(u32 v) { return fma_two((v & 0x00800080u) | 0x43004300u, 0xbf80bf80u, (v & 0x007f007fu) | 0x43004300u); }
+#if !PLAIN  // products are in f16, which scales and all codes fit
+DEV u32 fma_two(u32 a, u32 b, u32 c) { u32 r; asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c)); return r; }
+// Two codes, in the low bytes of each half, as signed numbers: 1024 + code is exact in f16, and so is the difference.
+DEV u32 signed_two(u32 codes, float zero) { return fma_two(codes | 0x64006400u, 0x3c003c00u, two_f16(-1024.f - zero, -1024.f - zero)); }
 #endif
 DEV void unpack(const Raw &r, u32 (&v)[16]) {
 #if PLAIN
     #pragma unroll
     for (int i = 0; i < 4; i++) v[4 * i] = r.v[i].x, v[4 * i + 1] = r.v[i].y, v[4 * i + 2] = r.v[i].z, v[4 * i + 3] = r.v[i].w;
 #else
-    u32 d0 = two_bf16(r.scales.d0, r.scales.d0), d1 = two_bf16(r.scales.d1, r.scales.d1);
-    u32 m0 = two_bf16(r.scales.m0, r.scales.m0), m1 = two_bf16(r.scales.m1, r.scales.m1);
+    Scales s = scales_of(r.scales);
+    u32 d0 = two_f16(s.d0, s.d0), d1 = two_f16(s.d1, s.d1), m0 = two_f16(s.m0, s.m0), m1 = two_f16(s.m1, s.m1);
     u32 c[4] = {r.codes.x, r.codes.y, r.codes.z, r.codes.w};
     #pragma unroll
     for (int i = 0; i < 8; i++) {
         u32 d = i < 4 ? d0 : d1, m = i < 4 ? m0 : m1, even, odd;
 #if FORMAT == Q8_0
-        u32 h[4] = {r.more.x, r.more.y, r.more.z, r.more.w}, word = i < 4 ? c[i] : h[i - 4];
-        even = bytes_two(word);
-        odd = bytes_two(word >> 8);
+        u32 h[4] = {r.more.x, r.more.y, r.more.z, r.more.w}, word = (i < 4 ? c[i] : h[i - 4]) ^ 0x80808080u;
+        even = signed_two(word & 0x00ff00ffu, 128.f);
+        odd = signed_two(word >> 8 & 0x00ff00ffu, 128.f);
 #else
         u32 word = c[i % 4] >> (i / 4 * 4);
         u32 first = word & 0x000f000fu, second = word >> 8 & 0x000f000fu;
@@ -167,8 +172,8 @@ DEV void unpack(const Raw &r, u32 (&v)[16]) {
         first |= (high & 0x00030003u) << 4;
         second |= (high >> 8 & 0x00030003u) << 4;
 #endif
-        even = signed_two(first);
-        odd = signed_two(second);
+        even = signed_two(first, ZERO);
+        odd = signed_two(second, ZERO);
 #endif
         v[2 * i] = fma_two(even, d, m);
         v[2 * i + 1] = fma_two(odd, d, m);

@@ -15,7 +15,7 @@ DEV u16 to_f16(float v) { u16 r; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(v)
 DEV u32 two_bf16(float a, float b) { u32 r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a)); return r; }
 DEV u32 two_f16(float a, float b) { u32 r; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a)); return r; }
 
-// The number type of matrix products: bf16, or f16 where the weights are f16 (HALF).
+// The number type of matrix products: bf16, or f16 (HALF) unless the weights are bf16.
 #ifdef HALF
 DEV u32 two(float a, float b) { return two_f16(fminf(fmaxf(a, -65504.f), 65504.f), fminf(fmaxf(b, -65504.f), 65504.f)); }
 DEV float one(u16 v) { return from_f16(v); }
