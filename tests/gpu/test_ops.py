@@ -10,7 +10,7 @@ import pytest
 from labinfer.backends.cuda.layout import EIGHT_BLOCKS, FORMATS
 from labinfer.ops.base import OPS, Call, Step
 from labinfer.ops.dequantization import dequantize
-from tests.cpu.weights import stored_weight
+from tests.cpu.weights import lively, stored_weight
 from tests.test_ops import paged_step
 
 TOLERANCE = {"f32": 1e-5, "bf16": 1e-2}
@@ -30,7 +30,7 @@ def weight(gpu: Any, format: str, shape: tuple[int, ...], seed: int = 0) -> tupl
     """A random weight on the device, and what it means."""
     from labinfer.backends.cuda.layout import weight_bytes
 
-    raw = stored_weight(format, int(np.prod(shape[:-1])), shape[-1], seed)
+    raw = lively(format, stored_weight(format, int(np.prod(shape[:-1])), shape[-1], seed), shape)
     buffer = gpu.allocate(weight_bytes(format, shape), "weight")
     parameter = gpu.parameter(buffer, 0, format, shape)
     gpu.store(parameter, raw, format, shape, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import Structure, c_float, c_int, c_uint64
+from ctypes import Structure, c_float, c_int, c_uint, c_uint64
 from typing import Any
 
 from labinfer.backends.cuda.emitter import Emitter, Turn, address, cache_define, format_defines, stride
@@ -25,6 +25,7 @@ class DecodeParameters(Structure):
         *((name, c_int) for name in ("q_row", "y_row", "table_row", "sequences", "group", "kv_heads", "block_size")),
         *((name, c_int) for name in ("window", "splits")),
         *((name, c_float) for name in ("scale", "softcap")),
+        ("reciprocal", c_uint),
     )
 
 
@@ -181,7 +182,7 @@ def decode(
     together = splits > 1 and clusters
     defines = (cache_define(call), *shape, *turn, *[f"CLUSTER={splits}"] * together, *softcap(attrs))
     grid, cluster = (items // len(y), len(y), splits), (1, 1, splits) if together else (1, 1, 1)
-    e.add("attention", "attention", grid, 128, parameters, *fresh, defines=defines, cluster=cluster)
+    e.add("attention", "attention", grid, 32 * heads, parameters, *fresh, defines=defines, cluster=cluster)
     if merged:
         e.add("attention", "merge", (attrs.num_heads, len(y), 1), 64, parameters, defines=defines)
 
