@@ -26,6 +26,7 @@ Kernel = Callable[[Call], None]
 BACKENDS: dict[str, str] = {
     "reference": "labinfer.backends.reference.device:ReferenceDevice",
     "cpu": "labinfer.backends.cpu.device:CpuDevice",
+    "cuda": "labinfer.backends.cuda.device:CudaDevice",
 }
 """Device kinds and the class that implements each; a device is named ``kind`` or ``kind:number``."""
 

@@ -106,8 +106,8 @@ def _q5_1(blocks: Bytes, out: Floats) -> None:
     out += _half(blocks[:, 2:4])
 
 
-def _k_scales(blocks: Bytes) -> tuple[Floats, Floats]:
-    """Scales and minima of the 8 sub-blocks of q4_k and q5_k, each float32 [n, 8, 1].
+def k_scale_codes(blocks: Bytes) -> tuple[Bytes, Bytes]:
+    """The six-bit scales and minima of the 8 sub-blocks of q4_k and q5_k, each uint8 [n, 8].
 
     Twelve bytes hold 8 + 8 six-bit numbers: the first four of each in the low bits of bytes 0..3 and 4..7; of the
     others, the low nibbles in bytes 8..11 and the two high bits on top of bytes 0..7.
@@ -115,6 +115,12 @@ def _k_scales(blocks: Bytes) -> tuple[Floats, Floats]:
     first, second, nibbles = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = np.concatenate([first & 63, (nibbles & 15) | (first >> 6 << 4)], axis=1)
     minima = np.concatenate([second & 63, (nibbles >> 4) | (second >> 6 << 4)], axis=1)
+    return scales, minima
+
+
+def _k_scales(blocks: Bytes) -> tuple[Floats, Floats]:
+    """Scales and minima of those sub-blocks, each float32 [n, 8, 1]."""
+    scales, minima = k_scale_codes(blocks)
     return (_half(blocks[:, :2]) * scales)[:, :, None], (_half(blocks[:, 2:4]) * minima)[:, :, None]
 
 

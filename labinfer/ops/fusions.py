@@ -53,6 +53,7 @@ def declare(kind: str, *parts: str, inplace: Mapping[int, tuple[int, ...]] | Non
 FUSIONS: tuple[Fusion, ...] = (
     declare("norm_qkv", "n = rms_norm(x)", "q = linear(n)", "k = linear(n)", "v = linear(n)"),
     declare("norm_glu", "n = rms_norm(x)", "g = linear(n)", "u = linear(n)", "y = glu(g, u)"),
+    declare("rope_attention", "q = rope(a, p)", "k = rope(b, p)", "kv_write(k, v)", "y = attention(q)"),
     declare("rope_kv_write", "q = rope(a, p)", "k = rope(b, p)", "kv_write(k, v)", inplace={0: (0,)}),
     declare("linear_add", "o = linear(x)", "y = add(r, o)", inplace={0: (1,)}),
 )

@@ -19,10 +19,8 @@ import labinfer
 from labinfer.backends.cpu.features import DIGIT_MAX
 from labinfer.errors import DoesNotFit, UsageError
 from labinfer.llm import LLM
-from labinfer.ops.dequantization import dequantize
-from labinfer.ops.formats import FORMATS
 from labinfer.runtime.batch import Part
-from tests.cpu.weights import SCALES_AT, stored_weight
+from tests.cpu.weights import lively, stored_weight
 from tests.hf.agreement import assert_agree
 from tests.tiny import FOLDERS, GOLDEN
 from tests.weights.files import ARRAY, F32, STRING, U32, GgufTensor, gguf, pair
@@ -121,21 +119,6 @@ def test_greedy_tokens_are_the_references() -> None:
 
 
 Formats = dict[str, str]
-
-
-def lively(format: str, raw: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Stored weights scaled so that a row's product is about as large as what it multiplies; norms near 1."""
-    if len(shape) == 1:
-        return (raw.view(np.float32) + 1).view(np.uint8)
-    if FORMATS[format].block_size == 1:
-        return raw
-    scale = shape[-1] ** -0.5 / dequantize(raw, format, (prod(shape[:-1]), shape[-1])).std()
-    blocks = raw.reshape(-1, FORMATS[format].block_bytes)
-    for at in SCALES_AT.get(format, (0,)):
-        blocks[:, at : at + 2] = (
-            (blocks[:, at : at + 2].copy().view(np.float16) * scale).astype(np.float16).view(np.uint8)
-        )
-    return raw
 
 
 def write_llama(path: Path, formats: Formats, sizes: dict[str, int], default: str = "f32") -> Path:

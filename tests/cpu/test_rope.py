@@ -8,7 +8,7 @@ pytest.importorskip("numba")
 
 from labinfer.backends.cpu import rope as cpu
 from labinfer.backends.cpu.paged_cache import CACHE_DTYPES, kv_write
-from labinfer.backends.cpu.rope_tables import rope_tables
+from labinfer.backends.rope_tables import rope_tables
 from labinfer.ops import OPS, Call, Step
 
 MAX_LEN = 200

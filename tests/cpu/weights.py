@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 
+from labinfer.ops.dequantization import dequantize
 from labinfer.ops.formats import FORMATS, stored_bytes
 
 Bytes = np.ndarray
@@ -26,6 +29,21 @@ def stored_weight(format: str, rows: int, columns: int, seed: int = 0) -> Bytes:
         scales = rng.normal(0, 0.01, len(blocks)).astype(np.float16)
         blocks[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
     return blocks.reshape(-1)
+
+
+def lively(format: str, raw: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Stored weights scaled so that a row's product is about as large as what it multiplies; norms near 1."""
+    if len(shape) == 1:
+        return (raw.view(np.float32) + 1).view(np.uint8)
+    if FORMATS[format].block_size == 1:
+        return raw
+    scale = shape[-1] ** -0.5 / dequantize(raw, format, (prod(shape[:-1]), shape[-1])).std()
+    blocks = raw.reshape(-1, FORMATS[format].block_bytes)
+    for at in SCALES_AT.get(format, (0,)):
+        blocks[:, at : at + 2] = (
+            (blocks[:, at : at + 2].copy().view(np.float16) * scale).astype(np.float16).view(np.uint8)
+        )
+    return raw
 
 
 def aligned(nbytes: int, fill: int = 0) -> Bytes:

@@ -4,7 +4,8 @@ from labinfer.backends.base import Capabilities
 from labinfer.backends.cpu.crossover import fewest_tokens
 from labinfer.backends.cpu.layout import weight_bytes
 from labinfer.backends.cpu.machine import default_threads
-from labinfer.backends.cpu.workspace import BLOCK_MULTIPLE, scratch_bytes, table_bytes
+from labinfer.backends.cpu.workspace import BLOCK_MULTIPLE, scratch_bytes
+from labinfer.backends.rope_tables import table_bytes
 
 
 def kernels() -> str:

@@ -20,11 +20,11 @@ from labinfer.backends.cpu.emitter import Emitter
 from labinfer.backends.cpu.layout import packed_bytes
 from labinfer.backends.cpu.machine import default_threads
 from labinfer.backends.cpu.packed_weight import PackedWeight, pack
-from labinfer.backends.cpu.rope_tables import rope_tables
 from labinfer.backends.cpu.tape import Row, kernels_of, table
 from labinfer.backends.cpu.workers import Workers
 from labinfer.backends.cpu.workspace import scratch_bytes
 from labinfer.backends.host import DTYPES, HostDevice
+from labinfer.backends.rope_tables import rope_tables
 from labinfer.errors import UsageError
 from labinfer.ops.base import Call, KernelBounds, Step, TensorType
 from labinfer.ops.dequantization import dequantize

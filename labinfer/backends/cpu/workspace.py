@@ -5,8 +5,6 @@ Every piece is rounded up to a cache line. The kernels take the same pieces in `
 
 from __future__ import annotations
 
-from typing import Any
-
 from labinfer.backends.cpu.layout import activation_form, activations_bytes, scattered_form
 from labinfer.ops.base import KernelBounds, TensorType, dim
 
@@ -35,14 +33,6 @@ def scratch_bytes(bounds: KernelBounds) -> int:
     """Bytes of scratch memory for a kernel at its bounds."""
     sizer = _SIZERS.get(bounds.kind)
     return sizer(bounds) if sizer else 0
-
-
-def table_bytes(attrs: Any, max_model_len: int) -> int:
-    """Bytes of the cosines and sines that all ropes with these attributes share."""
-    if not hasattr(attrs, "turned") or (attrs.length_dependent and not attrs.recompute_after):
-        return 0
-    variants, half = 2 if attrs.recompute_after else 1, int(attrs.turned) // 2
-    return variants * max_model_len * 2 * half * 4
 
 
 def _activations(x: TensorType, formats: list[str], bounds: KernelBounds) -> int:

@@ -1,10 +1,21 @@
-"""Cosines and sines of all positions, made once for all layers that turn alike (see ``rope`` for their layout)."""
+"""Cosines and sines of all positions, made once for all layers that turn alike."""
 
 from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
-from labinfer.ops.rope import Rope
+if TYPE_CHECKING:
+    import numpy as np
+
+    from labinfer.ops.rope import Rope
+
+
+def table_bytes(attrs: Any, max_model_len: int) -> int:
+    """Bytes of the cosines and sines that all ropes with these attributes share."""
+    if not hasattr(attrs, "turned") or (attrs.length_dependent and not attrs.recompute_after):
+        return 0
+    variants, half = 2 if attrs.recompute_after else 1, int(attrs.turned) // 2
+    return variants * max_model_len * 2 * half * 4
 
 
 def rope_tables(
@@ -17,6 +28,8 @@ def rope_tables(
 
     For longrope ``[2 * max_len, ...]``, the rows of sequences beyond the trained length in the second half.
     """
+    import numpy as np
+
     short = np.float32(1) if freq_factors is None else freq_factors
     long = short if long_freq_factors is None else long_freq_factors
     variants: list[tuple[int | None, np.ndarray | np.float32]] = [(None, short)]

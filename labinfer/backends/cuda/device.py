@@ -1,0 +1,294 @@
+"""The CUDA device: memory, weights, and tapes of kernels that are replayed as CUDA graphs."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from labinfer.extras import missing
+
+try:
+    import cupy
+    from cupy.cuda import runtime
+except ModuleNotFoundError:
+    raise missing("cupy") from None
+
+from labinfer.backends.base import Buffer, Device, FunctionTable, Kernel
+from labinfer.backends.cuda import compile, cublas, driver, nvrtc
+from labinfer.backends.cuda.emit import EMITTERS
+from labinfer.backends.cuda.emitter import Emitter
+from labinfer.backends.cuda.layout import matrix_bytes
+from labinfer.backends.cuda.memory import CudaAllocator, PinnedRing
+from labinfer.backends.cuda.tape import Row, Runnable, Tape
+from labinfer.backends.cuda.weights import CudaWeight, pack
+from labinfer.backends.cuda.workspace import scratch_bytes
+from labinfer.backends.rope_tables import rope_tables
+from labinfer.errors import DoesNotFit
+from labinfer.ops.base import Call, KernelBounds, Step, TensorType
+from labinfer.ops.dequantization import dequantize
+
+DTYPES = {"f32": np.float32, "i32": np.int32, "f16": np.float16, "bf16": np.uint16}
+
+OLDEST = 80
+"""The first compute capability whose tensor cores take bf16, times ten."""
+
+
+class CudaKernel:
+    """An op kind of a device; called, it runs one op by itself."""
+
+    def __init__(self, device: CudaDevice, kind: str) -> None:
+        self.device, self.kind = device, kind
+
+    def __call__(self, call: Call) -> None:
+        """Run one op, with scratch memory made for it. Arrays are the device's own."""
+        types = [TensorType(x.shape, "i32" if x.dtype.kind == "i" else "f32") for x in call.inputs]
+        matrices = [weight for weight in call.weights.values() if isinstance(weight, CudaWeight)]
+        formats = tuple((weight.format, (weight.rows, weight.columns)) for weight in matrices)
+        tokens, sequences = len(call.inputs[0]), sequences_of(call.step)
+        bounds = KernelBounds(self.kind, (call.attrs,), tuple(types), formats, tokens, tokens, sequences, 1)
+        with self.device.device:
+            call = replace(call, workspace=cupy.empty(scratch_bytes(bounds) // 4, np.int32))
+            self.device.program([(self, call)])()
+            self.device.synchronize()
+
+
+def sequences_of(step: Step | None) -> int:
+    """Sequences of a step."""
+    return 1 if step is None else len(step.context_len)
+
+
+class CudaDevice(Device):
+    """One GPU. ``LABINFER_CUDA_GRAPHS=0`` turns graphs off, ``LABINFER_CUDA_OVERLAP=0`` the overlap of kernels."""
+
+    loaders = 4
+    overlaps = True
+
+    def __init__(self, name: str, memory_limit: int | None = None, threads: int | None = None) -> None:
+        super().__init__(name, memory_limit, threads)
+        self.number = int(name.partition(":")[2] or 0)
+        check_driver(self.number)
+        self.device = cupy.cuda.Device(self.number)
+        self.device.use()
+        self.capability = int(self.device.compute_capability)
+        if self.capability < OLDEST:
+            message = f"'{name}' has compute capability {self.capability / 10}, the kernels need {OLDEST / 10}"
+            raise DoesNotFit("device.too-old", message, remedy="compile for another device")
+        self.arch = f"sm_{self.capability}"
+        self.multiprocessors = int(self.device.attributes["MultiProcessorCount"])
+        self.graphs = os.environ.get("LABINFER_CUDA_GRAPHS") != "0"
+        self.overlap = os.environ.get("LABINFER_CUDA_OVERLAP") != "0" and self.capability >= 90
+        self.clusters = self.bulk_copies = self.capability >= 90
+        self.allocator = CudaAllocator(memory_limit)
+        self.stream = cupy.cuda.Stream()  # not non_blocking: CuPy's own operations, on stream 0, keep the order
+        self.recorder = cupy.cuda.Stream(non_blocking=True)
+        self.ring = PinnedRing(self.stream)
+        self.blas = cublas.Blas() if cublas.library() else None
+        self.functions: dict[tuple[compile.Source, str], driver.Function] = {}
+        self.modules: dict[compile.Source, Any] = {}
+        self.tables: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
+        kernels = {kind: CudaKernel(self, kind) for kind in EMITTERS}
+        self.F = FunctionTable(kernels, lambda shape, dtype: cupy.empty(shape, DTYPES[dtype]))
+
+    # Memory
+
+    def view(
+        self, buffer: Buffer, offset: int, shape: tuple[int, ...], dtype: str, row_bytes: int | None = None
+    ) -> Any:
+        """A CuPy array over the buffer's bytes; bf16 as uint16."""
+        kind = np.dtype(DTYPES[dtype])
+        strides = (row_bytes, kind.itemsize) if row_bytes is not None and len(shape) == 2 else None
+        return cupy.ndarray(shape, kind, cupy.cuda.MemoryPointer(buffer.memory, offset), strides)
+
+    def move_in(self, host: Any, destination: Any) -> None:
+        """A copy through pinned memory, in the order of the device's work; ``host`` can change at once."""
+        array = np.ascontiguousarray(host, destination.dtype)
+        if array.shape != destination.shape:
+            raise ValueError(f"an array of shape {array.shape} does not go to one of {destination.shape}")
+        if array.size == 0:
+            return
+        rows = 1 if destination.flags.c_contiguous else len(array)
+        row_bytes = array.nbytes // rows
+        runtime.setDevice(self.number)
+        target_row = row_bytes if rows == 1 else destination.strides[0]
+        self.ring.copy(array.reshape(-1).view(np.uint8), destination.data.ptr, rows, row_bytes, target_row)
+
+    def move_out(self, source: Any, out: Any = None) -> Any:
+        """A copy, once the device's work before it is done."""
+        runtime.setDevice(self.number)
+        rows = source if source.flags.c_contiguous else cupy.ascontiguousarray(source)
+        made = np.empty(source.shape, source.dtype) if out is None else out
+        target = made if made.flags.c_contiguous else np.empty(source.shape, source.dtype)
+        runtime.memcpyAsync(target.ctypes.data, rows.data.ptr, rows.nbytes, runtime.memcpyDeviceToHost, self.stream.ptr)
+        self.synchronize()
+        if target is not made:
+            np.copyto(made, target)
+        return made
+
+    def host_memory(self, nbytes: int) -> Any:
+        """Pinned memory."""
+        try:
+            memory = cupy.cuda.alloc_pinned_memory(max(nbytes, 1))
+        except (runtime.CUDARuntimeError, MemoryError, OverflowError):
+            raise DoesNotFit("host.memory", f"the machine has no {nbytes} bytes for cache blocks") from None
+        made = np.frombuffer(memory, np.uint8, nbytes)
+        made[:] = 0
+        return made
+
+    def fill(self, buffer: Buffer, byte: int) -> None:
+        """Set every byte."""
+        runtime.memsetAsync(buffer.memory.ptr, byte, buffer.nbytes, self.stream.ptr)
+
+    def parameter(self, buffer: Buffer, offset: int, format: str, shape: tuple[int, ...]) -> Any:
+        """A vector as float32; a matrix, or a stack of them, as ``layout`` says."""
+        if len(shape) == 1:
+            return self.view(buffer, offset, shape, "f32")
+        size = matrix_bytes(format, shape[-2], shape[-1])
+        pointer = cupy.cuda.MemoryPointer(buffer.memory, offset)
+        memory = cupy.ndarray((prod(shape[:-2]) * size,), np.uint8, pointer)
+        return CudaWeight(memory, format, shape[-2], shape[-1], size)
+
+    def store(self, parameter: Any, raw: Any, format: str, shape: tuple[int, ...], index: int | None) -> None:
+        """Lay the stored bytes out, or widen a vector, and copy them in."""
+        if not isinstance(parameter, CudaWeight):
+            self.move_in(dequantize(raw, format, shape), parameter)
+            return
+        first, count = (0, prod(shape[:-2])) if index is None else (index, 1)
+        for number, part in enumerate(raw.reshape(count, -1), first):
+            packed = pack(format, part, *shape[-2:])
+            at = number * parameter.nbytes
+            self.move_in(packed, parameter.memory[at : at + packed.nbytes])
+
+    # Tapes
+
+    def rope_table(self, attrs: Any, length: int, weights: Mapping[str, Any]) -> Any:
+        """Cosines and sines for positions below ``length``, made once for all layers that turn alike."""
+        factors = [weights.get(name) for name in ("freq_factors", "long_freq_factors")]
+        host = [None if array is None else self.move_out(array) for array in factors]
+        key = (attrs, length, *(None if array is None else array.tobytes() for array in host))
+        table = self.tables.get(key)
+        if table is None:
+            made = rope_tables(attrs, length, *host)
+            buffer = self.allocate(made.nbytes, "rope tables")
+            table = self.view(buffer, 0, made.shape, "f32")
+            self.move_in(made, table)
+            weakref.finalize(table, self.deallocate, buffer)
+            self.tables[key] = table
+        return table
+
+    def rows(self, calls: Sequence[tuple[Kernel, Call]], sequences: int) -> tuple[list[Row | Runnable], list[Any]]:
+        """The rows of the tape for ``calls``, and the arrays they point to that nothing else keeps."""
+        rows, kept = list[Row | Runnable](), list[Any]([call for _, call in calls])
+        for kernel, call in calls:
+            assert isinstance(kernel, CudaKernel)
+            emitter = Emitter(self, call, sequences)
+            EMITTERS[kernel.kind](emitter, call)
+            rows += emitter.rows
+            kept += emitter.kept
+        return rows, kept
+
+    def prepare(self, calls: Sequence[tuple[Kernel, Call]], progress: Callable[[int, int], None]) -> None:
+        """Compile what is missing of the kernels that ``calls`` need."""
+        self.device.use()
+        rows, _ = self.rows(calls, 1)
+        compile.build([row.source for row in rows if isinstance(row, Row)], self.arch, progress)
+
+    def program(self, calls: Sequence[tuple[Kernel, Call]]) -> Callable[[], None]:
+        """The calls as one tape for each number of sequences, made when it first runs."""
+        step = next((call.step for _, call in calls if call.step is not None), None)
+        tapes: dict[int, Tape] = {}
+
+        def run() -> None:
+            self.device.use()
+            sequences = sequences_of(step)
+            tape = tapes.get(sequences)
+            if tape is None:
+                tape = tapes[sequences] = Tape(self, *self.rows(calls, sequences))
+            tape()
+
+        return run
+
+    def launch(self, row: Row, overlap: bool) -> driver.Launch:
+        """A row with its kernel, compiled and loaded when it is the first; ``overlap``: with the kernel before it."""
+        function = self.functions.get((row.source, row.kernel))
+        if function is None:
+            module = self.modules.get(row.source)
+            if module is None:
+                module = self.modules[row.source] = driver.load_module(compile.cubin(row.source, self.arch))
+            function = self.functions[row.source, row.kernel] = driver.Function(module, row.kernel)
+        return driver.Launch(
+            function, row.grid, row.threads, row.shared, row.arguments, overlap and self.overlap, row.cluster
+        )
+
+    def capture(self, run: Callable[[int], None]) -> Any:
+        """A CUDA graph of what ``run(stream)`` puts on a stream."""
+        with self.recorder:
+            self.recorder.begin_capture()
+            try:
+                run(self.recorder.ptr)
+            finally:
+                graph = self.recorder.end_capture()
+        graph.upload(self.stream)
+        return graph
+
+    def synchronize(self) -> None:
+        """Wait for the stream."""
+        self.stream.synchronize()
+
+    def close(self) -> None:
+        """Give back what is held beside buffers."""
+        self.synchronize()
+        if self.blas:
+            self.blas.close()
+            self.blas = None
+        for module in self.modules.values():
+            driver.check(driver.library().cuModuleUnload(module))
+        self.modules.clear()
+        self.functions.clear()
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes free and in all, of the device or of the limit."""
+        self.device.use()
+        limit = self.allocator.limit
+        return driver.free_memory() if limit is None else (limit - self.allocator.allocated, limit)
+
+    @property
+    def compute_share(self) -> float:
+        """All of it."""
+        return 1.0
+
+    def describe(self) -> str:
+        """What it is."""
+        name = runtime.getDeviceProperties(self.number)["name"].decode()
+        return f"{name}, {self.multiprocessors} multiprocessors, {self.arch}"
+
+
+def check_driver(number: int) -> None:
+    """Raise ``DoesNotFit`` without a driver new enough for CuPy, or without device ``number``."""
+    supported, wanted = driver_supports(), int(runtime.runtimeGetVersion())
+    if supported // 1000 < wanted // 1000:
+        message = (
+            f"the NVIDIA driver supports CUDA {supported // 1000}, the installed CuPy is for CUDA {wanted // 1000}"
+        )
+        remedy = f"pip install 'labinfer[cuda{supported // 1000}]', or a newer driver"
+        raise DoesNotFit("device.cuda-major", message, remedy=remedy)
+    if nvrtc.version()[0] != wanted // 1000:
+        message = f"NVRTC is of CUDA {nvrtc.version()[0]}, CuPy of CUDA {wanted // 1000}"
+        raise DoesNotFit("device.cuda-major", message, remedy="install the packages of one CUDA major only")
+    count = int(runtime.getDeviceCount())
+    if number >= count:
+        raise DoesNotFit("device.missing", f"there is no 'cuda:{number}': this machine has {count} NVIDIA GPUs")
+
+
+def driver_supports() -> int:
+    """The CUDA version of the driver, which is started if it is not yet."""
+    code = driver.library().cuInit(0)
+    if code == 100:
+        raise DoesNotFit("device.missing", "this machine has no NVIDIA GPU", remedy="compile for another device")
+    driver.check(code)
+    return driver.driver_version()

@@ -1,0 +1,206 @@
+"""From ops to rows of the tape: rotary positions, the cache, and attention over it."""
+
+from __future__ import annotations
+
+from ctypes import Structure, c_float, c_int, c_uint, c_uint64
+from typing import Any
+
+from labinfer.backends.cuda.emitter import Emitter, Turn, address, cache_define, format_defines, stride
+from labinfer.backends.cuda.workspace import SPLIT_BLOCKS, SPLIT_HEADS, partials_bytes
+from labinfer.errors import LabinferError
+from labinfer.ops.base import Call
+
+PREFILL_ROWS = 64
+"""Tokens of a block of ``prefill.cu``."""
+
+MAX_CLUSTER = 8
+"""Blocks of a cluster that every GPU with clusters can run."""
+
+
+class DecodeParameters(Structure):
+    """``Parameters`` of ``attention.cu``."""
+
+    _fields_ = (
+        *((name, c_uint64) for name in ("q", "y", "partials", "k", "v", "positions", "query_start", "block_table")),
+        *((name, c_int) for name in ("q_row", "y_row", "table_row", "sequences", "group", "kv_heads", "block_size")),
+        *((name, c_int) for name in ("window", "splits")),
+        *((name, c_float) for name in ("scale", "softcap")),
+        ("reciprocal", c_uint),
+    )
+
+
+class Fresh(Structure):
+    """``Fresh`` of ``attention.cu``: keys and values of the step."""
+
+    _fields_ = (
+        ("k", c_uint64),
+        ("v", c_uint64),
+        ("k_row", c_int),
+        ("v_row", c_int),
+        ("turn", Turn),
+    )
+
+
+class PrefillParameters(Structure):
+    """``Parameters`` of ``prefill.cu``."""
+
+    _fields_ = (
+        *((name, c_uint64) for name in ("q", "y", "k", "v", "positions", "query_start", "block_table")),
+        *((name, c_int) for name in ("q_row", "y_row", "table_row", "sequences", "group", "kv_heads", "block_size")),
+        ("window", c_int),
+        *((name, c_float) for name in ("scale", "softcap")),
+    )
+
+
+class LatentParameters(Structure):
+    """``Latent`` of ``mla.cu``."""
+
+    _fields_ = (
+        *((name, c_uint64) for name in ("q", "y", "kv_b", "k", "v", "positions", "query_start", "block_table")),
+        *((name, c_int) for name in ("q_row", "y_row", "table_row", "sequences", "block_size", "heads", "nope")),
+        *((name, c_int) for name in ("rope", "value", "rank")),
+        ("scale", c_float),
+    )
+
+
+def rope(e: Emitter, call: Call) -> None:
+    """Each token's heads turned."""
+    x, y = call.inputs[0], call.outputs[0]
+    turn, code = e.turn(call)
+    arguments = (x, stride(x), y, stride(y), y.shape[1], turn)
+    e.each("rope", "rope", len(y), y.shape[1], *arguments, defines=(f"TURN={code}", "CACHE=0"))
+
+
+def kv_write(e: Emitter, call: Call) -> None:
+    """Keys, and values where there are any, to their slots."""
+    k, v = call.inputs[0], call.inputs[1] if len(call.inputs) > 1 else None
+    v_cache, v_width = (None, 0) if v is None else (call.cache["v"], v.shape[1])
+    arguments = (k, stride(k), call.cache["k"], k.shape[1], v, stride(v), v_cache, v_width, e.step.slot_mapping)
+    e.each("rope", "kv_write", len(k), k.shape[1], *arguments, defines=("TURN=0", cache_define(call)))
+
+
+def turns(e: Emitter, rope_q: Call, rope_k: Call) -> tuple[Turn, Turn, str]:
+    """How queries and keys turn, and the macro for both."""
+    (q_turn, code), (k_turn, k_code) = e.turn(rope_q), e.turn(rope_k)
+    if code != k_code:
+        message = "queries and keys turn by angles of different kinds"
+        raise LabinferError("cuda.rope", message, remedy="compile with --fuse none")
+    return q_turn, k_turn, f"TURN={code}"
+
+
+def rope_kv_write(e: Emitter, call: Call) -> None:
+    """Queries turned, keys turned and written, values written."""
+    turn_and_write(e, call, call.outputs[0])
+
+
+def turn_and_write(e: Emitter, call: Call, y: Any) -> None:
+    """The first three parts of a fused op, with the turned queries to ``y``."""
+    rope_q, rope_k, write = call.parts[:3]
+    q, k, v, cache = rope_q.inputs[0], rope_k.inputs[0], write.inputs[-1], call.cache
+    q_turn, k_turn, turn = turns(e, rope_q, rope_k)
+    arguments = (
+        q, stride(q), y, stride(y), y.shape[1], q_turn, k, stride(k), cache["k"], k.shape[1], k_turn,
+        v, stride(v), cache["v"], v.shape[1], e.step.slot_mapping,
+    )  # fmt: skip
+    e.each("rope", "rope_kv_write", len(y), y.shape[1], *arguments, defines=(turn, cache_define(call)))
+
+
+def rope_attention(e: Emitter, call: Call) -> None:
+    """One kernel where each sequence has one token, so that no other block needs what is written to the cache."""
+    rope_q, rope_k, write, attend = call.parts
+    q, k, v, y = rope_q.inputs[0], rope_k.inputs[0], write.inputs[-1], call.outputs[0]
+    if len(q) == e.sequences:
+        turn, k_turn, define = turns(e, rope_q, rope_k)
+        if bytes(turn) == bytes(k_turn) and turns_in_eighths(turn, attend.attrs):
+            fresh = Fresh(address(k), address(v), stride(k), stride(v), turn)
+            decode(e, call, attend.attrs, q, y, (fresh,), (define,))
+            return
+    turned = e.array(q.shape)
+    turn_and_write(e, call, turned)
+    attend_cached(e, call, attend.attrs, turned, y)
+
+
+def turns_in_eighths(turn: Turn, attrs: Any) -> bool:
+    """Whether eight neighbouring features of a head always turn alike, as ``attention.cu`` takes them."""
+    sizes = turn.start, turn.half, attrs.head_dim, attrs.v_head_dim or attrs.head_dim
+    return not turn.interleaved and not any(size % 8 for size in sizes)
+
+
+def attention(e: Emitter, call: Call) -> None:
+    """Attention over the cache, which has the step's own keys and values."""
+    attend_cached(e, call, call.attrs, call.inputs[0], call.outputs[0])
+
+
+def attend_cached(e: Emitter, call: Call, attrs: Any, q: Any, y: Any) -> None:
+    """On tensor cores where sequences have several tokens and the cache is 16 bits wide."""
+    dims = attrs.head_dim, attrs.v_head_dim or attrs.head_dim
+    wide = call.cache["k"].itemsize == 2 and max(dims) <= 256 and not any(dim % 16 for dim in dims)
+    if wide and len(q) >= 2 * e.sequences:
+        prefill(e, call, attrs, q, y)
+    else:
+        decode(e, call, attrs, q, y)
+
+
+def prefill(e: Emitter, call: Call, attrs: Any, q: Any, y: Any) -> None:
+    """Tiles of a sequence's tokens at once."""
+    step, value_dim = e.step, attrs.v_head_dim or attrs.head_dim
+    parameters = PrefillParameters(
+        address(q), address(y), address(call.cache["k"]), address(call.cache["v"]), address(step.positions),
+        address(step.query_start), address(step.block_table), stride(q), stride(y), stride(step.block_table),
+        e.sequences, attrs.num_heads // attrs.num_kv_heads, attrs.num_kv_heads, step.block_size, attrs.window or 0,
+        attrs.scale, attrs.softcap or 0.0,
+    )  # fmt: skip
+    half = str(call.cache["k"].dtype) == "float16"
+    defines = (f"HEAD_DIM={attrs.head_dim}", f"VALUE_DIM={value_dim}", *["HALF"] * half, *softcap(attrs))
+    tiles = min(len(q), len(q) // PREFILL_ROWS + e.sequences)
+    shared = 2 * PREFILL_ROWS * (3 * (attrs.head_dim + 8) + 2 * (value_dim + 8))
+    e.add("prefill", "prefill", (tiles, attrs.num_heads, 1), 128, parameters, defines=defines, shared=shared)
+
+
+def decode(
+    e: Emitter, call: Call, attrs: Any, q: Any, y: Any, fresh: tuple[Fresh, ...] = (), turn: tuple[str, ...] = ()
+) -> None:
+    """Token by token; with few of them, the context is split among blocks."""
+    step, value_dim = e.step, attrs.v_head_dim or attrs.head_dim
+    lanes = 1 << (-(-max(attrs.head_dim, value_dim) // 8) - 1).bit_length()
+    if lanes > 32:
+        raise LabinferError("cuda.head-dim", f"heads of {max(attrs.head_dim, value_dim)} numbers are wider than 256")
+    group = attrs.num_heads // attrs.num_kv_heads
+    heads = min(group, SPLIT_HEADS)
+    items = len(y) * attrs.num_kv_heads * -(-group // heads)
+    wanted = max(1, -(-SPLIT_BLOCKS // items)) if items < SPLIT_BLOCKS else 1
+    clusters = e.device.clusters
+    splits = min(MAX_CLUSTER, 1 << (wanted.bit_length() - 1)) if clusters else min(32, wanted)
+    merged = splits > 1 and not clusters
+    parameters = DecodeParameters(
+        address(q), address(y), e.scratch(partials_bytes(value_dim)) if merged else 0, address(call.cache["k"]),
+        address(call.cache["v"]), address(step.positions), address(step.query_start), address(step.block_table),
+        stride(q), stride(y), stride(step.block_table), e.sequences, group, attrs.num_kv_heads, step.block_size,
+        attrs.window or 0, splits, attrs.scale, attrs.softcap or 0.0,
+    )  # fmt: skip
+    shape = (f"HEADS={heads}", f"LANES={lanes}", f"HEAD_DIM={attrs.head_dim}", f"VALUE_DIM={value_dim}")
+    together = splits > 1 and clusters
+    defines = (cache_define(call), *shape, *turn, *[f"CLUSTER={splits}"] * together, *softcap(attrs))
+    grid, cluster = (items // len(y), len(y), splits), (1, 1, splits) if together else (1, 1, 1)
+    e.add("attention", "attention", grid, 32 * heads, parameters, *fresh, defines=defines, cluster=cluster)
+    if merged:
+        e.add("attention", "merge", (attrs.num_heads, len(y), 1), 64, parameters, defines=defines)
+
+
+def softcap(attrs: Any) -> tuple[str, ...]:
+    """The macro for scores that are bounded."""
+    return ("SOFTCAP",) if attrs.softcap else ()
+
+
+def mla_attention(e: Emitter, call: Call) -> None:
+    """Attention over cached latents."""
+    q, y, a, step, w = call.inputs[0], call.outputs[0], call.attrs, e.step, call.weights["kv_b"]
+    parameters = LatentParameters(
+        address(q), address(y), w.address, address(call.cache["k"]), address(call.cache["v"]),
+        address(step.positions), address(step.query_start), address(step.block_table), stride(q), stride(y),
+        stride(step.block_table), e.sequences, step.block_size, a.num_heads, a.nope_dim, a.rope_dim, a.v_dim,
+        a.kv_rank, a.scale,
+    )  # fmt: skip
+    defines = (*format_defines(w.format), cache_define(call))
+    shared = 4 * (2 * a.kv_rank + a.rope_dim + 256)
+    e.add("mla", "mla", (a.num_heads, len(y), 1), 256, parameters, defines=defines, shared=shared)

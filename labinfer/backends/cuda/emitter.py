@@ -1,0 +1,333 @@
+"""The writer of a tape's rows: scratch memory, products, and what several ops have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import Structure, c_float, c_int, c_uint64
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from labinfer.backends.cuda.compile import Source
+from labinfer.backends.cuda.cublas import Blas, Product
+from labinfer.backends.cuda.layout import (
+    ACTIVATION_CODES,
+    CACHE_CODES,
+    CUBLAS_BYTES,
+    FEW_TOKENS,
+    STREAM_CHUNK,
+    few_row_bytes,
+    few_tokens,
+    fits_few,
+    number_of,
+    pitch,
+    rounded,
+    stream_shared_bytes,
+)
+from labinfer.backends.cuda.tape import Row, Runnable
+from labinfer.backends.cuda.weights import CudaWeight
+from labinfer.backends.cuda.workspace import narrow_bytes
+from labinfer.errors import LabinferError, UsageError
+from labinfer.ops.base import Call, Step
+
+if TYPE_CHECKING:
+    from labinfer.backends.cuda.device import CudaDevice
+
+
+def address(array: Any) -> int:
+    """The address of an array's first element; 0 for None."""
+    return 0 if array is None else int(array.data.ptr)
+
+
+def stride(array: Any) -> int:
+    """Numbers from row to row; 0 for None."""
+    return 0 if array is None else int(array.strides[0]) // int(array.itemsize)
+
+
+class Part(Structure):
+    """``Part`` of ``few.cu``: a matrix, its bias, its result."""
+
+    _fields_ = (("w", c_uint64), ("bias", c_uint64), ("y", c_uint64), ("y_row", c_int), ("rows", c_int))
+
+
+class Parts(Structure):
+    """``Parts`` of ``few.cu``."""
+
+    _fields_ = (("p", Part * 3),)
+
+
+class Turn(Structure):
+    """``Turn`` of ``rope.cu``."""
+
+    _fields_ = (
+        *((name, c_uint64) for name in ("table", "freq_factors", "positions", "query_start", "total_len")),
+        *((name, c_int) for name in ("head_dim", "start", "half", "interleaved", "sequences", "trained", "length")),
+        *((name, c_float) for name in ("rotary_dim", "theta", "factor")),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A product to be made: weight, bias, and where it goes."""
+
+    weight: CudaWeight
+    bias: Any
+    y: Any
+
+
+class Emitter:
+    """Writes the rows of one op; ``take`` hands out its scratch memory."""
+
+    def __init__(self, device: CudaDevice, call: Call, sequences: int) -> None:
+        self.device, self.call, self.sequences = device, call, sequences
+        self.rows: list[Row | Runnable] = []
+        self.kept: list[Any] = []
+        self.offset = 0
+
+    @property
+    def step(self) -> Step:
+        """The step batch."""
+        if self.call.step is None:
+            raise LabinferError("run.no-step", "this op needs a step batch")
+        return self.call.step
+
+    def take(self, nbytes: int) -> int:
+        """Where so many bytes of the op's planned scratch memory begin, counted from its start."""
+        left = 0 if self.call.workspace is None else self.call.workspace.nbytes
+        size = rounded(nbytes)
+        if self.offset + size > left:
+            message = f"a kernel needs {self.offset + size} bytes of scratch, {left} were planned"
+            raise LabinferError("run.workspace", message)
+        self.offset += size
+        return self.offset - size
+
+    def scratch(self, nbytes: int) -> int:
+        """The address of so many bytes of scratch memory."""
+        return self.take(nbytes) + address(self.call.workspace)
+
+    def array(self, shape: tuple[int, ...], dtype: str = "float32") -> Any:
+        """A device array, of four-byte numbers, over scratch memory."""
+        start = self.take(4 * prod(shape)) // 4
+        return self.call.workspace[start : start + prod(shape)].view(dtype).reshape(shape)
+
+    def add(
+        self,
+        source: str,
+        kernel: str,
+        grid: tuple[int, int, int],
+        threads: int,
+        *arguments: Any,
+        defines: Sequence[str] = (),
+        shared: int = 0,
+        cluster: tuple[int, int, int] = (1, 1, 1),
+    ) -> None:
+        """Append a row."""
+        self.rows.append(Row(Source(source, tuple(defines)), kernel, grid, threads, arguments, shared, cluster))
+
+    def each(self, source: str, kernel: str, tokens: int, width: int, *arguments: Any, defines: Sequence[str] = ()
+             ) -> None:  # fmt: skip
+        """A kernel with a thread for every four of ``width`` numbers of each token."""
+        threads = min(256, -(-width // 128) * 32)
+        self.add(source, kernel, (-(-width // (4 * threads)), tokens, 1), threads, *arguments, defines=defines)
+
+    def copy(self, x: Any, y: Any) -> None:
+        """``y = x``, unless they are one."""
+        if address(x) != address(y):
+            self.each("elementwise", "scale", len(x), x.shape[1], x, stride(x), y, stride(y), x.shape[1], 1.0)
+
+    def rms_norm(self, call: Call, x: Any, y: Any, y_row: int, defines: Sequence[str] = ()) -> None:
+        """``rms_norm`` of rows of ``x`` to ``y``."""
+        width, attrs = x.shape[1], call.attrs
+        n = attrs.group or width
+        threads = min(512, -(-n // 128) * 32)
+        grid = (len(x), width // n, 1)
+        arguments = (x, stride(x), call.weights.get("weight"), y, y_row, n, float(attrs.eps), float(attrs.offset))
+        self.add("norm", "rms_norm", grid, threads, *arguments, defines=defines)
+
+    def glu(self, function: str, gate: Any, up: Any, y: Any) -> None:
+        """``y = function(gate) * up``."""
+        n, code = y.shape[1], ACTIVATION_CODES[function]
+        arguments = (gate, stride(gate), up, stride(up), y, stride(y), n, code)
+        self.each("elementwise", "glu", len(y), n, *arguments)
+
+    # Products
+
+    def linear(self, x: Any, products: Sequence[Linear], norm: Call | None = None, residual: Any = None) -> None:
+        """``y = x @ w.T + bias`` for each product; x normed first; with ``residual``, which is added, there is one."""
+        by_format: dict[str, list[Linear]] = {}
+        for product in products:
+            by_format.setdefault(product.weight.format, []).append(product)
+        few = {format for format, group in by_format.items() if self.is_few(group, x)}
+        for format in few:
+            self.few(x, by_format.pop(format), norm, residual)
+        normed = x
+        if norm and not all(map(self.is_large, by_format)):
+            normed = self.array(x.shape)
+            self.rms_norm(norm, x, normed, stride(normed))
+        for format, group in by_format.items():
+            if self.is_large(format):
+                self.large(x, format, group, norm, residual)
+            else:
+                for each in group:
+                    self.tiles(normed, each.weight, each.bias, each.y, residual)
+
+    def is_few(self, products: Sequence[Linear], x: Any, width: int = 16) -> bool:
+        """Whether products of one format go through a kernel for few tokens, in tiles of ``width`` of their rows."""
+        return self.is_streamed(products, x, width) or fits_few(products[0].weight.format, *x.shape)
+
+    def is_streamed(self, products: Sequence[Linear], x: Any, width: int) -> bool:
+        """Whether that is the kernel whose weights come by bulk copies."""
+        weight = products[0].weight
+        whole = weight.columns % 64 == 0 and not any(each.weight.rows % width for each in products)
+        possible = self.device.bulk_copies and weight.format in ("f16", "bf16") and len(x) <= FEW_TOKENS
+        return possible and whole and stride(x) % 2 == 0
+
+    def few(
+        self, x: Any, products: Sequence[Linear], norm: Call | None, residual: Any, function: str | None = None
+    ) -> None:
+        """Up to three products for few tokens in one launch; with ``function``, the two of a gated unit."""
+        weight, x_row = products[0].weight, stride(x)
+        tokens, width = few_tokens(len(x)), 8 if function else 16
+        tiles = sum(-(-each.weight.rows // width) for each in products[: 1 if function else 3])
+        parts = [
+            Part(each.weight.address, address(each.bias), address(each.y), stride(each.y), each.weight.rows)
+            for each in products
+        ]
+        defines = (f"TOKENS={tokens}", *["NORM"] * bool(norm))
+        defines += (*["GLU"] * bool(function), *["ADD"] * (residual is not None))
+        gain, eps, offset = (norm.weights.get("weight"), norm.attrs.eps, norm.attrs.offset) if norm else (None, 0, 0)
+        arguments = (
+            x, x_row, len(x), weight.columns, gain, float(eps), float(offset), residual, stride(residual),
+            ACTIVATION_CODES[function] if function else 0, tiles, Parts((Part * 3)(*parts)),
+        )  # fmt: skip
+        if self.is_streamed(products, x, width):
+            self.stream(weight, tokens, tiles, bool(norm), defines, arguments)
+            return
+        processors = self.device.multiprocessors
+        share = next((n for n in (1, 2, 4) if tiles * n >= 12 * processors), 8)  # warps for a tile
+        self.add(
+            "few", "few", (min(-(-tiles * share // 8), 2 * processors), 1, 1), 256, *arguments,
+            defines=(*format_defines(weight.format), *defines, f"TILE_WARPS={share}"),
+            shared=tokens * few_row_bytes(weight.columns),
+        )  # fmt: skip
+
+    def stream(
+        self,
+        weight: CudaWeight,
+        tokens: int,
+        tiles: int,
+        normed: bool,
+        defines: Sequence[str],
+        arguments: Sequence[Any],
+    ) -> None:
+        """The same with weights that come by bulk copies; a cluster shares a tile where there are too few of them."""
+        processors = self.device.multiprocessors
+        cluster = 2 if tiles <= processors and weight.columns > STREAM_CHUNK and not normed else 1
+        per_processor = 4 if tiles <= 8 * processors else 3
+        blocks = cluster * tiles if cluster > 1 else min(tiles, per_processor * processors)
+        half = ["HALF"] * (weight.format == "f16")
+        self.add(
+            "stream", "stream", (blocks, 1, 1), 256, *arguments, defines=(*defines, f"CLUSTER={cluster}", *half),
+            shared=stream_shared_bytes(tokens, weight.columns), cluster=(cluster, 1, 1),
+        )  # fmt: skip
+
+    def large(self, x: Any, format: str, products: Sequence[Linear], norm: Call | None, residual: Any) -> None:
+        """Products by cuBLAS, from activations in 16 bits."""
+        at, workspace = self.narrowed(x, format, norm), self.scratch(CUBLAS_BYTES)
+        for each in products:
+            w, y = each.weight, each.y
+            if residual is not None:
+                self.copy(residual, y)
+            product = Product(len(x), w.rows, pitch(w.columns), format, accumulate=residual is not None)
+            self.rows.append(self.blas.bind(product, at, w.address, address(y), stride(y), workspace))
+            if each.bias is not None:
+                self.each("elementwise", "add_bias", len(x), w.rows, y, stride(y), each.bias, w.rows)
+
+    def large_glu(self, x: Any, gate: CudaWeight, up: CudaWeight, norm: Call, function: str, y: Any) -> None:
+        """A gated unit by cuBLAS; between its two products and the activation, numbers have 16 bits."""
+        at, workspace = self.narrowed(x, gate.format, norm), self.scratch(CUBLAS_BYTES)
+        product = Product(len(x), gate.rows, pitch(gate.columns), gate.format, out=gate.format)
+        made = [self.scratch(2 * len(x) * gate.rows) for _ in range(2)]
+        for weight, to in zip((gate, up), made, strict=True):
+            self.rows.append(self.blas.bind(product, at, weight.address, to, gate.rows, workspace))
+        arguments = (*map(c_uint64, made), y, stride(y), gate.rows, ACTIVATION_CODES[function])
+        half = ["HALF"] * (gate.format == "f16")
+        self.each("elementwise", "narrow_glu", len(x), gate.rows, *arguments, defines=half)
+
+    @property
+    def blas(self) -> Blas:
+        """cuBLAS, where ``is_large`` says that there is one."""
+        assert self.device.blas is not None
+        return self.device.blas
+
+    def is_large(self, format: str) -> bool:
+        """Whether products of many tokens with weights in ``format`` are cuBLAS's."""
+        return self.device.blas is not None and format in ("f16", "bf16")
+
+    def narrowed(self, x: Any, format: str, norm: Call | None) -> int:
+        """The address of rows of ``x``, normed, in 16 bits."""
+        tokens, columns = x.shape
+        at, row, half = self.scratch(narrow_bytes(tokens, columns)), pitch(columns), ["HALF"] * (format == "f16")
+        if norm:
+            self.rms_norm(norm, x, c_uint64(at), row, ("NARROW", *half))
+        else:
+            self.each("elementwise", "narrow", tokens, row, x, stride(x), c_uint64(at), columns, row, defines=half)
+        return at
+
+    def tiles(
+        self,
+        x: Any,
+        w: CudaWeight,
+        bias: Any,
+        y: Any,
+        residual: Any = None,
+        experts: tuple[Any, Any, int] | None = None,
+    ) -> None:
+        """A product by our own kernels, for any number of tokens.
+
+        ``experts``: bounds, the order of x's rows (or None) and their number, for a stack of matrices; see ``moe.cu``.
+        """
+        plain = w.format == "f32"
+        size = 32 if plain else 64
+        bounds, order, count = experts or (None, None, 0)
+        blocks = min(len(y), len(y) // size + count) if experts else -(-len(y) // size)
+        defines = (*(() if plain else format_defines(w.format)), *["EXPERTS"] * bool(experts))
+        self.add(
+            "plain" if plain else "tiles", "plain" if plain else "tiles", (-(-w.rows // size), blocks, 1),
+            256 if plain else 128, x, stride(x), len(y), w.columns, w.memory, w.rows, bias, residual,
+            stride(residual), y, stride(y), c_uint64(w.nbytes), bounds, order, count, defines=defines,
+        )  # fmt: skip
+
+    # Positions
+
+    def turn(self, call: Call) -> tuple[Turn, int]:
+        """What a rope op does, and the kernel's ``TURN``."""
+        attrs, positions, step = call.attrs, call.inputs[1], call.step
+        factors = call.weights.get("freq_factors")
+        turn = Turn(0, address(factors), address(positions))
+        turn.head_dim, turn.start, turn.half = attrs.head_dim, attrs.rotary_start, attrs.turned // 2
+        turn.interleaved, turn.sequences = int(attrs.style == "interleaved"), self.sequences
+        if attrs.length_dependent:
+            turn.query_start, turn.total_len = address(self.step.query_start), address(self.step.total_len)
+        if attrs.length_dependent and not attrs.recompute_after:
+            turn.trained, turn.rotary_dim = attrs.max_position, attrs.rotary_dim or attrs.turned
+            turn.theta, turn.factor = attrs.theta, attrs.scaling.factor
+            return turn, 2
+        length = int(positions.max()) + 1 if step is None else step.block_table.shape[1] * step.block_size
+        table = self.device.rope_table(attrs, length, call.weights)
+        self.kept.append(table)
+        turn.table, turn.length, turn.trained = address(table), length, attrs.recompute_after or 0
+        return turn, int(bool(attrs.recompute_after))
+
+
+def format_defines(format: str) -> tuple[str, ...]:
+    """The macros of kernels that read weights in ``format``."""
+    return (f"FORMAT={number_of(format)}", *["HALF"] * (format != "bf16"))
+
+
+def cache_define(call: Call) -> str:
+    """The macro for the format of a call's cache."""
+    dtype = str(call.cache["k"].dtype)
+    if dtype not in CACHE_CODES:
+        raise UsageError("run.cache-dtype", f"a cache of {dtype} cannot be read")
+    return f"CACHE={CACHE_CODES[dtype]}"

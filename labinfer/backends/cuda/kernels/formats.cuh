@@ -1,0 +1,189 @@
+// Weights in their stored formats, as layout.py lays them out: planes, one after another, of all rows' blocks of 32
+// columns. FORMAT is one of the numbers below.
+#define F32 0
+#define F16 1
+#define BF16 2
+#define Q8_0 3
+#define Q4_0 4
+#define Q4_1 5
+#define Q5_0 6
+#define Q5_1 7
+#define Q4_K 8
+#define Q5_K 9
+#define Q6_K 10
+#define PLAIN (FORMAT <= BF16)
+#define NIBBLES (FORMAT >= Q4_0)
+
+// A matrix [rows, columns] whose first plane is at `at`; blocks is columns / 32, rounded up.
+struct Matrix {
+    const u8 *at;
+    int rows, columns, blocks;
+};
+DEV Matrix matrix(const u8 *at, int rows, int columns) { return {at, rows, columns, (columns + 31) / 32}; }
+// Where a plane begins that follows `before` bytes for every block.
+DEV const u8 *plane(const Matrix &w, int before) { return w.at + (size_t)w.rows * w.blocks * before; }
+
+// A number is code * d + m, with other d and m for the first and last 16 columns of a block.
+struct Scales {
+    float d0, m0, d1, m1;
+};
+#if !(FORMAT <= BF16)
+#if FORMAT == Q8_0
+#define CODE_BYTES 32
+#elif FORMAT == Q5_0 || FORMAT == Q5_1 || FORMAT == Q5_K
+#define CODE_BYTES 20
+#elif FORMAT == Q6_K
+#define CODE_BYTES 24
+#else
+#define CODE_BYTES 16
+#endif
+// What is taken off a code: codes are then signed.
+#define ZERO (FORMAT == Q4_0 ? 8 : FORMAT == Q5_0 ? 16 : FORMAT == Q6_K ? 32 : 0)
+
+// A block's scales as they are stored: at most two words.
+DEV uint2 load_scales(const Matrix &w, size_t row, int block) {
+    size_t b = row * w.blocks + block;
+    const u8 *p = plane(w, CODE_BYTES);
+#if FORMAT == Q4_1 || FORMAT == Q5_1
+    return make_uint2(__ldg((const u32 *)p + b), 0);
+#elif FORMAT == Q6_K
+    return make_uint2(__ldg((const u16 *)p + b), __ldg((const u16 *)plane(w, CODE_BYTES + 2) + b / 8));
+#elif FORMAT == Q4_K || FORMAT == Q5_K
+    return make_uint2(__ldg((const u16 *)p + b), __ldg((const u32 *)plane(w, CODE_BYTES + 2) + b / 8));
+#else
+    return make_uint2(__ldg((const u16 *)p + b), 0);
+#endif
+}
+DEV Scales scales_of(uint2 stored) {
+#if FORMAT == Q8_0 || FORMAT == Q4_0 || FORMAT == Q5_0
+    float d = from_f16(stored.x);
+    return {d, 0.f, d, 0.f};
+#elif FORMAT == Q4_1 || FORMAT == Q5_1
+    float d = from_f16(stored.x & 0xffff), m = from_f16(stored.x >> 16);
+    return {d, m, d, m};
+#elif FORMAT == Q6_K
+    float d = from_f16(stored.y);
+    return {d * (signed char)(stored.x & 0xff), 0.f, d * (signed char)(stored.x >> 8), 0.f};
+#else
+    float d = from_f16(stored.y & 0xffff) * (stored.x & 0xff), m = -from_f16(stored.y >> 16) * (stored.x >> 8);
+    return {d, m, d, m};
+#endif
+}
+// Element j of a block of codes.
+DEV int code_at(const Matrix &w, size_t row, int block, int j) {
+    size_t b = row * w.blocks + block;
+#if FORMAT == Q8_0
+    return ((const signed char *)w.at)[b * 32 + j];
+#else
+    int code = w.at[b * 16 + j % 16] >> (j / 16 * 4) & 15;
+#if CODE_BYTES == 20
+    code |= (((const u32 *)plane(w, 16))[b] >> j & 1) << 4;
+#elif CODE_BYTES == 24
+    code |= (plane(w, 16)[b * 8 + j % 8] >> (j / 8 * 2) & 3) << 4;
+#endif
+    return code - ZERO;
+#endif
+}
+#endif
+
+// One number, exactly as stored.
+DEV float weight_at(const Matrix &w, size_t row, int column) {
+#if FORMAT == F32
+    return ((const float *)w.at)[row * w.columns + column];
+#elif FORMAT == F16
+    return from_f16(((const u16 *)w.at)[row * w.blocks * 32 + column]);
+#elif FORMAT == BF16
+    return from_bf16(((const u16 *)w.at)[row * w.blocks * 32 + column]);
+#else
+    Scales s = scales_of(load_scales(w, row, column / 32));
+    int j = column % 32;
+    return code_at(w, row, column / 32, j) * (j < 16 ? s.d0 : s.d1) + (j < 16 ? s.m0 : s.m1);
+#endif
+}
+
+#if FORMAT != F32
+// A block of 32 columns as it is loaded, and then as 16 pairs in the number type of products: of each four columns the
+// pairs are (0, 1), (2, 3) in plain formats and (0, 2), (1, 3) in the others; QUAD puts activations in that order.
+struct Raw {
+#if PLAIN
+    uint4 v[4];
+#else
+    uint4 codes;
+#if FORMAT == Q8_0
+    uint4 more;
+#elif CODE_BYTES == 20
+    u32 more;
+#elif CODE_BYTES == 24
+    uint2 more;
+#endif
+    uint2 scales;
+#endif
+};
+DEV Raw load_block(const Matrix &w, size_t row, int block) {
+    Raw r;
+    size_t b = row * w.blocks + block;
+#if PLAIN
+    #pragma unroll
+    for (int i = 0; i < 4; i++) r.v[i] = __ldg((const uint4 *)w.at + b * 4 + i);
+#elif FORMAT == Q8_0
+    r.codes = __ldg((const uint4 *)w.at + b * 2);
+    r.more = __ldg((const uint4 *)w.at + b * 2 + 1);
+    r.scales = load_scales(w, row, block);
+#else
+    r.codes = __ldg((const uint4 *)w.at + b);
+#if CODE_BYTES == 20
+    r.more = __ldg((const u32 *)plane(w, 16) + b);
+#elif CODE_BYTES == 24
+    r.more = __ldg((const uint2 *)plane(w, 16) + b);
+#endif
+    r.scales = load_scales(w, row, block);
+#endif
+    return r;
+}
+#if !PLAIN  // products are in f16, which scales and all codes fit
+DEV u32 fma_two(u32 a, u32 b, u32 c) { u32 r; asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c)); return r; }
+// Two codes, in the low bytes of each half, as signed numbers: 1024 + code is exact in f16, and so is the difference.
+DEV u32 signed_two(u32 codes, float zero) { return fma_two(codes | 0x64006400u, 0x3c003c00u, two_f16(-1024.f - zero, -1024.f - zero)); }
+#endif
+DEV void unpack(const Raw &r, u32 (&v)[16]) {
+#if PLAIN
+    #pragma unroll
+    for (int i = 0; i < 4; i++) v[4 * i] = r.v[i].x, v[4 * i + 1] = r.v[i].y, v[4 * i + 2] = r.v[i].z, v[4 * i + 3] = r.v[i].w;
+#else
+    Scales s = scales_of(r.scales);
+    u32 d0 = two_f16(s.d0, s.d0), d1 = two_f16(s.d1, s.d1), m0 = two_f16(s.m0, s.m0), m1 = two_f16(s.m1, s.m1);
+    u32 c[4] = {r.codes.x, r.codes.y, r.codes.z, r.codes.w};
+    #pragma unroll
+    for (int i = 0; i < 8; i++) {
+        u32 d = i < 4 ? d0 : d1, m = i < 4 ? m0 : m1, even, odd;
+#if FORMAT == Q8_0
+        u32 h[4] = {r.more.x, r.more.y, r.more.z, r.more.w}, word = (i < 4 ? c[i] : h[i - 4]) ^ 0x80808080u;
+        even = signed_two(word & 0x00ff00ffu, 128.f);
+        odd = signed_two(word >> 8 & 0x00ff00ffu, 128.f);
+#else
+        u32 word = c[i % 4] >> (i / 4 * 4);
+        u32 first = word & 0x000f000fu, second = word >> 8 & 0x000f000fu;
+#if CODE_BYTES == 20  // bits 4 i .. 4 i + 3 of `more` are the fifth ones
+        u32 five = r.more >> (4 * i);
+        first |= (five & 1) << 4 | (five & 4) << 18;
+        second |= (five & 2) << 3 | (five & 8) << 17;
+#elif CODE_BYTES == 24  // byte j % 8 of `more` has, at 2 (j / 8), the high bits of column j
+        u32 high = (i & 1 ? r.more.y : r.more.x) >> (i / 2 * 2);
+        first |= (high & 0x00030003u) << 4;
+        second |= (high >> 8 & 0x00030003u) << 4;
+#endif
+        even = signed_two(first, ZERO);
+        odd = signed_two(second, ZERO);
+#endif
+        v[2 * i] = fma_two(even, d, m);
+        v[2 * i + 1] = fma_two(odd, d, m);
+    }
+#endif
+}
+// Four activations as the two pairs that meet `unpack`'s.
+#if PLAIN
+DEV uint2 quad(float a, float b, float c, float d) { return make_uint2(two(a, b), two(c, d)); }
+#else
+DEV uint2 quad(float a, float b, float c, float d) { return make_uint2(two(a, c), two(b, d)); }
+#endif
+#endif

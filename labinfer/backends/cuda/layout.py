@@ -1,0 +1,99 @@
+"""How this backend lays out weights and numbers things for its kernels: sizes only, so that compiling needs no GPU.
+
+A matrix keeps its stored numbers, row by row. Plain 16-bit rows are padded with zeros to a multiple of 32 columns.
+Block formats are cut into planes, each for all rows' blocks of 32 columns: codes (16 bytes of nibbles, byte ``j`` with
+column ``j`` in its low and ``j + 16`` in its high half, or 32 bytes of int8), further bits of the codes, and scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from labinfer.errors import WeightsError
+from labinfer.ops.activations import FUNCTIONS
+
+FORMATS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
+"""Formats that kernels read; their numbers there (``kernels/formats.cuh``) are their places here."""
+
+ACTIVATION_CODES = {name: code for code, name in enumerate(FUNCTIONS)}
+"""The number that stands for an activation in a kernel."""
+
+CACHE_CODES = {"float32": 0, "float16": 1, "uint16": 2}
+"""``CACHE`` of the kernels, by the numpy dtype of a cache's array; bf16 travels as uint16."""
+
+EIGHT_BLOCKS = {
+    "q8_0": 8 * 34, "q4_0": 8 * 18, "q4_1": 8 * 20, "q5_0": 8 * 22, "q5_1": 8 * 24,
+    "q4_k": 8 * 18 + 4, "q5_k": 8 * 22 + 4, "q6_k": 8 * 26 + 2,
+}  # fmt: skip
+"""Bytes of 256 columns in the block formats; K-quants have scales unpacked to a byte each."""
+
+ALIGNMENT = 256
+"""Bytes: what weights and scratch memory are rounded up to."""
+
+FEW_TOKENS = 8
+"""So many tokens go through the kernel that reads weights straight into fragments; more through tiles."""
+
+FEW_SHARED_BYTES = 100_000
+"""Activations of such a product that a block can keep in shared memory, beside another block's."""
+
+STREAM_CHUNK = 2048
+"""Columns of a tile that come to shared memory at once, where weights come by bulk copies (``stream.cu``)."""
+
+CUBLAS_BYTES = 32 << 20
+"""cuBLAS's scratch memory, as NVIDIA recommends for Hopper."""
+
+
+def rounded(nbytes: int) -> int:
+    """``nbytes`` rounded up to whole pieces of memory."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def number_of(format: str) -> int:
+    """The kernels' number of ``format``; raises WeightsError for one that they cannot read."""
+    if format not in FORMATS:
+        message = f"the CUDA backend has no kernel for weights in format '{format}'"
+        raise WeightsError("weights.unsupported-format", message, remedy="it has: " + ", ".join(FORMATS))
+    return FORMATS.index(format)
+
+
+def pitch(columns: int) -> int:
+    """Numbers from row to row of a 16-bit matrix."""
+    return -(-columns // 32) * 32
+
+
+def matrix_bytes(format: str, rows: int, columns: int) -> int:
+    """Bytes of one matrix [rows, columns]."""
+    number_of(format)
+    if format in EIGHT_BLOCKS:
+        return rounded(-(-rows * columns * EIGHT_BLOCKS[format] // 256))
+    return rounded(rows * columns * 4 if format == "f32" else rows * pitch(columns) * 2)
+
+
+def weight_bytes(format: str, shape: Sequence[int]) -> int:
+    """Bytes that a stored tensor of ``shape`` takes here: its matrices, or a vector as float32."""
+    if len(shape) < 2:
+        return rounded(4 * prod(shape))
+    return prod(shape[:-2]) * matrix_bytes(format, shape[-2], shape[-1])
+
+
+def fits_few(format: str, tokens: int, columns: int) -> bool:
+    """Whether a product with ``tokens`` rows goes through the kernel for few tokens."""
+    if format == "f32" or tokens > FEW_TOKENS:
+        return False
+    return few_tokens(tokens) * few_row_bytes(columns) <= FEW_SHARED_BYTES
+
+
+def few_tokens(tokens: int) -> int:
+    """Tokens that the kernel for few is compiled for."""
+    return 1 << (tokens - 1).bit_length()
+
+
+def few_row_bytes(columns: int) -> int:
+    """Bytes of shared memory for one token's activations there."""
+    return (-(-columns // 128) * 32 + 1) * 8
+
+
+def stream_shared_bytes(tokens: int, columns: int) -> int:
+    """Bytes of shared memory for a tile of 16 rows and the activations it meets."""
+    return 2 * (16 * min(STREAM_CHUNK, columns) + tokens * (STREAM_CHUNK + 32))

@@ -1,0 +1,68 @@
+"""Device memory by CuPy, and copies through pinned host memory."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import cupy
+import numpy as np
+from cupy.cuda import runtime
+
+from labinfer.backends.base import Allocator
+
+SLOT_BYTES, SLOTS = 4 << 20, 8
+"""Pieces of pinned memory that copies to the device go through in turn."""
+
+
+class CudaAllocator(Allocator):
+    """Plain device memory: no pool, so that what is counted is what is taken."""
+
+    def reserve(self, nbytes: int) -> Any:
+        """Zeroed device memory."""
+        try:
+            memory = cupy.cuda.Memory(max(nbytes, 1))
+        except (runtime.CUDARuntimeError, cupy.cuda.memory.OutOfMemoryError) as error:
+            raise MemoryError from error
+        runtime.memset(memory.ptr, 0, max(nbytes, 1))
+        return memory
+
+
+class PinnedRing:
+    """Copies host arrays to the device in the order of a stream: each through the next free piece of pinned memory."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.lock = stream, threading.Lock()
+        self.memory = cupy.cuda.alloc_pinned_memory(SLOT_BYTES * SLOTS)
+        self.bytes = np.frombuffer(self.memory, np.uint8, SLOT_BYTES * SLOTS)
+        self.events = [cupy.cuda.Event(block=False, disable_timing=True) for _ in range(SLOTS)]
+        self.slot, self.used = 0, 0
+
+    def copy(self, host: np.ndarray, target: int, rows: int, row_bytes: int, target_row: int) -> None:
+        """``rows`` rows of ``host``, uint8 without gaps, to address ``target``, there ``target_row`` bytes apart."""
+        per_piece = max(1, SLOT_BYTES // max(row_bytes, 1))
+        with self.lock:
+            if target_row == row_bytes:  # one piece of memory: cut anywhere
+                for start in range(0, rows * row_bytes, SLOT_BYTES):
+                    size = min(SLOT_BYTES, rows * row_bytes - start)
+                    at = self.stage(host[start : start + size])
+                    runtime.memcpyAsync(target + start, at, size, runtime.memcpyHostToDevice, self.stream.ptr)
+                return
+            for row in range(0, rows, per_piece):
+                count = min(per_piece, rows - row)
+                at = self.stage(host[row * row_bytes : (row + count) * row_bytes])
+                runtime.memcpy2DAsync(
+                    target + row * target_row, target_row, at, row_bytes, row_bytes, count,
+                    runtime.memcpyHostToDevice, self.stream.ptr,
+                )  # fmt: skip
+
+    def stage(self, host: np.ndarray) -> int:
+        """Put bytes into pinned memory; where they are."""
+        if self.used + host.nbytes > SLOT_BYTES:
+            self.events[self.slot].record(self.stream)
+            self.slot, self.used = (self.slot + 1) % SLOTS, 0
+            self.events[self.slot].synchronize()
+        start = self.slot * SLOT_BYTES + self.used
+        self.bytes[start : start + host.nbytes] = host
+        self.used += -(-host.nbytes // 64) * 64
+        return int(self.memory.ptr) + start

@@ -1,0 +1,101 @@
+"""Every kernel compiles for every kind of GPU, without spilling and within its registers; needs no GPU."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from labinfer.backends.cuda import compile, nvrtc
+from labinfer.backends.cuda.compile import Source
+from labinfer.backends.cuda.layout import FORMATS
+from labinfer.errors import LabinferError
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+
+
+def product(file: str, format: str, *defines: str) -> Source:
+    half = ("HALF",) * (format != "bf16")
+    return Source(file, (f"FORMAT={FORMATS.index(format)}", *half, *defines))
+
+
+def attention(head_dim: int, value_dim: int, lanes: int, cache: int) -> Source:
+    shape = (f"HEAD_DIM={head_dim}", f"VALUE_DIM={value_dim}", f"LANES={lanes}", "HEADS=4", f"CACHE={cache}")
+    return Source("attention", shape)
+
+
+SOURCES = {
+    "elementwise": (Source("elementwise"), 32),
+    "narrow": (Source("elementwise", ("HALF",)), 32),
+    "norm": (Source("norm"), 32),
+    "norm-narrow": (Source("norm", ("NARROW",)), 32),
+    "plain": (Source("plain"), 64),
+    "plain-experts": (Source("plain", ("EXPERTS",)), 64),
+    "moe": (Source("moe"), 64),
+    "greedy": (Source("greedy"), 64),
+    **{f"rope-{turn}": (Source("rope", (f"TURN={turn}", "CACHE=2")), 72) for turn in range(3)},
+    **{f"attention-{cache}": (attention(64, 64, 8, cache), 168) for cache in range(3)},
+    "attention-cluster": (Source("attention", (*attention(64, 64, 8, 2).defines, "CLUSTER=8", "TURN=0")), 168),
+    **{f"prefill-{dim}": (Source("prefill", (f"HEAD_DIM={dim}", f"VALUE_DIM={dim}")), 255) for dim in (64, 128, 256)},
+    "prefill-half": (Source("prefill", ("HEAD_DIM=64", "VALUE_DIM=64", "HALF", "SOFTCAP")), 168),
+    **{f"stream-{n}": (Source("stream", (f"TOKENS={n}", "CLUSTER=1", "NORM", "GLU")), 128) for n in (1, 2, 4, 8)},
+    "stream-cluster": (Source("stream", ("TOKENS=1", "CLUSTER=2", "ADD")), 128),
+    "attention-wide": (attention(256, 256, 32, 2), 168),
+    "attention-odd": (attention(20, 12, 4, 0), 168),
+    **{f"mla-{format}": (product("mla", format, "CACHE=2"), 64) for format in ("f32", "bf16", "q4_k")},
+    **{f"embedding-{format}": (product("embedding", format), 32) for format in FORMATS},
+    **{
+        f"few-{format}": (product("few", format, "TOKENS=1", "NORM", "GLU", "TILE_WARPS=2"), 128)
+        for format in FORMATS[1:]
+    },
+    **{
+        f"few-{tokens}": (product("few", "q4_0", f"TOKENS={tokens}", "ADD", "TILE_WARPS=8"), 128)
+        for tokens in (2, 4, 8)
+    },
+    **{f"tiles-{format}": (product("tiles", format), 168) for format in FORMATS[1:]},
+    "tiles-experts": (product("tiles", "q4_k", "EXPERTS"), 168),
+}
+"""Each with the registers that a thread may take."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiler() -> None:
+    try:
+        nvrtc.library()
+    except LabinferError as error:
+        pytest.skip(f"{error.message}; {error.remedy}")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", SOURCES)
+def test_compiles_without_spills(name: str, arch: str) -> None:
+    source, budget = SOURCES[name]
+    if arch == "sm_80" and any(define.startswith("CLUSTER") for define in source.defines):
+        return  # only launched where there are clusters
+    _, log = nvrtc.compile(source.text(), source.file, arch, source.defines)
+    used = [int(number) for number in re.findall(r"Used (\d+) registers", log)]
+    assert used
+    assert max(used) <= budget
+    assert set(re.findall(r"(\d+) bytes spill", log)) == {"0"}
+
+
+def test_every_kernel_is_compiled_here() -> None:
+    files = {path.stem for path in compile.FOLDER.glob("*.cu")}
+    assert files == {source.file for source, _ in SOURCES.values()}
+
+
+def test_machine_code_is_kept_by_content(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source("greedy")
+    made = compile.cubin(source, "sm_90")
+    [file] = (home / "cuda").iterdir()
+    file.write_bytes(b"kept")
+    assert compile.cubin(source, "sm_90") == b"kept"
+    assert compile.cubin(source, "sm_80") != made
+    monkeypatch.setattr(compile, "_read", lambda name: (compile.FOLDER / name).read_text("utf-8") + "\n")
+    assert compile.cubin(source, "sm_90") == made
+
+
+def test_a_kernel_that_does_not_compile_says_why() -> None:
+    with pytest.raises(nvrtc.CompileError, match=r"nonsense\.cu"):
+        nvrtc.compile("int f() { return g(); }", "nonsense", "sm_90", ())
