@@ -22,10 +22,12 @@ from labinfer.ops.dequantization import dequantize
 from labinfer.profile import measure
 from labinfer.profile.grid import MOST_CACHED_TOKENS, grid_for
 from labinfer.profile.quiet import Patience
+from labinfer.profile.sample import layer_ops, sampled
 from labinfer.profile.session import profile_device, profile_links
 from labinfer.profile.synthetic import BYTES, SyntheticCheckpoint
 from labinfer.profile.validate import validate_plan
 from labinfer.progress import silent
+from labinfer.runtime.model import Model
 
 _GOLDEN = Path(__file__).parent / "golden"
 _MODEL = _GOLDEN / "llama-llama3"
@@ -170,3 +172,20 @@ def test_the_command_measures_and_validates(
     assert labinfer_cli("compile", _MODEL, "--devices", "reference", "--max-num-batched-tokens", 16).returncode == 0
     checked = labinfer_cli("profile", "plan.json", "--quick", "--validate")
     assert "median error of" in checked.stdout
+
+
+@pytest.mark.parametrize(
+    "folder", ["llama-llama3", "gemma3_text-linear_global", "deepseek_v2-group_limited", "gpt2-untied_inner"]
+)
+def test_a_sample_of_layers_has_every_kind_of_op_and_runs(folder: str) -> None:
+    plan = labinfer.compile(_GOLDEN / folder, devices="reference", **_SMALL)
+    part = sampled(plan, 1)
+    layers, kept = (layer_ops(each.stages[0]) for each in (plan, part))
+    assert 0 < len(kept) < len(layers)
+    signatures = [
+        {stage_signer(each, each.stages[0]).signature(op) for op in stage_ops(each.stages[0])} for each in (plan, part)
+    ]
+    assert signatures[0] == signatures[1]
+    with Model(part, SyntheticCheckpoint(part)) as model:
+        assert np.isfinite(model.logits([1, 2, 3])).all()
+    assert sampled(plan) is plan
