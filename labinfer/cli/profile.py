@@ -108,7 +108,7 @@ def show_profile(name: str, profile: DeviceProfile) -> None:
     from labinfer.compiler.costs.store import profile_path
 
     out = current()
-    facts = ", ".join(f"{key} {value}" for key, value in profile.device.items() if value is not None)
+    facts = ", ".join(f"{key} {value}" for key, value in profile.device if value is not None)
     out.data(f"{name}: {facts}")
     out.data(f"{len(profile.ops)} ops in {profile_path(profile.device)}")
     rows = []

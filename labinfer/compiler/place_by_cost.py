@@ -142,12 +142,12 @@ def problem_of(
                 link = goal.links[source.name, target.name]
                 links[source.name, target.name] = Link(link.latency + entering[target.name], link.bandwidth)
     return Problem(
-        layers=layers_of(graph, units, targets[0], limits, work),
+        layers=layers_of(graph, units, targets, limits, work),
         devices=tuple(devices),
         workload=work.unit(goal.objective, len(targets), limits),
         links=links,
         pins=pins_of(units, targets, goal.pins),
-        tied_bytes=tied_bytes(graph, units, targets[0]),
+        tied_bytes=tied_bytes(graph, units, targets),
     )
 
 
@@ -169,7 +169,7 @@ def unit_seconds(unit: Unit, target: Target, costs: Costs, signer: Signer, step:
 
 
 def layers_of(
-    graph: OpGraph, units: Sequence[Unit], target: Target, limits: Limits, work: Workload
+    graph: OpGraph, units: Sequence[Unit], targets: Sequence[Target], limits: Limits, work: Workload
 ) -> tuple[Layer, ...]:
     """Bytes of each unit: weights, cache per token, and what it hands on per token.
 
@@ -188,7 +188,7 @@ def layers_of(
             group = limits.groups[state.group]
             kept = limits.blocks_needed(group, length) / -(-length // limits.block_size)
             cache += kept * state.width * limits.cache_bytes_per_number
-        weights = sum(weight_bytes(graph, name, target) for name in unit_weights(unit))
+        weights = sum(weight_bytes(graph, name, targets) for name in unit_weights(unit))
         found.append(Layer(unit.name, weights, round(cache), sum(kind.nbytes(1, 1) for kind in crossing)))
     return tuple(found)
 
@@ -198,16 +198,16 @@ def unit_weights(unit: Unit) -> list[str]:
     return list(dict.fromkeys(name for op in unit.ops for part in op.primitives() for name in part.weights.values()))
 
 
-def weight_bytes(graph: OpGraph, name: str, target: Target) -> int:
-    """Bytes of a weight on a device."""
+def weight_bytes(graph: OpGraph, name: str, targets: Sequence[Target]) -> int:
+    """Bytes of a weight, on the device where it takes most: layouts hardly differ, and what fits must fit for sure."""
     weight = graph.weights[name]
-    return target.weight_bytes(weight.format, weight.shape)
+    return max(target.weight_bytes(weight.format, weight.shape) for target in targets)
 
 
-def tied_bytes(graph: OpGraph, units: Sequence[Unit], target: Target) -> int:
+def tied_bytes(graph: OpGraph, units: Sequence[Unit], targets: Sequence[Target]) -> int:
     """Bytes of weights that the first and the last unit share."""
     shared = set(unit_weights(units[0])) & set(unit_weights(units[-1])) if len(units) > 1 else set()
-    return sum(weight_bytes(graph, name, target) for name in shared)
+    return sum(weight_bytes(graph, name, targets) for name in shared)
 
 
 def pins_of(units: Sequence[Unit], targets: Sequence[Target], pins: Sequence[Pin]) -> dict[str, str]:
