@@ -119,6 +119,7 @@ def test_a_placement_states_what_it_was_decided_by(tmp_path: Path, objective: st
     assert set(found.reasons) == {"fast", "slow", "slower"}
     assert set(plan.devices) == {stage.device for stage in plan.stages}  # those that do not help are left out
     assert found.origins["fast"] == "derived"
+    assert found.value >= max(each.unit for each in found.stages) * (1 - 1e-6)
     latency = sum(each.unit for each in found.stages)
     hops = zip(found.stages, found.stages[1:], strict=False)
     if objective == "latency":
@@ -159,6 +160,14 @@ def test_a_damaged_placement_never_gives_a_traceback(tmp_path_factory: pytest.Te
         read = load_plan(folder / "damaged.json")
         list(placement_lines(read, 100))
         render(read, "perfetto")
+
+
+def test_many_devices_are_placed_in_a_moment(tmp_path: Path) -> None:
+    devices = "".join(f"  d{n}: {{like: {'t4' if n % 3 else 'l4'}, memory: 2MB, host: h{n % 4}}}\n" for n in range(26))
+    plan = _compile(tmp_path, f"devices:\n{devices}", "prompt=32,output=2000,concurrency=4", objective="throughput")
+    assert plan.placement is not None
+    assert len(plan.placement.reasons) == 26
+    assert 0 < plan.placement.lower_bound <= plan.placement.value
 
 
 def test_memory_caps_hold_and_say_what_is_missing(tmp_path: Path) -> None:

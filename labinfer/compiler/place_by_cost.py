@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import groupby
+from math import ceil
 
 from labinfer.compiler.costs import Costs, LinkProfile, Signer, StepShape
 from labinfer.compiler.fold import GRAPH_INPUTS
@@ -13,12 +14,19 @@ from labinfer.compiler.graph import Op, OpGraph
 from labinfer.compiler.partition import Device, DeviceKind, Layer, Link, Objective, Partition, Problem, partition
 from labinfer.compiler.partition.explain import Explanation, explain
 from labinfer.compiler.partition.simulate import Simulation, rank
+from labinfer.compiler.partition.solve import objective_value
 from labinfer.compiler.plan import Limits
 from labinfer.compiler.target import Placement, Target
 from labinfer.compiler.workload import Workload
 from labinfer.errors import DoesNotFit, InvalidFile, Place, UsageError
 from labinfer.ops.base import TensorType
 from labinfer.ops.fusions import is_view
+
+MOST_EXPLAINED = 24
+"""Devices of a problem that is solved again without each of them, and with more of it."""
+
+FEWEST_UNITS, MOST_UNITS, MOST_EVENTS = 8, 64, 200_000
+"""Units of work that are simulated, and how many visits of stages they may take together."""
 
 NO_CAP = 1 << 60
 """Bytes of a device whose memory nobody limits."""
@@ -84,16 +92,32 @@ def place_by_cost(
     units = split(graph)
     problem = problem_of(graph, units, targets, limits, goal, reserved)
     best = partition(problem, goal.objective)
-    told = explain(problem, best)
-    candidates = [best, *told.runner_ups]
-    if goal.objective is Objective.LATENCY:
-        (_, served), *_ = rank(problem, [best])
-        return PlacedByCost(units, problem, best, told, served)
-    candidates.append(partition(problem, Objective.LATENCY))
-    chosen, served = rank(problem, candidates)[0]
+    told = tell(problem, best)
+    candidates = [best]
+    if goal.objective is not Objective.LATENCY:
+        candidates += told.runner_ups
+        candidates.append(restated(problem, partition(problem, Objective.LATENCY), best))
+    visits = sum(map(ceil, (problem.workload.prefill_steps, problem.workload.decode_steps))) * len(targets)
+    chosen, served = rank(problem, candidates, units=max(FEWEST_UNITS, min(MOST_UNITS, MOST_EVENTS // visits)))[0]
     if chosen is not best:
-        told = explain(problem, chosen)
+        told = tell(problem, chosen)
     return PlacedByCost(units, problem, chosen, told, served)
+
+
+def tell(problem: Problem, plan: Partition) -> Explanation:
+    """Why a plan is as it is; of many devices that would take too long."""
+    if len(problem.devices) > MOST_EXPLAINED:
+        reasons = dict.fromkeys((device.name for device in problem.devices), "refused: a better plan was found")
+        reasons |= {stage.device: "used" for stage in plan.stages}
+        return Explanation((), reasons, ())
+    return explain(problem, plan)
+
+
+def restated(problem: Problem, plan: Partition, best: Partition) -> Partition:
+    """A plan that was found for another objective, as a plan for that of ``best``, whose bound holds for it too."""
+    value = objective_value(problem, best.objective, plan.latency, plan.bottleneck)
+    bound = min(best.lower_bound, value)
+    return replace(plan, objective=best.objective, value=value, lower_bound=bound, bound_kind=best.bound_kind)
 
 
 def split(graph: OpGraph) -> list[Unit]:
