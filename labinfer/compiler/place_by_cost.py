@@ -22,6 +22,9 @@ from labinfer.errors import DoesNotFit, InvalidFile, Place, UsageError
 from labinfer.ops.base import TensorType
 from labinfer.ops.fusions import is_view
 
+EFFORT_SECONDS = 2.0
+"""How long a placement is searched for where no exact algorithm fits."""
+
 MOST_EXPLAINED = 24
 """Devices of a problem that is solved again without each of them, and with more of it."""
 
@@ -91,12 +94,13 @@ def place_by_cost(
     """
     units = split(graph)
     problem = problem_of(graph, units, targets, limits, goal, reserved)
-    best = partition(problem, goal.objective)
+    best = partition(problem, goal.objective, effort_seconds=EFFORT_SECONDS)
     told = tell(problem, best)
     candidates = [best]
     if goal.objective is not Objective.LATENCY:
+        quickest = partition(problem, Objective.LATENCY, effort_seconds=EFFORT_SECONDS)
         candidates += told.runner_ups
-        candidates.append(restated(problem, partition(problem, Objective.LATENCY), best))
+        candidates.append(restated(problem, quickest, best))
     visits = sum(map(ceil, (problem.workload.prefill_steps, problem.workload.decode_steps))) * len(targets)
     chosen, served = rank(problem, candidates, units=max(FEWEST_UNITS, min(MOST_UNITS, MOST_EVENTS // visits)))[0]
     if chosen is not best:
