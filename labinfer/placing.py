@@ -39,18 +39,18 @@ def cluster_target(cluster: Cluster, name: str, device: ClusterDevice) -> Target
     """One device; an unknown one is told with its place in the file."""
     place = cluster.place("devices", name)
     if device.like is not None:
-        spec = specification(device.like)
+        spec = specification(device.like, cluster.place("devices", name, "like"))
         return Target(
             name, device.like, "stored", stored_bytes, (), no_workspace,
             ("f32", "bf16", "f16"), no_tables, None, memory=device.memory or spec.memory, declared=f"like {spec.name}",
         )  # fmt: skip
-    profile = foreign_profile(cluster, device)
-    kind = str(profile.device.get("kind", "")) if profile else name.partition(":")[0]
+    profile = foreign_profile(cluster, name)
+    kind = profile.device.kind if profile else name.partition(":")[0]
     if kind not in BACKENDS:
         remedy = did_you_mean(kind, BACKENDS) or f"real devices: {', '.join(BACKENDS)}; declare others with 'like'"
         raise InvalidFile("cluster.device", f"there is no device '{name}'", place=place, remedy=remedy)
     target = real_target(kind if profile else name)
-    threads = profile.device.get("threads") if profile else device.threads or shared_threads(target, device.share)
+    threads = profile.device.threads if profile else device.threads or shared_threads(target, device.share)
     declared = f"as measured elsewhere, {device.profile}" if profile else None
     return replace(target, name=name, threads=threads, memory=device.memory, declared=declared)
 
@@ -70,9 +70,15 @@ def no_tables(attrs: object, max_model_len: int) -> int:
     return 0
 
 
-def foreign_profile(cluster: Cluster, device: ClusterDevice) -> DeviceProfile | None:
-    """The profile that a device names, which lies beside the cluster file."""
-    return None if device.profile is None else load_profile(cluster.file.parent / device.profile)
+def foreign_profile(cluster: Cluster, name: str) -> DeviceProfile | None:
+    """The profile that a device names, which lies beside the cluster file or below; None if it names none."""
+    file = cluster.devices[name].profile
+    if file is None:
+        return None
+    if Path(file).is_absolute() or ".." in Path(file).parts:
+        place = cluster.place("devices", name, "profile")
+        raise InvalidFile("cluster.profile", f"'{file}' does not lie beside the cluster file", place=place)
+    return load_profile(cluster.file.parent / file)
 
 
 def goal_of(cluster: Cluster, targets: Sequence[Target], objective: str, workload: Workload) -> Goal:
@@ -94,7 +100,7 @@ def device_costs(cluster: Cluster, target: Target) -> Costs:
     device = cluster.devices[target.name]
     if device.like is not None:
         return Roofline(specification(device.like), device.share)
-    profile = foreign_profile(cluster, device)
+    profile = foreign_profile(cluster, target.name)
     if profile is not None:
         return Measured(profile, "borrowed")
     return Measured(stored_profile(fingerprint(target.name, target.threads)))

@@ -13,19 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import labinfer
-from labinfer.compiler.costs import CostTable, DeviceProfile, Measured, StepShape, load_profile
+from labinfer.compiler.costs import CostTable, DeviceProfile, Fingerprint, Measured, StepShape, load_profile
 from labinfer.compiler.costs.plans import predict_plan, stage_ops, stage_signer
 from labinfer.compiler.costs.store import profile_path, store_profile
 from labinfer.compiler.costs.table import interpolate
-from labinfer.errors import LabinferError
+from labinfer.errors import LabinferError, UsageError
 from labinfer.ops.dequantization import dequantize
 from labinfer.profile import measure
 from labinfer.profile.grid import MOST_CACHED_TOKENS, grid_for
-from labinfer.profile.quiet import Patience
+from labinfer.profile.quiet import Foreign, Patience
+from labinfer.profile.sample import layer_ops, sampled
 from labinfer.profile.session import profile_device, profile_links
 from labinfer.profile.synthetic import BYTES, SyntheticCheckpoint
 from labinfer.profile.validate import validate_plan
 from labinfer.progress import silent
+from labinfer.runtime.model import Model
 
 _GOLDEN = Path(__file__).parent / "golden"
 _MODEL = _GOLDEN / "llama-llama3"
@@ -126,6 +128,16 @@ def test_validation_compares_every_step_stage_and_op() -> None:
         assert step.measured > 0.5 * sum(op.measured for ops in step.stages for op in ops)
 
 
+def test_patience_is_a_number_of_seconds_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    patience = Patience(0)
+    patience.wait()
+    assert patience.left == 0
+    assert 0 <= Foreign().share() <= 1.1
+    monkeypatch.setenv("LABINFER_PATIENCE", "long")
+    with pytest.raises(UsageError, match="no number of seconds"):
+        Patience()
+
+
 def test_made_up_checkpoints_have_what_a_plan_names() -> None:
     plan = labinfer.compile(_GOLDEN / "mixtral-window", devices="reference")
     checkpoint = SyntheticCheckpoint(plan)
@@ -150,7 +162,9 @@ def test_a_bad_profile_is_told_with_its_file(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.usefixtures("home")
 def test_profiles_are_short_readable_json() -> None:
-    profile = DeviceProfile(device={"kind": "x"}, ops={"op": CostTable(step=[(1, 0, 1e-6, 0.0)])})
+    profile = DeviceProfile(
+        device=Fingerprint(kind="x", machine="y", kernels="1"), ops={"op": CostTable(step=[(1, 0, 1e-6, 0.0)])}
+    )
     text = store_profile(profile).read_text()
     assert json.loads(text)["ops"] == {"op": {"step": [[1, 0, 1e-6, 0.0]]}}
 
@@ -170,3 +184,20 @@ def test_the_command_measures_and_validates(
     assert labinfer_cli("compile", _MODEL, "--devices", "reference", "--max-num-batched-tokens", 16).returncode == 0
     checked = labinfer_cli("profile", "plan.json", "--quick", "--validate")
     assert "median error of" in checked.stdout
+
+
+@pytest.mark.parametrize(
+    "folder", ["llama-llama3", "gemma3_text-linear_global", "deepseek_v2-group_limited", "gpt2-untied_inner"]
+)
+def test_a_sample_of_layers_has_every_kind_of_op_and_runs(folder: str) -> None:
+    plan = labinfer.compile(_GOLDEN / folder, devices="reference", **_SMALL)
+    part = sampled(plan, 1)
+    layers, kept = (layer_ops(each.stages[0]) for each in (plan, part))
+    assert 0 < len(kept) < len(layers)
+    signatures = [
+        {stage_signer(each, each.stages[0]).signature(op) for op in stage_ops(each.stages[0])} for each in (plan, part)
+    ]
+    assert signatures[0] == signatures[1]
+    with Model(part, SyntheticCheckpoint(part)) as model:
+        assert np.isfinite(model.logits([1, 2, 3])).all()
+    assert sampled(plan) is plan

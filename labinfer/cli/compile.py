@@ -67,6 +67,8 @@ def compile_command(
     options = given({**options, "weights": weights, "config": config, "cluster": cluster})
     options |= given({"objective": objective, "workload": workload})
     if cluster is not None:
+        if options.get("devices"):
+            raise UsageError("cli.usage", "the cluster file names the devices; give it or --devices, not both")
         measure(model, cluster, options)
     elif objective or workload:
         raise UsageError("cli.usage", "--objective and --workload need --cluster")

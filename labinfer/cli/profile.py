@@ -13,6 +13,7 @@ from labinfer.errors import UsageError
 
 if TYPE_CHECKING:
     from labinfer.compiler.costs import DeviceProfile
+    from labinfer.compiler.plan import Plan
     from labinfer.render.measured import MeasuredStep, OpTimes
 
 COLUMNS = ("OP", "1 TOKEN µs", "±", "MOST SEQUENCES µs", "LARGEST STEP µs", "± µs")
@@ -47,41 +48,59 @@ def profile(
     labinfer profile plan.json --validate
     labinfer profile model.gguf --cluster cluster.yaml
     """
-    from labinfer.api import ONE_SEQUENCE, find_plan, is_plan
-    from labinfer.profile.quiet import Patience
-    from labinfer.profile.session import profile_cluster, profile_links, profile_plan
-
-    out, patience = current(), Patience()
-    if cluster is not None and (validate or model is None):
-        raise UsageError("cli.usage", "--cluster needs a model, and --validate a plan")
-    with out.progress() as progress:
-        if model is not None and cluster is not None:
-            profiles = profile_cluster(model, cluster, progress, patience, quick=quick, again=again, **options)
-        else:
-            plan = find_plan(
-                model, progress=progress, defaults={} if model and is_plan(model) else ONE_SEQUENCE, **given(options)
-            )
-            source = plan.source.checkpoint or plan.source.maps[0]
-            profiles = profile_plan(plan, source, progress, patience, quick=quick, again=again)
+    if cluster is not None:
+        if validate or model is None or options["devices"] or options["threads"]:
+            raise UsageError("cli.usage", "--cluster takes a model, and names the devices; --validate takes a plan")
+        profiles = measure_cluster(model, cluster, options, quick=quick, again=again)
+    else:
+        plan, profiles = measure_plan(model, options, quick=quick, again=again)
+    out = current()
     if validate:
-        from labinfer.compiler.costs import Measured
-        from labinfer.profile.validate import validate_plan
-        from labinfer.runtime.model import check_devices
-
-        check_devices(plan)
-        links = profile_links({name: device.threads for name, device in plan.devices.items()})
-        costs = {name: Measured(each) for name, each in profiles.items()}
-        steps = validate_plan(plan, costs, links, Patience())
+        steps = run_plan(plan, profiles)
         if as_json:
             out.json([step.model_dump() for step in steps])
-            return
-        show_validation(steps, [stage.device for stage in plan.stages])
-        return
-    if as_json:
+        else:
+            show_validation(steps, [stage.device for stage in plan.stages])
+    elif as_json:
         out.json({name: each.model_dump(mode="json", exclude_defaults=True) for name, each in profiles.items()})
-        return
-    for name, each in profiles.items():
-        show_profile(name, each)
+    else:
+        for name, each in profiles.items():
+            show_profile(name, each)
+
+
+def measure_cluster(model: str, cluster: str, options: dict[str, Any], **how: bool) -> dict[str, DeviceProfile]:
+    """Profiles of the devices of a cluster file that are here."""
+    from labinfer.profile.quiet import Patience
+    from labinfer.profile.session import profile_cluster
+
+    with current().progress() as progress:
+        return profile_cluster(model, cluster, progress, Patience(), **how, **options)
+
+
+def measure_plan(model: str | None, options: dict[str, Any], **how: bool) -> tuple[Plan, dict[str, DeviceProfile]]:
+    """The plan that ``model`` is or becomes, and profiles of its devices."""
+    from labinfer.api import ONE_SEQUENCE, find_plan, is_plan
+    from labinfer.profile.quiet import Patience
+    from labinfer.profile.session import profile_plan
+
+    defaults = {} if model is not None and is_plan(model) else ONE_SEQUENCE
+    with current().progress() as progress:
+        plan = find_plan(model, progress=progress, defaults=defaults, **given(options))
+        source = plan.source.checkpoint or plan.source.maps[0]
+        return plan, profile_plan(plan, source, progress, Patience(), **how)
+
+
+def run_plan(plan: Plan, profiles: dict[str, DeviceProfile]) -> list[MeasuredStep]:
+    """Steps of the plan, as predicted from ``profiles`` and as measured."""
+    from labinfer.compiler.costs import Measured
+    from labinfer.profile.quiet import Patience
+    from labinfer.profile.session import profile_links
+    from labinfer.profile.validate import validate_plan
+    from labinfer.runtime.model import check_devices
+
+    check_devices(plan)
+    links = profile_links({name: device.threads for name, device in plan.devices.items()})
+    return validate_plan(plan, {name: Measured(each) for name, each in profiles.items()}, links, Patience())
 
 
 def show_profile(name: str, profile: DeviceProfile) -> None:
@@ -89,7 +108,7 @@ def show_profile(name: str, profile: DeviceProfile) -> None:
     from labinfer.compiler.costs.store import profile_path
 
     out = current()
-    facts = ", ".join(f"{key} {value}" for key, value in profile.device.items() if value is not None)
+    facts = ", ".join(f"{key} {value}" for key, value in profile.device if value is not None)
     out.data(f"{name}: {facts}")
     out.data(f"{len(profile.ops)} ops in {profile_path(profile.device)}")
     rows = []

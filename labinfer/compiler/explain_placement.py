@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
 
 from labinfer.compiler.costs.plans import StageCost, predict_plan
 from labinfer.compiler.costs.predict import StepShape
 from labinfer.compiler.partition import Partition
+from labinfer.compiler.partition.solve import objective_value
 from labinfer.compiler.place_by_cost import Goal, PlacedByCost
 from labinfer.compiler.placement_record import Change, OtherPlacement, PlannedStep, PlanPlacement, StagePrediction
 from labinfer.compiler.plan import Plan, Stage
+
+SAME = 1e-6
+"""By what part sums may differ that were added up in another order."""
 
 NANOSECONDS = 9
 """Decimals of the seconds in a plan."""
@@ -23,35 +28,55 @@ def record_placement(plan: Plan, placed: PlacedByCost, goal: Goal) -> None:
     costs = [predict_plan(plan, goal.costs, goal.links, step) for step in (decode, prefill)]
     for stage, *phases in zip(plan.stages, *costs, strict=True):
         write_costs(stage, *phases)
-    unit = placed.problem.workload
-    stages = []
-    for run, in_decode, in_prefill in zip(chosen.stages, *costs, strict=True):
-        seconds = unit.decode_steps * in_decode.seconds + unit.prefill_steps * in_prefill.seconds
-        stages.append(
-            StagePrediction(
-                device=run.device, units=(placed.units[run.start].name, placed.units[run.stop - 1].name),
-                decode=rounded(in_decode.seconds), prefill=rounded(in_prefill.seconds),
-                decode_hop=rounded(in_decode.hop), prefill_hop=rounded(in_prefill.hop), unit=rounded(seconds),
-            )
-        )  # fmt: skip
+    value = value_of(placed, goal, *costs)
+    bound = min(chosen.lower_bound, value)
     plan.placement = PlanPlacement(
         objective=goal.objective.value,
         workload=asdict(work),
         decode=planned_step(decode),
         prefill=planned_step(prefill),
-        micro_batches=unit.micro_batches,
-        value=rounded(chosen.value),
-        lower_bound=rounded(chosen.lower_bound),
-        gap=rounded(chosen.gap),
+        micro_batches=placed.problem.workload.micro_batches,
+        value=rounded(value),
+        lower_bound=rounded(bound),
+        gap=rounded(1 - bound / value) if bound < value * (1 - SAME) else 0.0,
         bound_kind=chosen.bound_kind,
         algorithm=chosen.algorithm,
         served=rounded(placed.served.units_per_second * decode.sequences),
-        stages=stages,
+        stages=predictions(placed, *costs),
         origins=origins(placed, goal),
         reasons=placed.told.reasons,
         runner_ups=[other_placement(placed, each) for each in placed.told.runner_ups],
         changes=[Change(what=each.what, value=rounded(each.value)) for each in placed.told.changes],
     )
+
+
+def value_of(placed: PlacedByCost, goal: Goal, decode: Sequence[StageCost], prefill: Sequence[StageCost]) -> float:
+    """The objective, where each stage has its overhead, which the search counts with the hop into it."""
+    unit = placed.problem.workload
+    pairs = list(zip(decode, prefill, strict=True))
+    stages = [unit.decode_steps * a.seconds + unit.prefill_steps * b.seconds for a, b in pairs]
+    hops = [unit.decode_steps * a.hop + unit.prefill_steps * b.hop for a, b in pairs[:-1]]
+    return objective_value(placed.problem, goal.objective, sum(stages + hops), max(stages + hops))
+
+
+def predictions(
+    placed: PlacedByCost, decode: Sequence[StageCost], prefill: Sequence[StageCost]
+) -> list[StagePrediction]:
+    """Each stage by the names of its units, with its seconds."""
+    unit, found = placed.problem.workload, []
+    for run, in_decode, in_prefill in zip(placed.chosen.stages, decode, prefill, strict=True):
+        found.append(
+            StagePrediction(
+                device=run.device,
+                units=(placed.units[run.start].name, placed.units[run.stop - 1].name),
+                decode=rounded(in_decode.seconds),
+                prefill=rounded(in_prefill.seconds),
+                decode_hop=rounded(in_decode.hop),
+                prefill_hop=rounded(in_prefill.hop),
+                unit=rounded(unit.decode_steps * in_decode.seconds + unit.prefill_steps * in_prefill.seconds),
+            )
+        )
+    return found
 
 
 def rounded(seconds: float) -> float:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import groupby
+from math import ceil
 
 from labinfer.compiler.costs import Costs, LinkProfile, Signer, StepShape
 from labinfer.compiler.fold import GRAPH_INPUTS
@@ -13,12 +14,22 @@ from labinfer.compiler.graph import Op, OpGraph
 from labinfer.compiler.partition import Device, DeviceKind, Layer, Link, Objective, Partition, Problem, partition
 from labinfer.compiler.partition.explain import Explanation, explain
 from labinfer.compiler.partition.simulate import Simulation, rank
+from labinfer.compiler.partition.solve import objective_value
 from labinfer.compiler.plan import Limits
 from labinfer.compiler.target import Placement, Target
 from labinfer.compiler.workload import Workload
 from labinfer.errors import DoesNotFit, InvalidFile, Place, UsageError
 from labinfer.ops.base import TensorType
 from labinfer.ops.fusions import is_view
+
+EFFORT_SECONDS = 2.0
+"""How long a placement is searched for where no exact algorithm fits."""
+
+MOST_EXPLAINED = 24
+"""Devices of a problem that is solved again without each of them, and with more of it."""
+
+FEWEST_UNITS, MOST_UNITS, MOST_EVENTS = 8, 64, 200_000
+"""Units of work that are simulated, and how many visits of stages they may take together."""
 
 NO_CAP = 1 << 60
 """Bytes of a device whose memory nobody limits."""
@@ -83,17 +94,34 @@ def place_by_cost(
     """
     units = split(graph)
     problem = problem_of(graph, units, targets, limits, goal, reserved)
-    best = partition(problem, goal.objective)
-    told = explain(problem, best)
-    candidates = [best, *told.runner_ups]
-    if goal.objective is Objective.LATENCY:
-        (_, served), *_ = rank(problem, [best])
-        return PlacedByCost(units, problem, best, told, served)
-    candidates.append(partition(problem, Objective.LATENCY))
-    chosen, served = rank(problem, candidates)[0]
+    best = partition(problem, goal.objective, effort_seconds=EFFORT_SECONDS)
+    told = tell(problem, best)
+    candidates = [best]
+    if goal.objective is not Objective.LATENCY:
+        quickest = partition(problem, Objective.LATENCY, effort_seconds=EFFORT_SECONDS)
+        candidates += told.runner_ups
+        candidates.append(restated(problem, quickest, best))
+    visits = sum(map(ceil, (problem.workload.prefill_steps, problem.workload.decode_steps))) * len(targets)
+    chosen, served = rank(problem, candidates, units=max(FEWEST_UNITS, min(MOST_UNITS, MOST_EVENTS // visits)))[0]
     if chosen is not best:
-        told = explain(problem, chosen)
+        told = tell(problem, chosen)
     return PlacedByCost(units, problem, chosen, told, served)
+
+
+def tell(problem: Problem, plan: Partition) -> Explanation:
+    """Why a plan is as it is; of many devices that would take too long."""
+    if len(problem.devices) > MOST_EXPLAINED:
+        reasons = dict.fromkeys((device.name for device in problem.devices), "refused: a better plan was found")
+        reasons |= {stage.device: "used" for stage in plan.stages}
+        return Explanation((), reasons, ())
+    return explain(problem, plan)
+
+
+def restated(problem: Problem, plan: Partition, best: Partition) -> Partition:
+    """A plan that was found for another objective, as a plan for that of ``best``, whose bound holds for it too."""
+    value = objective_value(problem, best.objective, plan.latency, plan.bottleneck)
+    bound = min(best.lower_bound, value)
+    return replace(plan, objective=best.objective, value=value, lower_bound=bound, bound_kind=best.bound_kind)
 
 
 def split(graph: OpGraph) -> list[Unit]:
@@ -142,12 +170,12 @@ def problem_of(
                 link = goal.links[source.name, target.name]
                 links[source.name, target.name] = Link(link.latency + entering[target.name], link.bandwidth)
     return Problem(
-        layers=layers_of(graph, units, targets[0], limits, work),
+        layers=layers_of(graph, units, targets, limits, work),
         devices=tuple(devices),
         workload=work.unit(goal.objective, len(targets), limits),
         links=links,
         pins=pins_of(units, targets, goal.pins),
-        tied_bytes=tied_bytes(graph, units, targets[0]),
+        tied_bytes=tied_bytes(graph, units, targets),
     )
 
 
@@ -169,7 +197,7 @@ def unit_seconds(unit: Unit, target: Target, costs: Costs, signer: Signer, step:
 
 
 def layers_of(
-    graph: OpGraph, units: Sequence[Unit], target: Target, limits: Limits, work: Workload
+    graph: OpGraph, units: Sequence[Unit], targets: Sequence[Target], limits: Limits, work: Workload
 ) -> tuple[Layer, ...]:
     """Bytes of each unit: weights, cache per token, and what it hands on per token.
 
@@ -188,7 +216,7 @@ def layers_of(
             group = limits.groups[state.group]
             kept = limits.blocks_needed(group, length) / -(-length // limits.block_size)
             cache += kept * state.width * limits.cache_bytes_per_number
-        weights = sum(weight_bytes(graph, name, target) for name in unit_weights(unit))
+        weights = sum(weight_bytes(graph, name, targets) for name in unit_weights(unit))
         found.append(Layer(unit.name, weights, round(cache), sum(kind.nbytes(1, 1) for kind in crossing)))
     return tuple(found)
 
@@ -198,16 +226,16 @@ def unit_weights(unit: Unit) -> list[str]:
     return list(dict.fromkeys(name for op in unit.ops for part in op.primitives() for name in part.weights.values()))
 
 
-def weight_bytes(graph: OpGraph, name: str, target: Target) -> int:
-    """Bytes of a weight on a device."""
+def weight_bytes(graph: OpGraph, name: str, targets: Sequence[Target]) -> int:
+    """Bytes of a weight, on the device where it takes most: layouts hardly differ, and what fits must fit for sure."""
     weight = graph.weights[name]
-    return target.weight_bytes(weight.format, weight.shape)
+    return max(target.weight_bytes(weight.format, weight.shape) for target in targets)
 
 
-def tied_bytes(graph: OpGraph, units: Sequence[Unit], target: Target) -> int:
+def tied_bytes(graph: OpGraph, units: Sequence[Unit], targets: Sequence[Target]) -> int:
     """Bytes of weights that the first and the last unit share."""
     shared = set(unit_weights(units[0])) & set(unit_weights(units[-1])) if len(units) > 1 else set()
-    return sum(weight_bytes(graph, name, target) for name in shared)
+    return sum(weight_bytes(graph, name, targets) for name in shared)
 
 
 def pins_of(units: Sequence[Unit], targets: Sequence[Target], pins: Sequence[Pin]) -> dict[str, str]:

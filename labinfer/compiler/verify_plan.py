@@ -137,6 +137,13 @@ class _PlanCheck:
             needed = sum(stage.bytes.total for stage in self.plan.stages if stage.device == name)
             if device.memory is not None and needed > device.memory:
                 found.append(("plan.memory", f"'{name}' has {device.memory} bytes, its stages need {needed}"))
+        placement = self.plan.placement
+        if placement is not None:
+            named = [stage.device for stage in placement.stages]
+            if named != [stage.device for stage in self.plan.stages]:
+                found.append(("plan.placement", f"the placement is of stages on {', '.join(named) or 'nothing'}"))
+            for name in placement.reasons.keys() - placement.origins.keys():
+                found.append(("plan.placement", f"the placement does not say how the times of '{name}' are known"))
         return found
 
     def stage(self, stage: Stage, arrived: dict[str, TensorType]) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from labinfer.backends.base import fingerprint
-from labinfer.compiler.costs import CostTable, DeviceProfile, LinkProfile, Signer, StepShape
+from labinfer.compiler.costs import CostTable, DeviceProfile, Fingerprint, LinkProfile, Signer, StepShape
 from labinfer.compiler.costs.plans import stage_signer
 from labinfer.compiler.graph import Op
 from labinfer.compiler.plan import Plan
@@ -76,7 +76,7 @@ class StepTimes:
 def measure_device(plan: Plan, grid: Grid, quick: bool, patience: Patience, progress: Progress) -> DeviceProfile:
     """The profile of the one device of ``plan``, which runs the whole model on made-up weights."""
     (name, device), (stage,) = next(iter(plan.devices.items())), plan.stages
-    profile = DeviceProfile(device=fingerprint(name, device.threads))
+    profile = DeviceProfile(device=Fingerprint(**fingerprint(name, device.threads)))
     with Model(plan, SyntheticCheckpoint(plan), cache=CacheOptions(enable_prefix_caching=False)) as model:
         fill_caches(model)
         (interpreter,) = model.interpreters

@@ -15,10 +15,11 @@ from labinfer.compiler.costs.store import store_link, store_profile, stored_link
 from labinfer.compiler.plan import Plan
 from labinfer.errors import DoesNotFit
 from labinfer.placing import cluster_goal
-from labinfer.profile.grid import MOST_CACHED_TOKENS, Grid, grid_for
+from labinfer.profile.grid import Grid, grid_for
 from labinfer.profile.links import measure_link
 from labinfer.profile.measure import measure_device
 from labinfer.profile.quiet import Patience
+from labinfer.profile.sample import sampled
 from labinfer.progress import Progress
 from labinfer.runtime.manager import Manager
 from labinfer.units import human_bytes
@@ -58,7 +59,7 @@ def profile_device(
     grid = grid_for(quick, *bounds, device.matrix_unit.values())
     if not again and is_known(stored, plan, quick, grid):
         return stored
-    plan = compile(model, devices=name, num_blocks=blocks_for(grid, limits.block_size), **options)
+    plan = sampled(compile(model, devices=name, num_blocks=blocks_for(grid, limits.block_size), **options))
     check_memory(plan)
     fresh = measure_device(plan, grid, quick, patience, progress)
     fresh.ops = {**stored.ops, **fresh.ops}
@@ -107,7 +108,7 @@ def blocks_for(grid: Grid, block_size: int) -> int:
 
 
 def check_memory(plan: Plan) -> None:
-    """Raise ``DoesNotFit`` where the machine has too little memory free to run the model once."""
+    """Raise ``DoesNotFit`` where the machine has too little memory free to run the layers that are measured."""
     ((name, device),) = plan.devices.items()
     manager = Manager()
     try:
@@ -117,8 +118,7 @@ def check_memory(plan: Plan) -> None:
     needed = plan.stages[0].bytes.total
     if needed > free:
         message = f"measuring '{plan.source.name}' on '{name}' takes {human_bytes(needed)} of {human_bytes(free)} free"
-        remedy = f"measure a model with fewer layers of the same shapes, or at most {MOST_CACHED_TOKENS} cached tokens"
-        raise DoesNotFit("profile.memory", message, remedy=remedy)
+        raise DoesNotFit("profile.memory", message, remedy="end other programs, or lower --max-num-seqs")
 
 
 def profile_links(devices: Mapping[str, int | None]) -> dict[tuple[str, str], LinkProfile]:

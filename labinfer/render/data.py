@@ -110,6 +110,7 @@ def _node(drawing: Drawing, stage: int, op: Op, node: Node, slots: dict[str, Slo
         "origin": str(op.origin),
         "flops": node.cost.flops,
         "bytes_moved": node.cost.moved,
+        "predicted_seconds": op.cost and dict(zip(("decode", "prefill"), op.cost, strict=True)),
     }
     if op.body:
         data["parts"] = [

@@ -214,7 +214,7 @@ def one_op(op: PlanOp, indent: str, steps: Sequence[str], width: int, detail: bo
     room = width - len(origin) - 1
     shown = left if len(left) <= room else left[: room - 1] + "…"
     yield Line(f"{shown.ljust(room)} {origin}" if origin else shown)
-    if detail and not op.body:
+    if detail and (op.cost or not op.body):
         yield from (
             Line(f"{indent}    {text}") for text in textwrap.wrap(op_detail(op), max(width - len(indent) - 4, 40))
         )
@@ -228,6 +228,9 @@ def op_detail(op: PlanOp) -> str:
     facts += [f"{slot} {inner_name(name)}" for slot, name in op.weights.items()]
     facts += [f"state {inner_name(op.state)}"] if op.state else []
     facts += [f"{name} {value}" for name, value in op.attrs.items()]
+    if op.cost:
+        decode, prefill = (1e6 * seconds for seconds in op.cost)
+        facts.append(f"predicted {decode:.3g} µs in a decode step, {prefill:.4g} µs in a prefill step")
     return "; ".join(facts)
 
 

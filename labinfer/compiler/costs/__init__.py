@@ -2,12 +2,13 @@
 
 from labinfer.compiler.costs.predict import Costs, Measured, StepShape
 from labinfer.compiler.costs.signature import Signer
-from labinfer.compiler.costs.table import CostTable, DeviceProfile, LinkProfile, load_profile
+from labinfer.compiler.costs.table import CostTable, DeviceProfile, Fingerprint, LinkProfile, load_profile
 
 __all__ = [
     "CostTable",
     "Costs",
     "DeviceProfile",
+    "Fingerprint",
     "LinkProfile",
     "Measured",
     "Signer",

@@ -18,7 +18,7 @@ from labinfer.compiler.costs.signature import Signer
 from labinfer.compiler.costs.table import LinkProfile, Origin, Record
 from labinfer.compiler.graph import Op
 from labinfer.compiler.source import load_yaml
-from labinfer.errors import DoesNotFit, did_you_mean
+from labinfer.errors import DoesNotFit, Place, did_you_mean
 from labinfer.ops import OPS
 from labinfer.ops.base import ITEM_SIZE
 from labinfer.ops.formats import stored_bytes
@@ -92,10 +92,10 @@ def specifications() -> dict[str, Specification]:
     return {name: Specification.model_validate(each) for name, each in found.items()}
 
 
-def specification(name: str) -> Specification:
-    """A device of the catalogue; an unknown one is a ``DoesNotFit``."""
+def specification(name: str, place: Place | None = None) -> Specification:
+    """A device of the catalogue; an unknown one, named at ``place``, is a ``DoesNotFit``."""
     known = specifications()
     if name not in known:
         remedy = did_you_mean(name, known) or f"known: {', '.join(known)}"
-        raise DoesNotFit("device.unknown", f"no device of the catalogue is called '{name}'", remedy=remedy)
+        raise DoesNotFit("device.unknown", f"no device of the catalogue is called '{name}'", place=place, remedy=remedy)
     return known[name]

@@ -8,21 +8,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from labinfer.compiler.costs.table import DeviceProfile, LinkProfile, Links, load_profile
+from labinfer.compiler.costs.table import DeviceProfile, Fingerprint, LinkProfile, Links, load_profile
 from labinfer.files import atomic_write
 from labinfer.home import cache_dir
 
 
-def profile_path(fingerprint: Mapping[str, Any]) -> Path:
+def profile_path(device: Fingerprint) -> Path:
     """Where the profile of a device with this fingerprint lies."""
-    digest = hashlib.sha256(json.dumps(dict(fingerprint), sort_keys=True).encode()).hexdigest()
-    return cache_dir() / "profiles" / f"{fingerprint['kind']}-{digest[:12]}.json"
+    digest = hashlib.sha256(json.dumps(device.model_dump(), sort_keys=True).encode()).hexdigest()
+    return cache_dir() / "profiles" / f"{device.kind}-{digest[:12]}.json"
 
 
 def stored_profile(fingerprint: Mapping[str, Any]) -> DeviceProfile:
     """What was measured so far on a device; an empty profile before anything was."""
-    path = profile_path(fingerprint)
-    return load_profile(path) if path.exists() else DeviceProfile(device=dict(fingerprint))
+    device = Fingerprint(**fingerprint)
+    path = profile_path(device)
+    return load_profile(path) if path.exists() else DeviceProfile(device=device)
 
 
 def store_profile(profile: DeviceProfile) -> Path:

@@ -10,9 +10,18 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from labinfer.errors import ErrorSink, InvalidFile, Place
 
@@ -51,10 +60,10 @@ class CostTable(Record):
     def _by_tokens(self) -> Mapping[str, Sequence[tuple[int, Sequence[tuple[int, float]]]]]:
         found = {}
         for phase in ("decode", "prefill", "step"):
-            rows: dict[int, list[tuple[int, float]]] = {}
+            rows: dict[int, dict[int, float]] = {}
             for tokens, past, seconds, _ in sorted(getattr(self, phase)):
-                rows.setdefault(tokens, []).append((past, seconds))
-            found[phase] = list(rows.items())
+                rows.setdefault(tokens, {})[past] = seconds
+            found[phase] = [(tokens, list(row.items())) for tokens, row in rows.items()]
         return found
 
     def most_tokens(self) -> int:
@@ -96,15 +105,24 @@ class Links(Record):
     links: dict[str, LinkProfile] = Field(default={}, description="links by name")
 
 
+class Fingerprint(Record):
+    """What times depend on; see ``backends.base.fingerprint``."""
+
+    kind: str = Field(description="kind of device: its backend")
+    machine: str = Field(description="processor it runs on")
+    threads: PositiveInt | None = Field(default=None, le=1024, description="threads, where that means something")
+    kernels: str = Field(description="version of its kernels")
+
+
 class DeviceProfile(Record):
     """What ops cost on one device: a file that can be read, kept and handed on.
 
-    ``device`` says what the times depend on (see ``Capabilities.fingerprint``). ``ops`` has a table for each signature;
+    ``ops`` has a table for each signature;
     ``overhead`` is what a stage takes beside its ops, ``out`` the way from the device to the host.
     """
 
     labinfer_profile: Literal[1] = Field(default=1, description="version of this format")
-    device: dict[str, Any] = Field(description="what the times depend on")
+    device: Fingerprint = Field(description="what the times depend on")
     ops: dict[str, CostTable] = Field(default={}, description="times by the signature of an op")
     overhead: CostTable = Field(default=CostTable(), description="what a step takes beside its ops")
     out: LinkProfile | None = Field(default=None, description="from the device's memory to the host's")
