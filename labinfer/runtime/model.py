@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from labinfer.runtime.engine import Engine
     from labinfer.runtime.outputs import RequestOutput
     from labinfer.runtime.sampling import SamplingParams
+    from labinfer.runtime.speculation import Proposer
     from labinfer.runtime.tokenizer import Tokenizer
 
 _numbers = count()
@@ -60,6 +61,7 @@ class Model:
         seed: int | None = None,
     ) -> None:
         self.seed = seed
+        self.proposer: Proposer | None = None  # for speculation
         self.plan, self.tokenizer, self.manager = plan, tokenizer, manager or Manager()
         self.owns_manager = manager is None
         self.owner = f"{plan.source.name} #{next(_numbers)}"
@@ -258,6 +260,8 @@ class Model:
         """Give back everything that was allocated; the model cannot run any more."""
         if (engine := self.__dict__.pop("engine", None)) is not None:
             engine.close()
+        if self.proposer is not None:
+            self.proposer.close()
         for interpreter in self.interpreters:
             interpreter.close()
         self.adapters.close()
