@@ -81,7 +81,11 @@ class LLM(Model):
 
     def open_proposer(self, config: SpeculativeConfig, progress: Progress | None) -> Proposer:
         """Where the guesses of speculation come from; a draft model is opened on the devices of this one."""
-        count = config.num_speculative_tokens
+        count, limits = config.num_speculative_tokens, self.plan.limits
+        if min(limits.max_num_batched_tokens, limits.max_logits_rows) < 2:
+            message = f"steps of {limits.max_num_batched_tokens} tokens and {limits.max_logits_rows} rows of logits"
+            remedy = f"compile with --max-logits-rows {1 + count}"
+            raise UsageError("speculation.no-room", f"{message} have no room for guesses", remedy=remedy)
         if config.method == "ngram":
             return PromptLookup(count, config.prompt_lookup_max, config.prompt_lookup_min)
         plan = draft_plan(config.model, self.plan, progress)

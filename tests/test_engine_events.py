@@ -135,6 +135,10 @@ class EngineEvents(RuleBasedStateMachine):
     def books_are_right(self) -> None:
         self.model.blocks.check_integrity()
         assert len(self.engine.scheduler.running) <= self.model.plan.limits.max_num_seqs
+        if self.guesses:  # nothing of wrong guesses is left
+            rows = self.engine.scheduler.rows
+            needed = -(-self.model.batch.num_computed[rows] // self.model.plan.limits.block_size)
+            assert (self.model.blocks.counts[rows] == needed).all()
         if not self.engine.busy:
             assert not self.engine.scheduler.owners
             assert self.sessions or self.model.blocks.usage == 0

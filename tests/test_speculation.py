@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from labinfer import SamplingParams
 from labinfer.errors import UsageError
 from labinfer.llm import LLM
 from labinfer.runtime.outputs import RequestOutput
+from labinfer.runtime.request import Sequence as RunningSequence
 from labinfer.runtime.speculation import PromptLookup, SpeculationCounters, SpeculativeConfig
 from labinfer.runtime.speculation.draft_model import DraftModel
 from labinfer.runtime.speculation.payoff import FIRST, LONGEST, SHORTEST, WINDOW, Payoff
@@ -106,7 +107,6 @@ def test_the_tokens_are_those_without_speculation(plain: LLM, config: dict[str, 
     "options",
     [
         {"max_num_batched_tokens": 3, "max_num_seqs": 3},
-        {"max_num_batched_tokens": 1},
         {"max_logits_rows": 2},
         {"max_logits_rows": 5, "max_num_batched_tokens": 7},
         {"num_blocks": 16, "block_size": 4, "max_model_len": 60},
@@ -157,6 +157,27 @@ def test_a_draft_that_is_the_model_is_always_right_and_another_seldom() -> None:
     with labinfer.load(LLAMA, speculative_config=OTHER) as model:
         model.generate(PROMPTS, GREEDY)
         assert counted(model).accepted < counted(model).proposed / 5
+
+
+def test_wrong_guesses_leave_nothing_in_the_draft() -> None:
+    class Checked(DraftModel):
+        checked = 0
+
+        def propose(self, sequences: Sequence[RunningSequence], most: Sequence[int]) -> list[np.ndarray]:
+            guesses = [tokens.copy() for tokens in super().propose(sequences, most)]
+            for sequence, tokens in zip(sequences, guesses, strict=True):
+                text = [*sequence.token_ids.tolist(), *tokens.tolist()]
+                if len(tokens):
+                    self.checked += 1
+                    assert self.model.logits(text)[-len(tokens) - 1 : -1].argmax(1).tolist() == tokens.tolist()
+            return guesses
+
+    with labinfer.load(LLAMA) as model:
+        model.proposer = draft = Checked(labinfer.load(OTHER["model"], block_size=4), 5)
+        model.generate(PROMPTS, GREEDY)
+        assert draft.checked > 50
+        assert counted(model).accepted < counted(model).proposed
+        check_books(model)
 
 
 def test_fewer_steps_are_made() -> None:
@@ -294,6 +315,13 @@ def test_wrong_configurations_are_refused(config: Any, said: str) -> None:
     with pytest.raises(UsageError, match=re.escape(said)) as caught:
         labinfer.load(LLAMA, speculative_config=config)
     assert caught.value.code == "speculation.config"
+
+
+@pytest.mark.parametrize("limit", ["max_num_batched_tokens", "max_logits_rows"])
+def test_a_step_must_have_room_for_a_guess(limit: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        labinfer.load(LLAMA, speculative_config=NGRAM, **{limit: 1})
+    assert caught.value.code == "speculation.no-room"
 
 
 def test_a_draft_must_have_the_same_vocabulary(tiny_model: Path) -> None:

@@ -52,8 +52,6 @@ class Delivery:
                 early.append(news)
                 continue
             stopped = sequence.answer is not None and sequence.answer.stop is not None  # before the end of its step
-            if stopped and not last:
-                continue
             if sequence.heard and token is not None and not stopped:
                 sequence.told.append(token)
             self.write(sequence, token, last)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from labinfer.backends.base import Device
+    from labinfer.runtime.beam_search import BeamSearchOutput, BeamSearchParams
     from labinfer.runtime.engine import Engine
     from labinfer.runtime.outputs import RequestOutput
     from labinfer.runtime.sampling import SamplingParams
@@ -201,6 +202,14 @@ class Model:
 
         names = dict(chat_template_kwargs or {}, tools=tools, add_generation_prompt=add_generation_prompt)
         return generate(self, encode_chats(self, messages, names), params, on_token, lora_request)
+
+    def beam_search(
+        self, prompts: str | Listing[str] | Listing[int] | Listing[Listing[int]], params: BeamSearchParams
+    ) -> list[BeamSearchOutput]:
+        """The likeliest answers as wholes to one or several prompts, in order; see ``beam_search.beam_search``."""
+        from labinfer.runtime.beam_search import beam_search
+
+        return beam_search(self, prompts, params)
 
     def check_tokens(self, token_ids: Iterable[int]) -> list[int]:
         """``token_ids`` as a list of ints, all of them in the vocabulary."""
