@@ -73,11 +73,15 @@ class LLM(Model):
             compiling = partial(show, "preparing kernels")
             cache = CacheOptions(enable_prefix_caching, eviction_policy, cold_folder, cold_bytes)
             super().__init__(plan, checkpoint, tokenizer, manager, loading(plan, show), compiling, cache, seed)
-            if guessing is not None:
-                self.proposer = self.open_proposer(guessing, progress)
         except BaseException:
             checkpoint.close()
             raise
+        if guessing is not None:
+            try:
+                self.proposer = self.open_proposer(guessing, progress)
+            except BaseException:
+                self.close()
+                raise
 
     def open_proposer(self, config: SpeculativeConfig, progress: Progress | None) -> Proposer:
         """Where the guesses of speculation come from; a draft model is opened on the devices of this one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,9 @@ import labinfer
 from labinfer import SamplingParams
 from labinfer.errors import UsageError
 from labinfer.llm import LLM
+from labinfer.runtime.manager import Manager
 from labinfer.runtime.outputs import RequestOutput
+from labinfer.runtime.request import Request
 from labinfer.runtime.request import Sequence as RunningSequence
 from labinfer.runtime.speculation import PromptLookup, SpeculationCounters, SpeculativeConfig
 from labinfer.runtime.speculation.draft_model import DraftModel
@@ -253,6 +256,35 @@ def test_what_is_captured_is_of_the_tokens_that_were_made() -> None:
     np.testing.assert_allclose(captured[1], captured[0], atol=1e-5)
 
 
+def test_streamed_answers_are_the_same(plain: LLM) -> None:
+    async def streamed(model: LLM, prompt: list[int]) -> list[int]:
+        made: list[int] = []
+        async for output in model.engine.stream(Request(prompt, KNOBS["sampled"])):
+            assert output.token_ids[: len(made)] == made
+            made = output.token_ids
+        return made
+
+    async def together(model: LLM) -> list[list[int]]:
+        return await asyncio.gather(*[streamed(model, prompt) for prompt in PROMPTS])
+
+    expected = [result.token_ids for result in plain.generate(PROMPTS, KNOBS["sampled"])]
+    with labinfer.load(LLAMA, speculative_config=SELF) as model:
+        assert asyncio.run(together(model)) == expected
+        assert counted(model).accepted == counted(model).proposed > 0
+        check_books(model)
+
+
+def test_aborted_requests_leave_nothing_in_the_draft() -> None:
+    with labinfer.load(LLAMA, speculative_config=SELF) as model:
+        requests = [model.engine.add(Request(prompt, GREEDY)) for prompt in PROMPTS]
+        for _ in range(3):
+            model.engine.step()
+        assert counted(model).proposed > 0
+        for request in requests:
+            model.engine.abort(request)
+        check_books(model)
+
+
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=30), st.integers(1, 4), st.integers(1, 4), st.integers(1, 6))
 def test_prompt_lookup_is_the_latest_longest_match(text: list[int], longest: int, shortest: int, count: int) -> None:
     found = PromptLookup(count, longest, shortest).continuation(np.array(text, np.int32), count).tolist()
@@ -326,9 +358,11 @@ def test_a_step_must_have_room_for_a_guess(limit: str) -> None:
 
 def test_a_draft_must_have_the_same_vocabulary(tiny_model: Path) -> None:
     assert SpeculativeConfig(model=tiny_model).method == "draft_model"
+    manager = Manager()
     with pytest.raises(UsageError) as caught:
-        labinfer.load(LLAMA, speculative_config={"model": tiny_model})
+        labinfer.load(LLAMA, speculative_config={"model": tiny_model}, manager=manager)
     assert caught.value.code == "speculation.vocabulary"
+    assert not any(manager.grants.values())  # both are closed
 
 
 def test_a_draft_for_shorter_texts_helps_as_far_as_it_goes(plain: LLM) -> None:
