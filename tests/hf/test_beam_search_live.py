@@ -48,4 +48,4 @@ def test_beams_and_their_scores(case: make_checkpoint.Case, tmp_path: Path) -> N
                     scores = [answer.score for answer in output.sequences]
                     np.testing.assert_allclose(scores, found.sequences_scores.numpy(), rtol=1e-4)
                 ended += sum(answer.finish_reason == "stop" for answer in output.sequences)
-    assert ended > 10
+    assert ended

@@ -81,17 +81,17 @@ class DraftModel:
         wrong = (batch.token_ids[row, :computed] != tokens[:computed]).nonzero()[0]
         batch.num_computed[row], batch.num_tokens[row] = min([computed, *wrong[:1].tolist()]), count
         batch.token_ids[row, :count] = tokens[:count]
-        batch.blocks.shrink(np.array([row]), batch.num_computed[[row]])
         return row
 
     def read(self, rows: np.ndarray, interactive: bool) -> None:
         """Compute a piece of the texts that are far behind."""
-        batch, most = self.batch, self.model.plan.limits.max_num_batched_tokens
+        batch, limits = self.batch, self.model.plan.limits
+        most = limits.max_num_batched_tokens
         behind = batch.num_tokens[rows] - batch.num_computed[rows] - 1
         behind[behind < NEAR] = 0
         budget = min(PIECE, most) if interactive else most
         counts = np.clip(budget - (np.cumsum(behind) - behind), 0, behind).astype(np.int32)
-        chosen = counts.nonzero()[0]
+        chosen = counts.nonzero()[0][: limits.max_num_seqs]
         if len(chosen):
             none = np.zeros(len(chosen), np.int32)
             part = Part(rows[chosen], counts[chosen], none, none)
