@@ -44,8 +44,17 @@ class DraftModel:
             raise UsageError("speculation.vocabulary", message, remedy="take a smaller model of the same family")
 
     def propose(self, sequences: Listing[Sequence], most: Listing[int]) -> list[np.ndarray]:
-        """Up to ``most`` tokens for each of ``sequences``, int32; none yet for those whose prompt is still read."""
+        """Up to ``most`` tokens for each of ``sequences``, int32.
+
+        None yet for those whose prompt is still read, and none past as many sequences as the draft's plan has.
+        """
         self.release()
+        follows = self.model.plan.limits.max_num_seqs
+        made = self.guess(sequences[:follows], most[:follows])
+        return made + [np.zeros(0, np.int32)] * (len(sequences) - len(made))
+
+    def guess(self, sequences: Listing[Sequence], most: Listing[int]) -> list[np.ndarray]:
+        """What ``propose`` gives, for as many sequences as fit in a step."""
         batch, made = self.batch, np.zeros(len(sequences), np.int32)
         rows = np.array([self.follow(each) for each in sequences])
         known = batch.num_tokens[rows]
@@ -85,13 +94,12 @@ class DraftModel:
 
     def read(self, rows: np.ndarray, interactive: bool) -> None:
         """Compute a piece of the texts that are far behind."""
-        batch, limits = self.batch, self.model.plan.limits
-        most = limits.max_num_batched_tokens
+        batch, most = self.batch, self.model.plan.limits.max_num_batched_tokens
         behind = batch.num_tokens[rows] - batch.num_computed[rows] - 1
         behind[behind < NEAR] = 0
         budget = min(PIECE, most) if interactive else most
         counts = np.clip(budget - (np.cumsum(behind) - behind), 0, behind).astype(np.int32)
-        chosen = counts.nonzero()[0][: limits.max_num_seqs]
+        chosen = counts.nonzero()[0]
         if len(chosen):
             none = np.zeros(len(chosen), np.int32)
             part = Part(rows[chosen], counts[chosen], none, none)
@@ -103,7 +111,7 @@ class DraftModel:
         limits, behind = self.model.plan.limits, self.batch.num_tokens[rows] - self.batch.num_computed[rows]
         near = behind <= NEAR
         fits = np.cumsum(np.where(near, behind, 0)) <= limits.max_num_batched_tokens
-        found: np.ndarray = near & fits & (np.cumsum(near) <= min(limits.max_num_seqs, limits.max_logits_rows))
+        found: np.ndarray = near & fits & (np.cumsum(near) <= limits.max_logits_rows)
         return found
 
     def step(self, rows: np.ndarray) -> np.ndarray | None:
