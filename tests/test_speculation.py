@@ -369,7 +369,7 @@ def test_a_draft_must_have_the_same_vocabulary(tiny_model: Path) -> None:
 
 
 def test_a_draft_for_shorter_texts_helps_as_far_as_it_goes(plain: LLM) -> None:
-    draft = labinfer.compile(LLAMA, max_model_len=30, max_num_seqs=2, max_num_batched_tokens=60)
+    draft = labinfer.compile(LLAMA, max_model_len=30, max_num_seqs=2, num_blocks=40)
     with labinfer.load(LLAMA, speculative_config={"model": draft}) as model:
         assert answers(model, PROMPTS, GREEDY) == answers(plain, PROMPTS, GREEDY)
         assert counted(model).accepted == counted(model).proposed > 0
