@@ -3,8 +3,9 @@
     python benchmarks/speculation.py models/smollm2-q4_0.gguf                                     # prompt lookup
     python benchmarks/speculation.py models/smollm2-bf16.gguf --draft models/smollm2-q4_0.gguf    # a draft model
 
-Both sides answer the same prompt in turn, greedily, in one process after a warm-up; the ratio is the median of the
-ratios within pairs. The ceiling is what speculation would give if every step had guesses that are right as often: the
+Both sides answer the same prompt in turn, in one process after a warm-up: greedily where the text repeats, else with
+temperature 0.8 and a seed, since greedy answers of small models repeat themselves. The ratio is the median of those
+within pairs. The ceiling is what speculation would give if every step had guesses that are right as often: the
 mean accepted length, times the seconds of a plain step over those of a step with guesses. Exits 1 where the tokens
 differ, or where speculation loses more than a twentieth.
 """
@@ -34,9 +35,14 @@ def area(shape):
     raise ValueError("unknown shape: " + shape.kind)
 '''
 PROMPTS = {
-    "repeats": f"Add a case for triangles to this function, and give the whole function:\n\n```python\n{CODE}```",
-    "free": "Write a story about a lighthouse keeper who finds a strange shell.",
+    "repeats": (
+        f"Add a case for triangles to this function, and give the whole function:\n\n```python\n{CODE}```",
+        0.0,
+    ),
+    "free": ("Write a story about a lighthouse keeper who finds a strange shell.", 0.8),
 }
+"""Prompts and temperatures."""
+
 KEPT = 0.95
 """Speculation that does not pay may cost so much."""
 
@@ -55,11 +61,12 @@ def step_seconds(model: labinfer.LLM, guesses: bool) -> float | None:
     return median(step.seconds for step in steps) if steps else None
 
 
-def measure(plain: labinfer.LLM, guessing: labinfer.LLM, prompt: str, length: int, pairs: int) -> dict[str, Any]:
+def measure(
+    plain: labinfer.LLM, guessing: labinfer.LLM, prompt: str, params: SamplingParams, pairs: int
+) -> dict[str, Any]:
     """Figures of one prompt."""
     assert plain.tokenizer is not None
     ids = plain.tokenizer.encode_chat([{"role": "user", "content": prompt}])
-    params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
     speeds: list[tuple[float, float]] = []
     equal = True
     for number in range(pairs + 1):
@@ -117,8 +124,9 @@ def main() -> int:
         labinfer.LLM(given.model, **limits) as plain,
         labinfer.LLM(given.model, speculative_config=config, **limits) as guessing,
     ):
-        for name, prompt in PROMPTS.items():
-            found[name] = measure(plain, guessing, prompt, given.length, given.pairs)
+        for name, (prompt, temperature) in PROMPTS.items():
+            params = SamplingParams(temperature=temperature, seed=1, max_tokens=given.length, ignore_eos=True)
+            found[name] = measure(plain, guessing, prompt, params, given.pairs)
             print(line(name, found[name]), flush=True)
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")
