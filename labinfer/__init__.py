@@ -17,14 +17,24 @@ _EXPORTS = {
     "SamplingParams": "labinfer.runtime.sampling",
 }
 
-__all__ = ["LLM", "BeamSearchParams", "LoRARequest", "Plan", "SamplingParams", "__version__", "compile", "load", "validate"]
+__all__ = [
+    "LLM",
+    "BeamSearchParams",
+    "LoRARequest",
+    "Plan",
+    "SamplingParams",
+    "__version__",
+    "compile",
+    "load",
+    "validate",
+]
 
 if TYPE_CHECKING:
     from labinfer.api import compile, validate
     from labinfer.compiler.plan import Plan
     from labinfer.llm import LLM, load
-    from labinfer.runtime.lora import LoRARequest
     from labinfer.runtime.beam_search import BeamSearchParams
+    from labinfer.runtime.lora import LoRARequest
     from labinfer.runtime.sampling import SamplingParams
 
 

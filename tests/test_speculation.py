@@ -233,8 +233,8 @@ def test_structured_output(tiny_model: Path) -> None:
 def test_logits_processors_see_the_tokens_that_were_made() -> None:
     seen: list[tuple[int, ...]] = []
 
-    def processor(output: tuple[int, ...], logits: np.ndarray) -> np.ndarray:
-        seen.append(output)
+    def processor(output: Sequence[int], logits: np.ndarray) -> np.ndarray:
+        seen.append(tuple(output))
         return np.roll(logits, len(output))
 
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logits_processors=[processor])
