@@ -16,7 +16,7 @@ import labinfer
 from labinfer import BeamSearchParams
 from labinfer.errors import LabinferError, UsageError
 from labinfer.llm import LLM
-from labinfer.runtime.beam_search import BeamSearchSequence, log_softmax
+from labinfer.runtime.beam_search import BeamSearchSequence
 
 from .tiny import GOLDEN, tiny_checkpoint, tiny_map
 
@@ -24,9 +24,15 @@ ENDS = {1, *range(10, 64, 9)}
 PROMPTS = [[5, 6, 7], [9] * 17, [30], list(range(10, 31))]
 
 
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities, float64."""
+    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+
 def logprob(model: LLM, prompt: list[int], answer: list[int]) -> float:
     """The log-probability of a whole answer."""
-    rows = log_softmax(model.logits([*prompt, *answer]), 0)[len(prompt) - 1 : -1]
+    rows = log_softmax(model.logits([*prompt, *answer]))[len(prompt) - 1 : -1]
     return float(rows[np.arange(len(answer)), answer].sum())
 
 
@@ -39,7 +45,7 @@ def search_without_cache(
     for length in range(1, most + 1):
         found = []
         for answer, so_far in beams:
-            row = log_softmax(model.logits([*prompt, *answer])[-1:], 0)[0]
+            row = log_softmax(model.logits([*prompt, *answer])[-1:])[0]
             found += [([*answer, token], so_far + float(row[token])) for token in range(model.vocab_size)]
         found = sorted(found, key=lambda each: -each[1])[: (1 + max(1, len(eos))) * width]
         ended = [each for each in found[:width] if each[0][-1] in eos or length == most]
@@ -130,6 +136,17 @@ def test_a_full_cache_is_an_error_that_leaves_nothing_behind() -> None:
         assert model.blocks.usage == 0
         model.blocks.check_integrity()
         assert len(model.beam_search([[7] * 20], BeamSearchParams(1, 16))[0].sequences) == 1
+
+
+def test_not_a_number_inside_the_model_ends_the_search() -> None:
+    with labinfer.load(GOLDEN / "llama-llama3") as model:
+        with (
+            model.listen("layers.1.attn.out", lambda array: array * np.float32(np.nan)),
+            pytest.raises(LabinferError) as caught,
+        ):
+            model.beam_search([[7] * 20], BeamSearchParams(2, 4))
+        assert caught.value.code == "run.not-a-number"
+        assert model.blocks.usage == 0
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,7 @@ def _load(
     config = SpeculativeConfig(**guessing) if guessing else None
     with current().progress() as progress:
         if model is not None and is_plan(model):
+            # Errors name the file.
             return LLM(model, weights=weights, progress=progress, speculative_config=config, **options)
         room = {"max_loras": 1, "max_lora_rank": adapter_rank(lora.path)} if lora else {}
         defaults = {**ONE_SEQUENCE, **room}

@@ -18,6 +18,7 @@ from labinfer.errors import UsageError
 from labinfer.runtime.batch import Part
 from labinfer.runtime.generate import Prompts, list_prompts, tokenize
 from labinfer.runtime.request import Request
+from labinfer.runtime.sampling.sampler import not_a_number
 
 if TYPE_CHECKING:
     from labinfer.runtime.model import Model
@@ -74,6 +75,14 @@ class BeamSearchOutput:
     sequences: list[BeamSearchSequence]
 
 
+class Candidate(NamedTuple):
+    """A token that may come after a beam, and the log-probability of the answer with it."""
+
+    beam: int
+    token: int
+    logprob: float
+
+
 class Finished(NamedTuple):
     """An answer that is complete."""
 
@@ -108,52 +117,49 @@ class Beams:
 
     def step(self, logits: np.ndarray) -> None:
         """Go on by a token: float32 ``logits`` [rows, vocab_size]; without rows left the search is over."""
-        width, size = self.params.beam_width, logits.shape[1]
-        total = (self.logprobs[:, np.newaxis] + log_softmax(logits, self.params.temperature)).ravel()
-        self.made += 1
-        survivors: list[tuple[int, int, float]] = []
-        best = likeliest(total, (1 + max(1, len(self.eos_ids))) * width)
-        for rank, index in enumerate(best.tolist()):
-            beam, token = divmod(index, size)
-            ends = token in self.eos_ids
+        width, self.made = self.params.beam_width, self.made + 1
+        survivors: list[Candidate] = []
+        count = (1 + max(1, len(self.eos_ids))) * width  # enough for as many survivors
+        for rank, each in enumerate(candidates(logits, self.logprobs, self.params.temperature, count)):
+            ends = each.token in self.eos_ids
             if (ends or self.made == self.longest) and rank < width:
-                self.finish(self.rows[beam], token, float(total[index]), "stop" if ends else "length")
+                self.finish(each, "stop" if ends else "length")
             elif not ends and len(survivors) < width:
-                survivors.append((beam, token, float(total[index])))
+                survivors.append(each)
         self.finished = sorted(self.finished, key=lambda each: -each.score)[:width]
         self.replace([] if self.over(survivors) else survivors)
 
-    def finish(self, row: int, token: int, logprob: float, reason: str) -> None:
-        """The answer of ``row`` is complete with ``token``."""
-        tokens = [*self.model.batch.tokens(row).tolist(), token]
-        self.finished.append(Finished(self.score(logprob, self.made), logprob, tokens, reason))
+    def finish(self, last: Candidate, reason: str) -> None:
+        """An answer is complete with ``last``."""
+        tokens = [*self.model.batch.tokens(self.rows[last.beam]).tolist(), last.token]
+        self.finished.append(Finished(self.score(last.logprob, self.made), last.logprob, tokens, reason))
 
     def score(self, logprob: float, length: int) -> float:
         """By what an answer of ``length`` tokens is ranked."""
         return logprob / math.pow(length, self.params.length_penalty)
 
-    def over(self, survivors: Listing[tuple[int, int, float]]) -> bool:
+    def over(self, survivors: Listing[Candidate]) -> bool:
         """Whether no survivor can become better than what is finished."""
         if self.made == self.longest or not survivors:
             return True
         length = self.longest if self.params.length_penalty > 0 else self.made
-        attainable = self.score(survivors[0][2], length)
+        attainable = self.score(survivors[0].logprob, length)
         return len(self.finished) == self.params.beam_width and attainable <= self.finished[-1].score
 
-    def replace(self, survivors: Listing[tuple[int, int, float]]) -> None:
-        """Have the rows be ``survivors``, given by (beam, token, log-probability)."""
+    def replace(self, survivors: Listing[Candidate]) -> None:
+        """Have the rows be ``survivors``; those that nothing goes on from are given back."""
         batch, before, taken = self.model.batch, self.rows, set()
-        rows = []
-        for beam, _, _ in survivors:
-            rows.append(batch.fork(before[beam]) if beam in taken else before[beam])
-            taken.add(beam)
-        self.rows = rows
+        self.rows = []
+        for each in survivors:
+            row = before[each.beam]
+            self.rows.append(batch.fork(row) if each.beam in taken else row)
+            taken.add(each.beam)
         for beam, row in enumerate(before):
             if beam not in taken:
                 batch.remove(row)
-        for row, (_, token, _) in zip(rows, survivors, strict=True):
-            batch.extend(row, [token])
-        self.logprobs = np.array([logprob for _, _, logprob in survivors])
+        for row, each in zip(self.rows, survivors, strict=True):
+            batch.extend(row, [each.token])
+        self.logprobs = np.array([each.logprob for each in survivors])
 
     def output(self) -> BeamSearchOutput:
         """What was found."""
@@ -227,17 +233,20 @@ def last_logits(model: Model, rows: Listing[int]) -> np.ndarray:
     return logits
 
 
-def likeliest(logprobs: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the ``count`` greatest of ``logprobs``, or of all, from the greatest on, equal ones in order."""
-    count = min(count, len(logprobs))
-    found = np.argpartition(-logprobs, count - 1)[:count]
-    ordered: np.ndarray = found[np.lexsort((found, -logprobs[found]))]
-    return ordered
+def candidates(logits: np.ndarray, logprobs: np.ndarray, temperature: float, count: int) -> list[Candidate]:
+    """The ``count`` likeliest ways to go on, or all, from the likeliest on.
 
-
-def log_softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """Log-probabilities, float64 [rows, vocab_size]."""
-    scaled = logits.astype(np.float64) / (temperature or 1.0)
-    scaled -= scaled.max(1, keepdims=True)
-    scaled -= np.log(np.exp(scaled).sum(1, keepdims=True))
-    return scaled
+    ``logits`` float32 [beams, vocab_size] come after answers with log-probabilities ``logprobs``, float64 [beams]; what
+    is no number is a ``LabinferError``.
+    """
+    scaled = logits / np.float32(temperature) if temperature else logits
+    greatest = scaled.max(1)
+    totals = greatest + np.log(np.exp(scaled - greatest[:, np.newaxis]).sum(1, dtype=np.float64))
+    for beam in (~np.isfinite(totals)).nonzero()[0].tolist():
+        raise not_a_number(logits[beam], int(logits[beam].argmax()))
+    kept = min(count, logits.shape[1])
+    tokens = np.argpartition(scaled, -kept, axis=1)[:, -kept:]
+    found = (np.take_along_axis(scaled, tokens, 1) + (logprobs - totals)[:, np.newaxis]).ravel()
+    order = np.lexsort((tokens.ravel(), -found))[:count]  # equal ones by their tokens
+    chosen = zip((order // kept).tolist(), tokens.ravel()[order].tolist(), found[order].tolist(), strict=True)
+    return [Candidate(*each) for each in chosen]

@@ -82,7 +82,8 @@ class DraftModel:
         batch, tokens = self.batch, sequence.token_ids
         row = self.rows.get(sequence)
         if row is None:
-            row = self.rows[sequence] = batch.add(tokens[: self.max_len])
+            salt = sequence.batch.salts[sequence.row]  # texts that share no blocks there share none here
+            row = self.rows[sequence] = batch.add(tokens[: self.max_len], salt)
             batch.attach(row)
             return row
         count = min(len(tokens), self.max_len)
