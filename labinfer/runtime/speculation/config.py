@@ -26,8 +26,8 @@ class SpeculativeConfig:
     method: Method | None = None
     model: Any = None
     num_speculative_tokens: int = 4
-    prompt_lookup_max: int = 4
-    prompt_lookup_min: int = 2
+    prompt_lookup_max: int = 5
+    prompt_lookup_min: int = 3
 
     def __post_init__(self) -> None:
         if self.method is None:

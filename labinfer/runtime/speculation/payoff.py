@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-WINDOW = 32
+WINDOW = 8
 """Steps that are judged together."""
 
-FIRST, SHORTEST, LONGEST = 4, 32, 1024
+FIRST, SHORTEST, LONGEST = 4, 16, 1024
 """Steps without speculation: to learn what they cost, after a window that did not pay, and after many of them."""
 
 
