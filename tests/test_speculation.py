@@ -324,6 +324,17 @@ def test_speculation_pauses_where_it_does_not_pay() -> None:
     assert payoff.pause == SHORTEST
 
 
+def test_steps_prepared_ahead_and_steps_with_guesses_take_turns(plain: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LABINFER_SPECULATION")
+    monkeypatch.setenv("LABINFER_OVERLAP", "1")
+    expected = answers(plain, PROMPTS, KNOBS["sampled"])
+    with labinfer.load(LLAMA, speculative_config=SELF) as model:
+        assert answers(model, PROMPTS, KNOBS["sampled"]) == expected
+        check_books(model)
+        decodes = [step for step in model.engine.stats if not step.num_prompt_tokens]
+        assert {step.num_proposed > 0 for step in decodes} == {False, True}
+
+
 def test_an_environment_variable_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LABINFER_SPECULATION", "0")
     with labinfer.load(LLAMA, speculative_config=NGRAM) as model:
