@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "BeamSearchParams": "labinfer.runtime.beam_search",
     "LLM": "labinfer.llm",
     "compile": "labinfer.api",
     "validate": "labinfer.api",
@@ -16,12 +17,23 @@ _EXPORTS = {
     "SamplingParams": "labinfer.runtime.sampling",
 }
 
-__all__ = ["LLM", "LoRARequest", "Plan", "SamplingParams", "__version__", "compile", "load", "validate"]
+__all__ = [
+    "LLM",
+    "BeamSearchParams",
+    "LoRARequest",
+    "Plan",
+    "SamplingParams",
+    "__version__",
+    "compile",
+    "load",
+    "validate",
+]
 
 if TYPE_CHECKING:
     from labinfer.api import compile, validate
     from labinfer.compiler.plan import Plan
     from labinfer.llm import LLM, load
+    from labinfer.runtime.beam_search import BeamSearchParams
     from labinfer.runtime.lora import LoRARequest
     from labinfer.runtime.sampling import SamplingParams
 

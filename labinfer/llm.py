@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from labinfer.api import checkpoint_source, find_plan, sha256
+from labinfer.api import checkpoint_source, find_plan, is_plan, sha256
 from labinfer.compiler.fold import unfold_weights
 from labinfer.compiler.plan import Plan
 from labinfer.compiler.source import MAX_MAP_BYTES
@@ -19,6 +19,7 @@ from labinfer.runtime.cache import CacheOptions
 from labinfer.runtime.eviction import EvictionPolicy, LeastRecentlyUsed
 from labinfer.runtime.manager import Manager
 from labinfer.runtime.model import Model
+from labinfer.runtime.speculation import DraftModel, PromptLookup, Proposer, SpeculativeConfig
 from labinfer.runtime.tokenizer import Tokenizer
 from labinfer.runtime.weights import Checkpoint, open_checkpoint
 
@@ -54,10 +55,12 @@ class LLM(Model):
         eviction_policy: Callable[[], EvictionPolicy] = LeastRecentlyUsed,
         cold_folder: str | Path | None = None,
         cold_bytes: int = 10 * 10**9,
+        speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
             raise UsageError("run.seed", f"seed must be a whole number, got {seed!r:.60}")
+        guessing = None if speculative_config is None else SpeculativeConfig.of(speculative_config)
         if devices is not None:
             options["devices"] = devices
         rows = {"max_logits_rows": default_logits_rows(options)}
@@ -73,6 +76,30 @@ class LLM(Model):
         except BaseException:
             checkpoint.close()
             raise
+        if guessing is not None:
+            try:
+                self.proposer = self.open_proposer(guessing, progress)
+            except BaseException:
+                self.close()
+                raise
+
+    def open_proposer(self, config: SpeculativeConfig, progress: Progress | None) -> Proposer:
+        """Where the guesses of speculation come from; a draft model is opened on the devices of this one."""
+        count, limits = config.num_speculative_tokens, self.plan.limits
+        if min(limits.max_num_batched_tokens, limits.max_logits_rows) < 2:
+            message = f"steps of {limits.max_num_batched_tokens} tokens and {limits.max_logits_rows} rows of logits"
+            remedy = f"compile with --max-logits-rows {1 + count}"
+            raise UsageError("speculation.no-room", f"{message} have no room for guesses", remedy=remedy)
+        if config.method == "ngram":
+            return PromptLookup(count, config.prompt_lookup_max, config.prompt_lookup_min)
+        plan = draft_plan(config.model, self.plan, progress)
+        draft = DraftModel(LLM(plan, manager=self.manager, progress=progress), count)
+        try:
+            draft.check(self)
+        except BaseException:
+            draft.close()
+            raise
+        return draft
 
     def close(self) -> None:
         """Give back memory and the checkpoint's files."""
@@ -85,6 +112,21 @@ def default_logits_rows(options: Mapping[str, Any]) -> int:
     limits = {name: value for name, value in options.items() if isinstance(value, int)}
     rows: int = max(LOAD_LOGITS_ROWS, limits.get("max_num_seqs", 0))
     return min(rows, limits.get("max_num_batched_tokens", rows))
+
+
+def draft_plan(model: str | Path | Plan, plan: Plan, progress: Progress | None) -> Plan:
+    """The plan of a draft for the model of ``plan``: with its limits, if the draft is not for shorter texts."""
+    if isinstance(model, Plan) or is_plan(model):
+        return find_plan(model)
+    limits = plan.limits
+    options: dict[str, Any] = {"devices": list(plan.devices), "max_num_seqs": limits.max_num_seqs}
+    options["max_num_batched_tokens"] = limits.max_num_batched_tokens
+    try:
+        return find_plan(model, progress=progress, max_model_len=limits.max_model_len, **options)
+    except UsageError as error:
+        if error.code != "limits.max-model-len":
+            raise
+        return find_plan(model, progress=progress, **options)
 
 
 def loading(plan: Plan, progress: Progress) -> Callable[[int], None]:

@@ -99,6 +99,25 @@ def test_stats_go_to_stderr(labinfer_cli: Cli, tiny_model: Path):
     assert "tokens/s" not in result.stdout
 
 
+def test_speculation_gives_the_same_answer_and_its_figures(labinfer_cli: Cli, tiny_model: Path, answer, monkeypatch):
+    monkeypatch.setenv("LABINFER_SPECULATION", "1")
+    for options in (["--speculative-tokens", 3, "--draft", tiny_model], ["--draft", tiny_model]):
+        result = labinfer_cli("run", tiny_model, PROMPT, "--max-new-tokens", 8, *options, "--json")
+        found = json.loads(result.stdout)
+        assert (found["text"], found["token_ids"]) == (answer.text, answer.token_ids)
+        assert found["stats"]["accepted_tokens"] == found["stats"]["proposed_tokens"] > 0
+        assert found["stats"]["mean_accepted_length"] > 2
+    told = labinfer_cli("run", tiny_model, PROMPT, "--max-new-tokens", 8, "--stats", "--draft", tiny_model)
+    assert re.search(r"guessed (\d+) tokens, \1 right", told.stderr)
+    told = labinfer_cli("run", tiny_model, PROMPT, "--max-new-tokens", 8, "--stats", "--speculative-tokens", 2)
+    assert re.search(r"guessed \d+ tokens, \d+ right", told.stderr)
+    assert "guessed" not in labinfer_cli("run", tiny_model, PROMPT, "--max-new-tokens", 8, "--stats").stderr
+    assert labinfer_cli("compile", tiny_model, "-o", "p.json", "--max-logits-rows", 1).returncode == 0
+    refused = labinfer_cli("run", "p.json", PROMPT, "--speculative-tokens", 2)
+    assert refused.returncode == 2
+    assert "--max-logits-rows 3" in refused.stderr
+
+
 def test_model_without_tokenizer_takes_and_prints_ids(labinfer_cli: Cli, tmp_path: Path, tiny_model: Path):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(tiny_model / name)

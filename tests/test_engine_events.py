@@ -21,10 +21,10 @@ from labinfer.runtime.request import Request
 
 from .adapters import save_adapter
 from .tiny import GOLDEN
-from .token_memory import expected_tokens, remember_tokens
+from .token_memory import Knowing, expected_tokens, remember_tokens
 
 EXAMPLES, EVENTS = 30, 60
-"""For each of the seven kinds of engine: more than 10,000 events in all."""
+"""For each of the ten kinds of engine: more than 10,000 events in all."""
 
 TEXTS = [[1, 2, 3, 4, 5, 6, 7] * 6, [1, 2, 3, 4, 5, 6, 8] * 6, [9] * 40]
 
@@ -48,6 +48,7 @@ class EngineEvents(RuleBasedStateMachine):
 
     options: ClassVar[dict[str, Any]] = {}
     overlap = "0"
+    guesses = 0
     family = "llama-llama3"
 
     def __init__(self) -> None:
@@ -65,6 +66,8 @@ class EngineEvents(RuleBasedStateMachine):
             if self.model.blocks.usage:  # an example before this one failed
                 loaded.cache_clear()
                 self.model = loaded(self.family, **(limits | self.options))
+            patch.setenv("LABINFER_SPECULATION", "1")
+            self.model.proposer = Knowing(self.model, self.guesses, wrong=4) if self.guesses else None
             self.engine = Engine(self.model, seed=0)
         if self.model.cache.swap is not None:
             self.engine.costs.prompt_seconds = lambda tokens: float("inf")  # type: ignore[method-assign]
@@ -132,6 +135,10 @@ class EngineEvents(RuleBasedStateMachine):
     def books_are_right(self) -> None:
         self.model.blocks.check_integrity()
         assert len(self.engine.scheduler.running) <= self.model.plan.limits.max_num_seqs
+        if self.guesses:  # nothing of wrong guesses is left
+            rows = self.engine.scheduler.rows
+            needed = -(-self.model.batch.num_computed[rows] // self.model.plan.limits.block_size)
+            assert (self.model.blocks.counts[rows] == needed).all()
         if not self.engine.busy:
             assert not self.engine.scheduler.owners
             assert self.sessions or self.model.blocks.usage == 0
@@ -191,3 +198,14 @@ TestOverlapSwap = machine("OverlapSwap", options={"swap_space": 1e-4, "block_siz
 TestSmallSteps = machine("SmallSteps", options={"max_num_batched_tokens": 3, "max_logits_rows": 2, "num_blocks": 12})
 TestWindows = machine("Windows", family="gemma3_text-linear_global", options={"num_blocks": 14})
 TestAdapters = machine("Adapters", options={"max_loras": 2, "max_lora_rank": 1, "swap_space": 1e-4}, overlap="1")
+TestSpeculation = machine("Speculation", options={"max_logits_rows": 12}, guesses=3)
+TestSpeculationSwap = machine(
+    "SpeculationSwap", options={"max_logits_rows": 20, "swap_space": 1e-4, "block_size": 1, "num_blocks": 60},
+    guesses=5, overlap="1",
+)  # fmt: skip
+TestSpeculationWindows = machine(
+    "SpeculationWindows",
+    family="gemma3_text-linear_global",
+    options={"num_blocks": 14, "max_logits_rows": 9},
+    guesses=4,
+)

@@ -42,6 +42,22 @@ def test_greedy_tokens(llm: labinfer.LLM) -> None:
         assert list(result.token_ids) == run["generated"][:count], run["text"]
 
 
+def test_speculation_changes_no_token(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba", reason="the CPU backend needs numba")
+    monkeypatch.setenv("LABINFER_SPECULATION", "1")
+    # One sequence at a time: steps of many tokens run on a matrix unit, where there is one, and round otherwise.
+    options = {"devices": "cpu", "max_model_len": 512, "max_num_seqs": 1}
+    prompts, answers = [run["prompt"] for run in _GOLDEN["runs"][:2]], []
+    for config in (None, {"prompt_lookup_min": 1}, {"model": gguf}):
+        with labinfer.LLM(gguf, speculative_config=config, **options) as model:
+            for temperature in (0.0, 0.8):
+                params = labinfer.SamplingParams(temperature=temperature, seed=1, max_tokens=64, ignore_eos=True)
+                answers.append([result.token_ids for result in model.generate(prompts, params)])
+            assert config is None or (model.engine.speculation and model.engine.speculation.counted.accepted > 0)
+    assert answers[2:4] == answers[:2]
+    assert answers[4:] == answers[:2]
+
+
 def test_text_in_text_out(llm: labinfer.LLM) -> None:
     sampling = labinfer.SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     runs = [run for run in _GOLDEN["runs"] if "<|im_start|>" not in run["text"]]

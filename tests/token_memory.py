@@ -14,6 +14,7 @@ import numpy as np
 from labinfer.llm import LLM
 from labinfer.ops.base import NO_ADAPTER
 from labinfer.runtime.lora import LoRARequest, fingerprint
+from labinfer.runtime.request import Sequence as RunningSequence
 from labinfer.runtime.sampling import SamplingParams, SamplingRules, SamplingState, sample
 from labinfer.runtime.step_memory import StepBatch
 
@@ -88,3 +89,34 @@ def expected_tokens(
         if state.accept(tokens[-1]):
             break
     return tokens[len(prompt) :]
+
+
+class Knowing:
+    """A proposer that knows what will come, and gives every ``wrong``-th guess wrong."""
+
+    def __init__(self, model: LLM, num_tokens: int, wrong: int) -> None:
+        self.model, self.num_tokens, self.wrong = model, num_tokens, wrong
+        self.known: dict[RunningSequence, list[int]] = {}
+        self.given = 0
+
+    def propose(self, sequences: Sequence[RunningSequence], most: Sequence[int]) -> list[np.ndarray]:
+        """What follows, as far as the answer goes."""
+        return [self.guesses(each, count) for each, count in zip(sequences, most, strict=True)]
+
+    def guesses(self, sequence: RunningSequence, count: int) -> np.ndarray:
+        """Up to ``count`` tokens of the answer of ``sequence``."""
+        request = sequence.request
+        if sequence not in self.known:
+            text = expected_tokens(self.model, request.prompt, request.params, request.seed, sequence.index)
+            self.known[sequence] = text
+        made = len(sequence.token_ids) - len(request.prompt)
+        tokens = np.array(self.known[sequence][made : made + count], np.int32)
+        numbers = self.given + np.arange(len(tokens))
+        self.given += len(tokens)
+        return np.where(numbers % self.wrong == 0, (tokens + 1) % self.model.vocab_size, tokens).astype(np.int32)
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+    def close(self) -> None:
+        """Nothing is held."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from labinfer.cli.options import given, json_option, plan_options
+from labinfer.cli.options import COUNT, given, json_option, plan_options
 from labinfer.cli.output import current
 from labinfer.cli.sampling_options import sampling_options, take_params
 from labinfer.errors import UsageError
@@ -71,6 +71,15 @@ class Answering:
 )
 @click.option("--lora", metavar="NAME=PATH", help="Answer with a LoRA adapter: a folder as PEFT saves it.")
 @plan_options
+@click.option(
+    "--speculative-tokens",
+    type=COUNT,
+    metavar="N",
+    help="Guess N tokens a step, from what the text repeats or by --draft.",
+)
+@click.option(
+    "--draft", metavar="MODEL", help="A smaller model of the same vocabulary, which guesses (default: 4 tokens a step)."
+)
 @click.option("--stats", is_flag=True, help="Show times, speed and memory on stderr.")
 @json_option
 def run(
@@ -83,6 +92,8 @@ def run(
     taps: tuple[str, ...],
     lora: str | None,
     weights: str | None,
+    speculative_tokens: int | None,
+    draft: str | None,
     stats: bool,
     as_json: bool,
     **options: Any,
@@ -109,7 +120,8 @@ def run(
     if text is None and ids is None and not chatting:
         text = _read_stdin()
     started = time.perf_counter()
-    with _load(model, weights, given(options), answering.lora) as llm:
+    guessing = given({"num_speculative_tokens": speculative_tokens, "model": draft})
+    with _load(model, weights, given(options), answering.lora, guessing) as llm:
         load_seconds = time.perf_counter() - started
         if chatting:
             from labinfer.cli.chat import chat
@@ -179,18 +191,26 @@ def _read_stdin() -> str:
     return text
 
 
-def _load(model: str | None, weights: str | None, options: dict[str, Any], lora: LoRARequest | None) -> LLM:
-    """Load a model for one sequence and its adapter, unless a plan or an option says more."""
+def _load(
+    model: str | None, weights: str | None, options: dict[str, Any], lora: LoRARequest | None, guessing: dict[str, Any]
+) -> LLM:
+    """Load a model for one sequence, its adapter and its guesses, unless a plan or an option says more."""
     from labinfer.api import ONE_SEQUENCE, find_plan, is_plan
     from labinfer.llm import LLM
     from labinfer.runtime.lora import adapter_rank
+    from labinfer.runtime.speculation import SpeculativeConfig
 
+    config = SpeculativeConfig(**guessing) if guessing else None
     with current().progress() as progress:
         if model is not None and is_plan(model):
-            return LLM(model, weights=weights, progress=progress, **options)  # errors name the file
+            # Errors name the file.
+            return LLM(model, weights=weights, progress=progress, speculative_config=config, **options)
         room = {"max_loras": 1, "max_lora_rank": adapter_rank(lora.path)} if lora else {}
-        plan = find_plan(model, weights=weights, progress=progress, defaults={**ONE_SEQUENCE, **room}, **options)
-        return LLM(plan, weights=weights, progress=progress)
+        defaults = {**ONE_SEQUENCE, **room}
+        if config is not None:
+            defaults["max_logits_rows"] += config.num_speculative_tokens
+        plan = find_plan(model, weights=weights, progress=progress, defaults=defaults, **options)
+        return LLM(plan, weights=weights, progress=progress, speculative_config=config)
 
 
 def show(index: int, text: str) -> None:
@@ -200,7 +220,7 @@ def show(index: int, text: str) -> None:
 
 def _finish(llm: Model, answer: RequestOutput, load_seconds: float, stats: bool, as_json: bool) -> None:
     """End the output of one answer."""
-    figures = measured(answer, load_seconds)
+    figures = measured(answer, load_seconds) | guessed(llm)
     if as_json:
         found = {
             "model": llm.plan.source.name,
@@ -236,6 +256,18 @@ def measured(answer: RequestOutput, load_seconds: float | None = None) -> dict[s
     }
 
 
+def guessed(llm: Model) -> dict[str, float | int | None]:
+    """What speculation did, if there is any."""
+    if llm.engine.speculation is None:
+        return {}
+    counted = llm.engine.speculation.counted
+    return {
+        "proposed_tokens": counted.proposed,
+        "accepted_tokens": counted.accepted,
+        "mean_accepted_length": round(counted.mean_accepted_length, 4),
+    }
+
+
 def stats_text(figures: dict[str, Any]) -> str:
     """The figures in a line or two."""
     from labinfer.units import human_bytes
@@ -246,6 +278,9 @@ def stats_text(figures: dict[str, Any]) -> str:
         f"prompt {figures['prompt_tokens']} tokens, {figures['prompt_tokens_per_second']:.1f} tokens/s",
         f"first token after {figures['first_token_seconds']:.2f} s",
         f"answer {figures['new_tokens']} tokens" + (f", {speed:.1f} tokens/s" if speed else ""),
+        f"guessed {figures['proposed_tokens']} tokens, {figures['accepted_tokens']} right"
+        if "proposed_tokens" in figures
+        else "",
         f"peak memory {human_bytes(figures['peak_rss_bytes'])}",
     ]
     return "; ".join(part for part in parts if part)

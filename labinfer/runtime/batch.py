@@ -31,7 +31,8 @@ class Part(NamedTuple):
     """What a step computes: for each of ``rows`` the next ``counts`` tokens, with logits of the last ``wanted``.
 
     ``new`` is 1 where a token is made from the last of them, else 0. ``rows`` is intp [S], with which numpy indexes
-    fastest, the others int32 [S]; no count is 0. ``decodes``: every number is 1.
+    fastest, the others int32 [S]; no count is 0. ``decodes``: every number is 1. The last ``proposed`` tokens of a row
+    are guesses, which stand behind its known tokens; None where there are none.
     """
 
     rows: np.ndarray
@@ -39,6 +40,7 @@ class Part(NamedTuple):
     wanted: np.ndarray
     new: np.ndarray
     decodes: bool = False
+    proposed: np.ndarray | None = None
 
 
 def part_of(row: int, count: int, wanted: int) -> Part:

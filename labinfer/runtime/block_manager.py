@@ -256,6 +256,16 @@ class BlockManager:
             self.counts[row] += count
         return None
 
+    def shrink(self, rows: np.ndarray, lengths: np.ndarray) -> None:
+        """Take back the blocks that ``rows`` have past ``lengths`` tokens, which hold nothing that is computed."""
+        places = -(-lengths // self.block_size)
+        for index in np.flatnonzero(self.counts[rows] > places).tolist():
+            row, place = int(rows[index]), int(places[index])
+            for group, table in zip(self.groups, self.tables, strict=True):
+                group.give_back(table[row, place : self.counts[row]].copy(), place)
+                table[row, place : self.counts[row]] = 0
+            self.counts[row] = place
+
     def block_tables(self, rows: np.ndarray, length: int) -> list[np.ndarray]:
         """The tables of ``rows`` in each group, int32, wide enough for ``length`` tokens: copies."""
         width = -(-length // self.block_size)

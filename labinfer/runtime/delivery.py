@@ -51,7 +51,8 @@ class Delivery:
             if last and sequence.row >= 0 and not sequence.heard:
                 early.append(news)
                 continue
-            if sequence.heard and token is not None:
+            stopped = sequence.answer is not None and sequence.answer.stop is not None  # before the end of its step
+            if sequence.heard and token is not None and not stopped:
                 sequence.told.append(token)
             self.write(sequence, token, last)
             if last:

@@ -24,20 +24,11 @@ from labinfer.runtime.outputs import RequestOutput, RequestOutputKind
 from labinfer.runtime.request import Request, Sequence
 from labinfer.runtime.sampling import Sampled, SamplingRules, SamplingState, prompt_logprobs, sample
 from labinfer.runtime.scheduler import Policy, Scheduler, Unrunnable
+from labinfer.runtime.speculation import speculation_of
 from labinfer.runtime.step_costs import StepCosts
 from labinfer.runtime.step_memory import StepBatch
+from labinfer.runtime.step_stats import StepStats, step_stats
 from labinfer.runtime.streaming import EngineThread, stream
-
-
-class StepStats(NamedTuple):
-    """One step: when it ended (``time.perf_counter``), how long it took, and what it computed."""
-
-    time: float
-    seconds: float
-    num_sequences: int
-    num_tokens: int
-    num_decodes: int
-    num_waiting: int
 
 
 class Scheduled(NamedTuple):
@@ -61,6 +52,7 @@ class Engine:
         self.costs, self.capture = StepCosts(), Capture(model)
         swap, policy = model.cache.swap, policy or Policy()
         self.scheduler = Scheduler(model.batch, model.plan.limits, policy, self.costs, swap, model.adapters)
+        self.speculation = speculation_of(model.proposer, self.scheduler)
         self.numbers, self.random = count(), random.Random(seed)
         self.is_eos = np.zeros(model.vocab_size, np.bool_)
         self.is_eos[[token for token in self.eos_ids if token < model.vocab_size]] = True
@@ -209,6 +201,8 @@ class Engine:
                 if ahead:  # it leaves the queue after the step that runs
                     return None
             else:
+                if part is not None and self.speculation is not None and not ahead:
+                    part = self.speculation.extend(part)
                 return None if part is None else Scheduled(part, self.batch.step(part))
 
     def compute(self, scheduled: Scheduled) -> np.ndarray:
@@ -219,7 +213,8 @@ class Engine:
             running = self.device.submit(self.model.run, scheduled.batch)
             try:
                 self.delivery.deliver()
-                if self.batch.blocks.recompute_after is None and not self.ending:
+                guessing = self.speculation is not None and not self.speculation.payoff.paused
+                if self.batch.blocks.recompute_after is None and not self.ending and not guessing:
                     self.prepared = self.schedule(ahead=True)
             finally:
                 running.exception()  # waits
@@ -248,19 +243,25 @@ class Engine:
         if not part.decodes:
             last = np.cumsum(part.wanted) - 1
             self.score(part, last, logits)
-            rows, logits = rows[part.new > 0], logits[last[part.new > 0]]
-        if len(rows):
-            sampled, lengths = self.choose(rows, logits), batch.num_tokens[rows]
-            batch.token_ids[rows, lengths - 1] = sampled.tokens
+            rows = rows[part.new > 0]
+        if part.proposed is not None and self.speculation is not None:
+            self.speculation.verify(part, logits, self.take)
+        elif len(rows):
+            self.take(rows, logits if part.decodes else logits[last[part.new > 0]])
         batch.commit(part)
-        if len(rows):
-            happens = (lengths >= batch.end[rows]) | self.is_eos[sampled.tokens] | batch.watched[rows]
-            for index in happens.nonzero()[0].tolist():
-                self.look(self.scheduler.owners[int(rows[index])], index, sampled, logits)
-            self.start_anew(rows)
+        self.start_anew(rows)
         if self.prepared is not None:
             again = np.repeat(self.prepared.part.rows, self.prepared.part.counts)
             self.prepared.batch.token_ids[:] = batch.token_ids[again, self.prepared.batch.positions]
+
+    def take(self, rows: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        """Make the next token of each of ``rows`` from float32 ``logits`` [rows, vocab], int64, and see to its end."""
+        sampled, lengths = self.choose(rows, logits), self.batch.num_tokens[rows]
+        self.batch.token_ids[rows, lengths - 1] = sampled.tokens
+        happens = (lengths >= self.batch.end[rows]) | self.is_eos[sampled.tokens] | self.batch.watched[rows]
+        for index in happens.nonzero()[0].tolist():
+            self.look(self.scheduler.owners[int(rows[index])], index, sampled, logits)
+        return sampled.tokens
 
     def score(self, part: Part, last: np.ndarray, logits: np.ndarray) -> None:
         """Keep the log-probabilities of prompts that want them; ``last`` is each sequence's last row of logits."""
@@ -366,6 +367,8 @@ class Engine:
         if self.ending:
             self.scheduler.stop(self.ending)
             self.ending.clear()
+            if self.speculation is not None:
+                self.speculation.proposer.release()
 
     def done(self, request: Request) -> None:
         """Everything is told of ``request``."""
@@ -374,13 +377,13 @@ class Engine:
 
     def observe(self, part: Part, seconds: float) -> None:
         """Remember what a step cost."""
-        sequences = len(part.rows)
-        tokens, decodes = sequences, sequences
-        if not part.decodes:
-            tokens, decodes = int(part.counts.sum()), int(np.count_nonzero(part.counts == 1))
-        self.costs.observe(decodes, tokens - decodes, seconds)
-        now, waiting = time.perf_counter(), len(self.scheduler.waiting)
-        self.stats.append(StepStats(now, seconds, sequences, tokens, decodes, waiting))
+        accepted = self.speculation.accepted if self.speculation is not None else 0
+        stats = step_stats(part, seconds, len(self.scheduler.waiting), accepted)
+        self.stats.append(stats)
+        if self.speculation is not None:
+            self.speculation.observe(stats)
+        if stats.num_prompt_tokens or not stats.num_proposed:
+            self.costs.observe(stats.num_decodes, stats.num_tokens - stats.num_decodes, seconds)
 
 
 def overlaps(model: Model) -> bool:

@@ -34,9 +34,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from labinfer.backends.base import Device
+    from labinfer.runtime.beam_search import BeamSearchOutput, BeamSearchParams
     from labinfer.runtime.engine import Engine
     from labinfer.runtime.outputs import RequestOutput
     from labinfer.runtime.sampling import SamplingParams
+    from labinfer.runtime.speculation import Proposer
     from labinfer.runtime.tokenizer import Tokenizer
 
 _numbers = count()
@@ -60,6 +62,7 @@ class Model:
         seed: int | None = None,
     ) -> None:
         self.seed = seed
+        self.proposer: Proposer | None = None  # for speculation
         self.plan, self.tokenizer, self.manager = plan, tokenizer, manager or Manager()
         self.owns_manager = manager is None
         self.owner = f"{plan.source.name} #{next(_numbers)}"
@@ -200,6 +203,14 @@ class Model:
         names = dict(chat_template_kwargs or {}, tools=tools, add_generation_prompt=add_generation_prompt)
         return generate(self, encode_chats(self, messages, names), params, on_token, lora_request)
 
+    def beam_search(
+        self, prompts: str | Listing[str] | Listing[int] | Listing[Listing[int]], params: BeamSearchParams
+    ) -> list[BeamSearchOutput]:
+        """The likeliest answers as wholes to one or several prompts, in order; see ``beam_search.beam_search``."""
+        from labinfer.runtime.beam_search import beam_search
+
+        return beam_search(self, prompts, params)
+
     def check_tokens(self, token_ids: Iterable[int]) -> list[int]:
         """``token_ids`` as a list of ints, all of them in the vocabulary."""
         try:
@@ -258,6 +269,8 @@ class Model:
         """Give back everything that was allocated; the model cannot run any more."""
         if (engine := self.__dict__.pop("engine", None)) is not None:
             engine.close()
+        if self.proposer is not None:
+            self.proposer.close()
         for interpreter in self.interpreters:
             interpreter.close()
         self.adapters.close()

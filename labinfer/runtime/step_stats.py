@@ -1,0 +1,44 @@
+"""What a step computed, and how long it took."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from labinfer.runtime.batch import Part
+
+
+class StepStats(NamedTuple):
+    """One step: when it ended (``time.perf_counter``), how long it took, and what it computed.
+
+    Of its ``num_tokens``, ``num_decodes`` were the last ones of their sequences and ``num_proposed`` guesses after
+    them, of which ``num_accepted`` were right; the others belong to prompts.
+    """
+
+    time: float
+    seconds: float
+    num_sequences: int
+    num_tokens: int
+    num_decodes: int
+    num_waiting: int
+    num_proposed: int = 0
+    num_accepted: int = 0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of prompts."""
+        return self.num_tokens - self.num_decodes - self.num_proposed
+
+
+def step_stats(part: Part, seconds: float, num_waiting: int, num_accepted: int) -> StepStats:
+    """The statistics of a step that has just computed ``part``."""
+    now, sequences = time.perf_counter(), len(part.rows)
+    if part.decodes:
+        return StepStats(now, seconds, sequences, sequences, sequences, num_waiting)
+    tokens, counts, proposed = int(part.counts.sum()), part.counts, 0
+    if part.proposed is not None:
+        counts, proposed = counts - part.proposed, int(part.proposed.sum())
+    decodes = int(np.count_nonzero(counts == 1))
+    return StepStats(now, seconds, sequences, tokens, decodes, num_waiting, proposed, num_accepted)
