@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from labinfer.cli.options import COUNT, given, plan_options
+from labinfer.cli.options import COUNT, given, json_option, plan_options
 from labinfer.cli.output import current
 from labinfer.errors import UsageError
 
@@ -38,6 +38,7 @@ SEQUENCES = 16
     "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Of the log."
 )
 @plan_options
+@json_option
 def serve(
     model: str | None,
     host: str,
@@ -45,6 +46,7 @@ def serve(
     api_key: str | None,
     api_key_file: str | None,
     weights: str | None,
+    as_json: bool,
     **options: Any,
 ) -> None:
     """Serve a model to every client of OpenAI's API.
@@ -72,7 +74,7 @@ def serve(
     settings = replace(settings, port=listener.getsockname()[1])
     with listener, _load(model, weights, given(options), phases) as llm:
         service = Service(llm, settings, phases)
-        Server(service, listener).run(lambda: _banner(service, key_file))
+        Server(service, listener).run(lambda: _announce(service, key_file, as_json))
 
 
 def _keys(host: str, api_key: str | None, api_key_file: str | None) -> tuple[tuple[str, ...], str | None]:
@@ -111,14 +113,16 @@ def _load(model: str | None, weights: str | None, options: dict[str, Any], phase
     return llm
 
 
-def _banner(service: Service, key_file: str | None) -> None:
-    """Tell where the service is and how to use it."""
-    settings, out = service.options, current()
-    key = settings.api_keys[0] if key_file else "KEY"
-    kept = f"  (kept in {key_file})" if key_file else ""
-    out.data(f"{service.name} is served at {settings.url}/v1")
-    out.data(f"API key: {key if key_file else 'one of yours'}{kept}")
+def _announce(service: Service, key_file: str | None, as_json: bool) -> None:
+    """Tell where the service is and how to use it; a key that was given is not shown again."""
+    url, out = service.options.url, current()
+    key = service.options.api_keys[0] if key_file else None
+    if as_json:
+        out.json({"url": url, "model": service.name, "api_key": key, "api_key_file": key_file})
+        return
+    out.data(f"{service.name} is served at {url}/v1")
+    out.data(f"API key: {key}  (kept in {key_file})" if key else "API key: one of yours")
     out.data(
-        f"curl {settings.url}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' "
-        """-d '{"messages": [{"role": "user", "content": "Hello"}]}'"""
+        f"curl {url}/v1/chat/completions -H 'Authorization: Bearer {key or 'KEY'}' "
+        """-H 'Content-Type: application/json' -d '{"messages": [{"role": "user", "content": "Hello"}]}'"""
     )
