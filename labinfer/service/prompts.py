@@ -10,6 +10,8 @@ from labinfer.errors import UsageError
 from labinfer.service.errors import ApiError
 from labinfer.service.schema.chat import ChatRequest, ContentPart, Message
 from labinfer.service.service import Service
+from labinfer.service.tools.choice import ToolUse
+from labinfer.service.tools.formats import plain_messages, tool_schema
 
 ROLES = {"developer": "system", "function": "tool"}
 """Roles that templates know under another name."""
@@ -61,14 +63,18 @@ def arguments_of(text: str) -> Any:
     return found if isinstance(found, dict) else text
 
 
-def chat_tokens(service: Service, body: ChatRequest) -> list[int]:
-    """Token ids of a conversation."""
+def chat_tokens(service: Service, body: ChatRequest, use: ToolUse) -> list[int]:
+    """Token ids of a conversation in which the tools of ``use`` can be called."""
     messages = [template_message(message, number) for number, message in enumerate(body.messages)]
     variables = body.chat_template_kwargs or {}
     if taken := RESERVED & variables.keys():
         raise ApiError(400, f"chat_template_kwargs cannot give '{min(taken)}'", param="chat_template_kwargs")
     if body.add_generation_prompt is not None:
         variables = {**variables, "add_generation_prompt": body.add_generation_prompt}
+    if use.tools and not use.known:
+        messages = plain_messages(messages, use.tools)
+    elif use.tools:
+        variables = {**variables, "tools": [tool_schema(tool) for tool in use.tools]}
     return service.tokenizer.encode_chat(messages, **variables)
 
 

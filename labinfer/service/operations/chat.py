@@ -17,27 +17,32 @@ from labinfer.service.generation import Generation, Piece
 from labinfer.service.logprobs import chat_logprobs
 from labinfer.service.prompts import chat_tokens
 from labinfer.service.schema.chat import ChatRequest
+from labinfer.service.tools.choice import ToolUse, tool_use
+from labinfer.service.tools.reader import Delta, MessageBuilder, Reader
 from labinfer.service.wire import DONE, event
 
 
 @dataclass(slots=True)
 class ChatAnswer:
-    """An answer as it grows."""
+    """An answer as it grows; ``reader`` finds the calls in its text."""
 
-    text: str = ""
+    reader: Reader
+    message: MessageBuilder = field(default_factory=MessageBuilder)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
-    def take(self, piece: Piece, top: int | None) -> list[dict[str, Any]] | None:
-        """Add a piece; its log-probabilities with the ``top`` likeliest tokens, None where they are not wanted."""
-        self.text += piece.text
-        self.finish_reason, self.stop_reason = piece.finish_reason, piece.stop_reason
-        if top is None:
-            return None
-        found: list[dict[str, Any]] = chat_logprobs(piece.token_ids, piece.logprobs, top)
-        self.logprobs += found
-        return found
+    def take(self, piece: Piece) -> list[Delta]:
+        """Add a piece; what it says."""
+        deltas = self.reader.put(piece.text)
+        if piece.finish_reason is not None:
+            deltas += self.reader.finish()
+            calls = self.reader.called and piece.finish_reason == "stop"
+            self.finish_reason = "tool_calls" if calls else piece.finish_reason
+            self.stop_reason = piece.stop_reason
+        for each in deltas:
+            self.message.add(each)
+        return deltas
 
 
 @dataclass(slots=True)
@@ -48,6 +53,7 @@ class Chat:
     generation: Generation
     head: dict[str, Any]
     top: int | None
+    use: ToolUse
     answers: dict[int, ChatAnswer] = field(default_factory=dict)
 
     async def whole(self) -> dict[str, Any]:
@@ -55,7 +61,7 @@ class Chat:
         async with aclosing(self.generation.pieces()) as found:
             async for pieces in found:
                 for piece in pieces:
-                    self.answers.setdefault(piece.index, ChatAnswer()).take(piece, self.top)
+                    self.chunks(piece)
         choices = [self.choice(index, answer) for index, answer in sorted(self.answers.items())]
         return self.head | {"object": "chat.completion", "choices": choices, "usage": self.generation.usage.body()}
 
@@ -63,7 +69,7 @@ class Chat:
         """An answer as clients read it."""
         return {
             "index": index,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "message": answer.message.message(),
             "logprobs": None if self.top is None else {"content": answer.logprobs, "refusal": None},
             "finish_reason": answer.finish_reason,
             "stop_reason": answer.stop_reason,
@@ -85,17 +91,21 @@ class Chat:
 
     def chunks(self, piece: Piece) -> list[dict[str, Any]]:
         """The choices, each of a chunk of its own, that tell of a piece: who speaks, what is said, why it ended."""
-        answer, found = self.answers.get(piece.index), []
-        if answer is None:
-            answer = self.answers[piece.index] = ChatAnswer()
+        found = []
+        if piece.index not in self.answers:
+            self.answers[piece.index] = ChatAnswer(self.use.reader())
             found.append(delta(piece.index, {"role": "assistant", "content": ""}))
-        logprobs = answer.take(piece, self.top)
-        if piece.text or logprobs:
-            found.append(delta(piece.index, {"content": piece.text}, logprobs))
+        answer = self.answers[piece.index]
+        logprobs = [] if self.top is None else chat_logprobs(piece.token_ids, piece.logprobs, self.top)
+        answer.logprobs += logprobs
+        deltas = answer.take(piece)
+        if logprobs and not deltas:
+            deltas = [{"content": ""}]
+        for number, each in enumerate(deltas):
+            found.append(delta(piece.index, each, logprobs if number == 0 else None))
         if piece.finish_reason is not None:
-            found.append(
-                delta(piece.index, {}) | {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
-            )
+            end = {"finish_reason": answer.finish_reason, "stop_reason": answer.stop_reason}
+            found.append(delta(piece.index, {}) | end)
         return found
 
 
@@ -121,13 +131,17 @@ def prepare(call: Call, body: ChatRequest) -> Chat:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     top = (body.top_logprobs or 0) if body.logprobs else None
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    params = body.params(service.options, max_tokens, logprobs=top)
+    use = tool_use(body, service.tokenizer.chat_template)
+    more: dict[str, Any] = {} if use.structure is None else {"structured_outputs": use.structure}
+    if use.tools and use.form.special:
+        more["skip_special_tokens"] = False
+    params = body.params(service.options, max_tokens, logprobs=top, **more)
     salt = f"{call.salt}{body.cache_salt or ''}"
-    request = Request(chat_tokens(service, body), params, body.priority or 0, salt)
+    request = Request(chat_tokens(service, body, use), params, body.priority or 0, salt)
     head: dict[str, Any] = {
         "id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name,
         "system_fingerprint": None,
     }  # fmt: skip
     if call.warnings:
         head["warnings"] = call.warnings
-    return Chat(body, Generation(service, [request]), head, top)
+    return Chat(body, Generation(service, [request]), head, top, use)

@@ -10,6 +10,7 @@ from labinfer.service.errors import ApiError
 from labinfer.service.prompts import chat_tokens
 from labinfer.service.schema.chat import ChatRequest
 from labinfer.service.schema.tokens import DetokenizeRequest, TokenizeRequest
+from labinfer.service.tools.choice import tool_use
 
 
 async def tokenize(call: Call, body: TokenizeRequest) -> Any:
@@ -30,7 +31,7 @@ def tokenized(call: Call, body: TokenizeRequest) -> dict[str, Any]:
             messages=body.messages, tools=body.tools, add_generation_prompt=body.add_generation_prompt,
             chat_template_kwargs=body.chat_template_kwargs,
         )  # fmt: skip
-        tokens = chat_tokens(service, chat)
+        tokens = chat_tokens(service, chat, tool_use(chat, service.tokenizer.chat_template))
     texts = [service.tokenizer.decode([token], skip_special_tokens=False) for token in tokens]
     found = {"count": len(tokens), "max_model_len": service.model.max_len, "tokens": tokens}
     return found | ({"token_strs": texts} if body.return_token_strs else {})

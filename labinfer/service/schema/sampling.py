@@ -62,7 +62,7 @@ class SamplingBody(Body):
             found["seed"] = self.seed % (1 << 64)
         if self.min_tokens is not None:
             found["min_tokens"] = self.min_tokens if max_tokens is None else min(self.min_tokens, max_tokens)
-        return SamplingParams(max_tokens=max_tokens, structured_outputs=self.structure(), **found, **more)
+        return SamplingParams(max_tokens=max_tokens, **{"structured_outputs": self.structure(), **found, **more})
 
     def structure(self) -> StructuredOutputs | None:
         """The form that the answer must have."""
