@@ -14,6 +14,7 @@ from labinfer.service.guard import Guard
 from labinfer.service.operations.chat import chat_completions
 from labinfer.service.operations.completions import completions
 from labinfer.service.operations.health import health, ready
+from labinfer.service.operations.inspection import devices, metrics, plan, startup, trace
 from labinfer.service.operations.models import model, models
 from labinfer.service.operations.tokens import detokenize, tokenize
 from labinfer.service.schema.chat import ChatRequest
@@ -32,6 +33,11 @@ OPERATIONS = (
     Operation("GET", "/v1/models/{model:path}", model, "One model"),
     Operation("POST", "/tokenize", tokenize, "Token ids of a text or a conversation", TokenizeRequest),
     Operation("POST", "/detokenize", detokenize, "The text of token ids", DetokenizeRequest),
+    Operation("GET", "/metrics", metrics, "Measurements for Prometheus"),
+    Operation("GET", "/labinfer/v1/plan", plan, "The plan that is run"),
+    Operation("GET", "/labinfer/v1/devices", devices, "Where the model lies, and how full its cache is"),
+    Operation("GET", "/labinfer/v1/trace", trace, "The last steps, predicted and measured"),
+    Operation("GET", "/labinfer/v1/startup", startup, "How long each phase of the start took"),
     Operation("GET", "/health", health, "Whether the process should go on", public=True),
     Operation("GET", "/ready", ready, "Whether new requests are welcome", public=True),
 )  # fmt: skip

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+from labinfer.errors import LabinferError
 from labinfer.runtime.outputs import RequestOutput
 from labinfer.runtime.request import Request
 from labinfer.runtime.sampling import Logprob
@@ -93,18 +95,34 @@ class Generation:
 
     async def of_one(self, number: int) -> AsyncGenerator[list[Piece], None]:
         """The pieces of one request."""
-        request = self.requests[number]
+        request, reason, last = self.requests[number], "abort", None
         told: dict[int, tuple[int, int]] = {}
-        async with aclosing(self.service.engine.stream(request)) as outputs:  # type: ignore[type-var]
-            async for output in outputs:
-                if output.finished or request.num_made == request.params.n:
-                    pieces = new_pieces(output, told, number * request.params.n)
-                    self.usage.completion += sum(len(piece.token_ids) for piece in pieces)
-                    if output.finished:
-                        self.usage.prompt += len(request.prompt)
-                        self.usage.cached += request.metrics.num_cached_tokens
-                    if pieces:
-                        yield pieces
+        try:
+            async with aclosing(self.service.engine.stream(request)) as outputs:  # type: ignore[type-var]
+                async for output in outputs:
+                    if output.finished or request.num_made == request.params.n:
+                        pieces = new_pieces(output, told, number * request.params.n)
+                        last = self.count(pieces, last)
+                        if output.finished:
+                            reason = output.finish_reason or reason
+                            self.usage.prompt += len(request.prompt)
+                            self.usage.cached += request.metrics.num_cached_tokens
+                        if pieces:
+                            yield pieces
+        except LabinferError as error:
+            reason = "error"
+            self.service.metrics.failed(error)
+            raise
+        finally:
+            if request.number >= 0:  # the engine took it
+                self.service.metrics.ended(request, reason)
+
+    def count(self, pieces: Sequence[Piece], last: float | None) -> float:
+        """Count the tokens of ``pieces``; ``last`` is when there were some before. Gives the time."""
+        tokens, now = sum(len(piece.token_ids) for piece in pieces), time.perf_counter()
+        self.usage.completion += tokens
+        self.service.metrics.told(tokens, None if last is None else now - last)
+        return now
 
 
 def new_pieces(output: RequestOutput, told: dict[int, tuple[int, int]], first: int) -> list[Piece]:

@@ -15,6 +15,7 @@ from labinfer.errors import LabinferError
 from labinfer.extras import missing
 from labinfer.service.options import ServiceOptions
 from labinfer.service.service import Service
+from labinfer.service.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 
@@ -101,9 +102,11 @@ class Server:
         self.uvicorn.should_exit = True
 
     async def care(self) -> None:
-        """Keep silent streams alive."""
+        """Watch the engine, and keep silent streams alive."""
+        watchdog = Watchdog(self.service)
         while True:
             await asyncio.sleep(1)
+            watchdog.look()
             now = time.monotonic()
             for call in list(self.service.open_streams):
                 await call.keep_alive(now)

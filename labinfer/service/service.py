@@ -11,6 +11,7 @@ from labinfer.llm import LLM
 from labinfer.runtime.tokenizer import Tokenizer
 from labinfer.service.admission import Admission
 from labinfer.service.errors import ApiError
+from labinfer.service.metrics import Metrics
 from labinfer.service.options import ServiceOptions
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Service:
         self.name = options.served_model_name or model.plan.source.name
         self.created, self.startup = int(time.time()), dict(startup or {})
         self.admission = Admission(model.plan.limits.max_num_seqs + options.max_queue)
+        self.metrics = Metrics(self)
         self.open_streams: set[Call] = set()
         self.stalled = False
 
