@@ -21,7 +21,7 @@ from labinfer.service.app import OPERATIONS
 from labinfer.service.guard import Guard
 from labinfer.service.options import ServiceOptions
 
-from .service import KEY, OTHER_KEY, Served, served
+from .service import KEY, OTHER_KEY, Served, served, wait_for
 
 LONG = {"prompt": [5, 6], "max_tokens": 120, "ignore_eos": True}
 
@@ -208,13 +208,6 @@ def test_what_nobody_foresaw_is_told_without_details(capfd: pytest.CaptureFixtur
     assert b"0x7f" not in sent[1]["body"]  # type: ignore[operator]
 
 
-def wait_for(condition: object, seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_request(tiny_model: Path, stream: bool) -> None:
     with served(tiny_model, {"max_num_seqs": 1, "num_blocks": 64}) as api:
@@ -297,9 +290,10 @@ def serve_process(model: Path, home: Path, *arguments: str) -> subprocess.Popen[
 def test_the_command_prints_what_works_and_ends_well_on_sigterm(tiny_model: Path, home: Path) -> None:
     with serve_process(tiny_model, home, "--log-format", "json") as process:
         assert process.stdout is not None
-        where, key, curl = (process.stdout.readline() for _ in range(3))
+        where, page, key, curl = (process.stdout.readline() for _ in range(4))
         url = where.split()[-1]
         token = key.split()[2]
+        assert page.strip().endswith(f"/#key={token}")
         assert (home / "api-key").read_text().strip() == token
         assert (home / "api-key").stat().st_mode & 0o777 == 0o600
         assert httpx.get(f"{url}/models", headers={"authorization": f"Bearer {token}"}).status_code == 200

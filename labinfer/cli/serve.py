@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 SEQUENCES = 16
 """Sequences of a step, unless a plan or an option says otherwise."""
 
+CACHE_BYTES = 1 << 30
+"""Bytes of the KV cache, likewise: sequences share it, and few of them are as long as they may be."""
+
 
 @click.command()
 @click.argument("model", required=False)
@@ -106,6 +109,8 @@ def _load(model: str | None, weights: str | None, options: dict[str, Any], phase
             llm = LLM(model, weights=weights, progress=progress, **options)  # errors name the file
         else:
             defaults = {"max_num_seqs": SEQUENCES, "max_logits_rows": SEQUENCES}
+            if "num_blocks" not in options:
+                defaults["kv_memory"] = CACHE_BYTES
             plan = find_plan(model, weights=weights, progress=progress, defaults=defaults, **options)
             phases["compile"], started = time.perf_counter() - started, time.perf_counter()
             llm = LLM(plan, weights=weights, progress=progress)
@@ -121,6 +126,8 @@ def _announce(service: Service, key_file: str | None, as_json: bool) -> None:
         out.json({"url": url, "model": service.name, "api_key": key, "api_key_file": key_file})
         return
     out.data(f"{service.name} is served at {url}/v1")
+    if key:
+        out.data(f"Open {url}/#key={key}")
     out.data(f"API key: {key}  (kept in {key_file})" if key else "API key: one of yours")
     out.data(
         f"curl {url}/v1/chat/completions -H 'Authorization: Bearer {key or 'KEY'}' "

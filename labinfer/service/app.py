@@ -16,6 +16,7 @@ from labinfer.service.operations.completions import completions
 from labinfer.service.operations.health import health, ready
 from labinfer.service.operations.inspection import devices, metrics, plan, startup, trace
 from labinfer.service.operations.models import model, models
+from labinfer.service.operations.page import page
 from labinfer.service.operations.tokens import detokenize, tokenize
 from labinfer.service.schema.chat import ChatRequest
 from labinfer.service.schema.completions import CompletionRequest
@@ -33,6 +34,7 @@ OPERATIONS = (
     Operation("GET", "/v1/models/{model:path}", model, "One model"),
     Operation("POST", "/tokenize", tokenize, "Token ids of a text or a conversation", TokenizeRequest),
     Operation("POST", "/detokenize", detokenize, "The text of token ids", DetokenizeRequest),
+    Operation("GET", "/", page, "A page to talk to the model and to see it work"),
     Operation("GET", "/metrics", metrics, "Measurements for Prometheus"),
     Operation("GET", "/labinfer/v1/plan", plan, "The plan that is run"),
     Operation("GET", "/labinfer/v1/devices", devices, "Where the model lies, and how full its cache is"),

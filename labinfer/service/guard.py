@@ -10,12 +10,13 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from hashlib import sha256
 from typing import Any
 
-from labinfer.service.call import Receive, Scope, Send
+from labinfer.service.call import Receive, Reply, Scope, Send
 from labinfer.service.errors import ApiError
+from labinfer.service.operations.page import page_reply
 from labinfer.service.options import ServiceOptions
 from labinfer.service.wire import json_bytes
 
@@ -54,10 +55,12 @@ class Guard:
             self.check(scope, headers)
             await self.app(scope, receive, record.send)
         except ApiError as error:
-            await refuse(record, error)
+            await refuse(record, error, headers)
         except Exception:
             _log.exception("request %s failed", request_id, extra={"request_id": request_id})
-            await refuse(record, ApiError(500, f"the server failed; its log tells of {request_id}", final=True))
+            await refuse(
+                record, ApiError(500, f"the server failed; its log tells of {request_id}", final=True), headers
+            )
         finally:
             record.log()
 
@@ -110,12 +113,18 @@ class Answered:
         _log.info("%s %r %d %.3f s", self.scope["method"], path, status, seconds, extra=details)
 
 
-async def refuse(record: Answered, error: ApiError) -> None:
-    """Answer with an error, unless an answer has begun: its end is missing then, which clients notice."""
+async def refuse(record: Answered, error: ApiError, asked: Mapping[bytes, str]) -> None:
+    """Answer with an error, unless an answer has begun: its end is missing then, which clients notice.
+
+    A browser without a key gets the page, which has no secret in it and asks for one.
+    """
     if record.status:
         return
-    body = json_bytes(error.body())
-    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers()}
+    reply = Reply(json_bytes(error.body()))
+    if error.status == 401 and record.scope["path"] == "/" and "text/html" in asked.get(b"accept", ""):
+        reply = page_reply()
+    body, headers = reply.body, {"content-type": reply.content_type, **reply.headers, **error.headers()}
+    headers["content-length"] = str(len(body))
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
