@@ -6,27 +6,17 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from labinfer.errors import LabinferError
-from labinfer.runtime.outputs import RequestOutput
+from labinfer.runtime.outputs import CompletionOutput, RequestOutput, RequestOutputKind
 from labinfer.runtime.request import Request
-from labinfer.runtime.sampling import Logprob
 from labinfer.service.errors import ApiError
 from labinfer.service.service import Service
 
-
-@dataclass(slots=True)
-class Piece:
-    """What answer ``index`` has got: text, tokens and their log-probabilities, and why it ended, if it did."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[dict[int, Logprob]]
-    finish_reason: str | None
-    stop_reason: int | str | None
+Piece = CompletionOutput
+"""What an answer, by the index that clients see, has got since the piece before, and why it ended, if it did."""
 
 
 @dataclass(slots=True)
@@ -51,11 +41,12 @@ class Usage:
 class Generation:
     """Requests that are one call: ``pieces`` runs them, ``usage`` counts.
 
-    The answers of request ``r`` have the indexes from ``r * n`` on.
+    The answers of request ``r`` have the indexes from ``r * n`` on. ``streamed``: somebody wants them as they are made.
     """
 
     service: Service
     requests: Sequence[Request]
+    streamed: bool
     usage: Usage = field(default_factory=Usage)
 
     async def pieces(self) -> AsyncGenerator[list[Piece], None]:
@@ -96,19 +87,18 @@ class Generation:
     async def of_one(self, number: int) -> AsyncGenerator[list[Piece], None]:
         """The pieces of one request."""
         request, reason, last = self.requests[number], "abort", None
-        told: dict[int, tuple[int, int]] = {}
+        kind = RequestOutputKind.DELTA if self.streamed else RequestOutputKind.FINAL_ONLY
         try:
-            async with aclosing(self.service.engine.stream(request)) as outputs:  # type: ignore[type-var]
+            async with aclosing(self.service.engine.stream(request, kind)) as outputs:  # type: ignore[type-var]
                 async for output in outputs:
-                    if output.finished or request.num_made == request.params.n:
-                        pieces = new_pieces(output, told, number * request.params.n)
-                        last = self.count(pieces, last)
-                        if output.finished:
-                            reason = output.finish_reason or reason
-                            self.usage.prompt += len(request.prompt)
-                            self.usage.cached += request.metrics.num_cached_tokens
-                        if pieces:
-                            yield pieces
+                    if any(each.finish_reason == "abort" for each in output.outputs):
+                        raise ApiError(503, "the server stopped the request", code="aborted", retry_after=5)
+                    last = self.count(output, last)
+                    if output.finished:
+                        reason = output.outputs[0].finish_reason or reason
+                        self.usage.prompt += len(request.prompt)
+                        self.usage.cached += request.metrics.num_cached_tokens
+                    yield numbered(output, request, number * request.params.n)
         except LabinferError as error:
             reason = "error"
             self.service.metrics.failed(error)
@@ -117,27 +107,17 @@ class Generation:
             if request.number >= 0:  # the engine took it
                 self.service.metrics.ended(request, reason)
 
-    def count(self, pieces: Sequence[Piece], last: float | None) -> float:
-        """Count the tokens of ``pieces``; ``last`` is when there were some before. Gives the time."""
-        tokens, now = sum(len(piece.token_ids) for piece in pieces), time.perf_counter()
+    def count(self, output: RequestOutput, last: float | None) -> float:
+        """Count the tokens of ``output``; ``last`` is when there were some before. Gives the time."""
+        tokens, now = sum(len(each.token_ids) for each in output.outputs), time.perf_counter()
         self.usage.completion += tokens
         self.service.metrics.told(tokens, None if last is None else now - last)
         return now
 
 
-def new_pieces(output: RequestOutput, told: dict[int, tuple[int, int]], first: int) -> list[Piece]:
-    """What ``output`` has beyond ``told``, the lengths of texts and tokens by answer, which are brought up to date."""
-    pieces = []
-    for index, each in enumerate(output.outputs):
-        text, tokens = told.get(index, (0, 0))
-        if tokens < 0:
-            continue
-        if each.finish_reason == "abort":
-            raise ApiError(503, "the server stopped the request", code="aborted", retry_after=5)
-        if len(each.text) > text or len(each.token_ids) > tokens or each.finish_reason is not None:
-            logprobs = (each.logprobs or [])[tokens:]
-            new = each.token_ids[tokens:]
-            pieces.append(Piece(first + index, each.text[text:], new, logprobs, each.finish_reason, each.stop_reason))
-            ended = each.finish_reason is not None
-            told[index] = (len(each.text), -1 if ended else len(each.token_ids))
-    return pieces
+def numbered(output: RequestOutput, request: Request, first: int) -> list[Piece]:
+    """The answers of ``output`` with indexes from ``first`` on; those of ``best_of`` by their place."""
+    pieces = output.outputs
+    if request.num_made > request.params.n:
+        return [replace(each, index=first + place) for place, each in enumerate(pieces)]
+    return [replace(each, index=first + each.index) for each in pieces] if first else pieces

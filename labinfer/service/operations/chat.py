@@ -96,7 +96,7 @@ class Chat:
             self.answers[piece.index] = ChatAnswer(self.use.reader())
             found.append(delta(piece.index, {"role": "assistant", "content": ""}))
         answer = self.answers[piece.index]
-        logprobs = [] if self.top is None else chat_logprobs(piece.token_ids, piece.logprobs, self.top)
+        logprobs = [] if self.top is None else chat_logprobs(piece.token_ids, piece.logprobs or [], self.top)
         answer.logprobs += logprobs
         deltas = answer.take(piece)
         if logprobs and not deltas:
@@ -144,4 +144,4 @@ def prepare(call: Call, body: ChatRequest) -> Chat:
     }  # fmt: skip
     if call.warnings:
         head["warnings"] = call.warnings
-    return Chat(body, Generation(service, [request]), head, top, use)
+    return Chat(body, Generation(service, [request], bool(body.stream)), head, top, use)

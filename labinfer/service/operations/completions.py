@@ -55,7 +55,9 @@ class Completion:
         answer = self.choices[piece.index]
         if self.body.max_tokens != 0:
             if self.body.logprobs is not None:
-                logprobs.append(completion_logprobs(piece.token_ids, piece.logprobs, len(answer.text) + len(text)))
+                logprobs.append(
+                    completion_logprobs(piece.token_ids, piece.logprobs or [], len(answer.text) + len(text))
+                )
             text += piece.text
         answer.text += text
         answer.logprobs += logprobs
@@ -147,4 +149,4 @@ def prepare(call: Call, body: CompletionRequest) -> Completion:
     }  # fmt: skip
     if call.warnings:
         head["warnings"] = call.warnings
-    return Completion(body, Generation(service, requests), echoes, head)
+    return Completion(body, Generation(service, requests, bool(body.stream)), echoes, head)
