@@ -7,13 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from labinfer.service.tools.formats import HERMES, LLAMA, MISTRAL, ToolFormat, detect_format
 from labinfer.service.tools.reader import CallReader, MessageBuilder
@@ -96,27 +93,6 @@ def test_the_form_is_told_by_the_marks_of_the_template() -> None:
     assert detect_format("{{ messages }}") is None
     assert detect_format(None) is None
     assert folder.is_dir()
-
-
-@pytest.fixture(scope="module")
-def byte_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with a token for each byte, so that it can write JSON."""
-    folder = tmp_path_factory.mktemp("bytes")
-    config = json.loads((tiny_model / "config.json").read_text())
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {"<unk>": 0, "<eos>": 1, **{letter: 2 + n for n, letter in enumerate(alphabet)}}
-    config |= {"vocab_size": len(words), "max_position_embeddings": 2048}
-    tensors = load_file(tiny_model / "model.safetensors")
-    tensors["model.embed_tokens.weight"] = np.random.default_rng(1).normal(0, 0.5, (len(words), 16)).astype(np.float32)
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config))
-    tokenizer = Tokenizer(models.BPE(words, [], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<unk>", "<eos>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text((tiny_model / "tokenizer_config.json").read_text())
-    return folder
 
 
 @pytest.fixture(scope="module")

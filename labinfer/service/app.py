@@ -15,11 +15,15 @@ from labinfer.service.operations.chat import chat_completions
 from labinfer.service.operations.completions import completions
 from labinfer.service.operations.health import health, ready
 from labinfer.service.operations.inspection import devices, metrics, plan, startup, trace
+from labinfer.service.operations.messages import count_tokens, messages
 from labinfer.service.operations.models import model, models
 from labinfer.service.operations.page import page
+from labinfer.service.operations.responses import responses
 from labinfer.service.operations.tokens import detokenize, tokenize
 from labinfer.service.schema.chat import ChatRequest
 from labinfer.service.schema.completions import CompletionRequest
+from labinfer.service.schema.messages import CountRequest, MessagesRequest
+from labinfer.service.schema.responses import ResponsesRequest
 from labinfer.service.schema.tokens import DetokenizeRequest, TokenizeRequest
 from labinfer.service.service import Service
 
@@ -30,6 +34,9 @@ OPERATIONS = (
         "POST", "/v1/chat/completions", chat_completions, "Go on with a conversation", ChatRequest, threat=COMPUTES
     ),
     Operation("POST", "/v1/completions", completions, "Go on from a text", CompletionRequest, threat=COMPUTES),
+    Operation("POST", "/v1/responses", responses, "The same in OpenAI's newer form", ResponsesRequest, threat=COMPUTES),
+    Operation("POST", "/v1/messages", messages, "The same in Anthropic's form", MessagesRequest, threat=COMPUTES),
+    Operation("POST", "/v1/messages/count_tokens", count_tokens, "Tokens of a conversation", CountRequest),
     Operation("GET", "/v1/models", models, "What is served"),
     Operation("GET", "/v1/models/{model:path}", model, "One model"),
     Operation("POST", "/tokenize", tokenize, "Token ids of a text or a conversation", TokenizeRequest),

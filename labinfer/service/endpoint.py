@@ -49,6 +49,8 @@ class Endpoint:
             await self.run(call)
         except ApiError as error:
             await call.fail(error)
+        except ValidationError as error:  # of a request that was written in another form
+            await call.fail(of_schema(error))
         except LabinferError as error:
             _log.info("request %s: %s", call.request_id, error, extra={"request_id": call.request_id})
             await call.fail(of_engine(error))
