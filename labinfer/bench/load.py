@@ -9,7 +9,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -149,8 +149,27 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[low] + (ordered[min(low + 1, len(ordered) - 1)] - ordered[low]) * (place - low)
 
 
-def summary(samples: Sequence[Sample], seconds: float, percents: Sequence[float]) -> dict[str, Any]:
-    """The figures, under the names of vLLM's result files, times in ms."""
+def bounds_of(texts: Iterable[str]) -> dict[str, float]:
+    """``ttft:500`` and the like as bounds in ms by name."""
+    found = {}
+    for text in texts:
+        name, _, value = text.partition(":")
+        if name not in ("ttft", "tpot", "e2el") or not value.replace(".", "", 1).isdigit():
+            raise UsageError("bench.goodput", f"'{text}' should be ttft:MS, tpot:MS or e2el:MS")
+        found[name] = float(value)
+    return found
+
+
+def keeps(sample: Sample, bounds: Mapping[str, float]) -> bool:
+    """Whether an answer came within all ``bounds``."""
+    measured = {"ttft": sample.first, "tpot": sample.per_token or 0.0, "e2el": sample.total}
+    return all(1000 * measured[name] <= bound for name, bound in bounds.items())
+
+
+def summary(
+    samples: Sequence[Sample], seconds: float, percents: Sequence[float], bounds: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """The figures, under the names of vLLM's result files, times in ms; good requests keep ``bounds``."""
     good = [each for each in samples if each.error is None]
     if not good:
         reason = samples[0].error if samples else "there was none"
@@ -164,6 +183,8 @@ def summary(samples: Sequence[Sample], seconds: float, percents: Sequence[float]
         "request_throughput": len(good) / seconds,
         "output_throughput": sum(each.tokens for each in good) / seconds,
     }
+    if bounds:
+        found["request_goodput"] = sum(keeps(each, bounds) for each in good) / seconds
     measured = {
         "ttft": [each.first for each in good],
         "tpot": [value for each in good if (value := each.per_token) is not None],
