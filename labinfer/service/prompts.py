@@ -8,6 +8,7 @@ from typing import Any
 
 from labinfer.errors import UsageError
 from labinfer.service.errors import ApiError
+from labinfer.service.literal_text import encode_chat
 from labinfer.service.schema.chat import ChatRequest, ContentPart, Message
 from labinfer.service.service import Service
 from labinfer.service.tools.choice import ToolUse
@@ -75,7 +76,7 @@ def chat_tokens(service: Service, body: ChatRequest, use: ToolUse) -> list[int]:
         messages = plain_messages(messages, use.tools)
     elif use.tools:
         variables = {**variables, "tools": [tool_schema(tool) for tool in use.tools]}
-    return service.tokenizer.encode_chat(messages, **variables)
+    return encode_chat(service.tokenizer, messages, **variables)
 
 
 def text_tokens(service: Service, prompt: str | list[int], add_special_tokens: bool | None) -> list[int]:
