@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import openai
 import pytest
 
 from labinfer import SamplingParams
+from labinfer.service.app import OPERATIONS
 
 from .service import KEY, Served, served
 
@@ -302,3 +305,17 @@ def test_seeded_answers_are_the_same_alone_and_together(api: Served) -> None:
     alone = post(api, "/v1/completions", prompt=[9, 10], **body)["choices"][0]["text"]
     together = post(api, "/v1/completions", prompt=[[9, 10]] + [[n, 6] for n in range(20, 40)], **body)
     assert together["choices"][0]["text"] == alone
+
+
+def test_the_openapi_document_describes_every_path(api: Served) -> None:
+    found = api.http.get("/openapi.json").json()
+    assert {(method, path) for path, item in found["paths"].items() for method in item} == {
+        (each.method.lower(), each.path.replace(":path", "")) for each in OPERATIONS
+    }
+    schemas = found["components"]["schemas"]
+    references = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(found)))
+    assert references <= schemas.keys()
+    chat = {"$ref": "#/components/schemas/ChatRequest", "components": found["components"]}
+    jsonschema.validate(CHAT, chat)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**CHAT, "temperature": "1"}, chat)

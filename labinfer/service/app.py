@@ -17,6 +17,7 @@ from labinfer.service.operations.health import health, ready
 from labinfer.service.operations.inspection import devices, metrics, plan, startup, trace
 from labinfer.service.operations.messages import count_tokens, messages
 from labinfer.service.operations.models import model, models
+from labinfer.service.operations.openapi import openapi
 from labinfer.service.operations.page import page
 from labinfer.service.operations.responses import responses
 from labinfer.service.operations.tokens import detokenize, tokenize
@@ -42,6 +43,7 @@ OPERATIONS = (
     Operation("POST", "/tokenize", tokenize, "Token ids of a text or a conversation", TokenizeRequest),
     Operation("POST", "/detokenize", detokenize, "The text of token ids", DetokenizeRequest),
     Operation("GET", "/", page, "A page to talk to the model and to see it work"),
+    Operation("GET", "/openapi.json", openapi, "This table for programs, with the bodies of requests"),
     Operation("GET", "/metrics", metrics, "Measurements for Prometheus"),
     Operation("GET", "/labinfer/v1/plan", plan, "The plan that is run"),
     Operation("GET", "/labinfer/v1/devices", devices, "Where the model lies, and how full its cache is"),
@@ -54,6 +56,8 @@ OPERATIONS = (
 
 class Paths:
     """The endpoints by path and method; errors of the router in OpenAI's form."""
+
+    operations = OPERATIONS
 
     def __init__(self, service: Service) -> None:
         routes = [Route(each.path, Endpoint(service, each), methods=[each.method]) for each in OPERATIONS]
