@@ -69,7 +69,7 @@ endef
 
 .venv/.test: pyproject.toml
 	@$(call venv,.venv)
-	@$(BIN)/pip install --quiet --editable '.[cpu,test]'
+	@$(BIN)/pip install --quiet --editable '.[cpu,serve,test]'
 	@touch .venv/.core $@
 
 .venv-hf/.test: pyproject.toml

@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -26,9 +27,11 @@ from labinfer.ops.base import OpAttrs, OpSpec
 from labinfer.ops.formats import FORMATS
 from labinfer.ops.fusions import FUSIONS
 from labinfer.runtime.sampling import SamplingParams
+from labinfer.service.app import OPERATIONS
+from labinfer.service.options import ServiceOptions
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md")))
 _PART = re.compile(r"(<!-- generated: (?P<name>[\w -]+) -->\n)(?P<text>.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -279,6 +282,29 @@ def short_plan() -> str:
     return "```\n" + compact_json(found).replace('"…"', "…") + "\n```"
 
 
+def service_paths() -> str:
+    """The paths of the service."""
+    rows = [[code(each.method), code(each.path), each.summary] for each in OPERATIONS]
+    return table(["Method", "Path", "What for"], rows)
+
+
+def service_threats() -> str:
+    """What could be done with each path, and by whom."""
+    rows = [[code(each.path), "anyone" if each.public else "a key", each.threat] for each in OPERATIONS]
+    return table(["Path", "Needs", "What it could be used for, and the bound"], rows)
+
+
+def service_limits() -> str:
+    """The limits of the service that are numbers."""
+    units = {"bytes": "bytes", "seconds": "s"}
+    rows = [
+        [code(each.name), f"{each.default:,} {units.get(each.name.rpartition('_')[2], '')}".strip()]
+        for each in fields_of(ServiceOptions)
+        if isinstance(each.default, int | float) and each.name != "port"
+    ]
+    return table(["`ServiceOptions`", "Default"], rows)
+
+
 def schema_of(name: str) -> Callable[[], str]:
     """The part of one element of the map language."""
     return lambda: fields(getattr(blueprint, name))
@@ -304,6 +330,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "exit codes": exit_codes, "families": families, "formats": formats,
     "fusions": fusions, "activations": activations, "plan fields": plan_fields, "sampling parameters": knobs,
     "short plan": short_plan, "cluster": cluster_fields, "devices": catalogue_of_devices,
+    "service paths": service_paths, "service threats": service_threats,
+    "service limits": service_limits,
     "map": schema_of("Blueprint"), "config": schema_of("ConfigEntry"), "check": schema_of("Check"),
     "match": schema_of("Match"), "op": schema_of("OpLine"), "use": schema_of("UseLine"),
     "repeat": schema_of("RepeatLine"),

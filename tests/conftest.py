@@ -71,6 +71,33 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def byte_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a token for each byte, so that it can write JSON."""
+    import json
+
+    import numpy as np
+    from safetensors.numpy import load_file, save_file
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("bytes")
+    config = json.loads((tiny_model / "config.json").read_text())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {"<unk>": 0, "<eos>": 1, **{letter: 2 + n for n, letter in enumerate(alphabet)}}
+    config |= {"vocab_size": len(words), "max_position_embeddings": 2048}
+    tensors = load_file(tiny_model / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = np.random.default_rng(1).normal(0, 0.5, (len(words), 16)).astype(np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer(models.BPE(words, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<unk>", "<eos>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text((tiny_model / "tokenizer_config.json").read_text())
+    return folder
+
+
 @pytest.fixture
 def labinfer_cli(tmp_path: Path) -> Callable[..., CompletedProcess[str]]:
     """Runs a command line in this process, in ``tmp_path`` as the current folder and without a terminal."""

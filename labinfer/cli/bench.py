@@ -33,7 +33,21 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # generic in newer cli
             self.fail(error.message, param, ctx)
 
 
-@click.command()
+class BenchCommand(click.Command):
+    """``labinfer bench MODEL``, and ``labinfer bench serve``, which measures a service and has options of its own."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """The context of whichever is meant."""
+        if args[:1] == ["serve"]:
+            from labinfer.cli.bench_serve import bench_serve
+
+            return bench_serve.make_context(f"{info_name} serve", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+
+@click.command(cls=BenchCommand)
 @click.argument("model", required=False)
 @click.option("--prompt-lengths", type=Counts(), default="512", show_default=True, metavar="LIST", help="Tokens.")
 @click.option("--decode-lengths", type=Counts(), default="128", show_default=True, metavar="LIST", help="New tokens.")
@@ -72,6 +86,7 @@ def bench(
     labinfer bench model.gguf --devices cpu
     labinfer bench model.gguf --devices cpu --prompt-lengths 128,512,2k --batch 1,4,16 --json
     LABINFER_BENCH_PYTHON=peers/bin/python labinfer bench model.gguf --devices cpu --compare
+    labinfer bench serve --help
     """
     options = {name: value for name, value in options.items() if value is not None}
     if "threads" in options:

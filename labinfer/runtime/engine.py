@@ -74,6 +74,8 @@ class Engine:
         self.check(request)
         with self.model.lock:
             self.queue(request)
+        if self.thread is not None:
+            self.thread.wake.set()
         return request
 
     def check(self, request: Request) -> None:

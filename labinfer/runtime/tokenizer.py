@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +84,23 @@ class Tokenizer:
             raise UsageError("tokenizer.text", f"only valid Unicode text can be encoded, not {what}") from None
         except Exception as problem:  # the library raises bare Exception, e.g. for a character without a token
             raise WeightsError("tokenizer.encode", f"the tokenizer cannot encode this text: {problem}") from None
+
+    @cached_property
+    def special_text(self) -> re.Pattern[str]:
+        """Finds the special tokens that are written in a text."""
+        texts = [token.content for token in self._backend.get_added_tokens_decoder().values() if token.special]
+        return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or "(?!)")
+
+    @cached_property
+    def _literal(self) -> Backend:
+        """The same tokenizer, to which special tokens in a text are text."""
+        backend = type(self._backend).from_str(self._backend.to_str())
+        backend.encode_special_tokens = True
+        return backend
+
+    def encode_literal(self, text: str) -> list[int]:
+        """Token ids of ``text``, in which no special token is recognised."""
+        return list(self._literal.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; ids outside the vocabulary have none, as in transformers. UsageError for what is no id."""

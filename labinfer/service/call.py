@@ -1,0 +1,148 @@
+"""One request and its answer, over ASGI."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from labinfer.errors import LabinferError
+from labinfer.service.errors import ApiError, of_engine
+from labinfer.service.wire import DONE, KEEP_ALIVE, event, json_bytes
+
+if TYPE_CHECKING:
+    from labinfer.service.service import Service
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+_log = logging.getLogger(__name__)
+
+SSE_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "x-accel-buffering": "no"}
+
+
+class Disconnected(Exception):
+    """The client has gone away, or reads nothing any more."""
+
+
+def openai_failure(error: ApiError) -> bytes:
+    """How a stream of OpenAI's tells that it failed."""
+    return event(error.body()) + DONE
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer that is not JSON, or has a status of its own."""
+
+    body: bytes
+    content_type: str = "application/json"
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """An answer in server-sent events; ``failure`` writes the error of one that fails on the way."""
+
+    events: AsyncGenerator[bytes, None]
+    failure: Callable[[ApiError], bytes] = openai_failure
+
+
+class Call:
+    """A request, with its headers by their names in lower case, and the way to answer it.
+
+    ``salt`` keeps the cached prompts of different API keys apart.
+    """
+
+    def __init__(self, service: Service, scope: Scope, receive: Receive, send: Send) -> None:
+        self.service, self.scope, self.receive, self.send = service, scope, receive, send
+        self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        self.request_id: str = scope["labinfer.request_id"]
+        self.salt: str = scope.get("labinfer.salt", "")
+        self.warnings: list[str] = []
+        self.started, self.written = False, time.monotonic()
+
+    async def body(self) -> bytes:
+        """The whole body, within the limits of size and time."""
+        options, parts, size = self.service.options, [], 0
+        if int(self.headers.get("content-length", "0")) > options.max_body_bytes:
+            raise self.too_large()
+        try:
+            async with asyncio.timeout(options.body_seconds):
+                while True:
+                    message = await self.receive()
+                    if message["type"] == "http.disconnect":
+                        raise Disconnected
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if size > options.max_body_bytes:
+                        raise self.too_large()
+                    if not message.get("more_body"):
+                        return b"".join(parts)
+        except TimeoutError:
+            raise ApiError(408, "the body took too long to arrive") from None
+
+    def too_large(self) -> ApiError:
+        """The error of a body beyond the limit."""
+        return ApiError(413, f"the body is larger than {self.service.options.max_body_bytes} bytes")
+
+    async def disconnect(self) -> None:
+        """Wait until the client goes away."""
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
+
+    async def start(self, status: int, headers: Mapping[str, str]) -> None:
+        """Send the head of the answer."""
+        self.started = True
+        pairs = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        await self.send({"type": "http.response.start", "status": status, "headers": pairs})
+
+    async def write(self, body: bytes, more: bool = True) -> None:
+        """Send a part of the answer; ``Disconnected`` when the client reads nothing for long."""
+        self.written = time.monotonic()
+        try:
+            async with asyncio.timeout(self.service.options.write_seconds):
+                await self.send({"type": "http.response.body", "body": body, "more_body": more})
+        except TimeoutError:
+            raise Disconnected from None
+
+    async def reply(self, answer: object) -> None:
+        """Answer with a ``Reply``, a ``Stream``, or anything that can be JSON."""
+        if isinstance(answer, Stream):
+            await self.stream(answer)
+            return
+        reply = answer if isinstance(answer, Reply) else Reply(json_bytes(answer))
+        headers = {"content-type": reply.content_type, "content-length": str(len(reply.body)), **reply.headers}
+        await self.start(reply.status, headers)
+        await self.write(reply.body, more=False)
+
+    async def fail(self, error: ApiError) -> None:
+        """Answer with an error."""
+        await self.reply(Reply(json_bytes(error.body()), status=error.status, headers=error.headers()))
+
+    async def stream(self, stream: Stream) -> None:
+        """Send events as they come. What fails before the first of them has a status of its own."""
+        async with aclosing(stream.events) as events:
+            try:
+                async for data in events:
+                    if not self.started:
+                        await self.start(200, SSE_HEADERS)
+                        self.service.open_streams.add(self)
+                    await self.write(data)
+            except (ApiError, LabinferError) as error:
+                if not self.started:
+                    raise
+                await self.write(stream.failure(error if isinstance(error, ApiError) else of_engine(error)))
+            finally:
+                self.service.open_streams.discard(self)
+        await self.write(b"", more=False)
+
+    async def keep_alive(self, now: float) -> None:
+        """Send a comment on a stream that has been silent for long, so that nobody between takes it for dead."""
+        if now - self.written >= self.service.options.keep_alive_seconds:
+            await self.write(KEEP_ALIVE)

@@ -1,0 +1,147 @@
+"""Measurements for Prometheus. What vLLM measures too has vLLM's names, so that boards made for it work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from labinfer.errors import LabinferError
+from labinfer.runtime.request import Request
+
+if TYPE_CHECKING:
+    from labinfer.service.service import Service
+
+LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+FIRST = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
+)  # fmt: skip
+BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20)
+TOKENS = tuple(scale * 10**power for power in range(6) for scale in (1, 2, 5))
+
+HISTOGRAMS = {
+    "time_to_first_token_seconds": ("from arrival to the first token", FIRST),
+    "inter_token_latency_seconds": ("from piece to piece of a stream, by token", BETWEEN),
+    "request_time_per_output_token_seconds": ("mean time from token to token of a request", BETWEEN),
+    "e2e_request_latency_seconds": ("from arrival to the end", LATENCY),
+    "request_queue_time_seconds": ("from arrival to the first step", LATENCY),
+    "request_prefill_time_seconds": ("from the first step to the first token", LATENCY),
+    "request_decode_time_seconds": ("from the first token to the end", LATENCY),
+    "request_inference_time_seconds": ("from the first step to the end", LATENCY),
+    "request_prompt_tokens": ("tokens of a prompt", TOKENS),
+    "request_generation_tokens": ("tokens of an answer", TOKENS),
+    "request_num_preemptions": ("how often a request was preempted", (0, 1, 2, 5, 10)),
+}
+COUNTERS = {
+    "prompt_tokens": "tokens of prompts",
+    "prompt_tokens_cached": "tokens of prompts that the prefix cache had",
+    "generation_tokens": "tokens of answers",
+    "corrupted_requests": "requests whose logits were not numbers",
+}
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+LABELS = ("model_name", "engine")
+
+
+class Metrics:
+    """Everything that is measured of a service."""
+
+    def __init__(self, service: Service) -> None:
+        self.registry, self.service = CollectorRegistry(auto_describe=False), service
+        own = (service.name, "0")
+        self.histograms = {
+            name: Histogram(f"vllm:{name}", text, LABELS, buckets=buckets, registry=self.registry).labels(*own)
+            for name, (text, buckets) in HISTOGRAMS.items()
+        }
+        self.counters = {
+            name: Counter(f"vllm:{name}", text, LABELS, registry=self.registry).labels(*own)
+            for name, text in COUNTERS.items()
+        }
+        labels = (*LABELS, "finished_reason")
+        ends = Counter("vllm:request_success", "requests, by why they ended", labels, registry=self.registry)
+        self.ends = {reason: ends.labels(*own, reason) for reason in ("stop", "length", "abort", "error")}
+        self.registry.register(State(service))
+
+    def told(self, tokens: int, seconds: float | None) -> None:
+        """A request has got ``tokens``, so many ``seconds`` after those before; None for its first."""
+        self.counters["generation_tokens"].inc(tokens)
+        if tokens and seconds is not None:
+            self.histograms["inter_token_latency_seconds"].observe(seconds / tokens)
+
+    def failed(self, error: LabinferError) -> None:
+        """A request has failed."""
+        if error.code == "run.not-a-number":
+            self.counters["corrupted_requests"].inc()
+
+    def ended(self, request: Request, reason: str) -> None:
+        """A request has ended."""
+        metrics = request.metrics
+        self.ends[reason].inc()
+        self.counters["prompt_tokens"].inc(len(request.prompt))
+        self.counters["prompt_tokens_cached"].inc(metrics.num_cached_tokens)
+        end = time.perf_counter() if metrics.finished_time is None else metrics.finished_time
+        begun, first = metrics.first_scheduled_time, metrics.first_token_time
+        found: dict[str, float | None] = {
+            "time_to_first_token_seconds": metrics.first_token_seconds,
+            "request_time_per_output_token_seconds": metrics.inter_token_seconds,
+            "e2e_request_latency_seconds": end - metrics.arrival_time,
+            "request_queue_time_seconds": metrics.queue_seconds,
+            "request_prefill_time_seconds": None if begun is None or first is None else first - begun,
+            "request_decode_time_seconds": None if first is None else end - first,
+            "request_inference_time_seconds": None if begun is None else end - begun,
+            "request_prompt_tokens": len(request.prompt),
+            "request_generation_tokens": metrics.num_generation_tokens,
+            "request_num_preemptions": metrics.num_preemptions,
+        }
+        for name, value in found.items():
+            if value is not None:
+                self.histograms[name].observe(value)
+
+    def text(self) -> bytes:
+        """All of it in Prometheus' format."""
+        found: bytes = generate_latest(self.registry)
+        return found
+
+
+class State:
+    """What is so at the moment of a scrape, read from the engine."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def collect(self) -> Iterator[Any]:
+        """The families that Prometheus reads."""
+        service = self.service
+        engine, counters, plan = service.engine, service.model.blocks.counters, service.model.plan
+        own, scheduler = [service.name, "0"], engine.scheduler
+        gauges = {
+            "vllm:num_requests_running": ("sequences in a step", len(scheduler.running)),
+            "vllm:num_requests_waiting": ("sequences that wait", len(scheduler.waiting)),
+            "vllm:kv_cache_usage_perc": ("part of the cache in use, 0 to 1", service.model.blocks.usage),
+            "labinfer:answers_active": ("answers made or waited for", service.admission.active),
+            "labinfer:step_seconds": ("the last step", engine.stats[-1].seconds if engine.stats else 0.0),
+        }
+        counts = {
+            "vllm:prefix_cache_queries": ("prompt tokens looked up", counters.queries),
+            "vllm:prefix_cache_hits": ("prompt tokens found", counters.hits),
+            "vllm:num_preemptions": ("sequences preempted", scheduler.num_preemptions),
+        }
+        for name, (text, value) in gauges.items():
+            family = GaugeMetricFamily(name, text, labels=LABELS)
+            family.add_metric(own, value)
+            yield family
+        for name, (text, value) in counts.items():
+            family = CounterMetricFamily(name, text, labels=LABELS)
+            family.add_metric(own, value)
+            yield family
+        refused = CounterMetricFamily("vllm:admission_rejections", "requests refused", labels=(*LABELS, "reason"))
+        for reason, count in service.admission.refusals.items():
+            refused.add_metric([*own, reason], count)
+        yield refused
+        memory = GaugeMetricFamily("labinfer:device_bytes", "memory of a device", labels=(*LABELS, "device", "use"))
+        for stage in plan.stages:
+            for use, nbytes in stage.bytes.model_dump().items():
+                memory.add_metric([*own, stage.device, use], nbytes)
+        yield memory

@@ -1,0 +1,95 @@
+"""/metrics and /labinfer/v1/...: what the service is and does."""
+
+from __future__ import annotations
+
+import time
+from math import isfinite
+from typing import Any
+from urllib.parse import parse_qs
+
+from labinfer.runtime.engine import StepStats
+from labinfer.runtime.step_costs import StepCosts
+from labinfer.service.call import Call, Reply
+from labinfer.service.errors import ApiError
+from labinfer.service.metrics import CONTENT_TYPE
+
+
+async def metrics(call: Call) -> Any:
+    """Measurements for Prometheus."""
+    return Reply(call.service.metrics.text(), CONTENT_TYPE)
+
+
+async def plan(call: Call) -> Any:
+    """The plan that is run, without the path of its checkpoint."""
+    found = call.service.model.plan.model_dump(mode="json", by_alias=True, exclude_none=True)
+    found["source"].pop("checkpoint", None)
+    found["source"]["maps"] = [name.rpartition("/")[2] for name in found["source"]["maps"]]
+    return found
+
+
+async def devices(call: Call) -> Any:
+    """Where the model lies: devices, layers, memory, and how full the cache is."""
+    model, scheduler = call.service.model, call.service.engine.scheduler
+    stages = []
+    for stage, interpreter in zip(model.plan.stages, model.interpreters, strict=True):
+        ranges = [entry.layers for entry in stage.schedule if entry.layers is not None]
+        layers = [min(first for first, _ in ranges), max(last for _, last in ranges)] if ranges else None
+        device = interpreter.device
+        stages.append(
+            {
+                "device": stage.device,
+                "description": device.describe(),
+                "compute_share": device.compute_share,
+                "layers": layers,
+                "bytes": stage.bytes.model_dump(),
+                "arena": {
+                    "size": stage.arena.size,
+                    "lower_bound": stage.arena.lower_bound,
+                    "optimal": stage.arena.optimal,
+                },
+            }
+        )
+    groups = [
+        {"window": group.window, "num_blocks": group.num_blocks, "free_blocks": own.num_free}
+        for group, own in zip(model.plan.limits.groups, model.blocks.groups, strict=True)
+    ]
+    return {
+        "model": call.service.name,
+        "stages": stages,
+        "cache": {"usage": model.blocks.usage, "block_size": model.plan.limits.block_size, "groups": groups},
+        "limits": {"max_num_seqs": model.plan.limits.max_num_seqs, "max_model_len": model.max_len},
+        "running": len(scheduler.running),
+        "waiting": len(scheduler.waiting),
+    }
+
+
+async def trace(call: Call) -> Any:
+    """The last steps, oldest first; ``?after=T`` gives those that ended after ``T``, a ``time`` of an earlier answer.
+
+    ``predicted_seconds`` is what a step of its size takes by the engine's running estimate.
+    """
+    text = parse_qs(call.scope["query_string"].decode("latin-1")).get("after", ["-inf"])[0]
+    try:
+        after = float(text)
+    except ValueError:
+        after = float("nan")
+    if not isfinite(after) and text != "-inf":
+        raise ApiError(400, "after: give a time in seconds", param="after", code="invalid_value")
+    engine = call.service.engine
+    steps = [
+        {**each._asdict(), "predicted_seconds": predicted(engine.costs, each)}
+        for each in list(engine.stats)
+        if each.time > after
+    ]
+    return {"now": time.perf_counter(), "steps": steps}
+
+
+def predicted(costs: StepCosts, step: StepStats) -> float | None:
+    """What a step should have taken, by what steps cost here."""
+    base = costs.decode_seconds(step.num_decodes)
+    return None if base is None else base + costs.prompt_seconds(step.num_tokens - step.num_decodes)
+
+
+async def startup(call: Call) -> Any:
+    """How long each phase of the start took, in seconds."""
+    return {"phases": call.service.startup, "uptime_seconds": time.time() - call.service.created}

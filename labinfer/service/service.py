@@ -1,0 +1,47 @@
+"""A model that is served, and what all of its requests share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from labinfer.errors import UsageError
+from labinfer.llm import LLM
+from labinfer.runtime.tokenizer import Tokenizer
+from labinfer.service.admission import Admission
+from labinfer.service.errors import ApiError
+from labinfer.service.metrics import Metrics
+from labinfer.service.options import ServiceOptions
+
+if TYPE_CHECKING:
+    from labinfer.service.call import Call
+
+
+class Service:
+    """``model`` behind HTTP. ``startup`` are the seconds that each phase of the start took.
+
+    ``open_streams`` are the calls whose answer is being streamed.
+    """
+
+    def __init__(self, model: LLM, options: ServiceOptions, startup: Mapping[str, float] | None = None) -> None:
+        self.model, self.options, self.engine = model, options, model.engine
+        self.name = options.served_model_name or model.plan.source.name
+        self.created, self.startup = int(time.time()), dict(startup or {})
+        self.admission = Admission(model.plan.limits.max_num_seqs + options.max_queue)
+        self.metrics = Metrics(self)
+        self.open_streams: set[Call] = set()
+        self.stalled = False
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; ``UsageError`` for a model without one."""
+        if self.model.tokenizer is None:
+            raise UsageError("run.no-tokenizer", "this model has no tokenizer: give token ids instead of text")
+        return self.model.tokenizer
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse a request for another model."""
+        if name is not None and name != self.name:
+            message = f"the model '{name[:100]}' is not served here; '{self.name}' is"
+            raise ApiError(404, message, param="model", code="model_not_found")

@@ -1,0 +1,92 @@
+"""``labinfer bench serve``: what it counts is what the service made, and what it cannot measure it says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from labinfer.bench.load import Sample, arrivals, keeps, percentile
+
+from .service import KEY, Served, served
+
+Cli = Callable[..., CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def api(tiny_model: Path) -> Iterator[Served]:
+    with served(tiny_model) as running:
+        yield running
+
+
+def test_figures_are_those_of_the_service(api: Served, labinfer_cli: Cli, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"w{n} w6"}) + "\n" for n in range(5, 17)))
+    result = labinfer_cli(
+        "bench", "serve", "--base-url", api.url, "--api-key", KEY, "--dataset-path", prompts, "--num-prompts", 10,
+        "--random-output-len", 7, "--max-concurrency", 3, "--request-rate", 500, "--goodput", "ttft:60000",
+        "--metric-percentiles", "50,99.9", "--save-result", tmp_path / "found.json", "--json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert json.loads((tmp_path / "found.json").read_text()) == found
+    assert (found["completed"], found["failed"]) == (10, 0)
+    assert (found["total_input_tokens"], found["total_output_tokens"]) == (20, 70)
+    assert found["request_goodput"] == pytest.approx(found["request_throughput"])
+    for name in ("ttft", "tpot", "itl", "e2el"):
+        assert 0 < found[f"median_{name}_ms"] <= found[f"p99.9_{name}_ms"]
+    assert found["median_ttft_ms"] <= found["median_e2el_ms"]
+
+
+def test_failed_requests_are_counted(api: Served, labinfer_cli: Cli) -> None:
+    result = labinfer_cli(
+        "bench", "serve", "--base-url", api.url, "--api-key", KEY, "--num-prompts", 2, "--random-input-len", 4
+    )
+    assert result.returncode == 1
+    assert "outside the vocabulary of 64" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--base-url", "ftp://x"], "ftp://x"),
+        (["--goodput", "speed:5"], "speed:5"),
+        (["--metric-percentiles", "101"], "101"),
+        (["--request-rate", "0"], "request-rate"),
+        (["--dataset-path", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_wrong_options_are_usage_errors(labinfer_cli: Cli, home: Path, arguments: list[str], said: str) -> None:
+    result = labinfer_cli("bench", "serve", *arguments)
+    assert result.returncode == 2
+    assert said in result.stderr
+
+
+def test_a_service_that_is_not_there_is_said(labinfer_cli: Cli) -> None:
+    result = labinfer_cli("bench", "serve", "--base-url", "http://127.0.0.1:9", "--api-key", KEY, "--num-prompts", 1)
+    assert result.returncode == 1
+    assert "bench.failed" in result.stderr
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.floats(0, 100))
+def test_percentiles_are_numpys(values: list[float], percent: float) -> None:
+    assert percentile(values, percent) == pytest.approx(np.percentile(values, percent), rel=1e-9, abs=1e-6)
+
+
+def test_arrivals_keep_their_rate() -> None:
+    times = list(arrivals(4000, 10.0, 3))
+    assert times == sorted(times)
+    assert times[-1] == pytest.approx(400, rel=0.1)
+    assert set(arrivals(5, float("inf"), 0)) == {0.0}
+
+
+def test_good_requests_keep_all_bounds() -> None:
+    sample = Sample(asked=0.0, times=[0.1, 0.2, 0.3], tokens=3)
+    assert keeps(sample, {"ttft": 100, "tpot": 100.1, "e2el": 300})
+    assert not keeps(sample, {"ttft": 100, "tpot": 99})

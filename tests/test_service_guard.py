@@ -1,0 +1,338 @@
+"""Who may come in, what a connection may do, and how the service ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import httpx
+import pytest
+
+from labinfer.service.app import OPERATIONS
+from labinfer.service.guard import Guard
+from labinfer.service.options import ServiceOptions
+
+from .service import KEY, OTHER_KEY, Served, served, wait_for
+
+LONG = {"prompt": [5, 6], "max_tokens": 120, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def api(tiny_model: Path) -> Iterator[Served]:
+    with served(
+        tiny_model, header_seconds=0.5, body_seconds=0.5, max_body_bytes=100_000, max_connections=20
+    ) as running:
+        yield running
+
+
+def raw(api: Served, data: bytes, seconds: float = 5) -> bytes:
+    """What the server says to ``data``, until it closes the connection."""
+    with closing(socket.create_connection(("127.0.0.1", api.service.options.port), timeout=seconds)) as connection:
+        connection.sendall(data)
+        found = b""
+        while chunk := connection.recv(1 << 16):
+            found += chunk
+        return found
+
+
+def request(*lines: str, body: bytes = b"") -> bytes:
+    head = ["Host: localhost", f"Authorization: Bearer {KEY}", "Connection: close", *lines[1:]]
+    return "\r\n".join([lines[0], *head, "", ""]).encode() + body
+
+
+def status(answer: bytes) -> int:
+    return int(answer.split(b" ", 2)[1])
+
+
+def test_every_path_but_health_and_ready_needs_a_key(api: Served) -> None:
+    public = set()
+    with httpx.Client(base_url=api.url) as anyone:
+        for operation in OPERATIONS:
+            path = operation.path.replace("{model:path}", "tiny")
+            answer = anyone.request(operation.method, path)
+            if answer.status_code != 401:
+                public.add(path)
+            else:
+                assert answer.json()["error"]["code"] == "invalid_api_key"
+                assert answer.headers["www-authenticate"] == "Bearer"
+    assert public == {"/health", "/ready"}
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/nothing", "//v1/models", "/v1/models/", "/V1/models", "/health/", "/ready/../v1/models"]
+)
+def test_no_form_of_a_path_gets_around_the_key(api: Served, path: str) -> None:
+    for form in (path, path.replace("models", "%6dodels"), f"{path}?a=b"):
+        assert status(raw(api, f"GET {form} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())) == 401
+
+
+@pytest.mark.parametrize("target", ["/%68ealth", "/health%2f..", "/./health"])
+def test_a_public_path_is_public_as_written_only(api: Served, target: str) -> None:
+    assert status(raw(api, f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())) == 401
+
+
+@pytest.mark.parametrize("key", ["x", KEY[:-1], KEY + "x", "k" * 50_000, "käse", f"{KEY} {KEY}"])
+def test_a_wrong_key_is_refused(api: Served, key: str) -> None:
+    with httpx.Client(base_url=api.url) as anyone:
+        assert anyone.get("/v1/models", headers={"authorization": f"Bearer {key}".encode()}).status_code == 401
+        assert anyone.get("/v1/models", headers={"x-api-key": key.encode()}).status_code == 401
+
+
+def test_each_key_is_good_in_each_header(api: Served) -> None:
+    with httpx.Client(base_url=api.url) as anyone:
+        for key in (KEY, OTHER_KEY):
+            assert anyone.get("/v1/models", headers={"authorization": f"bearer {key}"}).status_code == 200
+            assert anyone.get("/v1/models", headers={"x-api-key": key}).status_code == 200
+
+
+def test_keys_do_not_share_cached_prompts(api: Served) -> None:
+    body = {"prompt": list(range(5, 60)), "max_tokens": 1}
+    cached = []
+    with httpx.Client(base_url=api.url) as anyone:
+        for key in (KEY, KEY, OTHER_KEY):
+            answer = anyone.post("/v1/completions", json=body, headers={"x-api-key": key})
+            cached.append(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+    assert cached == [0, 48, 0]
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("localhost", 200), ("LOCALHOST:1234", 200), ("127.0.0.1:80", 200), ("[::1]:8000", 200), ("evil.com", 421),
+        ("localhost.evil.com", 421), ("127.0.0.1.evil.com", 421), ("localhost:80:80", 421), ("", 421), ("a b", 421),
+    ],
+)  # fmt: skip
+def test_only_our_host_names_are_served(api: Served, host: str, expected: int) -> None:
+    answer = api.http.get("/v1/models", headers={"host": host})
+    assert answer.status_code == expected
+
+
+def test_no_other_site_may_read_answers(api: Served) -> None:
+    answer = api.http.options(
+        "/v1/models", headers={"origin": "http://evil.com", "access-control-request-method": "GET"}
+    )
+    assert answer.status_code == 405
+    answer = api.http.get("/v1/models", headers={"origin": "http://evil.com"})
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (request("POST /health HTTP/1.1", "Content-Length: 5", "Transfer-Encoding: chunked", body=b"0\r\n\r\n"), 400),
+        (request("POST /v1/completions HTTP/1.1", "Content-Length: 2", "Content-Length: 3", body=b"{}"), 400),
+        (request("POST /v1/completions HTTP/1.1", "Content-Length: -1"), 400),
+        (request("POST /v1/completions HTTP/1.1", "Transfer-Encoding: chunked, identity", body=b"0\r\n\r\n"), 400),
+        (request("POST /v1/completions HTTP/1.1", "Transfer-Encoding: chunked", body=b"zz\r\n\r\n"), 400),
+        (request("GET /v1/models HTTP/1.1", "Host: evil.com"), 400),
+        (request("GET http://localhost/v1/models HTTP/1.1"), 400),
+        (request("GET /v1/models HTTP/1.1").replace(b"\r\n", b"\n"), 400),
+        (request("GET /v1/models HTTP/1.1", " X-Folded: a"), 400),
+        (request("GET /v1/models HTTP/9.9"), 400),
+        (request("GET /v1/models HTTP/1.1", f"X-Large: {'a' * 70_000}"), 431),
+        (request(f"GET /{'a' * 70_000} HTTP/1.1"), 431),
+        (request("GET /v1/models HTTP/1.1", *[f"X-{n}: a" for n in range(120)]), 431),
+        (request("POST /v1/completions HTTP/1.1", "Content-Length: 100001"), 413),
+        (b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n", 408),
+        (b"", 408),
+    ],
+    ids=lambda value: str(value)[:70],
+)  # fmt: skip
+def test_what_could_be_read_in_two_ways_or_is_too_much_is_refused(api: Served, data: bytes, expected: int) -> None:
+    assert status(raw(api, data)) == expected
+
+
+def test_a_body_that_trickles_in_is_not_waited_for(api: Served) -> None:
+    head = request("POST /v1/completions HTTP/1.1", "Content-Type: application/json", "Content-Length: 1000")
+    assert status(raw(api, head + b"{")) == 408
+
+
+def test_a_chunked_body_beyond_the_limit_is_refused_while_it_comes(api: Served) -> None:
+    answer = api.http.post("/v1/completions", content=(b"x" * 10_000 for _ in range(20)))
+    assert answer.status_code == 413
+
+
+def test_more_connections_than_allowed_are_told_so(api: Served) -> None:
+    address = ("127.0.0.1", api.service.options.port)
+    held = [socket.create_connection(address, timeout=5) for _ in range(20)]
+    try:
+        answer = raw(api, request("GET /health HTTP/1.1"))
+        assert status(answer) == 503
+        assert b"retry-after: 1" in answer
+    finally:
+        for connection in held:
+            connection.close()
+    for _ in range(100):
+        if status(raw(api, request("GET /health HTTP/1.1"))) == 200:
+            return
+        time.sleep(0.05)
+    pytest.fail("the connections were not given back")
+
+
+@pytest.mark.parametrize(("given", "kept"), [("abc-1.2_3:4", True), ("", False), ("a b", False), ("x" * 200, False)])
+def test_every_answer_has_a_request_id(api: Served, given: str, kept: bool) -> None:
+    found = api.http.get("/v1/models", headers={"x-request-id": given}).headers["x-request-id"]
+    assert (found == given) == kept
+    assert found
+
+
+def test_what_nobody_foresaw_is_told_without_details(capfd: pytest.CaptureFixture[str]) -> None:
+    async def broken(scope: object, receive: object, send: object) -> None:
+        raise RuntimeError("/secret/path 0x7f001234")
+
+    sent = []
+
+    async def send(message: dict[str, object]) -> None:
+        sent.append(message)
+
+    import asyncio
+
+    scope = {
+        "type": "http", "method": "GET", "path": "/x", "raw_path": b"/x",
+        "headers": [(b"host", b"localhost"), (b"x-api-key", KEY.encode())],
+    }  # fmt: skip
+    guard = Guard(broken, ServiceOptions(api_keys=(KEY,)), ())
+    asyncio.run(guard(scope, None, send))  # type: ignore[arg-type]
+    assert sent[0]["status"] == 500
+    assert (b"x-should-retry", b"false") in sent[0]["headers"]  # type: ignore[operator]
+    assert b"secret" not in sent[1]["body"]  # type: ignore[operator]
+    assert b"0x7f" not in sent[1]["body"]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_request(tiny_model: Path, stream: bool) -> None:
+    with served(tiny_model, {"max_num_seqs": 1, "num_blocks": 64}) as api:
+        data = json.dumps({**LONG, "stream": stream, "n": 16}).encode()
+        head = request(
+            "POST /v1/completions HTTP/1.1", "Content-Type: application/json", f"Content-Length: {len(data)}"
+        )
+        with closing(socket.create_connection(("127.0.0.1", api.service.options.port))) as connection:
+            connection.sendall(head + data)
+            wait_for(lambda: api.service.admission.active)
+        wait_for(lambda: not api.service.admission.active)
+        wait_for(lambda: not api.model.engine.busy and not api.model.blocks.usage)
+
+
+def test_a_full_queue_refuses_at_once(tiny_model: Path) -> None:
+    with served(tiny_model, {"max_num_seqs": 1, "num_blocks": 64}, max_queue=3) as api:
+        answers: list[int] = []
+        threads = [
+            threading.Thread(target=lambda: answers.append(api.http.post("/v1/completions", json=LONG).status_code))
+            for _ in range(4)
+        ]
+        with api.model.lock:  # no step ends meanwhile
+            for thread in threads:
+                thread.start()
+            wait_for(lambda: api.service.admission.active == 4)
+            refused = api.http.post("/v1/completions", json=LONG)
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "queue_full"
+            assert int(refused.headers["retry-after"]) >= 1
+            assert api.http.get("/health").status_code == 200
+        for thread in threads:
+            thread.join()
+        assert answers == [200] * 4
+        assert api.service.admission.refusals["queue_full"] == 1
+
+
+def test_a_server_that_stops_finishes_what_it_began(tiny_model: Path) -> None:
+    with served(tiny_model) as api:
+        answers: list[httpx.Response] = []
+        thread = threading.Thread(target=lambda: answers.append(api.http.post("/v1/completions", json=LONG)))
+        with api.model.lock:
+            thread.start()
+            wait_for(lambda: api.service.admission.active)
+            api.stop()
+            wait_for(lambda: api.service.admission.draining)
+            assert api.http.get("/ready").status_code == 503
+            assert api.http.get("/health").status_code == 200
+            assert api.http.post("/v1/completions", json=LONG).status_code == 503
+        thread.join()
+        assert answers[0].status_code == 200
+        assert answers[0].json()["usage"]["completion_tokens"] == 120
+        api.thread.join(10)
+        assert not api.thread.is_alive()
+
+
+def test_a_server_that_must_stop_now_tells_its_streams(tiny_model: Path) -> None:
+    with served(tiny_model, drain_seconds=0.0) as api:
+        lines: list[str] = []
+
+        def read() -> None:
+            with api.http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as answer:
+                lines.extend(answer.iter_lines() if answer.status_code == 200 else [str(answer.status_code)])
+
+        thread = threading.Thread(target=read)
+        with api.model.lock:
+            thread.start()
+            wait_for(lambda: api.service.admission.active)
+            api.stop()
+            wait_for(lambda: api.server.uvicorn.should_exit)
+        thread.join()
+        assert lines == ["503"] or any('"error"' in line for line in lines)
+
+
+def serve_process(model: Path, home: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "labinfer", "serve", str(model), "--port", "0", *arguments]
+    environment = os.environ | {"LABINFER_HOME": str(home)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_the_command_prints_what_works_and_ends_well_on_sigterm(tiny_model: Path, home: Path) -> None:
+    with serve_process(tiny_model, home, "--log-format", "json") as process:
+        assert process.stdout is not None
+        where, page, key, curl = (process.stdout.readline() for _ in range(4))
+        url = where.split()[-1]
+        token = key.split()[2]
+        assert page.strip().endswith(f"/#key={token}")
+        assert (home / "api-key").read_text().strip() == token
+        assert (home / "api-key").stat().st_mode & 0o777 == 0o600
+        assert httpx.get(f"{url}/models", headers={"authorization": f"Bearer {token}"}).status_code == 200
+        answer = json.loads(subprocess.run(curl, shell=True, capture_output=True, check=True).stdout)
+        assert answer["choices"][0]["finish_reason"] in ("stop", "length")
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=20)
+    assert process.returncode == 0
+    records = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    served_line = next(each for each in records if each.get("path") == "/v1/chat/completions")
+    assert served_line["status"] == 200
+    assert served_line["request_id"]
+    assert token not in log
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--host", "0.0.0.0"], "serve.no-key"),
+        (["--api-key", "short"], "serve.api-key"),
+        (["--api-key-file", "/nowhere"], "serve.api-key-file"),
+        (["--api-key", "a-good-key-1", "--api-key-file", "/nowhere"], "cli.usage"),
+    ],
+)
+def test_what_would_leave_the_service_open_is_refused(
+    tiny_model: Path, home: Path, arguments: list[str], code: str
+) -> None:
+    with serve_process(tiny_model, home, *arguments) as process:
+        _, log = process.communicate(timeout=20)
+    assert process.returncode == 2
+    assert f"error[{code}]" in log
+
+
+def test_a_port_that_is_taken_is_named(tiny_model: Path, home: Path) -> None:
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        with serve_process(tiny_model, home, "--port", port) as process:
+            _, log = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert f"port {port}" in log
