@@ -7,8 +7,8 @@ from math import isfinite
 from typing import Any
 from urllib.parse import parse_qs
 
-from labinfer.runtime.engine import StepStats
 from labinfer.runtime.step_costs import StepCosts
+from labinfer.runtime.step_stats import StepStats
 from labinfer.service.call import Call, Reply
 from labinfer.service.errors import ApiError
 from labinfer.service.metrics import CONTENT_TYPE
