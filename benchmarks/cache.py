@@ -108,11 +108,13 @@ def moves(name: str, folder: Path, count: int) -> dict[str, float]:
         found = {"bytes": nbytes, "recompute": recompute, "out": min(out), "in": min(back)}
         found["copy"] = best(lambda: np.copyto(target, source))
         found["copy_on_write"] = best(lambda: model.cache.copy_blocks(copies)) / 8
-        disk, content = swap.pool.disk, swap.pool.content(0, 0)
-        assert disk is not None
-        keys = [bytes([key]) * 16 for key in range(16)]
-        found["disk_put"] = best(lambda: disk.put(0, keys.pop(), content))
-        found["disk_get"] = best(lambda: disk.get(0, bytes([15]) * 16, content))
+        behind, content = model.cache.disk, swap.pool.content(0, 0)
+        assert behind is not None
+        keys = [bytes([key]) * 16 for key in range(32)]
+        found["disk_hand_over"] = best(lambda: behind.put(0, keys.pop(), content))
+        written = keys[-1]
+        found["disk_put"] = best(lambda: behind.store.put(0, keys.pop(), content))
+        found["disk_get"] = best(lambda: behind.store.get(0, written, content))
         return found | {"block_bytes": swap.pool.block_bytes[0], "estimate": swap.seconds(row)}
 
 
@@ -139,6 +141,7 @@ def main() -> int:
             f"  computing them again {1e3 * took['recompute']:8.1f} ms; swap estimated at {1e3 * took['estimate']:.1f}"
         )
         print(f"  a block of {took['block_bytes']:,} bytes: copied {1e6 * took['copy_on_write']:.0f} us,", end=" ")
+        print(f"given to the writer {1e6 * took['disk_hand_over']:.0f} us,", end=" ")
         print(f"to disk {1e6 * took['disk_put']:.0f} us, from disk {1e6 * took['disk_get']:.0f} us")
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")

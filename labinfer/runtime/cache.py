@@ -19,6 +19,7 @@ from labinfer.runtime.eviction import EvictionPolicy, LeastRecentlyUsed
 from labinfer.runtime.host_pool import HostPool
 from labinfer.runtime.kv_cache import KVCache
 from labinfer.runtime.swap import Swap
+from labinfer.runtime.write_behind import WriteBehind
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,22 +44,25 @@ class Cache:
         self.arrays = caches
         self.blocks = block_manager(plan, options)
         self.swap: Swap | None = None
-        disk, has_room = None, any(stage.bytes.swap for stage in plan.stages)
+        self.disk: WriteBehind | None = None
+        has_room = any(stage.bytes.swap for stage in plan.stages)
         if options.cold_folder is not None:
             if not has_room:
                 message = "blocks reach a folder through host memory, and the plan has none for them"
                 raise UsageError("run.cache-folder", message, remedy="compile with --swap-space 1")
             key = content_key(plan, [cache.device.describe() for cache in caches])
-            disk = DiskStore(Path(options.cold_folder), key, options.cold_bytes)
+            self.disk = WriteBehind(DiskStore(Path(options.cold_folder), key, options.cold_bytes))
         if has_room:
-            pool = HostPool(caches, plan.limits, disk)
+            pool = HostPool(caches, plan.limits, self.disk)
             self.swap = Swap(self.blocks, pool)
             self.blocks.evict_into(pool)
 
     def close(self) -> None:
-        """Give host memory back."""
+        """Give host memory back; what was evicted to a folder is there afterwards."""
         self.swap = None
         self.blocks.evict_into(None)
+        if self.disk is not None:
+            self.disk.close()
 
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """Copy blocks in every stage, as ``BlockManager.writable`` asks for it."""
