@@ -64,10 +64,10 @@ def layer_ms(heads: cpu.Heads, context: int, tokens: int, dtype: str, threads: i
         aligned(attention_scratch(heads.num_heads // heads.num_kv_heads, heads.head_dim, heads.v_head_dim))
         for _ in range(threads)
     ]
-    items, times = cpu.attention_items(heads, batch), max(1, 64 // tokens)
+    cost, times = cpu.attention_cost(heads, batch), max(1, 64 // tokens)
 
     def work(thread: int) -> None:
-        first, last = items * thread // threads, items * (thread + 1) // threads
+        first, last = cost * thread // threads, cost * (thread + 1) // threads
         for k, v in caches:
             pages = cpu.Pages(k.ctypes.data, v.ctypes.data, CACHE_DTYPES[dtype], BLOCK_SIZE)
             rows = (q.ctypes.data, q.shape[1], y.ctypes.data, y.shape[1])

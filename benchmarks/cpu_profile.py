@@ -2,6 +2,7 @@
 
     python benchmarks/cpu_profile.py model.gguf                  # decode at a context of 64
     python benchmarks/cpu_profile.py model.gguf --tokens 512     # prefill
+    python benchmarks/cpu_profile.py model.gguf --sequences 64   # decode of many sequences
 
 The step runs as always: one compiled loop, all workers; a barrier counts with the op before it. Medians over steps;
 bytes are those of the op's weights.
@@ -19,10 +20,10 @@ import numpy as np
 from labinfer.backends.cpu.features import LEVEL
 from labinfer.backends.cpu.packed_weight import PackedWeight
 from labinfer.bench.ceiling import read_bandwidth
-from labinfer.bench.measure import limits, num_threads, plan_tests, weight_memory
+from labinfer.bench.measure import Workload, limits, num_threads, weight_memory
 from labinfer.llm import LLM
 from labinfer.ops.base import Call
-from labinfer.runtime.batch import part_of
+from labinfer.runtime.batch import Part, part_of
 
 
 def weights_of(call: Call) -> list[PackedWeight]:
@@ -34,9 +35,9 @@ def weights_of(call: Call) -> list[PackedWeight]:
 class Profile:
     """A step's tape with a clock after each op."""
 
-    def __init__(self, model: LLM, tokens: int) -> None:
+    def __init__(self, model: LLM, tokens: int, logits: int) -> None:
         (self.interpreter,) = model.interpreters
-        self.bound = [each for each in self.interpreter.bind(tokens, 1).bound if each.kernel is not None]
+        self.bound = [each for each in self.interpreter.resolve(tokens, logits)[0] if each.kernel is not None]
         self.program = self.interpreter.device.timed([(each.kernel, each.call) for each in self.bound])
 
     def run(self, step: Any) -> list[float]:
@@ -55,21 +56,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--tokens", type=int, default=1)
+    parser.add_argument("--sequences", type=int, default=1, help="so many, each of so many tokens")
     parser.add_argument("--context", type=int, default=64, help="tokens before the step")
+    parser.add_argument("--kv-dtype", default="f32")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--steps", type=int, default=50)
     options = parser.parse_args()
-    threads = {} if options.threads is None else {"threads": options.threads}
-    room = limits(plan_tests([options.tokens + options.context], [1], [1]))
-    with LLM(options.model, devices="cpu", max_num_batched_tokens=max(512, options.tokens), **room, **threads) as model:
-        row = model.batch.add([1] * (options.context + options.tokens))
-        for start in range(0, options.context, 512):  # fills the cache
-            model.compute(part_of(row, min(512, options.context - start), 1))
-        part = part_of(row, options.tokens, 1)
+    count, tokens = options.sequences, options.sequences * options.tokens
+    length = options.context + options.tokens
+    room = limits([Workload("decode", length, count)]) | {"max_num_batched_tokens": max(512, tokens)}
+    if options.threads is not None:
+        room["threads"] = options.threads
+    with LLM(options.model, devices="cpu", kv_dtype=options.kv_dtype, **room) as model:
+        rows = [model.batch.add([1] * length) for _ in range(count)]
+        for row in rows:
+            for start in range(0, options.context, 512):  # fills the cache
+                model.compute(part_of(row, min(512, options.context - start), 1))
+        ones = np.ones(count, np.int32)
+        part = Part(np.array(rows), ones * options.tokens, ones, ones)
         model.batch.grow(part)
-        step = model.batch.step(part)
-        profile = Profile(model, options.tokens)
-        show(profile, step, options.steps, model)
+        profile = Profile(model, tokens, count)
+        show(profile, model.batch.step(part), options.steps, model)
 
 
 def show(profile: Profile, step: Any, steps: int, model: LLM) -> None:
@@ -93,7 +100,7 @@ def show(profile: Profile, step: Any, steps: int, model: LLM) -> None:
         count[key] += 1
         if bound.op.kind != "embedding":
             nbytes[key] += sum(w.nbytes for w in weights_of(bound.call))
-            rows = 1 if bound.op.outputs[0] == "logits" else len(step.token_ids)
+            rows = len(step.logits_rows if bound.op.outputs[0] == "logits" else step.token_ids)
             macs[key] += sum(w.rows * w.columns for w in weights_of(bound.call)) * rows
     total = sum(spent.values())
     reads = read_bandwidth(weight_memory(model), num_threads(model.plan)) / 1e9

@@ -337,6 +337,23 @@ def test_a_policy_of_ones_own_decides() -> None:
         assert {each.num_tokens for each in engine.stats} == {1, 2}
 
 
+def test_prompts_that_arrive_together_share_their_beginning() -> None:
+    """What the first computes, the others need not, though nothing was cached when they were admitted."""
+    shared = [7 + number % 50 for number in range(64)]
+    prompts = [[*shared, number, number + 1] for number in range(8)]
+    with labinfer.load(LLAMA, max_num_batched_tokens=48, max_num_seqs=8, max_model_len=128) as model:
+        engine = Engine(model)
+        requests = [engine.add(Request(prompt, greedy(3))) for prompt in prompts]
+        engine.finish(requests)
+        cached = [request.metrics.num_cached_tokens for request in requests]
+        assert cached[0] == 0
+        assert cached[3:] == [64] * 5
+        assert sum(each.num_tokens for each in engine.stats) == sum(map(len, prompts)) + 8 * 2 - sum(cached)
+        model.blocks.check_integrity()
+    with labinfer.load(LLAMA, max_model_len=128, enable_prefix_caching=False) as model:
+        assert [each.token_ids for each in model.generate(prompts, greedy(3))] == [each.generated for each in requests]
+
+
 def test_a_long_prompt_comes_in_pieces_while_somebody_waits_for_tokens() -> None:
     with labinfer.load(LLAMA, max_num_batched_tokens=64, max_model_len=256) as model:
         engine = Engine(model)
@@ -344,7 +361,8 @@ def test_a_long_prompt_comes_in_pieces_while_somebody_waits_for_tokens() -> None
         waited = engine.add(Request([1], greedy(60), interactive=True, listener=lambda sequence: told.append(1)))
         for _ in range(8):
             engine.step()
-        engine.costs.decode, engine.costs.per_token = {1: 1.0}, 0.1  # 5 prompt tokens are half a decode step
+        engine.costs.decode, engine.costs.beside.per_token = {1: 1.0}, 0.06  # 5 prompt tokens are 0.3 decode steps
+        engine.costs.beside.tokens = 5.0
         engine.costs.observe = lambda *measured: None  # type: ignore[method-assign]
         long = engine.add(Request([2] * 100, greedy(1)))
         before = len(told)

@@ -18,10 +18,13 @@ from typing import Any
 
 from labinfer import __version__
 from labinfer.errors import DoesNotFit, UsageError, did_you_mean
-from labinfer.ops.base import OPS, Call, KernelBounds, TensorType
+from labinfer.ops.base import OPS, Call, KernelBounds, KernelOptions, TensorType
 
 Kernel = Callable[[Call], None]
 """Runs one op: reads ``call.inputs``, ``weights``, ``cache`` and ``step``, writes ``call.outputs``."""
+
+Program = Callable[[int, int], None]
+"""Runs bound ops for a step of (tokens, rows of logits)."""
 
 BACKENDS: dict[str, str] = {
     "reference": "labinfer.backends.reference.device:ReferenceDevice",
@@ -189,6 +192,10 @@ class Device(ABC):
     def move_out(self, source: Any, out: Any = None) -> Any:
         """A numpy copy of a device array, written to ``out`` where that is given."""
 
+    def host_array(self, source: Any) -> Any:
+        """A device array as a numpy array that holds until the device runs again; its memory, where numpy sees that."""
+        return self.move_out(source)
+
     def host_memory(self, nbytes: int) -> Any:
         """Bytes of host memory, a numpy array, that ``move_in`` and ``move_out`` are fastest with; ``DoesNotFit``."""
         import numpy as np
@@ -206,11 +213,18 @@ class Device(ABC):
     def store(self, parameter: Any, raw: Any, format: str, shape: tuple[int, ...], index: int | None) -> None:
         """Fill ``parameter`` (or its part ``index`` of a stack) from the stored bytes of a tensor, uint8."""
 
-    def program(self, calls: Sequence[tuple[Kernel, Call]]) -> Callable[[], None]:
-        """One callable that runs ``calls`` in order; a failing kernel is a ``KernelFailure``."""
+    def bound_for(self, count: int, limit: int, options: KernelOptions) -> int:
+        """For how many tokens or logit rows, at most ``limit``, a program is bound that serves ``count`` of them."""
+        return count
+
+    def program(self, calls: Sequence[tuple[Kernel, Call]]) -> Program:
+        """One callable that runs ``calls`` in order; a failing kernel is a ``KernelFailure``.
+
+        It serves every step of a size for which ``bound_for`` gives the size of the calls' arrays.
+        """
         listed = tuple(calls)
 
-        def run() -> None:
+        def run(tokens: int, rows: int) -> None:
             call = listed[0][1]
             try:
                 for kernel, call in listed:
@@ -228,7 +242,7 @@ class Device(ABC):
             seconds = []
             for program in programs:
                 start = time.perf_counter()
-                program()
+                program(0, 0)  # runs on arrays of one size
                 self.synchronize()
                 seconds.append(time.perf_counter() - start)
             return seconds

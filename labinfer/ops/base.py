@@ -136,7 +136,8 @@ class Call:
 
     ``cache`` holds the op's state by part name (``k``, ``v``), each ``[slots, width]``; slot ``b * block_size + j`` is
     token ``j`` of cache block ``b``. ``workspace`` is scratch memory. A fused op has the calls of its ``parts``, where
-    values that never leave the kernel are None. ``options`` are the plan's.
+    values that never leave the kernel are None. ``options`` are the plan's. ``rows_symbol`` is what the first dimension
+    of the op's values stands for, T or R, where a program may serve steps of other sizes.
     """
 
     attrs: Any
@@ -148,6 +149,7 @@ class Call:
     workspace: Any = None
     parts: tuple[Call, ...] = ()
     options: KernelOptions = DEFAULT_OPTIONS
+    rows_symbol: Dim | None = None
 
 
 @dataclass(frozen=True, slots=True)

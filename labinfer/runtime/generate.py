@@ -41,7 +41,7 @@ def generate(
     ]
     if on_token is not None:
         for index, request in enumerate(requests):
-            request.listener = Teller(index, on_token)
+            request.listener, request.interactive = Teller(index, on_token), True
     try:
         for request in requests:
             engine.add(request)

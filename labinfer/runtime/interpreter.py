@@ -1,7 +1,7 @@
 """The interpreter: binds a stage of a plan to a device as a flat tape of kernel calls, and runs the tape.
 
-A tape is made once per (tokens, logit rows) and kept; a step is one loop over it. Listeners attach to values by name
-and switch to a second, slower loop; they cost nothing when there are none.
+A tape is made once and kept for all steps of the sizes that its device lets it serve; a step is one loop over it.
+Listeners attach to values by name and switch to a second, slower loop; they cost nothing when there are none.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from labinfer.backends.base import Buffer, Device, Kernel, KernelFailure
+from labinfer.backends.base import Buffer, Device, Kernel, KernelFailure, Program
 from labinfer.compiler.fold import GRAPH_INPUTS, Slot, steps, unfold_inputs, unfold_ops
 from labinfer.compiler.graph import Op
 from labinfer.compiler.plan import Limits, Stage
 from labinfer.errors import DoesNotFit, LabinferError, UsageError, did_you_mean
-from labinfer.ops.base import DEFAULT_OPTIONS, Call, KernelOptions, dim
+from labinfer.ops.base import DEFAULT_OPTIONS, Call, Dim, KernelOptions, dim
 from labinfer.ops.fusions import is_view
 from labinfer.runtime.kv_cache import KVCache
 from labinfer.runtime.poison import Poison
@@ -36,14 +36,14 @@ class Bound:
     op: Op
     kernel: Kernel | None
     call: Call
-    program: Callable[[], None] | None = None
+    program: Program | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Tape:
-    """A bound stage for one number of tokens and rows: ``program`` is all that a step runs."""
+    """A stage bound for at most so many tokens and rows: ``program`` is all that a step runs."""
 
-    program: Callable[[], None]
+    program: Program
     bound: tuple[Bound, ...]
     values: Mapping[str, Any]
 
@@ -93,6 +93,7 @@ class Interpreter:
         except BaseException:
             self.step_memory.close()
             raise
+        self.reuses_tapes = os.environ.get("LABINFER_TAPE_REUSE") != "0"
         self.tapes: OrderedDict[tuple[int, int], Tape] = OrderedDict()
         self.listeners: list[Listener] = []
         self.poison()
@@ -102,56 +103,70 @@ class Interpreter:
 
         The outputs are windows of the arena: they hold until the next step.
         """
+        tokens, rows = len(batch.token_ids), len(batch.logits_rows)
         tape = self.prepare(batch)
         for name, array in received.items():
-            self.device.move_in(array, tape.values[name])
+            self.device.move_in(array, tape.values[name][: len(array)])
         try:
             if self.listeners:
-                self.run_listened(tape)
+                self.run_listened(tape, tokens, rows)
             else:
-                tape.program()
+                tape.program(tokens, rows)
         except KernelFailure as failure:
             error, op = failure.__cause__, next(each.op for each in tape.bound if each.call is failure.call)
             if isinstance(error, LabinferError):
                 raise error from None
             message = f"while running '{op.name}' ({op.kind}, from {op.origin}): {type(error).__name__}: {error}"
             raise LabinferError("run.op-failed", message) from error
-        return {name: tape.values[name] for name in self.stage.outputs}
+        sizes = {name: dim(self.rows_symbol(name), tokens, rows) for name in self.stage.outputs}
+        return {name: tape.values[name][:size] for name, size in sizes.items()}
 
-    def run_listened(self, tape: Tape) -> None:
+    def run_listened(self, tape: Tape, tokens: int, rows: int) -> None:
         """The slow loop: each op's kernel, if it has one, then every listener."""
         for index, bound in enumerate(tape.bound):
             if bound.kernel is not None:
                 if bound.program is None:
                     bound.program = self.device.program([(bound.kernel, bound.call)])
-                bound.program()
+                bound.program(tokens, rows)
             for listener in self.listeners:
                 listener(index, bound.op, bound.call)
 
     def prepare(self, batch: StepBatch) -> Tape:
         """The tape for a batch of this size, with its arrays in place."""
-        tokens, rows = len(batch.token_ids), len(batch.logits_rows)
         self.step_memory.load(batch)
-        tape = self.tapes.get((tokens, rows))
+        size = len(batch.token_ids), len(batch.logits_rows)
+        if self.reuses_tapes and not self.listeners:  # which see arrays of just this size
+            size = self.bound_for(*size)
+        tape = self.tapes.get(size)
         if tape is None:
-            tape = self.tapes[tokens, rows] = self.bind(tokens, rows)
+            tape = self.tapes[size] = self.bind(*size)
             if len(self.tapes) > MAX_TAPES:
                 self.tapes.popitem(last=False)
-        self.tapes.move_to_end((tokens, rows))
+        self.tapes.move_to_end(size)
         return tape
+
+    def bound_for(self, tokens: int, rows: int) -> tuple[int, int]:
+        """The size of the tape that serves steps of ``tokens`` tokens and ``rows`` logit rows."""
+        limits = self.limits.max_num_batched_tokens, self.limits.max_logits_rows
+        most_tokens, most_rows = (
+            self.device.bound_for(count, limit, self.options)
+            for count, limit in zip((tokens, rows), limits, strict=True)
+        )
+        return most_tokens, most_rows
 
     def warm(self, compiling: Callable[[int, int], None]) -> None:
         """Get the kernels of the smallest and of the largest step ready, and bind the tape of a decode step."""
-        calls = [call for tokens in (1, self.limits.max_num_batched_tokens) for call in self.calls(tokens)]
-        self.device.prepare(calls, compiling)
-        self.tapes[1, 1] = self.bind(1, 1)
+        largest = self.limits.max_num_batched_tokens, self.limits.max_logits_rows
+        self.device.prepare([*self.calls(1, 1), *self.calls(*largest)], compiling)
+        size = self.bound_for(1, 1)
+        self.tapes[size] = self.bind(*size)
 
-    def calls(self, tokens: int) -> list[tuple[Kernel, Call]]:
-        """What runs for ``tokens`` tokens and one row of logits."""
-        return [(each.kernel, each.call) for each in self.resolve(tokens, 1)[0] if each.kernel is not None]
+    def calls(self, tokens: int, rows: int) -> list[tuple[Kernel, Call]]:
+        """What runs for ``tokens`` tokens and ``rows`` rows of logits."""
+        return [(each.kernel, each.call) for each in self.resolve(tokens, rows)[0] if each.kernel is not None]
 
     def bind(self, tokens: int, rows: int) -> Tape:
-        """The tape for steps of ``tokens`` tokens and ``rows`` logit rows."""
+        """The tape for steps of ``tokens`` tokens and ``rows`` logit rows, and what else its device lets it serve."""
         bound, values = self.resolve(tokens, rows)
         calls = [(each.kernel, each.call) for each in bound if each.kernel is not None]
         return Tape(self.device.program(calls), bound, values)
@@ -228,7 +243,13 @@ class Interpreter:
             memory,
             tuple(self.call(part, values) for part in op.body),
             self.options,
+            self.rows_symbol((op.outputs or op.inputs)[0]),
         )
+
+    def rows_symbol(self, value: str) -> Dim:
+        """What the first dimension of a value stands for."""
+        slot = self.slots.get(value) or self.inner[value]
+        return slot.type.shape[0]
 
     def listen(self, value: str, callback: Callable[[Any], Any]) -> Listener:
         """Call ``callback(array)`` whenever ``value`` is made; what it returns, unless None, replaces the value.

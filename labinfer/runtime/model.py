@@ -145,13 +145,13 @@ class Model:
         return self.plan.vocab_size
 
     def run(self, batch: StepBatch) -> np.ndarray:
-        """One step through all stages: float32 logits [rows, vocab_size]."""
+        """One step through all stages: float32 logits [rows, vocab_size], which hold until the next step."""
         self.check_open()
         values: dict[str, Any] = {}
         for interpreter in self.interpreters:
             received = {name: values[name] for name in interpreter.stage.inputs}
             made = interpreter.run(batch, received)
-            values.update({name: interpreter.device.move_out(array) for name, array in made.items()})
+            values.update({name: interpreter.device.host_array(array) for name, array in made.items()})
         logits: np.ndarray = values[self.plan.stages[-1].outputs[-1]]
         return logits
 
@@ -224,7 +224,10 @@ class Model:
         return tokens
 
     def compute(self, part: Part) -> np.ndarray:
-        """Run a step of ``part`` and count it as computed; the caller has seen that the cache has room for it."""
+        """Run a step of ``part`` and count it as computed: its logits, which hold until the next step.
+
+        The caller has seen that the cache has room for it.
+        """
         if self.batch.grow(part) is not None:
             raise LabinferError("run.cache-full", "the cache has too few blocks left for a step")
         logits = self.run(self.batch.step(part))

@@ -87,6 +87,11 @@ class Request:
     error: LabinferError | None = None
 
     @property
+    def computes_all(self) -> bool:
+        """Whether something is wanted of every token of the prompt, so that none may be taken from the cache."""
+        return bool(self.capture) or self.params.prompt_logprobs is not None
+
+    @property
     def num_made(self) -> int:
         """How many answers are made; ``n`` of them are given back."""
         return self.params.best_of or self.params.n

@@ -8,6 +8,7 @@ the books.
 from __future__ import annotations
 
 import heapq
+import os
 import time
 from collections.abc import Sequence as Listing
 from itertools import count
@@ -30,8 +31,11 @@ class Policy:
     A policy of your own replaces any of the three methods.
     """
 
-    stall = 1.5
-    """How many times as long a step may last because of a prompt, while somebody waits for each token of others."""
+    stall = 1.3
+    """How many times as long a step may last because of a prompt, while somebody waits for each token of others.
+
+    On average: times of steps vary, and the longest are to stay below 1.5 times.
+    """
 
     def rank(self, sequence: Sequence) -> Any:
         """Asked once when a sequence begins to wait: the one with the smallest rank is admitted next."""
@@ -89,6 +93,7 @@ class Scheduler:
     ) -> None:
         self.batch, self.limits, self.policy, self.costs, self.swap = batch, limits, policy, costs, swap
         self.adapters, self.max_len = adapters or Adapters(0, ()), limits.max_sequence_len
+        self.limits_stalls = os.environ.get("LABINFER_STALL") != "0"
         # More could not all make a token in each step, and the last of them would wait with blocks in their hands.
         self.max_running = min(limits.max_num_seqs, limits.max_logits_rows, limits.max_num_batched_tokens)
         self.waiting: list[tuple[Any, int, Sequence]] = []  # a heap
@@ -119,6 +124,8 @@ class Scheduler:
             part = self.split(ahead)
             if part is None or (ahead and self.batch.blocks.forked[part.rows].any()):
                 return None
+            if not part.decodes and self.reuse(part):
+                continue
             if self.batch.grow(part) is None:
                 return part
             if ahead:
@@ -128,6 +135,18 @@ class Scheduler:
                 raise Unrunnable(victim)
             self.preempt(victim)
         return None
+
+    def reuse(self, part: Part) -> bool:
+        """Let sequences that begin with ``part`` take over what others have computed since these were admitted."""
+        batch, found = self.batch, False
+        for row in part.rows[batch.num_computed[part.rows] == 0].tolist():
+            request, untouched = self.owners[row].request, batch.blocks.counts[row] == 0
+            if untouched and not request.computes_all and batch.blocks.match(batch.tokens(row), batch.salts[row]):
+                cached = batch.attach(row)  # 0 without room for what a colder tier has
+                found = found or cached > 0
+                if request.metrics.num_preemptions == 0:
+                    request.metrics.num_cached_tokens = cached
+        return found
 
     def split(self, ahead: bool) -> Part | None:
         """The budgets divided among the running sequences."""
@@ -172,7 +191,7 @@ class Scheduler:
     def prompt_budget(self, remaining: np.ndarray) -> int:
         """Tokens of prompts that a step may have: all that fit, unless somebody waits for the tokens of others."""
         decoding = remaining == 1
-        if not self.batch.interactive[self.rows[decoding]].any():
+        if not self.limits_stalls or not self.batch.interactive[self.rows[decoding]].any():
             return self.limits.max_num_batched_tokens
         return self.costs.prompt_tokens(int(np.count_nonzero(decoding)), self.policy.stall)
 
@@ -206,8 +225,7 @@ class Scheduler:
         batch, request, metrics = self.batch, sequence.request, sequence.request.metrics
         adapter, cached = self.adapters.salt(sequence), 0
         row = batch.add(sequence.saved, (request.cache_salt, *adapter) if request.cache_salt or adapter else ())
-        computes_all = bool(request.capture) or request.params.prompt_logprobs is not None
-        if sequence.swapped is None and not computes_all:
+        if sequence.swapped is None and not request.computes_all:
             cached = batch.attach(row)
         if (self.running and not self.has_room(row)) or not self.swap_in(sequence, row):
             batch.remove(row)

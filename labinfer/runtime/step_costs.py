@@ -14,24 +14,29 @@ def moved(estimate: float | None, measured: float) -> float:
 
 
 class StepCosts:
-    """Seconds of a step that only decodes, by about how many sequences, and of each prompt token beside them."""
+    """Seconds of a step that only decodes, by about how many sequences, and of a prompt token, alone or beside them.
+
+    Beside decoding, few tokens at a time cost more each than many alone. How much follows from the sums of many steps,
+    since the times of single ones differ by more than that.
+    """
 
     def __init__(self) -> None:
         self.decode: dict[int, float] = {}
         self.per_token: float | None = None
+        self.beside = Beside()
 
     def observe(self, decodes: int, prompt_tokens: int, seconds: float) -> None:
         """A step of ``decodes`` sequences and ``prompt_tokens`` more tokens took ``seconds``."""
         if prompt_tokens == 0:
             size = decodes.bit_length()
             self.decode[size] = moved(self.decode.get(size), seconds)
+        elif decodes == 0:
+            self.per_token = moved(self.per_token, seconds / prompt_tokens)
         elif (base := self.decode_seconds(decodes)) is not None:
-            self.per_token = moved(self.per_token, max(seconds - base, 0.01 * seconds) / prompt_tokens)
+            self.beside.observe(prompt_tokens, base, seconds)
 
     def decode_seconds(self, decodes: int) -> float | None:
         """A step of ``decodes`` sequences: the measurement of the nearest number."""
-        if decodes == 0:
-            return 0.0
         if not self.decode:
             return None
         size = decodes.bit_length()
@@ -39,17 +44,35 @@ class StepCosts:
 
     def prompt_seconds(self, tokens: int) -> float:
         """What it takes to compute so many tokens of a text again, 0 before anything was measured."""
-        return (self.per_token or 0.0) * tokens
+        return (self.per_token or self.beside.per_token or 0.0) * tokens
 
     def prompt_tokens(self, decodes: int, stall: float) -> int:
         """Prompt tokens that a step of ``decodes`` sequences can take in and last at most ``stall`` times as long.
 
-        Few different numbers, since a device prepares a step of each size once. At least one, so that none starves.
+        Few different numbers, since a device may prepare a step of each size once. At least one, so that none starves;
+        at most twice as many as of late, since what that would cost is not known well.
         """
         base = self.decode_seconds(decodes)
-        if base is None or not self.per_token:
+        if base is None or self.beside.per_token is None:
             return max(1, decodes // 2)  # a token of a prompt costs at most what one of a sequence does
-        return round_down(int((stall - 1) * base / self.per_token))
+        return round_down(int(min((stall - 1) * base / self.beside.per_token, 2 * self.beside.tokens)))
+
+
+class Beside:
+    """What prompt tokens cost in steps that decode too: moving sums of the seconds beyond decoding, and of tokens."""
+
+    def __init__(self) -> None:
+        self.seconds, self.tokens = 0.0, 0.0
+        self.per_token: float | None = None
+
+    def observe(self, tokens: int, base: float, seconds: float) -> None:
+        """A step with ``tokens`` prompt tokens took ``seconds``, without them it would take ``base``."""
+        if self.per_token is not None:
+            seconds = min(seconds, 2 * (base + self.per_token * tokens))
+        weight = WEIGHT if self.tokens else 1.0
+        self.seconds += weight * (seconds - base - self.seconds)
+        self.tokens += weight * (tokens - self.tokens)
+        self.per_token = max(self.seconds, 0.01 * base) / self.tokens
 
 
 def round_down(count: int) -> int:

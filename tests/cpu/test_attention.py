@@ -107,9 +107,9 @@ def attend(paged, attrs, q, dtype, cuts):
     batch = paged.batch()
     wide = np.full((len(q), attrs.num_heads * v_dim + 5), NAN)
     y, stride = wide[:, 2:-3], wide.shape[1]
-    partials = aligned(workspace.attention_partials_bytes(attrs.num_heads, v_dim, batch.sequences))
-    items = cpu.attention_items(heads, batch)
-    bounds = [0, *(round(cut * items) for cut in cuts), items]
+    partials = aligned(workspace.attention_partials_bytes(attrs.num_heads, v_dim, batch.sequences) + 64)
+    cost = cpu.attention_cost(heads, batch)
+    bounds = [0, *(round(cut * cost) for cut in cuts), cost]
     for start, stop in pairwise(bounds):
         scratch = aligned(
             workspace.attention_scratch(attrs.num_heads // attrs.num_kv_heads, attrs.head_dim, v_dim) + 64
@@ -118,6 +118,7 @@ def attend(paged, attrs, q, dtype, cuts):
         args = (q.ctypes.data, q.strides[0] // 4, y.ctypes.data, stride, heads, pages, batch)
         cpu.attention(*args, partials.ctypes.data, address, start, stop)
         assert (scratch[-64:] == 0xFF).all(), "wrote beyond its workspace"
+    assert (partials[-64:] == 0xFF).all(), "wrote beyond the partial results"
     merges = batch.sequences * attrs.num_kv_heads
     for start, stop in ((0, merges // 2), (merges // 2, merges)):
         cpu.attention_merge(y.ctypes.data, stride, heads, batch, partials.ctypes.data, start, stop)
@@ -176,15 +177,16 @@ def test_window_and_softcap(rng, window, softcap):
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
 def test_split_contexts(rng, context, dtype):
     check(rng, [(context, 1), (30, 3), (context + 64, 1)], dtype, **SMOLLM2)
+    check(rng, [(context, 2), (context + 2, 3), (1, 1), (context + 64, 4), (context, 5)], dtype, **SMOLLM2)
 
 
 def test_splits_begin_at_the_window(rng):
-    check(rng, [(5001, 1), (999, 1)], window=600, **SMOLLM2)
+    check(rng, [(5001, 1), (999, 1), (5001, 2), (1025, 4)], window=600, **SMOLLM2)
 
 
 @pytest.mark.parametrize("cuts", [(0.5,), (0.01, 0.3, 0.31, 0.9), (0.0, 1.0)])
 def test_any_share_of_the_items_gives_the_same_numbers(rng, cuts):
-    sequences = [(700, 1), (150, 70), (90, 1), (33, 33)]
+    sequences = [(700, 1), (150, 70), (90, 1), (33, 33), (600, 4)]
     paged, attrs, q, whole = check(rng, sequences, **SMOLLM2)
     assert_array_equal(attend(paged, attrs, q, "f32", cuts), whole)
 

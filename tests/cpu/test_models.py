@@ -61,7 +61,7 @@ def batched(model: LLM, prompts: Sequence[Sequence[int]], continuations: Sequenc
                     batch.clear(row)
         while (batch.num_computed[rows] < batch.num_tokens[rows]).any():
             part, at = next_part(model, rows), 0
-            starts, logits = batch.num_computed[part.rows], model.compute(part)
+            starts, logits = batch.num_computed[part.rows], model.compute(part).copy()
             for row, start, count in zip(part.rows.tolist(), starts, part.counts, strict=True):
                 found = result[row]
                 found += list(logits[at + max(0, len(found) - start) : at + count])  # not those computed again
@@ -93,6 +93,20 @@ def test_golden(folder: Path, way: dict[str, Any]) -> None:
     assert_agree(logits[: len(prompt)], prompt_logits, "prompt")
     assert_agree(logits[len(prompt) :], step_logits, "decode")
     assert logits[len(prompt) - 1 : -1].argmax(1).tolist() == generated[: len(step_logits)]
+
+
+def test_steps_of_new_sizes_bind_nothing() -> None:
+    """One tape serves all steps that are multiplied by the same kernels, with the logits of the reference."""
+    folder, prompt = GOLDEN / "mixtral-window", list(range(3, 33))
+    with load(folder, "reference") as model:
+        expected = model.logits(prompt)
+    with load(folder, max_num_batched_tokens=30, max_logits_rows=30) as model:
+        [interpreter] = model.interpreters
+        tapes = []
+        for size in (30, 1, 7, 29, 2):
+            assert_agree(model.logits(prompt[:size]), expected[:size], f"{size} tokens")
+            tapes.append(len(interpreter.tapes))
+        assert tapes[1:] == [tapes[1]] * 4
 
 
 @pytest.mark.parametrize("name", ["phi3-longrope_crossed", "llama-dynamic_crossed", "deepseek_v2-group_limited"])

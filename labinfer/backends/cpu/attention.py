@@ -4,9 +4,10 @@ The work of a step is cut into items: (sequence, run of tokens, key-value head).
 that share the head, and streams the keys and values they see once, 64 positions at a time (FlashAttention, Dao et al.,
 arXiv:2205.14135); scores never leave the thread's scratch, whose size does not depend on the context.
 
-A sequence that decodes one token has few items, so its context is cut into up to ``MAX_SPLITS`` parts, whose partial
-results ``attention_merge`` joins after a barrier (flash-decoding). How a context is cut depends on its length alone:
-not on the threads, not on the company in the batch.
+A sequence with few tokens in the step has few items, so its context is cut into up to ``MAX_SPLITS`` parts, whose
+partial results ``attention_merge`` joins after a barrier (flash-decoding). How a context is cut depends on its length
+and its tokens alone: not on the threads, not on the company in the batch. Threads share items by what these cost, since
+the contexts of a batch differ.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ from labinfer.backends.cpu.workspace import MAX_SPLITS, TILE, TILE_ROWS
 
 SPLIT_POSITIONS = 128
 """Positions in such a part at least."""
+
+ITEM_POSITIONS, READ_ROWS = 32, 8
+"""What an item costs beside its positions, and a position beside its query rows: about as much as so many of them."""
 
 
 padded_rows, out_stride = njit(planned.padded_rows), njit(planned.out_stride)
@@ -119,20 +123,35 @@ def scratch_at(workspace: int, rows: int, head_dim: int) -> Scratch:
 
 @njit
 def count_splits(tokens: int, context: int, window: int) -> int:
-    """Parts that the context of a sequence with ``tokens`` tokens in the step is cut into."""
+    """Parts that the context of a sequence with ``tokens`` tokens in the step is cut into.
+
+    Parts times tokens are at most ``MAX_SPLITS``; there is room for so many partial results.
+    """
     seen = min(context, window) if window else context
-    return max(1, min(MAX_SPLITS, seen // SPLIT_POSITIONS)) if tokens == 1 else 1
+    return max(1, min(MAX_SPLITS // max(tokens, 1), seen // SPLIT_POSITIONS))
 
 
 @njit
-def attention_items(heads: Heads, batch: Batch) -> int:
-    """The number of work items of a step."""
+def sequence_work(heads: Heads, tokens: int, context: int) -> tuple[int, int]:
+    """The number of items of a sequence, and what each of them costs, on average."""
+    step, splits = tile_tokens(heads), count_splits(tokens, context, heads.window)
+    seen = max(context - tokens // 2, 1)
+    if heads.window:
+        seen = min(seen, heads.window + step)
+    rows = min(tokens, step) * (heads.num_heads // heads.num_kv_heads)
+    items = (tokens + step - 1) // step * splits * heads.num_kv_heads
+    return items, (seen // splits + ITEM_POSITIONS) * (rows + READ_ROWS)
+
+
+@njit
+def attention_cost(heads: Heads, batch: Batch) -> int:
+    """What all items of a step cost."""
     begin, context = i32p(batch.query_start), i32p(batch.context_len)
-    count, step = 0, tile_tokens(heads)
+    total = 0
     for s in range(batch.sequences):
-        tokens = begin[s + 1] - begin[s]
-        count += (tokens + step - 1) // step * count_splits(tokens, context[s], heads.window)
-    return count * heads.num_kv_heads
+        items, cost = sequence_work(heads, begin[s + 1] - begin[s], context[s] + 0)
+        total += items * cost
+    return total
 
 
 @njit
@@ -149,32 +168,33 @@ def attention(
     start: int,
     stop: int,
 ) -> None:
-    """Work items [start, stop) of ``attention_items``.
+    """The work items whose middle lies in [start, stop) of ``attention_cost``, counted one after another.
 
     ``partials`` belongs to all threads, ``workspace`` to this one; both lie on 64-byte boundaries (their sizes stand in
     the module ``workspace``). ``attention_merge`` must follow when all items are done.
     """
     begin, context = i32p(batch.query_start), i32p(batch.context_len)
-    step, before = tile_tokens(heads), 0
+    step, before = tile_tokens(heads), 0  # before: the cost of all earlier sequences
     for s in range(batch.sequences):
         # Adding makes an int64 of an int32: with one type for all, what follows is compiled once.
         token, tokens, length = begin[s] + 0, begin[s + 1] - begin[s], context[s] + 0
         tiles = (tokens + step - 1) // step
         splits = count_splits(tokens, length, heads.window)
-        items = tiles * splits * heads.num_kv_heads
-        for number in range(max(start - before, 0), min(stop - before, items)):
+        items, cost = sequence_work(heads, tokens, length)
+        first, last = max(start - before + cost // 2, 0) // cost, max(stop - before + cost // 2, 0) // cost
+        for number in range(first, min(last, items)):
             head, part = number % heads.num_kv_heads, number // heads.num_kv_heads
             if splits > 1:
-                item = _split_item(heads, s, token, length, head, part, splits)
+                item = _split_item(heads, s, token, tokens, length, head, part, splits)
                 scratch = _attend(q, q_stride, heads, pages, batch, item, workspace)
-                _store_partial(heads, item, scratch, _partial(partials, heads, s, head, part))
+                _store_partial(heads, item, scratch, _partial(partials, heads, s, head, part, tokens))
             else:
                 # Later runs see more: taken in turn from both ends, equal ranges of items cost about the same.
                 run = part // 2 if part % 2 == 0 else tiles - 1 - part // 2
                 item = _run_item(heads, s, token, tokens, length, head, run * step)
                 scratch = _attend(q, q_stride, heads, pages, batch, item, workspace)
                 _store(y, y_stride, heads, item, scratch)
-        before += items
+        before += items * cost
 
 
 @njit
@@ -187,12 +207,14 @@ def _run_item(heads: Heads, sequence: int, token: int, tokens: int, length: int,
 
 
 @njit
-def _split_item(heads: Heads, sequence: int, token: int, length: int, head: int, part: int, splits: int) -> Item:
-    """The item of one part of a decoding sequence's context, whole tiles from the first position it sees."""
-    start = max(0, length - heads.window) if heads.window else 0
+def _split_item(
+    heads: Heads, sequence: int, token: int, tokens: int, length: int, head: int, part: int, splits: int
+) -> Item:
+    """The item of one part of a sequence's context, whole tiles from the first position that its first token sees."""
+    start = max(0, length - tokens + 1 - heads.window) if heads.window else 0
     tiles = (length - start + TILE - 1) // TILE
     first, last = start + tiles * part // splits * TILE, start + tiles * (part + 1) // splits * TILE
-    return Item(sequence, token, 1, length - 1, head, first, min(last, length))
+    return Item(sequence, token, tokens, length - tokens, head, first, min(last, length))
 
 
 @njit
@@ -279,21 +301,21 @@ def _store(y: int, y_stride: int, heads: Heads, item: Item, scratch: Scratch) ->
 
 
 @njit
-def _partial(partials: int, heads: Heads, sequence: int, head: int, part: int) -> int:
+def _partial(partials: int, heads: Heads, sequence: int, head: int, part: int, tokens: int) -> int:
     """The partial result of a part: maxima and sums of its rows, then their sums of values."""
     group = heads.num_heads // heads.num_kv_heads
-    index = (sequence * heads.num_kv_heads + head) * MAX_SPLITS + part
+    index = (sequence * heads.num_kv_heads + head) * MAX_SPLITS + part * tokens
     return partials + index * 4 * group * (out_stride(heads.v_head_dim) + 16)
 
 
 @njit
 def _store_partial(heads: Heads, item: Item, scratch: Scratch, partial: int) -> None:
     """Copy an item's running state to its place among the partial results."""
-    group, stride = heads.num_heads // heads.num_kv_heads, out_stride(heads.v_head_dim)
+    rows, stride = item.tokens * (heads.num_heads // heads.num_kv_heads), out_stride(heads.v_head_dim)
     maxima, state = f32p(scratch.maxima), f32p(partial)
-    for r in range(group):
-        state[r], state[group + r] = maxima[r], sum_row(scratch.sums + 64 * r, 16)
-    scale_row(scratch.out, partial + 64 * group, group * stride, 1.0)
+    for r in range(rows):
+        state[r], state[rows + r] = maxima[r], sum_row(scratch.sums + 64 * r, 16)
+    scale_row(scratch.out, partial + 64 * rows, rows * stride, 1.0)
 
 
 @njit
@@ -303,19 +325,21 @@ def attention_merge(y: int, y_stride: int, heads: Heads, batch: Batch, partials:
     group, stride = heads.num_heads // heads.num_kv_heads, out_stride(heads.v_head_dim)
     for number in range(start, stop):
         s, head = number // heads.num_kv_heads, number % heads.num_kv_heads
-        splits = count_splits(begin[s + 1] - begin[s], context[s], heads.window)
+        tokens = begin[s + 1] - begin[s]
+        splits, rows = count_splits(tokens, context[s] + 0, heads.window), tokens * group
         if splits == 1:
             continue
-        for r in range(group):
+        for r in range(rows):
             top, total = np.float32(NEVER), np.float32(0)
             for part in range(splits):
-                top = max(top, f32p(_partial(partials, heads, s, head, part))[r])
+                top = max(top, f32p(_partial(partials, heads, s, head, part, tokens))[r])
             for part in range(splits):
-                state = f32p(_partial(partials, heads, s, head, part))
-                total += np.float32(math.exp(state[r] - top)) * state[group + r]
-            target = y + 4 * (begin[s] * y_stride + (head * group + r) * heads.v_head_dim)
+                state = f32p(_partial(partials, heads, s, head, part, tokens))
+                total += np.float32(math.exp(state[r] - top)) * state[rows + r]
+            feature = (head * group + r % group) * heads.v_head_dim
+            target = y + 4 * ((begin[s] + r // group) * y_stride + feature)
             zero_row(target, heads.v_head_dim)
             for part in range(splits):
-                partial = _partial(partials, heads, s, head, part)
+                partial = _partial(partials, heads, s, head, part, tokens)
                 factor = np.float32(math.exp(f32p(partial)[r] - top)) / total
-                add_scaled_row(partial + 64 * group + 4 * r * stride, target, heads.v_head_dim, factor)
+                add_scaled_row(partial + 64 * rows + 4 * r * stride, target, heads.v_head_dim, factor)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from labinfer.backends.base import Buffer, FunctionTable, Kernel
+from labinfer.backends.base import Buffer, FunctionTable, Kernel, Program
 from labinfer.backends.cpu import features, machine_code
 from labinfer.backends.cpu.crossover import tune
 from labinfer.backends.cpu.emit import EMITTERS
@@ -20,13 +20,13 @@ from labinfer.backends.cpu.emitter import Emitter
 from labinfer.backends.cpu.layout import packed_bytes
 from labinfer.backends.cpu.machine import default_threads
 from labinfer.backends.cpu.packed_weight import PackedWeight, pack
-from labinfer.backends.cpu.tape import Row, kernels_of, table
+from labinfer.backends.cpu.tape import Row, Tape, kernels_of
 from labinfer.backends.cpu.workers import Workers
 from labinfer.backends.cpu.workspace import scratch_bytes
 from labinfer.backends.host import DTYPES, HostDevice
 from labinfer.backends.rope_tables import rope_tables
 from labinfer.errors import UsageError
-from labinfer.ops.base import Call, KernelBounds, Step, TensorType
+from labinfer.ops.base import Call, KernelBounds, KernelOptions, Step, TensorType
 from labinfer.ops.dequantization import dequantize
 
 
@@ -44,7 +44,7 @@ class CpuKernel:
         weights = {name: _weight(self.kind, name, weight) for name, weight in call.weights.items()}
         call = replace(call, inputs=tuple(map(_readable, call.inputs)), weights=weights)
         call.workspace = self.workspace(call)
-        self.device.program([(self, call)])()
+        self.device.program([(self, call)])(0, 0)
 
     def workspace(self, call: Call) -> np.ndarray | None:
         """Scratch memory for one call, as a plan would reserve it."""
@@ -155,29 +155,36 @@ class CpuDevice(HostDevice):
         """Compile what is missing of the kernels that ``calls`` need."""
         machine_code.prepare(kernels_of(self.rows(calls)[0]), progress)
 
-    def program(self, calls: Sequence[tuple[Kernel, Call]]) -> Callable[[], None]:
+    def bound_for(self, count: int, limit: int, options: KernelOptions) -> int:
+        """The most that are multiplied by the same kernels as ``count``."""
+        return min((fewest - 1 for fewest in options.matrix_unit.values() if count < fewest <= limit), default=limit)
+
+    def program(self, calls: Sequence[tuple[Kernel, Call]]) -> Program:
         """The calls as one tape, run by all workers in one compiled loop."""
-        return self.tape(*self.rows(calls), calls[0][1].step)
+        rows, kept = self.rows(calls)
+        tape, step = Tape(rows), calls[0][1].step
 
-    def tape(self, rows: Sequence[Row], kept: Sequence[np.ndarray], step: Step | None) -> Callable[[], None]:
-        """A callable that runs ``rows``."""
-        tape = table(rows)
-        workers, at, count = self.workers, tape.ctypes.data, len(tape)
-
-        def run() -> None:
-            workers.run(at, count, 0 if step is None else len(step.context_len))
-            _ = tape, kept  # the rows, and what they point to, live as long as what runs them
+        def run(tokens: int, rows: int) -> None:
+            tape.fill(tokens, rows)
+            self.run_tape(tape, step)
+            _ = kept  # what the rows point to lives as long as what runs them
 
         return run
+
+    def run_tape(self, tape: Tape, step: Step | None) -> None:
+        """Run ``tape`` for ``step``."""
+        self.workers.run(tape.address, tape.length, 0 if step is None else len(step.context_len))
 
     def timed(self, calls: Sequence[tuple[Kernel, Call]]) -> Callable[[], Sequence[float]]:
         """The calls as one tape with a clock between them: they run as always, in one compiled loop."""
         clock = np.zeros(len(calls) + 1, np.int64)
-        program = self.tape(*self.rows(calls, clock), calls[0][1].step)
+        rows, kept = self.rows(calls, clock)
+        tape, step = Tape(rows), calls[0][1].step
 
         def run() -> list[float]:
-            program()
+            self.run_tape(tape, step)
             seconds: list[float] = (np.diff(clock) * self.cycle_seconds).tolist()
+            _ = kept
             return seconds
 
         return run
@@ -186,11 +193,11 @@ class CpuDevice(HostDevice):
     def cycle_seconds(self) -> float:
         """Seconds of a tick of the clock that ``timed`` reads, against the system's, over 50 ms."""
         ticks = np.zeros(1, np.int64)
-        note = self.tape([Row("clock_step", (ticks.ctypes.data,))], [ticks], None)
-        note()
+        note = Tape([Row("clock_step", (ticks.ctypes.data,))])
+        self.run_tape(note, None)
         before, start = int(ticks[0]), time.perf_counter()
         time.sleep(0.05)
-        note()
+        self.run_tape(note, None)
         return (time.perf_counter() - start) / (int(ticks[0]) - before)
 
     def tune(self, formats: Iterable[str]) -> None:

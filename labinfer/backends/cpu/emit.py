@@ -24,7 +24,7 @@ from labinfer.ops.base import Call
 
 def _embedding(e: Emitter, call: Call) -> None:
     w, y, ids = call.weights["weight"], call.outputs[0], call.inputs[0]
-    e.add("embedding_step", len(y), address(ids), f"unpack/{w.format}", w.address, w.columns, address(y), stride(y))
+    e.add("embedding_step", e.count(y), address(ids), f"unpack/{w.format}", w.address, w.columns, address(y), stride(y))
 
 
 def _linear(e: Emitter, call: Call) -> None:
@@ -36,7 +36,7 @@ def _linear_add(e: Emitter, call: Call) -> None:
     if len(call.inputs) == 1:
         residual = x
     if address(residual) != address(y):
-        e.add("copy_step", *y.shape[:1], address(residual), stride(residual), address(y), stride(y), y.shape[1])
+        e.add("copy_step", e.count(y), address(residual), stride(residual), address(y), stride(y), y.shape[1])
     e.linear(call.parts[0], x, y, ACCUMULATE)
 
 
@@ -44,13 +44,13 @@ def _lora_add(e: Emitter, call: Call) -> None:
     (base, x), y, step, rank = call.inputs, call.outputs[0], e.step, call.attrs.rank
     a, b = call.weights["a"], call.weights["b"]
     if address(base) != address(y):
-        e.add("copy_step", len(y), address(base), stride(base), address(y), stride(y), y.shape[1])
+        e.add("copy_step", e.count(y), address(base), stride(base), address(y), stride(y), y.shape[1])
     if step.adapter is None:
         return
     kernel, width = product_kernel("f32", 0), out_stride(rank)
     low, sequences = e.take(4 * len(y) * width), (address(step.query_start), address(step.adapter))
     e.add(
-        "lora_down_step", kernel, a.address, a.nbytes, a.columns, address(x), x.strides[0], low, width, len(y),
+        "lora_down_step", kernel, a.address, a.nbytes, a.columns, address(x), x.strides[0], low, width, e.count(y),
         -(-rank // PANEL_ROWS), rank, *sequences,
     )  # fmt: skip
     e.add(
@@ -84,14 +84,14 @@ def _norm_glu(e: Emitter, call: Call) -> None:
     e.add(
         "linear_glu_step", product_kernel(g.format, rows.form), g.address, address(gate.weights.get("bias")),
         product_kernel(u.format, rows.form), u.address, address(up.weights.get("bias")), g.columns, rows.address,
-        rows.nbytes, address(y), stride(y), len(y), g.panels, g.rows, ACTIVATION_CODES[glu.attrs.function],
+        rows.nbytes, address(y), stride(y), e.count(y), g.panels, g.rows, ACTIVATION_CODES[glu.attrs.function],
         glu_chunk(rows.form, g.columns),
     )  # fmt: skip
 
 
 def _emit_glu(e: Emitter, function: str, gate: Any, up: Any, y: Any) -> None:
     e.add(
-        "glu_step", len(y), ACTIVATION_CODES[function], address(gate), stride(gate), address(up), stride(up),
+        "glu_step", e.count(y), ACTIVATION_CODES[function], address(gate), stride(gate), address(up), stride(up),
         address(y), stride(y), y.shape[1],
     )  # fmt: skip
 
@@ -103,7 +103,7 @@ def _glu(e: Emitter, call: Call) -> None:
 def _activation(e: Emitter, call: Call) -> None:
     x, y = call.inputs[0], call.outputs[0]
     e.add(
-        "activation_step", len(y), ACTIVATION_CODES[call.attrs.function], address(x), stride(x), address(y),
+        "activation_step", e.count(y), ACTIVATION_CODES[call.attrs.function], address(x), stride(x), address(y),
         stride(y), y.shape[1],
     )  # fmt: skip
 
@@ -111,7 +111,7 @@ def _activation(e: Emitter, call: Call) -> None:
 def _rms_norm(e: Emitter, call: Call) -> None:
     x, y, attrs = call.inputs[0], call.outputs[0], call.attrs
     e.add(
-        "rms_norm_step", len(y), address(x), stride(x), address(call.weights.get("weight")), address(y), stride(y),
+        "rms_norm_step", e.count(y), address(x), stride(x), address(call.weights.get("weight")), address(y), stride(y),
         y.shape[1], attrs.group or y.shape[1], float(attrs.eps), float(attrs.offset),
     )  # fmt: skip
 
@@ -119,30 +119,32 @@ def _rms_norm(e: Emitter, call: Call) -> None:
 def _layer_norm(e: Emitter, call: Call) -> None:
     x, y = call.inputs[0], call.outputs[0]
     e.add(
-        "layer_norm_step", len(y), address(x), stride(x), address(call.weights["weight"]),
+        "layer_norm_step", e.count(y), address(x), stride(x), address(call.weights["weight"]),
         address(call.weights.get("bias")), address(y), stride(y), y.shape[1], float(call.attrs.eps),
     )  # fmt: skip
 
 
 def _add(e: Emitter, call: Call) -> None:
     x, other, y = call.inputs[0], call.inputs[1], call.outputs[0]
-    e.add("add_step", len(y), address(x), stride(x), address(other), stride(other), address(y), stride(y), y.shape[1])
+    e.add(
+        "add_step", e.count(y), address(x), stride(x), address(other), stride(other), address(y), stride(y), y.shape[1]
+    )
 
 
 def _scale(e: Emitter, call: Call) -> None:
     x, y = call.inputs[0], call.outputs[0]
-    e.add("scale_step", len(y), address(x), stride(x), address(y), stride(y), y.shape[1], float(call.attrs.by))
+    e.add("scale_step", e.count(y), address(x), stride(x), address(y), stride(y), y.shape[1], float(call.attrs.by))
 
 
 def _softcap(e: Emitter, call: Call) -> None:
     x, y = call.inputs[0], call.outputs[0]
-    e.add("softcap_step", len(y), address(x), stride(x), address(y), stride(y), y.shape[1], float(call.attrs.cap))
+    e.add("softcap_step", e.count(y), address(x), stride(x), address(y), stride(y), y.shape[1], float(call.attrs.cap))
 
 
 def _select_rows(e: Emitter, call: Call) -> None:
     x, y = call.inputs[0], call.outputs[0]
     e.add(
-        "select_rows_step", len(y), address(x), stride(x), address(e.step.logits_rows), address(y), stride(y),
+        "select_rows_step", e.count(y), address(x), stride(x), address(e.step.logits_rows), address(y), stride(y),
         y.shape[1],
     )  # fmt: skip
 
@@ -151,7 +153,7 @@ def _rope(e: Emitter, call: Call) -> None:
     x, y, attrs = call.inputs[0], call.outputs[0], call.attrs
     turn = e.turn(call, call.inputs[1])
     heads = y.shape[1] // attrs.head_dim
-    e.add("rope_step", len(y), address(x), stride(x), address(y), stride(y), heads, *turn)
+    e.add("rope_step", e.count(y), address(x), stride(x), address(y), stride(y), heads, *turn)
 
 
 def _kv_write(e: Emitter, call: Call) -> None:
@@ -159,7 +161,7 @@ def _kv_write(e: Emitter, call: Call) -> None:
     for name, x in zip(names, call.inputs, strict=True):
         panels = int(name == "k" and id(call.cache) not in e.device.latents)
         e.add(
-            "kv_write_step", len(x), address(x), stride(x), address(call.cache[name]), x.shape[1], panels,
+            "kv_write_step", e.count(x), address(x), stride(x), address(call.cache[name]), x.shape[1], panels,
             cache_dtype(call), e.step.block_size, address(e.step.slot_mapping), then_wait=name == names[-1],
         )  # fmt: skip
 
@@ -172,7 +174,7 @@ def _rope_kv_write(e: Emitter, call: Call) -> None:
     scratch_bytes = -(-4 * k.shape[1] // 64) * 64
     scratch = e.take(scratch_bytes * e.device.threads)
     e.add(
-        "rope_kv_write_step", len(y), address(q), stride(q), address(y), stride(y),
+        "rope_kv_write_step", e.count(y), address(q), stride(q), address(y), stride(y),
         y.shape[1] // rope_q.attrs.head_dim, scratch, scratch_bytes, *turns,
         address(k), stride(k), address(v), stride(v), address(cache["k"]), address(cache["v"]), k.shape[1], v.shape[1],
         cache_dtype(call), step.block_size, address(step.slot_mapping),
@@ -222,7 +224,7 @@ def _router(e: Emitter, call: Call) -> None:
     groups = attrs.num_groups or 1
     scratch_bytes = route_scratch(attrs.num_experts, groups)
     e.add(
-        "route_step", len(x), address(logits), attrs.num_experts, address(ids), address(weights),
+        "route_step", e.count(x), address(logits), attrs.num_experts, address(ids), address(weights),
         e.take(scratch_bytes * e.device.threads), scratch_bytes, attrs.num_experts, attrs.top_k,
         attrs.score == "sigmoid", attrs.normalize, float(attrs.scale), groups, attrs.top_groups or groups,
         attrs.group_score == "top2", address(call.weights.get("bias")),
@@ -236,10 +238,11 @@ def _moe(e: Emitter, call: Call) -> None:
     tokens, top_k = ids.shape
     pairs = tokens * top_k
     bounds, order, places = (e.take(4 * n) for n in (attrs.num_experts + 1, pairs, pairs))
-    e.add("group_step", address(ids), pairs, top_k, attrs.num_experts, bounds, order, places)
     gathered, results = e.take_array((pairs, x.shape[1])), e.take_array((pairs, y.shape[1]))
+    count = e.count(gathered)
+    e.add("group_step", address(ids), count, top_k, attrs.num_experts, bounds, order, places)
     g, u = e.take_array((pairs, attrs.expert_size)), e.take_array((pairs, attrs.expert_size))
-    e.add("select_rows_step", pairs, address(x), stride(x), order, address(gathered), x.shape[1], x.shape[1])
+    e.add("select_rows_step", count, address(x), stride(x), order, address(gathered), x.shape[1], x.shape[1])
     gate_form, up_form, down_form = (scattered_form(w.format, e.options) for w in (gate, up, down))
     found = e.activations(gathered, [gate_form, up_form])
     e.experts(found[gate_form], gate, g, bounds, attrs.num_experts, then_wait=False)
@@ -248,7 +251,7 @@ def _moe(e: Emitter, call: Call) -> None:
     [rows] = e.activations(g, [down_form]).values()
     e.experts(rows, down, results, bounds, attrs.num_experts, then_wait=True)
     e.add(
-        "combine_step", tokens, address(results), y.shape[1], address(weights), places, top_k, address(y),
+        "combine_step", e.count(y), address(results), y.shape[1], address(weights), places, top_k, address(y),
         stride(y), y.shape[1],
     )  # fmt: skip
 

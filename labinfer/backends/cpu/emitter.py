@@ -12,7 +12,7 @@ import numpy as np
 from labinfer.backends.cpu.features import has_matrix_unit
 from labinfer.backends.cpu.layout import activation_bytes, activation_form, activations_bytes, product_kernel
 from labinfer.backends.cpu.packed_weight import PackedWeight
-from labinfer.backends.cpu.tape import Argument, Row
+from labinfer.backends.cpu.tape import Argument, Count, Row
 from labinfer.backends.cpu.workspace import BLOCK_MULTIPLE
 from labinfer.errors import LabinferError, UsageError
 from labinfer.ops.base import Call, Step
@@ -78,6 +78,11 @@ class Emitter:
         array: np.ndarray = self.call.workspace.view(np.float32)[start // 4 : start // 4 + count].reshape(shape)
         return array
 
+    def count(self, x: Any) -> Argument:
+        """The rows of ``x``, which are so many to each row of the op's values, in a step of any size."""
+        symbol, values = self.call.rows_symbol, self.call.outputs or self.call.inputs
+        return Count(symbol, len(x) // len(values[0]), len(x)) if symbol and len(x) else len(x)
+
     def add(self, step: str, *arguments: Argument, then_wait: bool = True) -> None:
         """Append a row."""
         self.rows.append(Row(step, arguments, then_wait))
@@ -98,14 +103,16 @@ class Emitter:
                 found[0] = ActivationRows(0, address(x), x.strides[0])
             else:
                 rows = found[form] = self.take_rows(form, x)
-                self.add("quantize_step", len(x), form, address(x), stride(x), x.shape[1], rows.address, rows.nbytes)
+                self.add(
+                    "quantize_step", self.count(x), form, address(x), stride(x), x.shape[1], rows.address, rows.nbytes
+                )
         return found
 
     def product(self, x: ActivationRows, w: PackedWeight, y: Any, bias: Any, mode: int, then_wait: bool = True) -> None:
         """``y (+)= x @ w.T + bias``."""
         self.add(
             "linear_step", product_kernel(w.format, x.form), w.address, w.columns, x.address, x.nbytes,
-            address(y), stride(y), len(y), w.panels, w.rows, address(bias), mode, then_wait=then_wait,
+            address(y), stride(y), self.count(y), w.panels, w.rows, address(bias), mode, then_wait=then_wait,
         )  # fmt: skip
 
     def experts(self, x: ActivationRows, w: PackedWeight, y: Any, bounds: int, experts: int, then_wait: bool) -> None:
@@ -123,20 +130,20 @@ class Emitter:
 
     def normed(self, call: Call, x: Any, forms: Iterable[int]) -> dict[int, ActivationRows]:
         """``rms_norm`` of ``x`` straight into activation rows of each of ``forms``."""
-        tokens, columns = x.shape
+        columns = x.shape[1]
         normed = self.take_array(x.shape)
         weight, eps, offset = address(call.weights.get("weight")), float(call.attrs.eps), float(call.attrs.offset)
         first, *others = sorted(set(forms), key=lambda form: form == 0)
         if first == 0:
             self.add(
-                "rms_norm_step", tokens, address(x), stride(x), weight, address(normed), columns, columns, columns,
-                eps, offset,
+                "rms_norm_step", self.count(x), address(x), stride(x), weight, address(normed), columns, columns,
+                columns, eps, offset,
             )  # fmt: skip
             return self.activations(normed, [0])
         rows = self.take_rows(first, x)
         self.add(
-            "norm_quantize_step", tokens, first, address(x), stride(x), columns, rows.address, rows.nbytes, weight,
-            address(normed), columns, eps, offset,
+            "norm_quantize_step", self.count(x), first, address(x), stride(x), columns, rows.address, rows.nbytes,
+            weight, address(normed), columns, eps, offset,
         )  # fmt: skip
         return {first: rows} | self.activations(normed, others)
 

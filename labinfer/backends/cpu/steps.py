@@ -12,7 +12,7 @@ from labinfer.backends.cpu.attention import (
     Heads,
     Pages,
     attention,
-    attention_items,
+    attention_cost,
     attention_merge,
 )
 from labinfer.backends.cpu.driver import share
@@ -248,7 +248,7 @@ def attention_step(a: int, sequences: int, worker: int, workers: int) -> None:
     heads = Heads(p[4], p[5], p[6], p[7], f[9], p[8], f[10])
     pages = Pages(p[11], p[12], p[13], p[14])
     batch = Batch(sequences, p[15], p[16], p[17], p[18])
-    start, stop = share(attention_items(heads, batch), worker, workers)
+    start, stop = share(attention_cost(heads, batch), worker, workers)
     attention(p[0], p[1], p[2], p[3], heads, pages, batch, p[19], p[20] + worker * p[21], start, stop)
 
 

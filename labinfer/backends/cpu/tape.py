@@ -1,7 +1,8 @@
 """The tape: a table of int64 rows that every worker runs from top to bottom, one compiled loop for the whole step.
 
 A row holds the address of a step function, whether a barrier follows, and the step's arguments: addresses, sizes, and
-float64 bits. It is written with the names of kernels, whose addresses ``table`` fills in.
+float64 bits. It is written with the names of kernels, whose addresses ``table`` fills in, and with counts of tokens and
+logit rows, which ``Tape.fill`` fills in for each step: nothing else in a row depends on a step's size.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 
 from labinfer.backends.cpu import machine_code
 from labinfer.ops.activations import FUNCTIONS
+from labinfer.ops.base import Dim
 
 ROW = 40
 """Numbers of a row: the function's address, the barrier flag, and up to 38 arguments."""
@@ -27,8 +29,21 @@ ACTIVATION_CODES = {name: code for code, name in enumerate(FUNCTIONS)}
 ACCUMULATE = 1
 """Bit of the ``mode`` of a product: add to ``y`` what stands there."""
 
-Argument = float | str
-"""A number, or the name of a kernel, which stands for its address."""
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """An argument that every step sets: ``factor`` times its tokens (symbol T) or its rows of logits (R).
+
+    Until then it is ``bound``, that of the arrays the tape is bound to.
+    """
+
+    symbol: Dim
+    factor: int
+    bound: int
+
+
+Argument = float | str | Count
+"""A number, the name of a kernel, which stands for its address, or what each step sets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +66,8 @@ class Row:
 def _number(argument: Argument) -> int:
     if isinstance(argument, str):
         return machine_code.address(argument)
+    if isinstance(argument, Count):
+        return argument.bound
     if isinstance(argument, float):
         return int(struct.unpack("q", struct.pack("d", argument))[0])
     return int(argument)
@@ -72,3 +89,25 @@ def table(rows: Sequence[Row]) -> np.ndarray:
     if len(rows):
         result[-1, 1] = 1
     return result
+
+
+class Tape:
+    """Rows as a table that runs steps of any size it is bound for: ``fill`` writes the numbers that a step sets."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.table = table(rows)
+        self.address, self.length = self.table.ctypes.data, len(self.table)
+        counts = [
+            (i * ROW + 2 + j, argument.factor * (argument.symbol == "T"), argument.factor * (argument.symbol == "R"))
+            for i, row in enumerate(rows)
+            for j, argument in enumerate(row.arguments)
+            if isinstance(argument, Count)
+        ]
+        self.places, self.per_token, self.per_row = np.array(counts, np.int64).reshape(-1, 3).T
+        self.filled: tuple[int, int] | None = None
+
+    def fill(self, tokens: int, rows: int) -> None:
+        """Get ready for a step of ``tokens`` tokens and ``rows`` rows of logits."""
+        if self.filled != (tokens, rows):
+            self.table.reshape(-1)[self.places] = self.per_token * tokens + self.per_row * rows
+            self.filled = tokens, rows

@@ -19,7 +19,7 @@ try:
 except ModuleNotFoundError:
     raise missing("cupy") from None
 
-from labinfer.backends.base import Buffer, Device, FunctionTable, Kernel
+from labinfer.backends.base import Buffer, Device, FunctionTable, Kernel, Program
 from labinfer.backends.cuda import compile, cublas, driver, nvrtc
 from labinfer.backends.cuda.emit import EMITTERS
 from labinfer.backends.cuda.emitter import Emitter
@@ -54,7 +54,7 @@ class CudaKernel:
         bounds = KernelBounds(self.kind, (call.attrs,), tuple(types), formats, tokens, tokens, sequences, 1)
         with self.device.device:
             call = replace(call, workspace=cupy.empty(scratch_bytes(bounds) // 4, np.int32))
-            self.device.program([(self, call)])()
+            self.device.program([(self, call)])(0, 0)
             self.device.synchronize()
 
 
@@ -198,12 +198,12 @@ class CudaDevice(Device):
         rows, _ = self.rows(calls, 1)
         compile.build([row.source for row in rows if isinstance(row, Row)], self.arch, progress)
 
-    def program(self, calls: Sequence[tuple[Kernel, Call]]) -> Callable[[], None]:
+    def program(self, calls: Sequence[tuple[Kernel, Call]]) -> Program:
         """The calls as one tape for each number of sequences, made when it first runs."""
         step = next((call.step for _, call in calls if call.step is not None), None)
         tapes: dict[int, Tape] = {}
 
-        def run() -> None:
+        def run(tokens: int, rows: int) -> None:
             self.device.use()
             sequences = sequences_of(step)
             tape = tapes.get(sequences)

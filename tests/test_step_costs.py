@@ -1,0 +1,43 @@
+"""What steps cost, learnt from noisy measurements."""
+
+import numpy as np
+
+from labinfer.runtime.step_costs import StepCosts, round_down
+
+
+def test_prompts_are_cut_so_that_steps_last_as_long_as_allowed() -> None:
+    random, costs, sizes = np.random.default_rng(0), StepCosts(), []
+    assert costs.prompt_tokens(8, 1.5) == 4
+    for _ in range(50):
+        costs.observe(8, 0, 0.010 * random.uniform(0.7, 1.3))
+    for _ in range(200):
+        sizes.append(costs.prompt_tokens(8, 1.5))
+        costs.observe(8, sizes[-1], (0.010 + 0.0004 * sizes[-1]) * random.uniform(0.7, 1.3))
+    assert sizes[0] == 4
+    assert all(later <= 2 * max(sizes[:place]) for place, later in enumerate(sizes) if place)
+    assert 6 <= np.median(sizes[50:]) <= 16  # 12.5 tokens are half a decode step
+
+
+def test_one_slow_step_changes_little() -> None:
+    costs = StepCosts()
+    for _ in range(20):
+        costs.observe(4, 0, 0.01)
+        costs.observe(4, 8, 0.014)
+    before = costs.prompt_tokens(4, 1.5)
+    costs.observe(4, 8, 5.0)
+    costs.observe(4, 0, 5.0)
+    assert before == 8
+    assert costs.prompt_tokens(4, 1.5) >= 3
+
+
+def test_prompts_alone_say_what_it_takes_to_compute_a_text_again() -> None:
+    costs = StepCosts()
+    assert costs.prompt_seconds(100) == 0
+    costs.observe(0, 50, 0.1)
+    costs.observe(8, 0, 0.01)
+    costs.observe(8, 4, 0.05)
+    assert np.isclose(costs.prompt_seconds(100), 0.2)
+
+
+def test_sizes_are_few() -> None:
+    assert [round_down(count) for count in (0, 1, 2, 3, 5, 7, 11, 15, 23, 1000)] == [1, 1, 2, 3, 4, 6, 8, 12, 16, 768]
