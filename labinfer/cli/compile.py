@@ -110,6 +110,7 @@ def save(text: str, output: str) -> None:
 
 def stage_lines(plan: Plan) -> list[str]:
     """The model and its stages in a few lines."""
+    from labinfer.render.placement import verdict
     from labinfer.render.report import num_parameters
     from labinfer.render.report_text import device_table
 
@@ -117,6 +118,8 @@ def stage_lines(plan: Plan) -> list[str]:
     for number, arena in enumerate(stage.arena for stage in plan.stages):
         bound = "its lower bound" if arena.optimal else f"lower bound {arena.lower_bound:,}"
         lines.append(f"arena of stage {number}: peak {arena.size:,} bytes, {bound}")
+    if plan.placement is not None:
+        lines.append(f"{plan.placement.objective}: {verdict(plan.placement)}")
     return lines
 
 
