@@ -235,6 +235,7 @@ def test_the_command_compiles_over_a_cluster_and_explains(
     more = ("--max-model-len", 64, "--max-num-batched-tokens", 16)
     done = labinfer_cli("compile", _MODEL, "--cluster", "cluster.yaml", "--workload", "prompt=32,output=8", *more)
     assert done.returncode == 0, done.stderr
+    assert "latency: " in done.stderr
     shown = labinfer_cli("explain", "plan.json").stdout
     assert "Placement: best latency for prompt 32, output 8, concurrency 1" in shown
     assert "derived times" in shown

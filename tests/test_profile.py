@@ -184,6 +184,10 @@ def test_the_command_measures_and_validates(
     assert labinfer_cli("compile", _MODEL, "--devices", "reference", "--max-num-batched-tokens", 16).returncode == 0
     checked = labinfer_cli("profile", "plan.json", "--quick", "--validate")
     assert "median error of" in checked.stdout
+    labinfer_cli("compile", "llama", "--devices", "reference", "-o", "map.json")
+    refused = labinfer_cli("profile", "map.json")
+    assert refused.returncode == 2
+    assert "compiled without weights" in refused.stderr
 
 
 @pytest.mark.parametrize(

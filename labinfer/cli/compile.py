@@ -34,14 +34,9 @@ OBJECTIVES = ("latency", "throughput", "balanced")
 def compile_command(
     model: str,
     output: str,
-    config: str | None,
-    weights: str | None,
     trace: bool,
     dry_run: bool,
     as_json: bool,
-    cluster: str | None,
-    objective: str | None,
-    workload: str | None,
     **options: Any,
 ) -> None:
     """Compile a model map into a plan.
@@ -64,14 +59,8 @@ def compile_command(
     from labinfer.compiler.passes import Tracer
 
     out, tracer = current(), Tracer()
-    options = given({**options, "weights": weights, "config": config, "cluster": cluster})
-    options |= given({"objective": objective, "workload": workload})
-    if cluster is not None:
-        if options.get("devices"):
-            raise UsageError("cli.usage", "the cluster file names the devices; give it or --devices, not both")
-        measure(model, cluster, options)
-    elif objective or workload:
-        raise UsageError("cli.usage", "--objective and --workload need --cluster")
+    options = given(options)
+    measure(model, options)
     plan = compile(model, tracer=tracer, **options)
     text = plan.dump()
     if trace and not as_json:
@@ -87,8 +76,15 @@ def compile_command(
     out.note(f"dry run: {size}, nothing written" if dry_run else f"wrote {output}, {size}" if output != "-" else size)
 
 
-def measure(model: str, cluster: str, options: dict[str, Any]) -> None:
-    """Measure what is not known yet of the devices of a cluster file."""
+def measure(model: str, options: dict[str, Any]) -> None:
+    """Measure what is not known yet of the devices of a cluster file, if one is given."""
+    cluster = options.get("cluster")
+    if cluster is None:
+        if "objective" in options or "workload" in options:
+            raise UsageError("cli.usage", "--objective and --workload need --cluster")
+        return
+    if "devices" in options:
+        raise UsageError("cli.usage", "the cluster file names the devices; give it or --devices, not both")
     from labinfer.profile.quiet import Patience
     from labinfer.profile.session import profile_cluster
 
@@ -110,6 +106,7 @@ def save(text: str, output: str) -> None:
 
 def stage_lines(plan: Plan) -> list[str]:
     """The model and its stages in a few lines."""
+    from labinfer.render.placement import verdict
     from labinfer.render.report import num_parameters
     from labinfer.render.report_text import device_table
 
@@ -117,6 +114,8 @@ def stage_lines(plan: Plan) -> list[str]:
     for number, arena in enumerate(stage.arena for stage in plan.stages):
         bound = "its lower bound" if arena.optimal else f"lower bound {arena.lower_bound:,}"
         lines.append(f"arena of stage {number}: peak {arena.size:,} bytes, {bound}")
+    if plan.placement is not None:
+        lines.append(f"{plan.placement.objective}: {verdict(plan.placement)}")
     return lines
 
 

@@ -86,8 +86,11 @@ def measure_plan(model: str | None, options: dict[str, Any], **how: bool) -> tup
     defaults = {} if model is not None and is_plan(model) else ONE_SEQUENCE
     with current().progress() as progress:
         plan = find_plan(model, progress=progress, defaults=defaults, **given(options))
-        source = plan.source.checkpoint or plan.source.maps[0]
-        return plan, profile_plan(plan, source, progress, Patience(), **how)
+        source = plan.source.checkpoint if model is None or is_plan(model) else model
+        if source is None:
+            message = "the plan was compiled without weights, so it does not say which model it is of"
+            raise UsageError("profile.model", message, remedy="give the model instead: labinfer profile MODEL")
+        return plan, profile_plan(plan, source, progress, Patience(), weights=options["weights"], **how)
 
 
 def run_plan(plan: Plan, profiles: dict[str, DeviceProfile]) -> list[MeasuredStep]:

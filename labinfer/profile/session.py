@@ -135,11 +135,19 @@ def profile_links(devices: Mapping[str, int | None]) -> dict[tuple[str, str], Li
 
 
 def profile_plan(
-    plan: Plan, model: str | Path, progress: Progress, patience: Patience, *, quick: bool = False, again: bool = False
+    plan: Plan,
+    model: str | Path,
+    progress: Progress,
+    patience: Patience,
+    *,
+    weights: str | Path | None = None,
+    quick: bool = False,
+    again: bool = False,
 ) -> dict[str, DeviceProfile]:
-    """Profiles of the devices of ``plan`` that are here, for the ops of ``model``."""
+    """Profiles of the devices of ``plan`` that are here, for the ops of ``model``, which it was compiled from."""
     limits = plan.limits
     options: dict[str, Any] = {
+        "weights": weights,
         "quick": quick,
         "again": again,
         "block_size": limits.block_size,

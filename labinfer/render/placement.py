@@ -31,9 +31,7 @@ def placement_lines(plan: Plan, width: int) -> Iterator[Line]:
         f"{prefill.past:,}"
     )
     yield from fact("predicted", steps, width)
-    gap = "no chain of stages is better" if found.gap == 0 else f"none is below {seconds(found.lower_bound)}"
-    value = f"{seconds(found.value)}, {MEANING[found.objective]}; {gap} ({found.bound_kind}; {found.algorithm})"
-    yield from fact("value", value, width)
+    yield from fact("value", f"{verdict(found)} ({found.bound_kind}; {found.algorithm})", width)
     yield from fact("served", f"{found.served:.3g} sequences/s in a simulation", width)
     for device, reason in found.reasons.items():
         yield from fact(device, f"{reason} ({found.origins[device]} times)", width)
@@ -45,6 +43,12 @@ def placement_lines(plan: Plan, width: int) -> Iterator[Line]:
         yield from fact("instead", f"{runs}: {seconds(other.value)}", width)
     for change in found.changes:
         yield from fact("with", f"{change.what}: {gain(found.value, change.value)}", width)
+
+
+def verdict(found: PlanPlacement) -> str:
+    """The value, what it means, and how far from the best it may be."""
+    gap = "no chain of stages is better" if found.gap == 0 else f"none is below {seconds(found.lower_bound)}"
+    return f"{seconds(found.value)}, {MEANING[found.objective]}; {gap}"
 
 
 def stage_table(plan: Plan, found: PlanPlacement) -> list[str]:

@@ -52,10 +52,7 @@ def stage_ops(stage: Stage) -> list[Op]:
 def predict_plan(
     plan: Plan, costs: Mapping[str, Costs], links: Mapping[tuple[str, str], LinkProfile], step: StepShape
 ) -> list[StageCost]:
-    """What each stage takes in a step of this size; ``costs`` are by device, ``links`` by the devices at both ends.
-
-    A ``KeyError`` names a signature, or a pair of devices, that was never measured.
-    """
+    """What each stage takes in a step of this size; ``costs`` are by device, ``links`` by the devices at both ends."""
     found = []
     for number, stage in enumerate(plan.stages):
         known, signer = costs[stage.device], stage_signer(plan, stage)

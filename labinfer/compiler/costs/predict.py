@@ -8,6 +8,7 @@ from typing import Literal, Protocol, Self
 from labinfer.compiler.costs.signature import Signer
 from labinfer.compiler.costs.table import DeviceProfile, LinkProfile, Origin
 from labinfer.compiler.graph import Op
+from labinfer.errors import DoesNotFit
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Costs(Protocol):
         """The way from the device's memory to the host's."""
 
     def op_seconds(self, signer: Signer, op: Op, step: StepShape) -> float:
-        """Seconds of one op, which is no view, in a step; a ``KeyError`` names a signature that is not known."""
+        """Seconds of one op, which is no view, in a step; ``DoesNotFit`` where nobody knows."""
 
     def overhead_seconds(self, step: StepShape) -> float:
         """Seconds of a stage beside its ops."""
@@ -67,7 +68,12 @@ class Measured:
 
     def op_seconds(self, signer: Signer, op: Op, step: StepShape) -> float:
         """Between what was measured."""
-        table, axis = self.profile.ops[signer.signature(op)], signer.axis(op)
+        signature, axis = signer.signature(op), signer.axis(op)
+        table = self.profile.ops.get(signature)
+        if table is None:
+            message = f"what '{signature}' costs on '{self.profile.device.kind}' was never measured"
+            remedy = "measure the model there first: labinfer profile MODEL --cluster FILE"
+            raise DoesNotFit("profile.unmeasured", message, remedy=remedy)
         if axis == "context":
             return table.seconds(step.phase, step.tokens, step.past)
         return table.seconds("step", step.rows if axis == "rows" else step.tokens, 0)
