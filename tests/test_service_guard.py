@@ -225,7 +225,7 @@ def test_a_client_that_leaves_frees_its_request(tiny_model: Path, stream: bool) 
 def test_a_client_that_reads_nothing_is_given_up_and_others_are_not_held_up(tiny_model: Path) -> None:
     with served(tiny_model, write_seconds=0.5) as api:
         body = {**LONG, "stream": True, "n": 4, "logprobs": 20}
-        data = json.dumps(body | {"prompt": [[5, 6]] * 8}).encode()
+        data = json.dumps(body | {"prompt": [[5, 6]] * 20}).encode()
         head = request(
             "POST /v1/completions HTTP/1.1", "Content-Type: application/json", f"Content-Length: {len(data)}"
         )

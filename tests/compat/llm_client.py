@@ -9,7 +9,7 @@ from pathlib import Path
 
 with tempfile.TemporaryDirectory() as folder:
     model = {"model_id": "here", "model_name": os.environ["MODEL"], "api_base": os.environ["OPENAI_BASE_URL"],
-             "supports_schema": True}  # fmt: skip
+             "api_key_name": "here", "supports_schema": True}  # fmt: skip
     (Path(folder) / "extra-openai-models.yaml").write_text(json.dumps([model]))
     command = [
         str(Path(sys.executable).parent / "llm"),
@@ -25,7 +25,7 @@ with tempfile.TemporaryDirectory() as folder:
     for more in ([], ["--schema", "name"]):
         done = subprocess.run(
             [*command, *more, "Name a city."], env=os.environ | {"LLM_USER_PATH": folder}, text=True,
-            capture_output=True, check=True,
+            stdout=subprocess.PIPE, check=True,
         )  # fmt: skip
         assert done.stdout.strip()
     assert json.loads(done.stdout)["name"] is not None
