@@ -22,7 +22,7 @@ with tempfile.TemporaryDirectory() as folder:
         "temperature",
         "0",
     ]
-    for more in ([], ["--schema", "name"]):
+    for more in ([], ["--schema", "name, age int"]):
         done = subprocess.run(
             [*command, *more, "Name a city."], env=os.environ | {"LLM_USER_PATH": folder}, text=True,
             stdout=subprocess.PIPE, check=True,

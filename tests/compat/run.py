@@ -40,7 +40,7 @@ def main() -> int:
     """Try all clients, or those that are named; how many failed."""
     names, failed = sys.argv[1:] or list(CLIENTS), 0
     pythons = {name: environment(name) for name in names}
-    command = [sys.executable, "-m", "labinfer", "-q", "serve", "--port", "0", "--json", "--max-model-len", "2k"]
+    command = [sys.executable, "-m", "labinfer", "-q", "serve", "--port", "0", "--json", "--max-model-len", "512"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert server.stdout is not None
