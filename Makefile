@@ -6,7 +6,7 @@ BIN := .venv/bin
 HF := .venv-hf/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-hf lint wheel wheel-check clean
+.PHONY: help demo test test-hf compat lint wheel wheel-check clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
@@ -21,6 +21,9 @@ test: .venv/.test lint ## Lint, types, import rules and all tests that need no t
 test-hf: .venv-hf/.test ## Compare live with transformers and CPU torch
 	$(HF)/pytest tests/hf
 	$(HF)/pytest tests/test_docs.py -k transformers
+
+compat: .venv/.test ## Try other people's clients, each in an environment of its own, against a service
+	$(BIN)/python tests/compat/run.py
 
 lint: .venv/.test ## Lint, formatting, types, import rules
 	$(BIN)/ruff check .
@@ -46,7 +49,7 @@ wheel-check: wheel ## Install the wheel in an empty environment and try it
 	@rm -rf .venv-wheel
 
 clean: ## Remove environments, caches and build results (not the pulled models)
-	rm -rf .venv .venv-hf .venv-wheel dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-hf .venv-compat .venv-wheel dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Environments. A stamp file is newer than pyproject.toml when the environment is up to date.

@@ -222,6 +222,26 @@ def test_a_client_that_leaves_frees_its_request(tiny_model: Path, stream: bool) 
         wait_for(lambda: not api.model.engine.busy and not api.model.blocks.usage)
 
 
+def test_a_client_that_reads_nothing_is_given_up_and_others_are_not_held_up(tiny_model: Path) -> None:
+    with served(tiny_model, write_seconds=0.5) as api:
+        body = {**LONG, "stream": True, "n": 4, "logprobs": 20}
+        data = json.dumps(body | {"prompt": [[5, 6]] * 20}).encode()
+        head = request(
+            "POST /v1/completions HTTP/1.1", "Content-Type: application/json", f"Content-Length: {len(data)}"
+        )
+        with closing(socket.socket()) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", api.service.options.port))
+            connection.sendall(head + data)
+            wait_for(lambda: any(call.writing for call in api.service.open_streams), 30)
+            assert api.http.post("/v1/completions", json={"prompt": [7], "max_tokens": 3}).status_code == 200
+            wait_for(lambda: not api.service.admission.active, 30)
+            found = b""
+            while chunk := connection.recv(1 << 20):
+                found += chunk
+            assert not found.endswith(b"0\r\n\r\n")
+
+
 def test_a_full_queue_refuses_at_once(tiny_model: Path) -> None:
     with served(tiny_model, {"max_num_seqs": 1, "num_blocks": 64}, max_queue=3) as api:
         answers: list[int] = []

@@ -95,14 +95,16 @@ def bench_serve(
     found = summary(samples, seconds, percents, bounds)
     if save_result is not None:
         Path(save_result).write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+    _show(found, as_json)
+
+
+def _show(found: dict[str, Any], as_json: bool) -> None:
+    """Print the figures."""
     if as_json:
         current().json(found)
         return
-    rows = [
-        [name.replace("_", " "), f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"]
-        for name, value in found.items()
-    ]
-    current().table(["figure", "value"], rows, right=["value"])
+    texts = {name: f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" for name, value in found.items()}
+    current().table(["figure", "value"], [[name.replace("_", " "), text] for name, text in texts.items()], ["value"])
 
 
 def _percentiles(text: str) -> list[float]:

@@ -29,7 +29,9 @@ CACHE_BYTES = 1 << 30
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, metavar="P", help="Port; 0: any."
 )
-@click.option("--api-key", metavar="KEY", help="Key that clients must give (default: one is made and kept).")
+@click.option(
+    "--api-key", envvar="LABINFER_API_KEY", metavar="KEY", help="Key that clients must give (default: a kept one)."
+)
 @click.option("--api-key-file", metavar="FILE", help="File with such keys, one a line.")
 @click.option("--served-model-name", metavar="NAME", help="Name that clients ask for (default: the model's).")
 @click.option(

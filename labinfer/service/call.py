@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import aclosing
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
-_log = logging.getLogger(__name__)
 
 SSE_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "x-accel-buffering": "no"}
 
@@ -65,7 +62,8 @@ class Call:
         self.request_id: str = scope["labinfer.request_id"]
         self.salt: str = scope.get("labinfer.salt", "")
         self.warnings: list[str] = []
-        self.started, self.written = False, time.monotonic()
+        self.started, self.writing, self.written = False, False, time.monotonic()
+        self.task: asyncio.Task[None] | None = None  # what makes the answer
 
     async def body(self) -> bytes:
         """The whole body, within the limits of size and time."""
@@ -103,13 +101,10 @@ class Call:
         await self.send({"type": "http.response.start", "status": status, "headers": pairs})
 
     async def write(self, body: bytes, more: bool = True) -> None:
-        """Send a part of the answer; ``Disconnected`` when the client reads nothing for long."""
-        self.written = time.monotonic()
-        try:
-            async with asyncio.timeout(self.service.options.write_seconds):
-                await self.send({"type": "http.response.body", "body": body, "more_body": more})
-        except TimeoutError:
-            raise Disconnected from None
+        """Send a part of the answer; waits while the client does not read."""
+        self.writing, self.written = True, time.monotonic()
+        await self.send({"type": "http.response.body", "body": body, "more_body": more})
+        self.writing = False
 
     async def reply(self, answer: object) -> None:
         """Answer with a ``Reply``, a ``Stream``, or anything that can be JSON."""
@@ -142,7 +137,13 @@ class Call:
                 self.service.open_streams.discard(self)
         await self.write(b"", more=False)
 
-    async def keep_alive(self, now: float) -> None:
-        """Send a comment on a stream that has been silent for long, so that nobody between takes it for dead."""
-        if now - self.written >= self.service.options.keep_alive_seconds:
+    async def care(self, now: float) -> None:
+        """Look after a stream: give up one that is not read, and send a comment on one that has been silent for long,
+        so that nobody between takes it for dead.
+        """
+        options, silent = self.service.options, now - self.written
+        if self.writing:
+            if silent >= options.write_seconds and self.task is not None:
+                self.task.cancel()
+        elif silent >= options.keep_alive_seconds:
             await self.write(KEEP_ALIVE)

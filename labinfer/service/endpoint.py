@@ -56,15 +56,16 @@ class Endpoint:
             await call.fail(of_engine(error))
         except Disconnected:
             scope["labinfer.gone"] = True
+            scope["labinfer.abort"]()
 
     async def run(self, call: Call) -> None:
         """Read the request and answer it, unless the client goes away first."""
         body = self.checked(call, await call.body()) if self.operation.body else None
-        work = asyncio.ensure_future(self.answer(call, body))
+        work = call.task = asyncio.ensure_future(self.answer(call, body))
         watch = asyncio.ensure_future(call.disconnect())
         try:
             await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
+            if not work.done() or work.cancelled():
                 raise Disconnected
             work.result()
         finally:

@@ -24,11 +24,11 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging(log_format: str) -> None:
-    """Write what the service logs to stderr."""
+    """Write what the service logs to stderr; what uvicorn would add is told by the guard in its own way."""
     handler = logging.StreamHandler()
     text = logging.Formatter("%(asctime)s %(levelname)s %(request_id)s %(message)s", defaults={"request_id": "-"})
     handler.setFormatter(JsonFormatter() if log_format == "json" else text)
-    for name, level in (("labinfer", logging.INFO), ("uvicorn", logging.ERROR)):
+    for name, level in (("labinfer", logging.INFO), ("uvicorn", logging.CRITICAL)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)

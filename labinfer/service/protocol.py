@@ -57,6 +57,7 @@ class Connection(HttpToolsProtocol):  # type: ignore[misc]  # uvicorn counts as 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
         super().on_message_begin()
+        self.scope["labinfer.abort"] = self.transport.abort
         self.header_bytes = 0
         if self.timer is None:
             self.wait_for_header()

@@ -102,11 +102,11 @@ class Server:
         self.uvicorn.should_exit = True
 
     async def care(self) -> None:
-        """Watch the engine, and keep silent streams alive."""
+        """Watch the engine and the streams."""
         watchdog = Watchdog(self.service)
         while True:
             await asyncio.sleep(1)
             watchdog.look()
             now = time.monotonic()
             for call in list(self.service.open_streams):
-                await call.keep_alive(now)
+                await call.care(now)

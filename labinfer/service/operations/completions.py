@@ -22,7 +22,7 @@ from labinfer.service.wire import DONE, event
 
 @dataclass(slots=True)
 class Text:
-    """An answer as it grows: its ``text``, the length of what was told before, and the parts of its logprobs."""
+    """An answer as it grows; ``logprobs`` are the parts that were told."""
 
     text: str = ""
     finish_reason: str | None = None
