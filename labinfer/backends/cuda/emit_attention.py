@@ -176,13 +176,13 @@ def decode(
         address(q), address(y), e.scratch(partials_bytes(value_dim)) if merged else 0, address(call.cache["k"]),
         address(call.cache["v"]), address(step.positions), address(step.query_start), address(step.block_table),
         stride(q), stride(y), stride(step.block_table), e.sequences, group, attrs.num_kv_heads, step.block_size,
-        attrs.window or 0, splits, attrs.scale, attrs.softcap or 0.0,
+        attrs.window or 0, splits, attrs.scale, attrs.softcap or 0.0, -(-(1 << 32) // step.block_size) & 0xFFFFFFFF,
     )  # fmt: skip
     shape = (f"HEADS={heads}", f"LANES={lanes}", f"HEAD_DIM={attrs.head_dim}", f"VALUE_DIM={value_dim}")
     together = splits > 1 and clusters
     defines = (cache_define(call), *shape, *turn, *[f"CLUSTER={splits}"] * together, *softcap(attrs))
     grid, cluster = (items // len(y), len(y), splits), (1, 1, splits) if together else (1, 1, 1)
-    e.add("attention", "attention", grid, 32 * heads, parameters, *fresh, defines=defines, cluster=cluster)
+    e.add("attention", "attention", grid, 128, parameters, *fresh, defines=defines, cluster=cluster)
     if merged:
         e.add("attention", "merge", (attrs.num_heads, len(y), 1), 64, parameters, defines=defines)
 

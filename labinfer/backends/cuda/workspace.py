@@ -8,8 +8,8 @@ from labinfer.ops.base import KernelBounds, TensorType, dim
 SPLIT_BLOCKS = 264
 """Blocks that attention is split into where there are fewer queries: two for each multiprocessor of a large GPU."""
 
-SPLIT_HEADS = 8
-"""Query heads that share the reading of a key at most, a warp each."""
+SPLIT_HEADS = 4
+"""Query heads that share the reading of a key."""
 
 
 def scratch_bytes(bounds: KernelBounds) -> int:

@@ -13,8 +13,7 @@ DEV float value(Cached v) { return from_bf16(v); }
 DEV Cached cached(float v) { return to_bf16(v); }
 #endif
 
-// Eight numbers of a row of DIM, as they lie there; those from `count` on are zero. Through L1: no line of the cache
-// that a kernel reads there is written before it ends.
+// Eight numbers of a row of DIM, as they lie there; those from `count` on are zero.
 struct Eight {
 #if CACHE == 0
     uint4 v[2];
@@ -27,12 +26,12 @@ template <int DIM> DEV Eight load_eight(const Cached *p, int count) {
     if (DIM % 8 == 0) {  // then there are eight, or none
         if (count > 0)
             #pragma unroll
-            for (int i = 0; i < (int)(sizeof(r) / 16); i++) r.v[i] = ((const uint4 *)p)[i];
+            for (int i = 0; i < (int)(sizeof(r) / 16); i++) r.v[i] = get((const uint4 *)p + i);
     } else {
         Cached *to = (Cached *)&r;
         #pragma unroll
         for (int i = 0; i < 8; i++)
-            if (i < count) to[i] = p[i];
+            if (i < count) to[i] = get(p + i);
     }
     return r;
 }
