@@ -105,6 +105,10 @@ class Interpreter:
         tape = self.prepare(batch)
         for name, array in received.items():
             self.device.move_in(array, tape.values[name])
+        return self.execute(tape)
+
+    def execute(self, tape: Tape) -> dict[str, Any]:
+        """Run a prepared tape whose received values are in place; see ``run``."""
         try:
             if self.listeners:
                 self.run_listened(tape)

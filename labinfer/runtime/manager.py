@@ -15,6 +15,7 @@ class Manager:
     quotas: dict[str, int] = field(default_factory=dict)
     devices: dict[str, Device] = field(default_factory=dict)
     grants: dict[str, dict[str, int]] = field(default_factory=dict)
+    cores: dict[str, list[int]] = field(default_factory=dict)
 
     def device(self, name: str, threads: int | None = None) -> Device:
         """The device called ``name``, opened with ``threads`` if it is not open yet; ``DoesNotFit`` without one."""
