@@ -118,9 +118,11 @@ class Model:
     def engine(self) -> Engine:
         """Runs requests on this model."""
         from labinfer.runtime.engine import Engine
+        from labinfer.runtime.pipeline.engine import PipelinedEngine
 
         self.check_open()
-        return Engine(self, self.tokenizer.eos_ids if self.tokenizer else (), seed=self.seed)
+        kind = PipelinedEngine if self.pipeline else Engine
+        return kind(self, self.tokenizer.eos_ids if self.tokenizer else (), seed=self.seed)
 
     @property
     def max_len(self) -> int:

@@ -96,7 +96,7 @@ class StageLoop:
         yield view(words)
         yield view(self.times)
         message = self.message = decode(words, self.limits)
-        if len(message.pending):
+        if self.links.tokens_in is not None and len(message.pending):
             self.fill_in(message)
         self.times[self.number, 0] = time.monotonic()
         self.stage.cache.copy_blocks(message.copies.tolist())
