@@ -146,7 +146,9 @@ class Ring(Channel):
 
     def ready(self) -> bool:
         """Whether something is there that was not read."""
-        return self.known > self.position or self.data.is_set
+        if self.known == self.position and self.data.is_set:  # perhaps by bytes that were read already
+            self.known = self._wait(self.data, _HEAD)
+        return self.known > self.position
 
     def _tell(self, place: int, signal: Signal) -> None:
         if self.position != self.told:
