@@ -212,7 +212,7 @@ class PipelinedEngine(Engine):
         if values is None:  # chosen already
             values = result.tokens[:, None]
         self.forget_sources(flight)
-        self.scheduler.held[part.rows[alive]] = False
+        self.scheduler.held[part.rows[alive & (part.new > 0)]] = False
         if not alive.all():
             values = values[np.repeat(alive, part.wanted)]
             part = Part(part.rows[alive], part.counts[alive], part.wanted[alive], part.new[alive])

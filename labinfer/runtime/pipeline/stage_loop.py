@@ -79,7 +79,7 @@ class StageLoop:
                     self.fail(error)
                 except ChannelClosed:
                     raise
-                except Exception as error:
+                except BaseException as error:  # a listener may raise anything, and somebody waits
                     self.fail(LabinferError("run.failed", f"{type(error).__name__}: {error}"))
         except ChannelClosed:
             pass
