@@ -33,7 +33,6 @@ from labinfer.runtime.weights import Checkpoint
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from labinfer.backends.base import Device
     from labinfer.runtime.beam_search import BeamSearchOutput, BeamSearchParams
     from labinfer.runtime.engine import Engine
     from labinfer.runtime.outputs import RequestOutput
@@ -79,7 +78,6 @@ class Model:
         self.memory = ExitStack()
         self.adapters = Adapters(0, ())
         try:
-            check_devices(plan)
             for stage in plan.stages:
                 self.manager.grant(self.owner, stage.device, stage.bytes.total)
             if transport in (None, "local"):

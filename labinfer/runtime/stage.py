@@ -30,9 +30,7 @@ class LoadedStage:
             states = dict.fromkeys(op.state for op in ops if op.state)
             self.cache = KVCache(device, unfold_states(plan), states, plan.limits)
             undo.callback(self.cache.close)
-            self.interpreter = Interpreter(
-                self.stage, device, plan.limits, arrays, self.cache, options
-            )
+            self.interpreter = Interpreter(self.stage, device, plan.limits, arrays, self.cache, options)
             undo.callback(self.interpreter.close)
             self.memory = undo.pop_all()
 
