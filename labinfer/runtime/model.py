@@ -78,6 +78,7 @@ class Model:
         self.memory = ExitStack()
         self.adapters = Adapters(0, ())
         try:
+            check_devices(plan)
             for stage in plan.stages:
                 self.manager.grant(self.owner, stage.device, stage.bytes.total)
             if transport in (None, "local"):
