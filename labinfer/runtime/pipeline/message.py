@@ -17,12 +17,15 @@ import numpy as np
 
 from labinfer.compiler.fold import unfold_inputs
 from labinfer.compiler.plan import Limits, Plan
-from labinfer.errors import LabinferError
+from labinfer.errors import DoesNotFit, InvalidFile, LabinferError, StalePlan, UsageError, WeightsError
 from labinfer.runtime.step_memory import StepBatch
 
 STEP, TOKENS, LOGITS, FAILED, STOP = range(5)
 """Kinds of frames."""
 
+_ERRORS = {
+    kind.__name__: kind for kind in (UsageError, InvalidFile, DoesNotFit, WeightsError, StalePlan, LabinferError)
+}
 _COUNTS = 9
 _NONE = np.zeros((0, 3), np.int32)
 
@@ -109,13 +112,15 @@ def frame_bytes(plan: Plan) -> int:
 
 def encode_error(error: LabinferError) -> bytes:
     """The section of a ``FAILED`` frame."""
-    return json.dumps({"code": error.code, "message": error.message[:10_000], "remedy": error.remedy}).encode()
+    kind = next(name for name, kind in _ERRORS.items() if isinstance(error, kind))
+    told = {"kind": kind, "code": error.code, "message": error.message[:10_000], "remedy": error.remedy}
+    return json.dumps(told).encode()
 
 
 def decode_error(text: bytes) -> LabinferError:
     """The error of a ``FAILED`` frame."""
     found = json.loads(text)
-    return LabinferError(str(found["code"]), str(found["message"]), remedy=found["remedy"])
+    return _ERRORS[found["kind"]](str(found["code"]), str(found["message"]), remedy=found["remedy"])
 
 
 def view(array: np.ndarray) -> memoryview:
