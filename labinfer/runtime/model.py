@@ -79,6 +79,8 @@ class Model:
         self.adapters = Adapters(0, ())
         try:
             check_devices(plan)
+            if transport is not None:
+                self.manager.claim_cores({stage.device: plan.devices[stage.device].threads for stage in plan.stages})
             for stage in plan.stages:
                 self.manager.grant(self.owner, stage.device, stage.bytes.total)
             in_processes = transport not in (None, "local")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -85,9 +84,8 @@ class Pipeline:
     def start_threads(self, stages: Sequence[LoadedStage], cores: Mapping[str, Sequence[int]]) -> None:
         """Run loaded stages in threads of this process, each on the cores of its device."""
         for number, (stage, links) in enumerate(zip(stages, self.links, strict=True)):
-            loop, own = StageLoop(self.plan, number, stage, links), cores.get(stage.device.name)
-            run = pinned(loop.run, own) if own else loop.run
-            self.threads.append(threading.Thread(target=run, name=f"labinfer-stage-{number}", daemon=True))
+            loop = StageLoop(self.plan, number, stage, links, cores.get(stage.device.name, ()))
+            self.threads.append(threading.Thread(target=loop.run, name=f"labinfer-stage-{number}", daemon=True))
         for thread in [*self.threads, self.collector]:
             thread.start()
 
@@ -207,13 +205,3 @@ class Pipeline:
         with self.arrived:
             self.broken = self.broken or LabinferError("run.closed", "the model is closed")
             self.arrived.notify_all()
-
-
-def pinned(run: Callable[[], None], cores: Sequence[int]) -> Callable[[], None]:
-    """``run`` on ``cores`` only."""
-
-    def on_cores() -> None:
-        os.sched_setaffinity(0, cores)
-        run()
-
-    return on_cores

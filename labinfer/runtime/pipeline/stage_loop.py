@@ -6,7 +6,7 @@ A value arrives straight in its place in the stage's arena, where the device's m
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from labinfer.compiler.plan import Plan
 from labinfer.errors import LabinferError
 from labinfer.ops.base import dim
+from labinfer.runtime.cores import stay_on
 from labinfer.runtime.interpreter import Tape
 from labinfer.runtime.pipeline.message import (
     FAILED,
@@ -51,9 +52,10 @@ class Links:
 
 
 class StageLoop:
-    """Runs stage ``number`` of ``plan``, which is loaded, for the steps that its links bring."""
+    """Runs stage ``number`` of ``plan``, which is loaded, for the steps that its links bring, on ``cores`` if any."""
 
-    def __init__(self, plan: Plan, number: int, stage: LoadedStage, links: Links) -> None:
+    def __init__(self, plan: Plan, number: int, stage: LoadedStage, links: Links, cores: Sequence[int] = ()) -> None:
+        self.cores = cores
         self.number, self.stage, self.links, self.limits = number, stage, links, plan.limits
         arriving = [*crossing(plan), []]
         self.arriving, self.leaving = arriving[number], arriving[number + 1]
@@ -69,6 +71,7 @@ class StageLoop:
 
     def run(self) -> None:
         """Run steps until the channels are closed. What goes wrong in a step is told to whoever waits for it."""
+        stay_on(self.cores)
         try:
             while True:
                 self.tape, self.header = None, Header(STEP, 0, ())

@@ -12,6 +12,7 @@ from typing import Any
 
 from labinfer.compiler.plan import Plan
 from labinfer.errors import LabinferError
+from labinfer.runtime.cores import stay_on
 from labinfer.runtime.manager import Manager
 from labinfer.runtime.pipeline.message import encode_error
 from labinfer.runtime.pipeline.process import BEAT
@@ -67,9 +68,8 @@ def main() -> None:
 def prepare(parent: Parent) -> StageLoop:
     """The loop of the stage, ready to run."""
     start = parent.start
-    plan, number, cores = Plan.model_validate(start["plan"]), start["stage"], start["cores"]
-    if cores:
-        os.sched_setaffinity(0, cores)
+    plan, number = Plan.model_validate(start["plan"]), start["stage"]
+    stay_on(start["cores"])
     links = {
         name: attach(start["transport"], descriptors, start["limit"]) for name, descriptors in start["links"].items()
     }
