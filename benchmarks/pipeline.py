@@ -19,7 +19,7 @@ import numpy as np
 
 import labinfer
 from labinfer.llm import LLM
-from labinfer.render.timeline import render_timeline
+from labinfer.render.step_trace import render_steps
 from labinfer.runtime.pipeline.transport import TRANSPORTS
 
 BAR = 0.85
@@ -84,7 +84,7 @@ def main() -> None:
             found += [run]
             if options.trace:
                 with open(options.trace, "w", encoding="utf-8") as file:
-                    file.write(render_timeline(times, ["cpu:0", "cpu:1"]))
+                    file.write(render_steps(times, ["cpu:0", "cpu:1"]))
         found += [alone]
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from labinfer.backends.base import Buffer, Device, Kernel, KernelFailure
@@ -22,6 +23,7 @@ from labinfer.ops.fusions import is_view
 from labinfer.runtime.kv_cache import KVCache
 from labinfer.runtime.poison import Poison
 from labinfer.runtime.step_memory import StepBatch, StepMemory
+from labinfer.runtime.streamed_weights import StreamedWeights
 
 MAX_TAPES = 64
 
@@ -65,6 +67,11 @@ def check_kernels(stage: Stage, device: Device) -> None:
                 kernel_of(device, step)
 
 
+def calls_of(bound: Iterable[Bound]) -> list[tuple[Kernel, Call]]:
+    """What runs of ``bound``: all but windows."""
+    return [(each.kernel, each.call) for each in bound if each.kernel is not None]
+
+
 class Interpreter:
     """Runs one stage on one device. ``parameters`` are the stage's weights as device arrays, by name."""
 
@@ -76,9 +83,10 @@ class Interpreter:
         parameters: Mapping[str, Any],
         cache: KVCache,
         options: KernelOptions = DEFAULT_OPTIONS,
+        streamed: StreamedWeights | None = None,
     ) -> None:
         self.stage, self.device, self.limits = stage, device, limits
-        self.parameters, self.cache, self.options = parameters, cache, options
+        self.parameters, self.cache, self.options, self.streamed = parameters, cache, options, streamed
         self.ops: list[Op] = []
         self.slots: dict[str, Slot] = unfold_inputs(stage)
         self.inner: dict[str, Slot] = {}
@@ -120,11 +128,16 @@ class Interpreter:
                 raise error from None
             message = f"while running '{op.name}' ({op.kind}, from {op.origin}): {type(error).__name__}: {error}"
             raise LabinferError("run.op-failed", message) from error
+        finally:
+            if self.streamed is not None:
+                self.streamed.end()
         return {name: tape.values[name] for name in self.stage.outputs}
 
     def run_listened(self, tape: Tape) -> None:
         """The slow loop: each op's kernel, if it has one, then every listener."""
         for index, bound in enumerate(tape.bound):
+            if self.streamed is not None:
+                self.streamed.reach(bound.op.layer)
             if bound.kernel is not None:
                 if bound.program is None:
                     bound.program = self.device.program([(bound.kernel, bound.call)])
@@ -152,13 +165,26 @@ class Interpreter:
 
     def calls(self, tokens: int) -> list[tuple[Kernel, Call]]:
         """What runs for ``tokens`` tokens and one row of logits."""
-        return [(each.kernel, each.call) for each in self.resolve(tokens, 1)[0] if each.kernel is not None]
+        return calls_of(self.resolve(tokens, 1)[0])
 
     def bind(self, tokens: int, rows: int) -> Tape:
         """The tape for steps of ``tokens`` tokens and ``rows`` logit rows."""
         bound, values = self.resolve(tokens, rows)
-        calls = [(each.kernel, each.call) for each in bound if each.kernel is not None]
-        return Tape(self.device.program(calls), bound, values)
+        if self.streamed is not None:
+            return Tape(self.in_pieces(bound, self.streamed), bound, values)
+        return Tape(self.device.program(calls_of(bound)), bound, values)
+
+    def in_pieces(self, bound: Sequence[Bound], streamed: StreamedWeights) -> Callable[..., None]:
+        """One program for each layer, run once the layer has arrived."""
+        runs = [(layer, calls_of(run)) for layer, run in groupby(bound, key=lambda each: each.op.layer)]
+        programs = [(layer, self.device.program(calls)) for layer, calls in runs if calls]
+
+        def run(*size: int) -> None:
+            for layer, program in programs:
+                streamed.reach(layer)
+                program(*size)
+
+        return run
 
     def resolve(self, tokens: int, rows: int) -> tuple[tuple[Bound, ...], dict[str, Any]]:
         """Every op with its kernel and arrays, and every value's array."""

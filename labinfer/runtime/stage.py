@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 
 from labinfer.backends.base import Device
-from labinfer.compiler.fold import unfold_ops, unfold_states, unfold_weights
+from labinfer.compiler.fold import layer_matrices, unfold_ops, unfold_states, unfold_weights
 from labinfer.compiler.graph import Op, Weight
 from labinfer.compiler.plan import Plan, Stage
 from labinfer.runtime.interpreter import Interpreter, check_kernels
 from labinfer.runtime.kv_cache import KVCache
 from labinfer.runtime.parameters import Parameters, Progress
+from labinfer.runtime.streamed_weights import StreamedWeights
 from labinfer.runtime.weights import Checkpoint
 
 
@@ -25,12 +26,18 @@ class LoadedStage:
         ops = [part for op, _ in unfold_ops(self.stage) for part in op.primitives()]
         options = plan.devices[self.stage.device].options
         with ExitStack() as undo:
-            self.parameters = allocate_weights(self.stage, ops, unfold_weights(plan), device, undo)
-            arrays = {name: array for each in self.parameters for name, array in each.arrays().items()}
+            weights = unfold_weights(plan)
+            self.streamed: StreamedWeights | None = None
+            if self.stage.streamed:
+                matrices = layer_matrices([op for op, _ in unfold_ops(self.stage)], weights)
+                self.streamed = undo.enter_context(closing(StreamedWeights(self.stage, matrices, device)))
+            arrays = self.streamed.arrays() if self.streamed else {}
+            self.parameters = allocate_weights(self.stage, ops, weights, arrays, device, undo)
+            arrays |= {name: array for each in self.parameters for name, array in each.arrays().items()}
             states = dict.fromkeys(op.state for op in ops if op.state)
             self.cache = KVCache(device, unfold_states(plan), states, plan.limits)
             undo.callback(self.cache.close)
-            self.interpreter = Interpreter(self.stage, device, plan.limits, arrays, self.cache, options)
+            self.interpreter = Interpreter(self.stage, device, plan.limits, arrays, self.cache, options, self.streamed)
             undo.callback(self.interpreter.close)
             self.memory = undo.pop_all()
 
@@ -44,6 +51,8 @@ class LoadedStage:
             self.interpreter.warm(compiling)
             for each_loading in loading:
                 each_loading.result()
+        if self.streamed is not None:
+            self.streamed.load(checkpoint, progress)
 
     def close(self) -> None:
         """Give everything back."""
@@ -51,10 +60,16 @@ class LoadedStage:
 
 
 def allocate_weights(
-    stage: Stage, ops: list[Op], weights: Mapping[str, Weight], device: Device, undo: ExitStack
+    stage: Stage,
+    ops: list[Op],
+    weights: Mapping[str, Weight],
+    elsewhere: Container[str],
+    device: Device,
+    undo: ExitStack,
 ) -> list[Parameters]:
     """Memory for what the ops of ``stage`` multiply with: its weights, and the pools of adapters if it has any."""
-    used = [weights[name] for name in dict.fromkeys(name for op in ops for name in op.weights.values())]
+    names = dict.fromkeys(name for op in ops for name in op.weights.values() if name not in elsewhere)
+    used = [weights[name] for name in names]
     pools = [weight for weight in used if weight.adapter]
     own = [weight for weight in used if not weight.adapter]
     made = [undo.enter_context(closing(Parameters("weights", own, stage.bytes.weights, device)))]

@@ -75,12 +75,11 @@ def prepare(parent: Parent) -> StageLoop:
     }
     name = plan.stages[number].device
     stage = LoadedStage(plan, number, Manager().device(name, plan.devices[name].threads))
-    with open_checkpoint(start["checkpoint"]) as checkpoint:
-        stage.load(
-            checkpoint,
-            lambda nbytes: parent.say(loaded=nbytes),
-            lambda done, total: parent.say(compiling=[done, total]),
-        )
+    stage.load(
+        open_checkpoint(start["checkpoint"]),  # stays open: layers may be streamed from it
+        lambda nbytes: parent.say(loaded=nbytes),
+        lambda done, total: parent.say(compiling=[done, total]),
+    )
     ends = Links(links["inbound"], links["outbound"], links.get("tokens_in"), links.get("tokens_out"))
     return StageLoop(plan, number, stage, ends)
 
