@@ -139,7 +139,7 @@ class Scheduler:
         only_decodes = int(remaining.max()) <= 1
         prompts = limits.max_num_batched_tokens if only_decodes else self.prompt_budget(remaining)
         counts = self.policy.split(remaining, limits.max_num_batched_tokens, prompts)
-        if batch.blocks.reuse_until is not None:
+        if self.batch.blocks.reuse_until is not None:
             counts = self.as_before(rows, counts)
         if only_decodes and np.count_nonzero(counts) == len(rows):
             return Part(rows, counts, counts, counts, decodes=True)

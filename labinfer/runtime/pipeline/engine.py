@@ -196,7 +196,7 @@ class PipelinedEngine(Engine):
         self.stepping = True
         try:
             if isinstance(result, StepResult):
-                self.take(flight, result)
+                self.accept(flight, result)
             else:
                 self.lose(flight, result)
         finally:
@@ -206,7 +206,7 @@ class PipelinedEngine(Engine):
             self.uses[flight.part.rows] -= 1
             self.release()
 
-    def take(self, flight: Flight, result: StepResult) -> None:
+    def accept(self, flight: Flight, result: StepResult) -> None:
         """Take over the tokens of a step for the sequences that still want them."""
         part, alive, values = flight.part, flight.alive, result.logits
         if values is None:  # chosen already
