@@ -170,7 +170,7 @@ def kernels(folder: Path, bandwidth: float) -> None:
                     model.batch.remove(each)
             if format == "bf16":
                 sequences(model, 1, 2049)
-                made, _ = device.rows(model.interpreters[0].calls(2048), 1)
+                made, _ = device.rows(model.interpreters[0].calls(2048, 1), 1)
                 print_kernels("prefill of 2048 tokens", device, made)
 
 

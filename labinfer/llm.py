@@ -39,7 +39,8 @@ class LLM(Model):
     compiler under vLLM's names (``max_model_len``, ``max_num_seqs``, ``max_num_batched_tokens``, ``block_size``, ...)
     and are refused for a plan, which has decided them. ``progress`` shows the weights being loaded. ``seed`` makes
     requests without a seed of their own repeatable, in the order in which they come. The keywords from
-    ``enable_prefix_caching`` on are those of ``labinfer.runtime.cache.CacheOptions``.
+    ``enable_prefix_caching`` to ``cold_bytes`` are those of ``labinfer.runtime.cache.CacheOptions``; ``transport``
+    makes the plan's stages a pipeline (``local``, ``shm``, ``tcp``).
     """
 
     def __init__(
@@ -56,11 +57,14 @@ class LLM(Model):
         cold_folder: str | Path | None = None,
         cold_bytes: int = 10 * 10**9,
         speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
+        transport: str | None = None,
         **options: Any,
     ) -> None:
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
             raise UsageError("run.seed", f"seed must be a whole number, got {seed!r:.60}")
         guessing = None if speculative_config is None else SpeculativeConfig.of(speculative_config)
+        if guessing is not None and transport is not None:
+            raise UsageError("speculation.pipeline", "a pipeline does not speculate", remedy="leave the transport out")
         if devices is not None:
             options["devices"] = devices
         rows = {"max_logits_rows": default_logits_rows(options)}
@@ -72,7 +76,9 @@ class LLM(Model):
             show = progress or silent
             compiling = partial(show, "preparing kernels")
             cache = CacheOptions(enable_prefix_caching, eviction_policy, cold_folder, cold_bytes)
-            super().__init__(plan, checkpoint, tokenizer, manager, loading(plan, show), compiling, cache, seed)
+            super().__init__(
+                plan, checkpoint, tokenizer, manager, loading(plan, show), compiling, cache, seed, transport
+            )
         except BaseException:
             checkpoint.close()
             raise

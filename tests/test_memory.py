@@ -40,7 +40,7 @@ def test_the_plans_bytes_exactly(folder: Path, devices: str) -> None:
             assert taken == {
                 "weights": bytes_.weights, "kv cache": bytes_.kv_cache, "arena": bytes_.arena, "step": bytes_.step
             }  # fmt: skip
-            assert manager.grants[stage.device] == {model.owner: bytes_.total}
+            assert manager.grants.on(stage.device) == bytes_.total
         expected = {stage.device: stage.bytes.total for stage in model.plan.stages}
         assert allocated(manager) == expected
         model.logits(list(range(30)))
@@ -48,7 +48,7 @@ def test_the_plans_bytes_exactly(folder: Path, devices: str) -> None:
         assert {name: device.allocator.peak for name, device in manager.devices.items()} == expected
     assert not any(allocated(manager).values())
     assert not any(device.allocator.buffers for device in manager.devices.values())
-    assert not any(manager.grants.values())
+    assert not manager.grants.given
 
 
 def test_models_share_devices_and_leave_each_other_alone() -> None:
@@ -86,7 +86,7 @@ def test_a_load_that_fails_midway_gives_all_back(tmp_path: Path, change: dict[st
         labinfer.load(path, manager=manager)
     assert (caught.value.code, caught.value.exit_code) == ("weights.changed", 5)
     assert not any(allocated(manager).values())
-    assert not any(manager.grants.values())
+    assert not manager.grants.given
     del caught
     gc.collect()
     assert open_files() == before
@@ -107,7 +107,7 @@ def test_an_allocation_that_fails_gives_all_back(tmp_path: Path, label: str, mon
     with pytest.raises(DoesNotFit):
         labinfer.load(path, manager=manager)
     assert not any(allocated(manager).values())
-    assert not any(manager.grants.values())
+    assert not manager.grants.given
 
 
 def test_a_device_with_too_little_memory(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_quota_is_kept(tmp_path: Path) -> None:
     assert caught.value.code == "device.quota"
     first.close()
     labinfer.load(path, manager=manager).close()
-    assert not any(manager.grants.values())
+    assert not manager.grants.given
 
 
 def test_memory_beyond_the_machine_does_not_fit() -> None:

@@ -19,7 +19,6 @@ from labinfer.compiler.plan import Plan
 from labinfer.errors import UsageError
 from labinfer.runtime.batch import Part, part_of
 from labinfer.runtime.model import Model
-from labinfer.runtime.parameters import Parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +104,7 @@ def run_test(model: Model, test: Workload) -> list[float]:
 
 def weight_memory(model: Model) -> list[np.ndarray]:
     """The weights as they lie in this process's memory, as bytes; empty where a device keeps them elsewhere."""
-    memory = [part.buffer.memory for part in model.memory if isinstance(part, Parameters)]
+    memory = [part.buffer.memory for part in model.parameters]
     return memory if all(isinstance(array, np.ndarray) for array in memory) else []
 
 

@@ -15,7 +15,7 @@ def devices(as_json: bool) -> None:
     """List the devices of this machine.
 
     Their names are what --devices takes. A backend whose package is missing is listed with the command that installs
-    it.
+    it. Below stands what models that are loaded now, in any process, were granted.
     """
     from labinfer.runtime.devices import list_devices
 
@@ -32,3 +32,10 @@ def devices(as_json: bool) -> None:
         for each in found
     ]  # fmt: skip
     out.table(["DEVICE", "READY", "FREE", "MEMORY", "COMPUTE", "WHAT IT IS"], rows, right=["FREE", "MEMORY", "COMPUTE"])
+    granted = [
+        [each.device, human_bytes(each.nbytes), ",".join(map(str, each.cores)) or "all", each.owner, str(each.pid)]
+        for report in found
+        for each in report.granted
+    ]
+    if granted:
+        out.table(["GRANTED", "MEMORY", "CORES", "TO", "PROCESS"], granted, right=["MEMORY", "PROCESS"])

@@ -49,12 +49,19 @@ PLAN_OPTIONS = {
     "swap_space": "GiB of host memory for cache blocks that are swapped out (default: 0).",
     "max_loras": "LoRA adapters a step may use (default: none).",
     "max_lora_rank": "Greatest rank of a LoRA adapter (default: 16).",
+    "streamed_layers": "Layers of each stage that are copied to the device when they are needed (default: 0).",
+    "stream_from": "Where streamed layers are kept: host memory (default), or disk, the checkpoint itself.",
     "fuse": "Fused ops: those the devices have (auto, the default), all that are declared, or none.",
 }
 """Options that decide the plan, by the compiler's name for them, and their help."""
 
 
-CHOICES = {"fuse": ["auto", "all", "none"], "kv_dtype": ["f32", "bf16", "f16"], "activations": ["exact", "int8"]}
+CHOICES = {
+    "fuse": ["auto", "all", "none"],
+    "kv_dtype": ["f32", "bf16", "f16"],
+    "activations": ["exact", "int8"],
+    "stream_from": ["host", "disk"],
+}
 """What may be given for the options that are a choice."""
 
 KINDS: dict[str, tuple[Any, str]] = {

@@ -80,6 +80,11 @@ class Answering:
 @click.option(
     "--draft", metavar="MODEL", help="A smaller model of the same vocabulary, which guesses (default: 4 tokens a step)."
 )
+@click.option(
+    "--transport",
+    type=click.Choice(["local", "shm", "tcp"]),
+    help="Run the plan's stages at the same time: in threads (local), or in processes over shm or tcp.",
+)
 @click.option("--stats", is_flag=True, help="Show times, speed and memory on stderr.")
 @json_option
 def run(
@@ -94,6 +99,7 @@ def run(
     weights: str | None,
     speculative_tokens: int | None,
     draft: str | None,
+    transport: str | None,
     stats: bool,
     as_json: bool,
     **options: Any,
@@ -121,7 +127,7 @@ def run(
         text = _read_stdin()
     started = time.perf_counter()
     guessing = given({"num_speculative_tokens": speculative_tokens, "model": draft})
-    with _load(model, weights, given(options), answering.lora, guessing) as llm:
+    with _load(model, weights, given(options), answering.lora, guessing, transport) as llm:
         load_seconds = time.perf_counter() - started
         if chatting:
             from labinfer.cli.chat import chat
@@ -192,7 +198,12 @@ def _read_stdin() -> str:
 
 
 def _load(
-    model: str | None, weights: str | None, options: dict[str, Any], lora: LoRARequest | None, guessing: dict[str, Any]
+    model: str | None,
+    weights: str | None,
+    options: dict[str, Any],
+    lora: LoRARequest | None,
+    guessing: dict[str, Any],
+    transport: str | None,
 ) -> LLM:
     """Load a model for one sequence, its adapter and its guesses, unless a plan or an option says more."""
     from labinfer.api import ONE_SEQUENCE, find_plan, is_plan
@@ -204,13 +215,15 @@ def _load(
     with current().progress() as progress:
         if model is not None and is_plan(model):
             # Errors name the file.
-            return LLM(model, weights=weights, progress=progress, speculative_config=config, **options)
+            return LLM(
+                model, weights=weights, progress=progress, speculative_config=config, transport=transport, **options
+            )
         room = {"max_loras": 1, "max_lora_rank": adapter_rank(lora.path)} if lora else {}
         defaults = {**ONE_SEQUENCE, **room}
         if config is not None:
             defaults["max_logits_rows"] += config.num_speculative_tokens
         plan = find_plan(model, weights=weights, progress=progress, defaults=defaults, **options)
-        return LLM(plan, weights=weights, progress=progress, speculative_config=config)
+        return LLM(plan, weights=weights, progress=progress, speculative_config=config, transport=transport)
 
 
 def show(index: int, text: str) -> None:

@@ -17,6 +17,7 @@ from labinfer.compiler.graph import Op, OpGraph
 from labinfer.compiler.lower import lower, map_name
 from labinfer.compiler.passes import Tracer, run_passes
 from labinfer.compiler.plan import Arena, CacheGroup, Limits, Plan, PlanDevice, PlanValue, Source, Stage, StageBytes
+from labinfer.compiler.residency import choose_streamed
 from labinfer.compiler.settings import ModelSource, model_scope
 from labinfer.compiler.target import Placement, Target, place
 from labinfer.errors import DoesNotFit, InvalidFile, UsageError
@@ -41,6 +42,7 @@ class CompileOptions:
     ``num_blocks`` blocks of ``block_size`` tokens, or as many as ``kv_memory`` bytes hold (default: enough for all
     sequences at full length, or as many as fit); ``swap_space`` GiB of host memory are for blocks swapped out.
     ``kv_dtype`` is how keys and values are kept, ``threads`` how many a CPU uses (default: its physical cores).
+    ``streamed_layers`` of each stage are copied to the device when they are needed, from the host or from disk.
     ``activations`` ``int8`` trades exactness for speed where devices can.
     ``fuse``: ``auto`` uses the fused kernels that the devices have, ``all`` every declared fusion, ``none`` no fusion.
     ``enable_lora`` makes room for ``max_loras`` adapters a step (default: 4) of rank ``max_lora_rank`` at most
@@ -58,6 +60,8 @@ class CompileOptions:
     kv_dtype: Literal["f32", "bf16", "f16"] = "f32"
     threads: int | None = None
     activations: Literal["exact", "int8"] = "exact"
+    streamed_layers: int = 0
+    stream_from: Literal["host", "disk"] = "host"
     fuse: Fuse = "auto"
     enable_lora: bool | None = None
     max_loras: int | None = None
@@ -200,6 +204,10 @@ def _check_options(options: CompileOptions) -> None:
         default = CompileOptions.__dataclass_fields__[name].default
         if value != default and not (isinstance(value, int) and 0 < value < bound):
             raise UsageError("limits.range", f"{name} must be a positive whole number, got {value!r}")
+    if not isinstance(options.streamed_layers, int) or options.streamed_layers < 0:
+        raise UsageError("limits.range", f"streamed_layers must be a whole number, got {options.streamed_layers!r}")
+    if options.stream_from not in ("host", "disk"):
+        raise UsageError("limits.range", f"stream_from must be 'host' or 'disk', got {options.stream_from!r}")
     for name, most in (("arena_effort_seconds", float("inf")), ("swap_space", 1 << 20)):
         value = getattr(options, name)
         if not isinstance(value, int | float) or not 0 <= value <= most:
@@ -288,6 +296,10 @@ def _stage(
         return (arena.offsets[f"{op.name}#"], workspace(op)) if f"{op.name}#" in arena.offsets else None
 
     schedule, blocks = fold_ops([replace(op, workspace=scratch(op)) for op in ops], write)
+    streamed, window, host = choose_streamed(ops, graph.weights, target, options.streamed_layers)
+    sizes = _bytes(graph, parts, target, limits, arena.size)
+    sizes.weights -= host
+    sizes.window, sizes.host = window, host if options.stream_from == "host" else 0
     return Stage(
         device=target.name,
         inputs={name: PlanValue(**write(name)) for name in inputs},
@@ -298,7 +310,9 @@ def _stage(
             size=arena.size, lower_bound=arena.lower_bound, optimal=arena.optimal, algorithm=arena.algorithm,
             peak_op=arena.peak_op, live_at_peak=list(arena.live_at_peak),
         ),
-        bytes=_bytes(graph, parts, target, limits, arena.size),
+        bytes=sizes,
+        streamed=streamed,
+        streamed_from=options.stream_from,
     )  # fmt: skip
 
 

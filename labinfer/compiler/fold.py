@@ -295,3 +295,19 @@ def _layers(line: PlanWeight | PlanState) -> list[int] | list[None]:
     if last < first or last - first > 4096:
         raise InvalidFile("plan.layers", f"'{line.name}' stands for layers {first} to {last}")
     return list(range(first, last + 1))
+
+
+def layer_matrices(ops: Sequence[Op], weights: Mapping[str, Weight]) -> dict[int, list[Weight]]:
+    """The matrices of each layer that no op of another layer uses: what can be streamed with it."""
+    users: dict[str, set[int | None]] = {}
+    for op in ops:
+        for part in op.primitives():
+            for name in part.weights.values():
+                users.setdefault(name, set()).add(op.layer)
+    found: dict[int, list[Weight]] = {}
+    for name, used in users.items():
+        [layer, *others] = used
+        weight = weights[name]
+        if layer is not None and not others and len(weight.shape) > 1 and not weight.adapter:
+            found.setdefault(layer, []).append(weight)
+    return found

@@ -189,7 +189,7 @@ class Arena(PlanModel):
 class StageBytes(PlanModel):
     """Exact bytes the stage takes on its device; ``step`` is the step batch, ``tables`` constants such as rope's.
 
-    ``swap`` lies in host memory and does not count as the device's.
+    ``swap`` and ``host`` lie in host memory and do not count as the device's.
     """
 
     weights: NonNegativeInt = Field(description="weights in the device's layout")
@@ -197,13 +197,15 @@ class StageBytes(PlanModel):
     arena: NonNegativeInt = Field(description="the arena")
     step: NonNegativeInt = Field(description="the inputs of a step")
     tables: NonNegativeInt = Field(default=0, description="constants that ops share, such as rope's cosines and sines")
+    window: NonNegativeInt = Field(default=0, description="slots that streamed layers are copied into in turn")
+    host: NonNegativeInt = Field(default=0, description="host memory for the weights of streamed layers")
     swap: NonNegativeInt = Field(default=0, description="host memory for cache blocks that are swapped out")
     adapters: NonNegativeInt = Field(default=0, description="pools of LoRA adapters")
 
     @property
     def total(self) -> int:
         """All of it on the device."""
-        return self.weights + self.kv_cache + self.arena + self.step + self.tables + self.adapters
+        return self.weights + self.kv_cache + self.arena + self.step + self.tables + self.adapters + self.window
 
 
 class Stage(PlanModel):
@@ -214,6 +216,10 @@ class Stage(PlanModel):
     outputs: list[str] = Field(description="values sent to later stages; of the last stage, the logits")
     schedule: list[Entry] = Field(description="which blocks run, in order")
     blocks: dict[str, list[PlanOp]] = Field(description="ops by block")
+    streamed: list[NonNegativeInt] = Field(
+        default_factory=list, description="layers whose matrices are copied to the device when they are needed"
+    )
+    streamed_from: Literal["host", "disk"] = Field(default="host", description="where streamed layers are kept")
     arena: Arena = Field(description="the arena and how good its packing is")
     bytes: StageBytes = Field(description="memory")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from math import prod
 
 from labinfer.compiler.fold import (
@@ -161,11 +161,27 @@ class _PlanCheck:
                 if name in slots or name in GRAPH_INPUTS:
                     self.complain("plan.value", f"'{name}' is made twice")
                 slots[name] = slot
+        self.residency(stage, running)
         if self.follow_types(ops, slots, stage) and self.all_placed(running, slots, stage):
             self.memory(running, {name: slot for name, slot in slots.items() if slot.placed}, stage)
             self.sizes(ops, stage)
             arrived.update({name: slots[name].type for name in stage.outputs})
         return self.complaints
+
+    def residency(self, stage: Stage, ops: list[Op]) -> None:
+        """Streamed layers must be run once each, in order, and need a window with room for two at least."""
+        if not stage.streamed:
+            if stage.bytes.window or stage.bytes.host:
+                self.complain(
+                    "plan.residency", "there is a window or host memory for weights, and no layer is streamed"
+                )
+            return
+        runs = [layer for layer, _ in groupby(op.layer for op in ops) if layer in set(stage.streamed)]
+        if runs != stage.streamed:
+            self.complain("plan.residency", f"layers {stage.streamed} are streamed, the schedule runs {runs} of them")
+        if not stage.bytes.window or stage.bytes.window % 128:
+            message = f"a window of {stage.bytes.window} bytes is not two slots of whole cache lines"
+            self.complain("plan.residency", message)
 
     def complain(self, code: str, message: str) -> None:
         self.complaints.append((code, message))

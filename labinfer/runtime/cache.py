@@ -38,18 +38,22 @@ class CacheOptions:
 
 
 class Cache:
-    """The cache of a model: ``blocks`` is what a scheduler talks to; ``swap`` is None without host memory for it."""
+    """The cache of a model: ``blocks`` is what a scheduler talks to; ``swap`` is None without host memory for it.
 
-    def __init__(self, plan: Plan, caches: Sequence[KVCache], options: CacheOptions) -> None:
+    In a pipeline nothing is swapped (``swaps``): blocks belong to stages that run meanwhile.
+    """
+
+    def __init__(self, plan: Plan, caches: Sequence[KVCache], options: CacheOptions, swaps: bool = True) -> None:
         self.arrays = caches
         self.blocks = block_manager(plan, options)
         self.swap: Swap | None = None
         self.disk: WriteBehind | None = None
-        has_room = any(stage.bytes.swap for stage in plan.stages)
+        has_room = swaps and any(stage.bytes.swap for stage in plan.stages)
         if options.cold_folder is not None:
             if not has_room:
                 message = "blocks reach a folder through host memory, and the plan has none for them"
-                raise UsageError("run.cache-folder", message, remedy="compile with --swap-space 1")
+                remedy = "compile with --swap-space 1" if swaps else "run the plan without --transport"
+                raise UsageError("run.cache-folder", message, remedy=remedy)
             key = content_key(plan, [cache.device.describe() for cache in caches])
             self.disk = WriteBehind(DiskStore(Path(options.cold_folder), key, options.cold_bytes))
         if has_room:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from labinfer.backends.base import BACKENDS
 from labinfer.errors import LabinferError
 from labinfer.extras import EXTRAS, missing
+from labinfer.runtime.grants import Grant, all_grants
 from labinfer.runtime.manager import Manager
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceReport:
-    """A device by the name that ``--devices`` takes; memory in bytes; ``remedy`` says how to make it available."""
+    """A device by the name that ``--devices`` takes; memory in bytes; ``remedy`` says how to make it available.
+
+    ``granted`` is what models in all processes were promised of it, and of its numbered ones such as ``cpu:1``.
+    """
 
     name: str
     available: bool
@@ -22,6 +26,7 @@ class DeviceReport:
     memory_total: int = 0
     compute_share: float = 0.0
     remedy: str | None = None
+    granted: list[Grant] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -30,8 +35,12 @@ class DeviceReport:
 
 def list_devices() -> list[DeviceReport]:
     """One report for each kind of device that labinfer knows."""
-    manager = Manager()
-    return [_report(kind, manager) for kind in BACKENDS]
+    manager, granted = Manager(), all_grants()
+    reports = [_report(kind, manager) for kind in BACKENDS]
+    return [
+        replace(report, granted=[each for each in granted if each.device.partition(":")[0] == report.name])
+        for report in reports
+    ]
 
 
 def _report(kind: str, manager: Manager) -> DeviceReport:

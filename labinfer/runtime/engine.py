@@ -29,6 +29,7 @@ from labinfer.runtime.step_costs import StepCosts
 from labinfer.runtime.step_memory import StepBatch
 from labinfer.runtime.step_stats import StepStats, step_stats
 from labinfer.runtime.streaming import EngineThread, stream
+from labinfer.runtime.swap import Swap
 
 
 class Scheduled(NamedTuple):
@@ -50,8 +51,7 @@ class Engine:
     ) -> None:
         self.model, self.batch, self.eos_ids = model, model.batch, frozenset(eos_ids)
         self.costs, self.capture = StepCosts(), Capture(model)
-        swap, policy = model.cache.swap, policy or Policy()
-        self.scheduler = Scheduler(model.batch, model.plan.limits, policy, self.costs, swap, model.adapters)
+        self.scheduler = self.new_scheduler(policy or Policy(), model.cache.swap)
         self.speculation = speculation_of(model.proposer, self.scheduler)
         self.numbers, self.random = count(), random.Random(seed)
         self.is_eos = np.zeros(model.vocab_size, np.bool_)
@@ -66,6 +66,10 @@ class Engine:
         self.delivery = Delivery(model.tokenizer, self.end, self.done)
         self.finished: list[Request] = []
         self.stats: deque[StepStats] = deque(maxlen=1024)
+
+    def new_scheduler(self, policy: Policy, swap: Swap | None) -> Scheduler:
+        """What decides who runs."""
+        return Scheduler(self.batch, self.model.plan.limits, policy, self.costs, swap, self.model.adapters)
 
     # Requests
 
@@ -284,11 +288,15 @@ class Engine:
             if (state := owners[int(rows[index])].state) is not None:
                 states[index] = state
         sampled = sample(logits, states)
+        self.fail_rows(rows, sampled)
+        return sampled
+
+    def fail_rows(self, rows: np.ndarray, sampled: Sampled) -> None:
+        """End the sequences of those of ``rows`` that got no token."""
         for index, error in sampled.errors.items():
-            sequence = owners[int(rows[index])]
+            sequence = self.scheduler.owners[int(rows[index])]
             self.batch.num_tokens[sequence.row] -= 1
             self.fail(sequence, error)
-        return sampled
 
     def look(self, sequence: Sequence, index: int, sampled: Sampled, logits: np.ndarray) -> None:
         """See to a sequence whose token is that of row ``index``: it may be its first, its last, or waited for."""

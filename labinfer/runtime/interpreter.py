@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from labinfer.backends.base import Buffer, Device, Kernel, KernelFailure, Program
@@ -22,6 +23,7 @@ from labinfer.ops.fusions import is_view
 from labinfer.runtime.kv_cache import KVCache
 from labinfer.runtime.poison import Poison
 from labinfer.runtime.step_memory import StepBatch, StepMemory
+from labinfer.runtime.streamed_weights import StreamedWeights
 
 MAX_TAPES = 64
 
@@ -65,6 +67,11 @@ def check_kernels(stage: Stage, device: Device) -> None:
                 kernel_of(device, step)
 
 
+def calls_of(bound: Iterable[Bound]) -> list[tuple[Kernel, Call]]:
+    """What runs of ``bound``: all but windows."""
+    return [(each.kernel, each.call) for each in bound if each.kernel is not None]
+
+
 class Interpreter:
     """Runs one stage on one device. ``parameters`` are the stage's weights as device arrays, by name."""
 
@@ -76,9 +83,10 @@ class Interpreter:
         parameters: Mapping[str, Any],
         cache: KVCache,
         options: KernelOptions = DEFAULT_OPTIONS,
+        streamed: StreamedWeights | None = None,
     ) -> None:
         self.stage, self.device, self.limits = stage, device, limits
-        self.parameters, self.cache, self.options = parameters, cache, options
+        self.parameters, self.cache, self.options, self.streamed = parameters, cache, options, streamed
         self.ops: list[Op] = []
         self.slots: dict[str, Slot] = unfold_inputs(stage)
         self.inner: dict[str, Slot] = {}
@@ -107,6 +115,10 @@ class Interpreter:
         tape = self.prepare(batch)
         for name, array in received.items():
             self.device.move_in(array, tape.values[name][: len(array)])
+        return self.execute(tape, tokens, rows)
+
+    def execute(self, tape: Tape, tokens: int, rows: int) -> dict[str, Any]:
+        """Run a prepared tape whose received values are in place; see ``run``."""
         try:
             if self.listeners:
                 self.run_listened(tape, tokens, rows)
@@ -118,12 +130,17 @@ class Interpreter:
                 raise error from None
             message = f"while running '{op.name}' ({op.kind}, from {op.origin}): {type(error).__name__}: {error}"
             raise LabinferError("run.op-failed", message) from error
+        finally:
+            if self.streamed is not None:
+                self.streamed.end()
         sizes = {name: dim(self.rows_symbol(name), tokens, rows) for name in self.stage.outputs}
         return {name: tape.values[name][:size] for name, size in sizes.items()}
 
     def run_listened(self, tape: Tape, tokens: int, rows: int) -> None:
         """The slow loop: each op's kernel, if it has one, then every listener."""
         for index, bound in enumerate(tape.bound):
+            if self.streamed is not None:
+                self.streamed.reach(bound.op.layer)
             if bound.kernel is not None:
                 if bound.program is None:
                     bound.program = self.device.program([(bound.kernel, bound.call)])
@@ -163,13 +180,26 @@ class Interpreter:
 
     def calls(self, tokens: int, rows: int) -> list[tuple[Kernel, Call]]:
         """What runs for ``tokens`` tokens and ``rows`` rows of logits."""
-        return [(each.kernel, each.call) for each in self.resolve(tokens, rows)[0] if each.kernel is not None]
+        return calls_of(self.resolve(tokens, rows)[0])
 
     def bind(self, tokens: int, rows: int) -> Tape:
         """The tape for steps of ``tokens`` tokens and ``rows`` logit rows, and what else its device lets it serve."""
         bound, values = self.resolve(tokens, rows)
-        calls = [(each.kernel, each.call) for each in bound if each.kernel is not None]
-        return Tape(self.device.program(calls), bound, values)
+        if self.streamed is not None:
+            return Tape(self.in_pieces(bound, self.streamed), bound, values)
+        return Tape(self.device.program(calls_of(bound)), bound, values)
+
+    def in_pieces(self, bound: Sequence[Bound], streamed: StreamedWeights) -> Callable[..., None]:
+        """One program for each layer, run once the layer has arrived."""
+        runs = [(layer, calls_of(run)) for layer, run in groupby(bound, key=lambda each: each.op.layer)]
+        programs = [(layer, self.device.program(calls)) for layer, calls in runs if calls]
+
+        def run(*size: int) -> None:
+            for layer, program in programs:
+                streamed.reach(layer)
+                program(*size)
+
+        return run
 
     def resolve(self, tokens: int, rows: int) -> tuple[tuple[Bound, ...], dict[str, Any]]:
         """Every op with its kernel and arrays, and every value's array."""

@@ -2,42 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from labinfer.backends.base import Device, backend_class
-from labinfer.errors import DoesNotFit
+from labinfer.errors import DoesNotFit, UsageError
+from labinfer.runtime.cores import available_cores, call_on
+from labinfer.runtime.grants import Grants
+from labinfer.units import human_bytes
 
 
 @dataclass(slots=True)
 class Manager:
-    """Devices by name, each opened once and shared (a flyweight), and the bytes granted on each to every owner."""
+    """Devices by name, each opened once and shared (a flyweight), and the bytes granted on each to every owner.
+
+    ``quotas`` bound the bytes of a device. ``shares`` (0 to 1) grant CPU devices parts of the machine's compute: sets
+    of cores, in ``cores``, that no other device gets. What is granted can be seen by ``labinfer devices``.
+    """
 
     quotas: dict[str, int] = field(default_factory=dict)
     devices: dict[str, Device] = field(default_factory=dict)
-    grants: dict[str, dict[str, int]] = field(default_factory=dict)
+    grants: Grants = field(default_factory=Grants)
+    shares: dict[str, float] = field(default_factory=dict)
+    cores: dict[str, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Cut the machine into the shares."""
+        everything = available_cores()
+        for name, share in self.shares.items():
+            if not 0 < share <= 1:
+                raise UsageError("device.share", f"the share of '{name}' must be above 0 and at most 1, it is {share}")
+            left = self._free_cores()
+            count = max(1, round(share * len(everything)))
+            if count > len(left):
+                message = f"'{name}' should get {count} of {len(everything)} cores, {len(left)} are left by the others"
+                raise DoesNotFit("device.share", message, remedy="grant shares that make 1 together")
+            self.cores[name] = left[:count]
 
     def device(self, name: str, threads: int | None = None) -> Device:
         """The device called ``name``, opened with ``threads`` if it is not open yet; ``DoesNotFit`` without one."""
         if name not in self.devices:
-            self.devices[name] = backend_class(name)(name, threads=threads)
+            cores = self.cores.get(name, [])
+            if cores and threads is not None and threads > len(cores):
+                message = f"'{name}' should run {threads} threads, it is granted {len(cores)} cores"
+                raise DoesNotFit("device.share", message, remedy=f"compile with --threads {len(cores)}, or grant more")
+            kind = backend_class(name)
+            self.devices[name] = call_on(cores, lambda: kind(name, threads=threads or len(cores) or None))
         return self.devices[name]
+
+    def claim_cores(self, threads: Mapping[str, int | None]) -> None:
+        """Give devices that are not open yet, and run so many threads at the same time, cores of their own.
+
+        Where there are too few cores for that, they share all of them.
+        """
+        wanted = {name: count for name, count in threads.items() if count and name not in self.cores | self.devices}
+        left = self._free_cores()
+        if sum(wanted.values()) <= len(left):
+            for name, count in wanted.items():
+                self.cores[name], left = left[:count], left[count:]
+
+    def _free_cores(self) -> list[int]:
+        taken = {core for cores in self.cores.values() for core in cores}
+        return [core for core in available_cores() if core not in taken]
 
     def close(self) -> None:
         """Close every device that was opened."""
         for device in self.devices.values():
             device.close()
         self.devices.clear()
+        self.grants.close()
 
     def grant(self, owner: str, device: str, nbytes: int) -> None:
         """Promise ``owner`` so many bytes of ``device``; ``DoesNotFit`` beyond the device's quota."""
-        granted = self.grants.setdefault(device, {})
-        quota, taken = self.quotas.get(device), sum(granted.values())
+        quota, taken = self.quotas.get(device), self.grants.on(device)
         if quota is not None and taken + nbytes > quota:
-            message = f"'{owner}' wants {nbytes} bytes of '{device}'; {quota - taken} of its quota of {quota} are left"
-            raise DoesNotFit("device.quota", message)
-        granted[owner] = granted.get(owner, 0) + nbytes
+            message = (
+                f"'{owner}' wants {human_bytes(nbytes)} of '{device}'; "
+                f"{human_bytes(quota - taken)} of its quota of {human_bytes(quota)} are left"
+            )
+            raise DoesNotFit("device.quota", message, remedy="grant more, or close what else runs there")
+        self.grants.add(owner, device, nbytes, self.cores.get(device, []))
 
     def release(self, owner: str) -> None:
         """Take back everything granted to ``owner``."""
-        for granted in self.grants.values():
-            granted.pop(owner, None)
+        self.grants.remove(owner)

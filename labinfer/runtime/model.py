@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Listing
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import cached_property
 from itertools import count
 from operator import index
@@ -14,18 +13,19 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from labinfer.compiler.fold import unfold_ops, unfold_states, unfold_weights
-from labinfer.compiler.graph import Op, Weight
-from labinfer.compiler.plan import Plan, Stage
+from labinfer.compiler.plan import Plan
 from labinfer.errors import DoesNotFit, LabinferError, UsageError, did_you_mean
 from labinfer.ops.base import NO_ADAPTER
 from labinfer.runtime.batch import Batch, Part, part_of
 from labinfer.runtime.cache import Cache, CacheOptions
-from labinfer.runtime.interpreter import Interpreter, check_kernels
-from labinfer.runtime.kv_cache import KVCache
+from labinfer.runtime.interpreter import Interpreter
 from labinfer.runtime.lora import Adapters, LoRARequest
 from labinfer.runtime.manager import Manager
 from labinfer.runtime.parameters import Parameters, Progress
+from labinfer.runtime.pipeline.message import StepMessage
+from labinfer.runtime.pipeline.pipeline import Pipeline
+from labinfer.runtime.pipeline.transport import check_transport
+from labinfer.runtime.stage import LoadedStage
 from labinfer.runtime.step_memory import StepBatch
 from labinfer.runtime.variables import Tensor, Variable
 from labinfer.runtime.weights import Checkpoint
@@ -33,7 +33,6 @@ from labinfer.runtime.weights import Checkpoint
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from labinfer.backends.base import Device
     from labinfer.runtime.beam_search import BeamSearchOutput, BeamSearchParams
     from labinfer.runtime.engine import Engine
     from labinfer.runtime.outputs import RequestOutput
@@ -48,7 +47,11 @@ Message = Mapping[str, Any]
 
 
 class Model:
-    """Runs a plan. Use it as a context manager, or ``close`` it: weights, cache and arenas are given back at once."""
+    """Runs a plan. Use it as a context manager, or ``close`` it: weights, cache and arenas are given back at once.
+
+    Without a ``transport`` its stages run one after another in the thread that asks; with one they are a pipeline, in
+    threads (``local``) or processes (``shm``, ``tcp``) of their own.
+    """
 
     def __init__(
         self,
@@ -60,6 +63,7 @@ class Model:
         compiling: Callable[[int, int], None] = lambda done, total: None,
         cache: CacheOptions | None = None,
         seed: int | None = None,
+        transport: str | None = None,
     ) -> None:
         self.seed = seed
         self.proposer: Proposer | None = None  # for speculation
@@ -67,72 +71,63 @@ class Model:
         self.owns_manager = manager is None
         self.owner = f"{plan.source.name} #{next(_numbers)}"
         self.lock = threading.RLock()  # held by whoever runs steps
-        self.interpreters: list[Interpreter] = []
-        self.memory: list[KVCache | Parameters | Cache] = []
+        transport = transport and check_transport(transport)
+        self.stages: list[LoadedStage] = []  # those of this process
+        self.pipeline: Pipeline | None = None
+        self.closed = False
+        self.memory = ExitStack()
         self.adapters = Adapters(0, ())
-        weights, states = unfold_weights(plan), unfold_states(plan)
         try:
             check_devices(plan)
+            if transport is not None:
+                self.manager.claim_cores({stage.device: plan.devices[stage.device].threads for stage in plan.stages})
             for stage in plan.stages:
-                device = self.manager.device(stage.device, plan.devices[stage.device].threads)
-                check_kernels(stage, device)
                 self.manager.grant(self.owner, stage.device, stage.bytes.total)
-                ops = [part for op, _ in unfold_ops(stage) for part in op.primitives()]
-                weighed = self.allocate_weights(stage, ops, weights, device)
-                arrays = KVCache(device, states, dict.fromkeys(op.state for op in ops if op.state), plan.limits)
-                self.memory.append(arrays)
-                options = plan.devices[stage.device].options
-                self.interpreters.append(Interpreter(stage, device, plan.limits, weighed, arrays, options))
-            self.cache = Cache(
-                plan, [each for each in self.memory if isinstance(each, KVCache)], cache or CacheOptions()
-            )
-            self.memory.append(self.cache)
+            in_processes = transport not in (None, "local")
+            if in_processes and plan.limits.max_loras:
+                message = "adapters cannot be given to stages in other processes"
+                raise UsageError("pipeline.adapters", message, remedy="run the plan with --transport local")
+            if not in_processes:
+                self.load_stages(checkpoint, progress, compiling)
+            caches = [stage.cache for stage in self.stages]
+            self.cache = Cache(plan, caches, cache or CacheOptions(), swaps=transport is None)
+            self.memory.callback(self.cache.close)
             self.blocks = self.cache.blocks
-            self.batch = Batch(plan.limits, self.blocks, self.cache.copy_blocks)
-            self.load(checkpoint, progress, compiling)
+            if transport is not None:
+                self.pipeline = self.memory.enter_context(closing(Pipeline(plan, transport)))
+                if self.stages:
+                    self.pipeline.start_threads(self.stages, self.manager.cores)
+                else:
+                    self.pipeline.start_processes(checkpoint.path, self.manager.cores, progress, compiling)
+            copy_blocks = self.pipeline.copy_blocks if self.pipeline else self.cache.copy_blocks
+            self.batch = Batch(plan.limits, self.blocks, copy_blocks)
         except BaseException:
             self.close()
             raise
         self.adapters = Adapters(plan.limits.max_loras, self.parameters)
 
+    def load_stages(self, checkpoint: Checkpoint, progress: Progress, compiling: Callable[[int, int], None]) -> None:
+        """Open the devices, and get all stages ready in this process."""
+        for number, stage in enumerate(self.plan.stages):
+            device = self.manager.device(stage.device, self.plan.devices[stage.device].threads)
+            self.stages.append(self.memory.enter_context(closing(LoadedStage(self.plan, number, device))))
+        for loaded in self.stages:
+            loaded.load(checkpoint, progress, compiling)
+
     @property
     def parameters(self) -> list[Parameters]:
-        """The weights, and the pools of adapters, of each stage."""
-        return [memory for memory in self.memory if isinstance(memory, Parameters)]
-
-    def allocate_weights(
-        self, stage: Stage, ops: list[Op], weights: Mapping[str, Weight], device: Device
-    ) -> dict[str, Any]:
-        """Memory for what the ops of ``stage`` multiply with: its weights, and the pools of adapters if it has any."""
-        used = [weights[name] for name in dict.fromkeys(name for op in ops for name in op.weights.values())]
-        pools = [weight for weight in used if weight.adapter]
-        own = [weight for weight in used if not weight.adapter]
-        made = [Parameters("weights", own, stage.bytes.weights, device)]
-        self.memory += made
-        if pools or stage.bytes.adapters:
-            made.append(Parameters("adapters", pools, stage.bytes.adapters, device))
-            self.memory.append(made[-1])
-        return {name: array for each in made for name, array in each.arrays().items()}
-
-    def load(self, checkpoint: Checkpoint, progress: Progress, compiling: Callable[[int, int], None]) -> None:
-        """Read the weights, and meanwhile bind a first tape, which may have to compile kernels."""
-        weights = self.parameters
-        for each in weights:  # binding looks at values of vectors (rope's factors), but only at places of matrices
-            each.load(checkpoint, progress, vectors=True)
-        with ThreadPoolExecutor(1) as background:
-            loading = [background.submit(each.load, checkpoint, progress, vectors=False) for each in weights]
-            for interpreter in self.interpreters:
-                interpreter.warm(compiling)
-            for each_loading in loading:
-                each_loading.result()
+        """The weights, and the pools of adapters, of each stage of this process."""
+        return [memory for stage in self.stages for memory in stage.parameters]
 
     @cached_property
     def engine(self) -> Engine:
         """Runs requests on this model."""
         from labinfer.runtime.engine import Engine
+        from labinfer.runtime.pipeline.engine import PipelinedEngine
 
         self.check_open()
-        return Engine(self, self.tokenizer.eos_ids if self.tokenizer else (), seed=self.seed)
+        kind = PipelinedEngine if self.pipeline else Engine
+        return kind(self, self.tokenizer.eos_ids if self.tokenizer else (), seed=self.seed)
 
     @property
     def max_len(self) -> int:
@@ -144,9 +139,18 @@ class Model:
         """Columns of the logits."""
         return self.plan.vocab_size
 
+    @property
+    def interpreters(self) -> list[Interpreter]:
+        """Those of the stages of this process, in order."""
+        return [stage.interpreter for stage in self.stages]
+
     def run(self, batch: StepBatch) -> np.ndarray:
         """One step through all stages: float32 logits [rows, vocab_size], which hold until the next step."""
         self.check_open()
+        if self.pipeline is not None:
+            result = self.pipeline.wait(self.pipeline.submit(StepMessage(batch, wants_logits=True)))
+            assert result.logits is not None
+            return result.logits
         values: dict[str, Any] = {}
         for interpreter in self.interpreters:
             received = {name: values[name] for name in interpreter.stage.inputs}
@@ -157,7 +161,7 @@ class Model:
 
     def check_open(self) -> None:
         """Raise ``UsageError`` once the model is closed."""
-        if not self.interpreters:
+        if self.closed:
             raise UsageError("run.closed", "the model is closed")
 
     def session(self, lora_request: LoRARequest | None = None) -> Session:
@@ -241,6 +245,9 @@ class Model:
 
         ``value`` is a name of the plan, ``layers.3.attn.out``; ``array`` is a copy, float32 [T, features].
         """
+        if not self.stages:
+            remedy = "run it with --transport local"
+            raise UsageError("run.other-process", "values of stages in other processes cannot be seen", remedy=remedy)
         for interpreter in self.interpreters:
             here = value in interpreter.slots or value in interpreter.inner
             if here and value not in interpreter.stage.inputs:
@@ -274,12 +281,10 @@ class Model:
             engine.close()
         if self.proposer is not None:
             self.proposer.close()
-        for interpreter in self.interpreters:
-            interpreter.close()
+        self.closed = True
         self.adapters.close()
-        for memory in self.memory:
-            memory.close()
-        self.interpreters, self.memory = [], []
+        self.memory.close()
+        self.stages = []
         self.manager.release(self.owner)
         if self.owns_manager:
             self.manager.close()

@@ -81,6 +81,8 @@ class Scheduler:
     """
 
     watermark = 0.01
+    copies_in_order = False
+    """Whether a block is copied after the steps before and before the steps after, also while some still run."""
 
     def __init__(
         self,
@@ -122,7 +124,9 @@ class Scheduler:
         self.admit()
         while self.running:
             part = self.split(ahead)
-            if part is None or (ahead and self.batch.blocks.forked[part.rows].any()):
+            if part is None:
+                return None
+            if ahead and not self.copies_in_order and self.batch.blocks.forked[part.rows].any():
                 return None
             if not part.decodes and self.reuse(part):
                 continue
@@ -150,14 +154,11 @@ class Scheduler:
 
     def split(self, ahead: bool) -> Part | None:
         """The budgets divided among the running sequences."""
-        batch, rows, limits = self.batch, self.rows, self.limits
-        remaining = batch.num_tokens[rows] - batch.num_computed[rows]
-        if ahead:
-            remaining[batch.num_tokens[rows] >= batch.end[rows]] = 0
+        rows, limits, remaining = self.rows, self.limits, self.remaining(ahead)
         only_decodes = int(remaining.max()) <= 1
         prompts = limits.max_num_batched_tokens if only_decodes else self.prompt_budget(remaining)
         counts = self.policy.split(remaining, limits.max_num_batched_tokens, prompts)
-        if batch.blocks.reuse_until is not None:
+        if self.batch.blocks.reuse_until is not None:
             counts = self.as_before(rows, counts)
         if only_decodes and np.count_nonzero(counts) == len(rows):
             return Part(rows, counts, counts, counts, decodes=True)
@@ -174,6 +175,14 @@ class Scheduler:
         batch = self.batch
         lowered: np.ndarray = np.minimum(counts, np.maximum(batch.total_len[rows] - batch.num_computed[rows], 1))
         return lowered
+
+    def remaining(self, ahead: bool) -> np.ndarray:
+        """Tokens that each running sequence can compute in the next step, int32."""
+        batch, rows = self.batch, self.rows
+        remaining: np.ndarray = batch.num_tokens[rows] - batch.num_computed[rows]
+        if ahead:
+            remaining[batch.num_tokens[rows] >= batch.end[rows]] = 0
+        return remaining
 
     def wanted(self, rows: np.ndarray, remaining: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Rows of logits for each sequence, int32; prompts that want all of theirs compute as many tokens as are left.

@@ -1,0 +1,275 @@
+"""The engine of a pipeline: as many micro-batches as stages are on their way, so that each stage has one to compute.
+
+The next step of a micro-batch is sent before the tokens of the one before are known: the last stage gives those to the
+first itself. Only where a token is not simply the likeliest does the step wait until the engine has chosen it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from labinfer.errors import LabinferError
+from labinfer.runtime.batch import Part
+from labinfer.runtime.engine import Engine
+from labinfer.runtime.pipeline.message import StepMessage
+from labinfer.runtime.pipeline.pipeline import Pipeline, StageDied, StepResult
+from labinfer.runtime.pipeline.scheduler import GroupScheduler
+from labinfer.runtime.pipeline.stage_loop import TAG_MASK
+from labinfer.runtime.request import Request, Sequence
+from labinfer.runtime.sampling import Sampled
+from labinfer.runtime.scheduler import Policy, Scheduler
+from labinfer.runtime.swap import Swap
+
+DEPTH = 2
+"""Steps of a micro-batch on their way: one that is computed, and the next, which waits at the first stage."""
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A step on its way. Of rows that are not ``alive`` any more the result is dropped; while ``counted``, the batch
+    counts its tokens as computed.
+    """
+
+    number: int
+    group: int
+    part: Part
+    alive: np.ndarray
+    counted: bool = True
+
+
+class PipelinedEngine(Engine):
+    """Runs requests on a model whose stages are a pipeline; see ``Engine``."""
+
+    scheduler: GroupScheduler
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+        assert self.model.pipeline is not None
+        self.pipeline: Pipeline = self.model.pipeline
+        self.depth = DEPTH if self.batch.blocks.recompute_after is None else 1
+        self.flights: deque[Flight] = deque()
+        rows = len(self.batch.num_tokens)
+        self.uses = np.zeros(rows, np.int32)  # flights that compute something of a row
+        self.source = np.zeros(
+            (rows, 2), np.int64
+        )  # step that makes a row's newest token (0: known), and its row there
+
+    def new_scheduler(self, policy: Policy, swap: Swap | None) -> Scheduler:
+        """One group for each stage."""
+        model = self.model
+        groups, limits = len(model.plan.stages), model.plan.limits
+        return GroupScheduler(groups, self.batch, limits, policy, self.costs, swap, model.adapters)
+
+    # Requests
+
+    def check(self, request: Request) -> None:
+        """See ``Engine.check``; raises what broke the pipeline, too."""
+        if self.pipeline.broken is not None:
+            raise self.pipeline.broken
+        super().check(request)
+
+    def queue(self, request: Request) -> None:
+        """Let a checked request wait; one that looks at values, which changes what stages run, lets them finish."""
+        if request.capture:
+            self.drain()
+        super().queue(request)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to compute, to wait for, or to tell."""
+        return bool(self.flights) or super().busy
+
+    def finish(self, requests: Iterable[Request]) -> None:
+        """Step until ``requests`` are done, and nothing more is on its way for nobody."""
+        super().finish(requests)
+        self.drain_if_idle()
+
+    def abort(self, request: Request) -> None:
+        """Stop ``request`` wherever it is."""
+        super().abort(request)
+        self.drain_if_idle()
+
+    def abort_all(self) -> None:
+        """Stop every request, and wait until nothing is on its way."""
+        super().abort_all()
+        self.drain()
+
+    def drain_if_idle(self) -> None:
+        """Wait for what is on its way if no sequence needs it."""
+        with self.model.lock:
+            if self.thread is None and all(each.finish_reason for each in self.scheduler.running):
+                self.drain()
+
+    def drain(self) -> None:
+        """Wait for all steps on their way."""
+        with self.model.lock:
+            while self.flights:
+                self.settle()
+
+    # Steps
+
+    def step(self) -> list[Request]:
+        """Send what can be sent, and see to the oldest step on its way; the requests that it finished."""
+        with self.model.lock:
+            self.finished = []
+            while self.inbox:
+                self.inbox.popleft()()
+            self.fill()
+            if self.flights:
+                self.settle()
+            self.delivery.deliver()
+            return self.finished
+
+    def fill(self) -> None:
+        """Send steps of each group in turn until none has one that can be sent."""
+        idle = 0
+        while idle < self.scheduler.groups:
+            idle = 0 if self.launch(self.scheduler.turn) else idle + 1
+            self.scheduler.turn = (self.scheduler.turn + 1) % self.scheduler.groups
+
+    def launch(self, group: int) -> bool:
+        """Send the next step of ``group``, if there is one."""
+        if sum(flight.group == group for flight in self.flights) >= self.depth:
+            return False
+        if self.flights and self.capture.wanted:  # it looks at the steps one by one
+            return False
+        scheduled = self.schedule(ahead=bool(self.flights))
+        if scheduled is None:
+            return False
+        part, wants_logits = scheduled.part, self.wants_logits(scheduled.part)
+        message = StepMessage(scheduled.batch, wants_logits, self.pending(part))
+        self.begin(part)
+        self.stepping = False
+        number = self.pipeline.submit(message)
+        made = part.new > 0
+        rows = part.rows[made]
+        self.source[rows, 0] = number
+        self.source[rows, 1] = (np.cumsum(part.wanted) - 1)[made]
+        self.uses[part.rows] += 1
+        self.flights.append(Flight(number, group, part, np.ones(len(part.rows), np.bool_)))
+        return True
+
+    def wants_logits(self, part: Part) -> bool:
+        """Whether the engine has to see logits of ``part``; holds the rows whose next token it must choose itself."""
+        batch, rows = self.batch, part.rows
+        self.fit()
+        chooses = ~batch.plain[rows]
+        for index in batch.watched[rows].nonzero()[0].tolist():  # the first token of a request with several answers
+            sequence = self.scheduler.owners[int(rows[index])]
+            chooses[index] |= sequence.request.num_made > 1
+        chooses &= part.new > 0
+        self.scheduler.held[rows[chooses]] = True
+        return bool(chooses.any() or batch.scored[rows].any())
+
+    def fit(self) -> None:
+        """Have room for every row of the batch."""
+        more = len(self.batch.num_tokens) - len(self.uses)
+        if more > 0:
+            self.uses = np.concatenate([self.uses, np.zeros(more, np.int32)])
+            self.source = np.concatenate([self.source, np.zeros((more, 2), np.int64)])
+
+    def pending(self, part: Part) -> np.ndarray:
+        """The tokens of ``part`` that a step on its way makes; see ``StepMessage``."""
+        last = np.cumsum(part.counts) - 1
+        sources = self.source[part.rows]
+        unknown = sources[:, 0] > 0
+        found = np.column_stack([last[unknown], sources[unknown, 0] & TAG_MASK, sources[unknown, 1]])
+        pending: np.ndarray = found.astype(np.int32)
+        return pending
+
+    def settle(self) -> None:
+        """Wait for the oldest step on its way and see to what it made."""
+        flight = self.flights[0]
+        result: StepResult | LabinferError
+        try:
+            result = self.pipeline.wait(flight.number)
+        except LabinferError as error:
+            result = error
+        self.flights.popleft()
+        later = [each for each in self.flights if each.group == flight.group]
+        for each in later:
+            self.count(each, -1)
+        self.stepping = True
+        try:
+            if isinstance(result, StepResult):
+                self.accept(flight, result)
+            else:
+                self.lose(flight, result)
+        finally:
+            self.stepping = False
+            for each in later:
+                self.count(each, 1)
+            self.uses[flight.part.rows] -= 1
+            self.release()
+
+    def accept(self, flight: Flight, result: StepResult) -> None:
+        """Take over the tokens of a step for the sequences that still want them."""
+        part, alive, values = flight.part, flight.alive, result.logits
+        if values is None:  # chosen already
+            values = result.tokens[:, None]
+        self.forget_sources(flight)
+        self.scheduler.held[part.rows[alive & (part.new > 0)]] = False
+        if not alive.all():
+            values = values[np.repeat(alive, part.wanted)]
+            part = Part(part.rows[alive], part.counts[alive], part.wanted[alive], part.new[alive])
+        if len(part.rows):
+            self.postprocess(part, values)
+        self.observe(flight.part, float((result.times[:, 1] - result.times[:, 0]).max()))
+
+    def choose(self, rows: np.ndarray, logits: np.ndarray) -> Sampled:
+        """A token for each of ``rows``: from float32 logits [rows, vocab], or chosen already, int32 [rows, 1]."""
+        if logits.dtype != np.int32:
+            return super().choose(rows, logits)
+        sampled = Sampled(logits[:, 0].astype(np.int64))
+        for index in (sampled.tokens < 0).nonzero()[0].tolist():
+            sampled.errors[index] = LabinferError("run.not-a-number", "the logits are not numbers")
+        self.fail_rows(rows, sampled)
+        return sampled
+
+    def lose(self, flight: Flight, error: LabinferError) -> None:
+        """A step failed: so do the requests it computed, and with a stage that died, all that are running."""
+        self.forget_sources(flight)
+        self.count(flight, -1)
+        rows = flight.part.rows[flight.alive].tolist()
+        for row in self.scheduler.owners.copy() if isinstance(error, StageDied) else rows:
+            self.fail(self.scheduler.owners[row], error)
+        if isinstance(error, StageDied):
+            self.fail_all(error)
+
+    def forget_sources(self, flight: Flight) -> None:
+        """The tokens of ``flight`` are known now."""
+        rows = flight.part.rows
+        self.source[rows[self.source[rows, 0] == flight.number], 0] = 0
+
+    def count(self, flight: Flight, sign: int) -> None:
+        """Count the tokens of a step as computed and made (1), or not (-1), for the rows that still want them."""
+        rows, alive = flight.part.rows[flight.alive], flight.alive
+        self.batch.num_computed[rows] += sign * flight.part.counts[alive]
+        self.batch.num_tokens[rows] += sign * flight.part.new[alive]
+        flight.counted = sign > 0
+
+    # Ends
+
+    def end(self, sequence: Sequence, reason: str, token: int | None = None) -> None:
+        """Stop a sequence; what is on its way for it is dropped when it comes."""
+        row = sequence.row
+        if sequence.finish_reason is None and row >= 0:
+            self.scheduler.held[row] = True
+            for flight in self.flights:
+                for index in (flight.alive & (flight.part.rows == row)).nonzero()[0].tolist():
+                    flight.alive[index] = False
+                    if flight.counted:
+                        self.batch.num_computed[row] -= flight.part.counts[index]
+                        self.batch.num_tokens[row] -= flight.part.new[index]
+        super().end(sequence, reason, token)
+
+    def release(self) -> None:
+        """Give back the rows of sequences that have ended, unless steps on their way use them."""
+        unused = [each for each in self.ending if each.row < 0 or not self.uses[each.row]]
+        if unused:
+            self.scheduler.stop(unused)
+            self.ending = [each for each in self.ending if each not in unused]

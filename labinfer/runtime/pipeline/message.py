@@ -1,0 +1,133 @@
+"""What frames hold: steps that go down the chain of stages, tokens that go back to its beginning, results and errors.
+
+A step's first section is a list of int32: nine counts, then the arrays of the batch; ``pending`` tokens are those that
+an earlier step makes, and ``copies`` cache blocks to be copied before. Its second section is when each stage began and
+ended, float64 seconds of ``time.monotonic``. The values that later stages need follow.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import prod
+
+import numpy as np
+
+from labinfer.compiler.fold import unfold_inputs
+from labinfer.compiler.plan import Limits, Plan
+from labinfer.errors import DoesNotFit, InvalidFile, LabinferError, StalePlan, UsageError, WeightsError
+from labinfer.runtime.step_memory import StepBatch
+
+STEP, TOKENS, LOGITS, FAILED, STOP = range(5)
+"""Kinds of frames."""
+
+_ERRORS = {
+    kind.__name__: kind for kind in (UsageError, InvalidFile, DoesNotFit, WeightsError, StalePlan, LabinferError)
+}
+_COUNTS = 9
+_NONE = np.zeros((0, 3), np.int32)
+
+
+@dataclass(slots=True)
+class StepMessage:
+    """A batch and how it runs: ``wants_logits`` asks for all its logits beside the likeliest token of each row.
+
+    ``pending`` [P, 3] int32: place in ``token_ids``, the step (modulo 2^31) that makes the token, and its row there.
+    ``copies`` [C, 3]: cache group, source and target block.
+    """
+
+    batch: StepBatch
+    wants_logits: bool = False
+    pending: np.ndarray = field(default_factory=lambda: _NONE)
+    copies: np.ndarray = field(default_factory=lambda: _NONE)
+
+    def encode(self) -> np.ndarray:
+        """The first section, int32."""
+        batch, tables = self.batch, self.batch.block_tables
+        counts = [
+            len(batch.token_ids), len(batch.context_len), len(batch.logits_rows), len(tables),
+            tables[0].shape[1] if tables else 0, self.wants_logits, len(self.pending), len(self.copies),
+            batch.adapter is not None,
+        ]  # fmt: skip
+        parts = [np.array(counts, np.int32), batch.token_ids, batch.positions, batch.query_start, batch.context_len]
+        parts += [batch.total_len, batch.logits_rows]
+        for table, slots in zip(tables, batch.slot_mappings, strict=True):
+            parts += [table.reshape(-1), slots]
+        if batch.adapter is not None:
+            parts.append(batch.adapter)
+        return np.concatenate([*parts, self.pending.reshape(-1), self.copies.reshape(-1)], dtype=np.int32)
+
+
+def decode(words: np.ndarray, limits: Limits) -> StepMessage:
+    """The message in a first section; its arrays are windows of ``words``. One beyond ``limits`` is an error."""
+    tokens, sequences, rows, groups, width, wants_logits, pending, copies, adapters = words[:_COUNTS].tolist()
+    shapes = [(tokens,), (tokens,), (sequences + 1,), (sequences,), (sequences,), (rows,)]
+    shapes += [(sequences, width), (tokens,)] * groups + [(sequences * adapters,), (pending, 3), (copies, 3)]
+    bounds = [0, *np.cumsum([prod(shape) for shape in shapes]).tolist()]
+    fits = 0 < tokens <= limits.max_num_batched_tokens and sequences <= limits.max_num_seqs
+    if not fits or groups != len(limits.groups) or rows > limits.max_logits_rows or bounds[-1] != len(words) - _COUNTS:
+        raise LabinferError("pipeline.message", "a step arrived that is not within the plan's bounds")
+    arrays = [
+        words[_COUNTS + start : _COUNTS + stop].reshape(shape)
+        for (start, stop), shape in zip(pairwise(bounds), shapes, strict=True)
+    ]
+    token_ids, positions, query_start, context_len, total_len, logits_rows = arrays[:6]
+    tables, slots, adapter = arrays[6:-3:2], arrays[7:-3:2], arrays[-3] if adapters else None
+    batch = StepBatch(token_ids, positions, query_start, context_len, total_len, logits_rows, tables, slots, adapter)
+    return StepMessage(batch, bool(wants_logits), arrays[-2], arrays[-1])
+
+
+def max_words(limits: Limits) -> int:
+    """Numbers of the first section at the plan's bounds; copies are as many as there are blocks, at most."""
+    blocks = sum(group.num_blocks for group in limits.groups)
+    return _COUNTS + limits.step_bytes // 4 + 3 * (limits.max_num_seqs + blocks)
+
+
+def crossing(plan: Plan) -> list[list[str]]:
+    """For each stage, the values that arrive with a step: what it or a later one needs of earlier ones."""
+    needed = [list(stage.inputs) for stage in plan.stages]
+    made: set[str] = set()
+    arriving = []
+    for number, stage in enumerate(plan.stages):
+        later = dict.fromkeys(name for names in needed[number:] for name in names)
+        arriving.append([name for name in later if name in made])
+        made.update(stage.outputs)
+    return arriving
+
+
+def frame_bytes(plan: Plan) -> int:
+    """Bytes of the largest frame: a step with all values that cross between stages, or a step's logits."""
+    limits = plan.limits
+    sizes = {
+        name: slot.type.nbytes(limits.max_num_batched_tokens, limits.max_logits_rows)
+        for stage in plan.stages
+        for name, slot in unfold_inputs(stage).items()
+    }
+    values = max(sum(sizes[name] for name in names) for names in crossing(plan))
+    logits = 4 * limits.max_logits_rows * (plan.vocab_size + 1)
+    return max(4 * max_words(limits) + values, logits, 1 << 16) + 16 * len(plan.stages)
+
+
+def encode_error(error: LabinferError) -> bytes:
+    """The section of a ``FAILED`` frame."""
+    kind = next(name for name, kind in _ERRORS.items() if isinstance(error, kind))
+    told = {"kind": kind, "code": error.code, "message": error.message[:10_000], "remedy": error.remedy}
+    return json.dumps(told).encode()
+
+
+def decode_error(text: bytes) -> LabinferError:
+    """The error of a ``FAILED`` frame."""
+    found = json.loads(text)
+    return _ERRORS[found["kind"]](str(found["code"]), str(found["message"]), remedy=found["remedy"])
+
+
+def view(array: np.ndarray) -> memoryview:
+    """The bytes of a contiguous array, which can be written there."""
+    return array.data.cast("B") if array.size else memoryview(bytearray())
+
+
+def views(arrays: Sequence[np.ndarray]) -> list[memoryview]:
+    """The bytes of arrays."""
+    return [view(np.ascontiguousarray(array)) for array in arrays]

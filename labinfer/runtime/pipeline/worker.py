@@ -1,0 +1,88 @@
+"""The process of one stage: ``python -m labinfer.runtime.pipeline.worker DESCRIPTOR``, started by ``process.py``."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from typing import Any
+
+from labinfer.compiler.plan import Plan
+from labinfer.errors import LabinferError
+from labinfer.runtime.cores import stay_on
+from labinfer.runtime.manager import Manager
+from labinfer.runtime.pipeline.message import encode_error
+from labinfer.runtime.pipeline.process import BEAT
+from labinfer.runtime.pipeline.stage_loop import Links, StageLoop
+from labinfer.runtime.pipeline.transport import attach
+from labinfer.runtime.stage import LoadedStage
+from labinfer.runtime.weights import open_checkpoint
+
+
+class Parent:
+    """The other end of the control socket."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.control = socket.socket(fileno=descriptor)
+        self.sending = threading.Lock()
+        with self.control.makefile("r", encoding="utf-8") as lines:
+            self.start: dict[str, Any] = json.loads(lines.readline() or "null") or sys.exit(1)
+
+    def say(self, **message: Any) -> None:
+        """Send a line."""
+        with self.sending:
+            self.control.sendall(json.dumps(message).encode() + b"\n")
+
+    def beat(self) -> None:
+        """Say that this process lives until the parent closes the socket; then end it, whatever it does."""
+        self.control.settimeout(BEAT)
+        try:
+            while True:
+                try:
+                    if not self.control.recv(1):
+                        break
+                except TimeoutError:
+                    self.say(beat=True)
+        except OSError:
+            pass
+        os._exit(0)
+
+
+def main() -> None:
+    """Load the stage that the parent names and run it until the parent ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    parent = Parent(int(sys.argv[1]))
+    threading.Thread(target=parent.beat, daemon=True).start()
+    try:
+        loop = prepare(parent)
+    except LabinferError as error:
+        parent.say(error=json.loads(encode_error(error)))
+        return
+    parent.say(ready=True)
+    loop.run()
+
+
+def prepare(parent: Parent) -> StageLoop:
+    """The loop of the stage, ready to run."""
+    start = parent.start
+    plan, number = Plan.model_validate(start["plan"]), start["stage"]
+    stay_on(start["cores"])
+    links = {
+        name: attach(start["transport"], descriptors, start["limit"]) for name, descriptors in start["links"].items()
+    }
+    name = plan.stages[number].device
+    stage = LoadedStage(plan, number, Manager().device(name, plan.devices[name].threads))
+    stage.load(
+        open_checkpoint(start["checkpoint"]),  # stays open: layers may be streamed from it
+        lambda nbytes: parent.say(loaded=nbytes),
+        lambda done, total: parent.say(compiling=[done, total]),
+    )
+    ends = Links(links["inbound"], links["outbound"], links.get("tokens_in"), links.get("tokens_out"))
+    return StageLoop(plan, number, stage, ends)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Quotas, shares of compute, and grants that other processes see."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+import labinfer
+from labinfer.errors import DoesNotFit, UsageError
+from labinfer.runtime.cores import available_cores
+from labinfer.runtime.grants import all_grants
+from labinfer.runtime.manager import Manager
+
+from .tiny import GOLDEN
+
+FOLDER = GOLDEN / "llama-llama3"
+CORES = available_cores()
+
+
+def test_two_models_share_a_quota() -> None:
+    plan = labinfer.compile(FOLDER)
+    size = plan.stages[0].bytes.total
+    with closing(Manager(quotas={"reference": 2 * size})) as manager:
+        one, two = labinfer.load(plan, manager=manager), labinfer.load(plan, manager=manager)
+        with pytest.raises(DoesNotFit, match=r"0 B of its quota of .* are left"):
+            labinfer.load(plan, manager=manager)
+        one.close()
+        labinfer.load(plan, manager=manager).close()
+        two.close()
+        assert not manager.grants.given
+
+
+@pytest.mark.skipif(len(CORES) < 2, reason="needs two cores")
+def test_shares_are_sets_of_cores_of_their_own() -> None:
+    manager = Manager(shares={"cpu:0": 0.5, "cpu:1": 0.5})
+    assert not set(manager.cores["cpu:0"]) & set(manager.cores["cpu:1"])
+    assert manager.cores["cpu:0"] + manager.cores["cpu:1"] == CORES[: 2 * round(len(CORES) / 2)]
+
+
+@pytest.mark.parametrize(("shares", "kind"), [({"cpu": 0.0}, UsageError), ({"cpu": 1.2}, UsageError),
+                                              ({"cpu": 1.0, "cpu:1": 0.4}, DoesNotFit)])  # fmt: skip
+def test_what_cannot_be_shared_is_refused(shares: dict[str, float], kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=r"share|cores"):
+        Manager(shares=shares)
+
+
+def test_more_threads_than_granted_are_refused() -> None:
+    manager = Manager(shares={"reference": 1 / len(CORES)})
+    with pytest.raises(DoesNotFit, match="is granted 1 cores"):
+        manager.device("reference", threads=2)
+
+
+def test_devices_of_a_pipeline_get_cores_where_there_are_enough() -> None:
+    manager = Manager()
+    manager.claim_cores({"cpu:0": len(CORES), "cpu:1": 1})
+    assert manager.cores == {}
+    manager.claim_cores({"cpu:0": len(CORES)})
+    assert manager.cores == {"cpu:0": CORES}
+
+
+def test_grants_are_seen_by_other_processes_until_they_end(home: Path) -> None:
+    code = "import labinfer, sys; model = labinfer.load(sys.argv[1]); print(flush=True); input()"
+    command = [sys.executable, "-c", code, str(FOLDER)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        [grant] = all_grants()
+        assert (grant.device, grant.pid) == ("reference", child.pid)
+        assert grant.nbytes == labinfer.compile(FOLDER, max_logits_rows=64).stages[0].bytes.total
+        shown = subprocess.run(
+            [sys.executable, "-m", "labinfer", "devices", "--json"], capture_output=True, check=True, text=True
+        )
+        [report] = [each for each in json.loads(shown.stdout) if each["name"] == "reference"]
+        assert [each["pid"] for each in report["granted"]] == [child.pid]
+        os.kill(child.pid, signal.SIGKILL)
+    assert all_grants() == []
+    assert list((home / "grants").iterdir()) == []

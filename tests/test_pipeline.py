@@ -1,0 +1,89 @@
+"""Stages in threads and processes: the tokens of one device, values crossing stages, and errors of a step."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import labinfer
+from labinfer.errors import UsageError
+from labinfer.llm import LLM
+from labinfer.runtime.pipeline.transport import TRANSPORTS
+
+from .tiny import GOLDEN
+
+# One per mechanism that a cut between stages could break: windows, experts, latent cache, learned positions, tied ends.
+FAMILIES = ("llama-odd_heads_tied", "gemma3_text-linear_global", "mixtral-window", "gpt2-untied_inner",
+            "phi3-longrope_crossed", "deepseek_v2-group_limited")  # fmt: skip
+DEVICES = "reference,reference:1,reference:2"
+STEPS = 12
+GREEDY = labinfer.SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True)
+
+
+@cache
+def prompts(name: str) -> list[list[int]]:
+    """The golden prompt and three others."""
+    rng = np.random.default_rng(7)
+    with np.load(GOLDEN / name / "expected.npz") as expected:
+        return [expected["prompt"].tolist(), *(rng.integers(0, 96, length).tolist() for length in (1, 17, 40))]
+
+
+@cache
+def on_one_device(name: str) -> list[list[int]]:
+    """Tokens of the four prompts; the first are the golden ones."""
+    with np.load(GOLDEN / name / "expected.npz") as expected:
+        golden = expected["generated"].tolist()[:STEPS]
+    with labinfer.load(GOLDEN / name, devices="reference") as model:
+        tokens = greedy(model, prompts(name))
+    assert tokens[0] == golden
+    return tokens
+
+
+def greedy(model: LLM, given: list[list[int]]) -> list[list[int]]:
+    return [list(answer.token_ids) for answer in model.generate(given, GREEDY)]
+
+
+def open_model(name: str, transport: str, devices: str = DEVICES, **options: Any) -> LLM:
+    return labinfer.load(GOLDEN / name, devices=devices, transport=transport, **options)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("devices", ["reference", "reference,reference:1", DEVICES])
+def test_tokens_are_those_of_one_device(name: str, devices: str) -> None:
+    layers = len(labinfer.compile(GOLDEN / name, devices=devices).stages)
+    assert layers == devices.count(",") + 1 or layers == 2  # some have two layers
+    with open_model(name, "local", devices, max_num_batched_tokens=24) as model:
+        assert greedy(model, prompts(name)) == on_one_device(name)
+        assert model.blocks.usage == 0
+        model.blocks.check_integrity()
+
+
+@pytest.mark.parametrize("name", ["llama-odd_heads_tied", "gemma3_text-linear_global"])
+@pytest.mark.parametrize("transport", [each for each in TRANSPORTS if each != "local"])
+def test_tokens_over_processes(name: str, transport: str) -> None:
+    with open_model(name, transport) as model:
+        assert greedy(model, prompts(name)) == on_one_device(name)
+        logits = model.logits(prompts(name)[0])
+    with labinfer.load(GOLDEN / name, devices=DEVICES) as model:
+        np.testing.assert_array_equal(logits, model.logits(prompts(name)[0]))
+
+
+def test_values_can_be_seen_in_threads_only() -> None:
+    with open_model(FAMILIES[0], "local") as model:
+        seen: list[np.ndarray] = []
+        [name] = model.interpreters[1].stage.outputs[:1]
+        with model.listen(name, seen.append):
+            model.logits([1, 2, 3])
+        assert seen[0].shape[0] == 3
+    with open_model(FAMILIES[0], "shm") as model, pytest.raises(UsageError, match="other processes"):
+        model.listen(name, seen.append).__enter__()
+
+
+def test_an_unknown_transport_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no transport 'smh'") as error:
+        open_model(FAMILIES[0], "smh")
+    assert error.value.remedy == "did you mean 'shm'?"

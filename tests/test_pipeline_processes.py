@@ -1,0 +1,109 @@
+"""Processes of stages: a dead one is noticed and reported, and nothing is left behind, whoever dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import labinfer
+from labinfer.errors import LabinferError, WeightsError
+from labinfer.runtime.request import Request
+
+from .tiny import GOLDEN, tiny_plan
+
+FOLDER = GOLDEN / "llama-llama3"
+DEVICES = "reference,reference:1"
+LONG = labinfer.SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+
+
+def running(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until_gone(pids: list[int], seconds: float = 10) -> None:
+    until = time.monotonic() + seconds
+    while any(map(running, pids)) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not any(map(running, pids))
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize(("number", "text"), [(signal.SIGKILL, "killed by signal 9"), (signal.SIGSTOP, "was stopped")])
+def test_a_dead_stage_fails_its_requests_and_not_the_engine(transport: str, number: int, text: str) -> None:
+    with labinfer.load(FOLDER, devices=DEVICES, transport=transport, max_model_len=256) as model:
+        assert model.pipeline is not None
+        pids = [stage.process.pid for stage in model.pipeline.stages]
+        engine = model.engine
+        requests = [engine.add(Request([5], LONG)), engine.add(Request([1, 2, 3], LONG))]
+        for _ in range(4):
+            engine.step()
+        os.kill(pids[1], number)
+        engine.finish(requests)
+        for request in requests:
+            assert request.error is not None
+            assert request.error.code == "pipeline.stage-died"
+            assert request.error.message.startswith("stage 1 (reference:1) died: it was")
+            assert text in request.error.message
+        assert model.blocks.usage == 0
+        with pytest.raises(LabinferError, match="stage 1"):
+            engine.add(Request([1], LONG))
+        with pytest.raises(LabinferError, match="stage 1"):
+            model.logits([1, 2])
+        wait_until_gone(pids)
+
+
+def test_closing_ends_all_processes_and_descriptors() -> None:
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+
+    labinfer.load(FOLDER, devices=DEVICES, transport="shm").close()
+    before, pids = descriptors(), []
+    for transport in ("local", "shm", "tcp"):
+        with labinfer.load(FOLDER, devices=DEVICES, transport=transport) as model:
+            assert model.pipeline is not None
+            pids += [stage.process.pid for stage in model.pipeline.stages]
+    wait_until_gone(pids)
+    assert descriptors() == before
+
+
+_PARENT = """
+import sys, time, labinfer
+model = labinfer.load(sys.argv[1], devices="reference,reference:1", transport=sys.argv[2])
+print(*(stage.process.pid for stage in model.pipeline.stages), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_a_killed_parent_leaves_nothing(transport: str) -> None:
+    memory = Path("/dev/shm")
+    before = set(memory.iterdir()) if memory.is_dir() else set()
+    command = [sys.executable, "-c", _PARENT, str(FOLDER), transport]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(pids) == 2
+        assert all(map(running, pids))
+        parent.kill()
+    wait_until_gone(pids)
+    assert not memory.is_dir() or {each for each in memory.iterdir() if "labinfer" in each.name} <= before
+
+
+def test_a_stage_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
+    path, _ = tiny_plan(tmp_path, devices=DEVICES)
+    plan = labinfer.Plan.model_validate_json(path.read_text())
+    plan.weights[-1].tensor = "nowhere"
+    with pytest.raises(WeightsError, match="nowhere") as error:
+        labinfer.load(plan, transport="shm")
+    assert error.value.exit_code == 5

@@ -1,0 +1,98 @@
+"""Layers streamed into a window of the device: the same tokens in less memory, and plans that say so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import pytest
+
+import labinfer
+from labinfer.compiler.residency import spread
+from labinfer.compiler.verify_plan import verify_plan
+from labinfer.errors import InvalidFile, LabinferError, UsageError
+from labinfer.runtime.manager import Manager
+
+from .test_pipeline import greedy, on_one_device, open_model, prompts
+from .tiny import GOLDEN, tiny_checkpoint, tiny_map
+
+FAMILIES = ("llama-odd_heads_tied", "gemma3_text-linear_global", "mixtral-window", "deepseek_v2-group_limited")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("stream_from", ["host", "disk"])
+@pytest.mark.parametrize("layers", [1, 2, 100])
+def test_tokens_are_those_of_resident_weights(name: str, stream_from: str, layers: int) -> None:
+    with labinfer.load(GOLDEN / name, devices="reference", streamed_layers=layers, stream_from=stream_from) as model:
+        assert greedy(model, prompts(name)) == on_one_device(name)
+
+
+@pytest.mark.parametrize("transport", ["local", "shm"])
+@pytest.mark.parametrize("stream_from", ["host", "disk"])
+def test_stages_of_a_pipeline_can_stream(transport: str, stream_from: str) -> None:
+    name = FAMILIES[0]
+    with open_model(name, transport, "reference,reference:1", streamed_layers=1, stream_from=stream_from) as model:
+        assert greedy(model, prompts(name)) == on_one_device(name)
+
+
+def test_the_device_holds_what_the_plan_says(tmp_path: Any) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    plans = [labinfer.compile(tiny_map(tmp_path), weights=checkpoint, streamed_layers=count) for count in (0, 3)]
+    resident, streamed = (plan.stages[0].bytes for plan in plans)
+    layer = 4 * (3 * 8 * 8 + 8 * 8)
+    assert (streamed.weights, streamed.host, streamed.window) == (resident.weights - 3 * layer, 3 * layer, 2 * layer)
+    with closing(Manager()) as manager, labinfer.load(plans[1], manager=manager) as model:
+        assert manager.devices["reference"].allocator.allocated == model.plan.stages[0].bytes.total
+
+
+def test_a_failing_step_leaves_the_layers_in_order() -> None:
+    with labinfer.load(GOLDEN / FAMILIES[0], streamed_layers=100) as model:
+        expected = model.logits([1, 2, 3])
+        for layer in range(2):
+
+            def fail(array: np.ndarray) -> None:
+                raise LabinferError("test.fails", "no")
+
+            with model.listen(f"layers.{layer}.attn.out", fail), pytest.raises(LabinferError):
+                model.logits([1, 2, 3])
+            np.testing.assert_array_equal(model.logits([1, 2, 3]), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda stage: stage.streamed.append(7),
+        lambda stage: stage.streamed.reverse(),
+        lambda stage: stage.streamed.clear(),
+        lambda stage: setattr(stage.bytes, "window", 0),
+        lambda stage: setattr(stage.bytes, "window", 100),
+    ],
+)
+def test_wrong_residencies_are_refused(tmp_path: Any, change: Callable[[Any], None]) -> None:
+    plan = labinfer.compile(tiny_map(tmp_path), weights=tiny_checkpoint(tmp_path / "model"), streamed_layers=3)
+    verify_plan(plan, "plan.json")
+    change(plan.stages[0])
+    with pytest.raises(InvalidFile) as error:
+        verify_plan(plan, "plan.json")
+    assert error.value.code == "plan.residency"
+
+
+def test_a_window_too_small_for_a_layer_is_refused(tmp_path: Any) -> None:
+    plan = labinfer.compile(tiny_map(tmp_path), weights=tiny_checkpoint(tmp_path / "model"), streamed_layers=3)
+    plan.stages[0].bytes.window //= 2
+    with pytest.raises(InvalidFile, match="slots of"):
+        labinfer.load(plan)
+
+
+@pytest.mark.parametrize("options", [{"streamed_layers": -1}, {"stream_from": "moon"}])
+def test_wrong_options_are_refused(tmp_path: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        labinfer.compile(tiny_map(tmp_path), **options)
+
+
+def test_layers_are_spread() -> None:
+    assert spread(range(9), 3) == [1, 4, 7]
+    assert spread(range(4), 4) == [0, 1, 2, 3]
+    assert spread(range(4), 0) == []
