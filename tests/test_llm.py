@@ -42,6 +42,7 @@ def ops(llm: LLM) -> set[str]:
 KEYWORDS: dict[str, tuple[Any, Callable[[LLM, Any], bool]]] = {
     "devices": ("reference:1", lambda llm, value: [stage.device for stage in llm.plan.stages] == [value]),
     "seed": (7, lambda llm, value: llm.seed == value),
+    "speculative_config": ({"num_speculative_tokens": 2}, lambda llm, value: llm.proposer is not None),
     "enable_prefix_caching": (False, lambda llm, value: llm.blocks.caching is value),
     "eviction_policy": (Evicting, lambda llm, value: isinstance(llm.blocks.groups[0].policy, value)),
     "max_num_batched_tokens": (9, limit("max_num_batched_tokens")),
@@ -55,6 +56,7 @@ KEYWORDS: dict[str, tuple[Any, Callable[[LLM, Any], bool]]] = {
     "kv_dtype": ("f16", limit("kv_dtype")),
     "threads": (1, lambda llm, value: llm.plan.devices["cpu"].threads == value),
     "activations": ("int8", lambda llm, value: llm.plan.devices["cpu"].options.activations == value),
+    "streamed_layers": (1, lambda llm, value: len(llm.plan.stages[0].streamed) == value),
     "fuse": ("none", lambda llm, value: not any("norm_" in kind for kind in ops(llm))),
     "enable_lora": (True, lambda llm, value: llm.plan.limits.max_loras > 1),
     "max_loras": (1, limit("max_loras")),
@@ -63,11 +65,12 @@ KEYWORDS: dict[str, tuple[Any, Callable[[LLM, Any], bool]]] = {
 }
 ON_THE_CPU = {"threads", "activations", "fuse", "kv_dtype"}
 TESTED_ALONE = {"model", "weights", "manager", "progress", "cold_folder", "cold_bytes", "options"}
+TESTED_ELSEWHERE = {"stream_from", "transport"}  # test_streaming_weights.py, test_pipeline.py
 
 
 def test_every_keyword_is_tested() -> None:
     named = set(inspect.signature(LLM).parameters) | set(CompileOptions.__dataclass_fields__)
-    assert named == set(KEYWORDS) | TESTED_ALONE
+    assert named == set(KEYWORDS) | TESTED_ALONE | TESTED_ELSEWHERE
 
 
 @pytest.mark.parametrize("name", KEYWORDS)

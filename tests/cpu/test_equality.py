@@ -64,7 +64,7 @@ def smollm2_asks() -> list[Ask]:
 def test_tokens_of_smollm2(
     way: str, gguf: Path, smollm2_alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In chunks only greedily: a matrix unit, where there is one, rounds the products of many tokens otherwise."""
+    """In chunks only greedily: products of many tokens may be rounded otherwise than those of few."""
     monkeypatch.setenv("LABINFER_OVERLAP", "1" if way == "overlap" else "0")
     count = len(PROMPTS) if way.startswith("chunk") else 2 * len(PROMPTS)
     options: dict[str, Any] = {
