@@ -59,10 +59,13 @@ KEYWORDS: dict[str, tuple[Any, Callable[[LLM, Any], bool]]] = {
     "enable_lora": (True, lambda llm, value: llm.plan.limits.max_loras > 1),
     "max_loras": (1, limit("max_loras")),
     "max_lora_rank": (3, limit("max_lora_rank")),
+    "streamed_layers": (1, lambda llm, value: len(llm.plan.stages[0].streamed) == value),
+    "stream_from": ("disk", lambda llm, value: llm.plan.stages[0].streamed_from == value),
+    "transport": ("local", lambda llm, value: llm.pipeline is not None and llm.pipeline.transport == value),
     "arena_effort_seconds": (0.0, lambda llm, value: llm.plan.stages[0].arena.size > 0),
 }
 ON_THE_CPU = {"threads", "activations", "fuse", "kv_dtype"}
-TESTED_ALONE = {"model", "weights", "manager", "progress", "cold_folder", "cold_bytes", "options"}
+TESTED_ALONE = {"model", "weights", "manager", "progress", "cold_folder", "cold_bytes", "speculative_config", "options"}
 
 
 def test_every_keyword_is_tested() -> None:
