@@ -56,21 +56,22 @@ KEYWORDS: dict[str, tuple[Any, Callable[[LLM, Any], bool]]] = {
     "kv_dtype": ("f16", limit("kv_dtype")),
     "threads": (1, lambda llm, value: llm.plan.devices["cpu"].threads == value),
     "activations": ("int8", lambda llm, value: llm.plan.devices["cpu"].options.activations == value),
-    "streamed_layers": (1, lambda llm, value: len(llm.plan.stages[0].streamed) == value),
     "fuse": ("none", lambda llm, value: not any("norm_" in kind for kind in ops(llm))),
     "enable_lora": (True, lambda llm, value: llm.plan.limits.max_loras > 1),
     "max_loras": (1, limit("max_loras")),
     "max_lora_rank": (3, limit("max_lora_rank")),
+    "streamed_layers": (1, lambda llm, value: len(llm.plan.stages[0].streamed) == value),
+    "stream_from": ("disk", lambda llm, value: llm.plan.stages[0].streamed_from == value),
+    "transport": ("local", lambda llm, value: llm.pipeline is not None and llm.pipeline.transport == value),
     "arena_effort_seconds": (0.0, lambda llm, value: llm.plan.stages[0].arena.size > 0),
 }
 ON_THE_CPU = {"threads", "activations", "fuse", "kv_dtype"}
 TESTED_ALONE = {"model", "weights", "manager", "progress", "cold_folder", "cold_bytes", "options"}
-TESTED_ELSEWHERE = {"stream_from", "transport"}  # test_streaming_weights.py, test_pipeline.py
 
 
 def test_every_keyword_is_tested() -> None:
     named = set(inspect.signature(LLM).parameters) | set(CompileOptions.__dataclass_fields__)
-    assert named == set(KEYWORDS) | TESTED_ALONE | TESTED_ELSEWHERE
+    assert named == set(KEYWORDS) | TESTED_ALONE
 
 
 @pytest.mark.parametrize("name", KEYWORDS)

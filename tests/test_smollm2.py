@@ -58,6 +58,27 @@ def test_speculation_changes_no_token(gguf: Path, monkeypatch: pytest.MonkeyPatc
     assert answers[4:] == answers[:2]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"transport": "local"},
+        {"transport": "shm"},
+        {"transport": "tcp"},
+        {"streamed_layers": 10},
+        {"streamed_layers": 9, "stream_from": "disk"},
+    ],
+    ids=str,
+)
+def test_greedy_tokens_of_pipelines_and_streamed_layers(gguf: Path, options: dict[str, Any]) -> None:
+    pytest.importorskip("numba", reason="the CPU backend needs numba")
+    devices = "cpu:0,cpu:1" if "transport" in options else "cpu"
+    sampling = labinfer.SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    with labinfer.LLM(gguf, devices=devices, threads=1, max_model_len=256, **options) as llm:
+        results = llm.generate([run["prompt"] for run in _GOLDEN["runs"]], sampling)
+    for run, result in zip(_GOLDEN["runs"], results, strict=True):
+        assert list(result.token_ids) == run["generated"][:24], run["text"]
+
+
 def test_text_in_text_out(llm: labinfer.LLM) -> None:
     sampling = labinfer.SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     runs = [run for run in _GOLDEN["runs"] if "<|im_start|>" not in run["text"]]

@@ -29,7 +29,6 @@ from labinfer.runtime.step_costs import StepCosts
 from labinfer.runtime.step_memory import StepBatch
 from labinfer.runtime.step_stats import StepStats, step_stats
 from labinfer.runtime.streaming import EngineThread, stream
-from labinfer.runtime.swap import Swap
 
 
 class Scheduled(NamedTuple):
@@ -51,7 +50,7 @@ class Engine:
     ) -> None:
         self.model, self.batch, self.eos_ids = model, model.batch, frozenset(eos_ids)
         self.costs, self.capture = StepCosts(), Capture(model)
-        self.scheduler = self.new_scheduler(policy or Policy(), model.cache.swap)
+        self.scheduler = self.new_scheduler(policy or Policy())
         self.speculation = speculation_of(model.proposer, self.scheduler)
         self.numbers, self.random = count(), random.Random(seed)
         self.is_eos = np.zeros(model.vocab_size, np.bool_)
@@ -67,9 +66,10 @@ class Engine:
         self.finished: list[Request] = []
         self.stats: deque[StepStats] = deque(maxlen=1024)
 
-    def new_scheduler(self, policy: Policy, swap: Swap | None) -> Scheduler:
+    def new_scheduler(self, policy: Policy) -> Scheduler:
         """What decides who runs."""
-        return Scheduler(self.batch, self.model.plan.limits, policy, self.costs, swap, self.model.adapters)
+        model = self.model
+        return Scheduler(self.batch, model.plan.limits, policy, self.costs, model.cache.swap, model.adapters)
 
     # Requests
 
@@ -294,9 +294,8 @@ class Engine:
     def fail_rows(self, rows: np.ndarray, sampled: Sampled) -> None:
         """End the sequences of those of ``rows`` that got no token."""
         for index, error in sampled.errors.items():
-            sequence = self.scheduler.owners[int(rows[index])]
-            self.batch.num_tokens[sequence.row] -= 1
-            self.fail(sequence, error)
+            self.batch.num_tokens[rows[index]] -= 1
+            self.fail(self.scheduler.owners[int(rows[index])], error)
 
     def look(self, sequence: Sequence, index: int, sampled: Sampled, logits: np.ndarray) -> None:
         """See to a sequence whose token is that of row ``index``: it may be its first, its last, or waited for."""

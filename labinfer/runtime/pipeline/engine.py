@@ -22,7 +22,6 @@ from labinfer.runtime.pipeline.stage_loop import TAG_MASK
 from labinfer.runtime.request import Request, Sequence
 from labinfer.runtime.sampling import Sampled
 from labinfer.runtime.scheduler import Policy, Scheduler
-from labinfer.runtime.swap import Swap
 
 DEPTH = 2
 """Steps of a micro-batch on their way: one that is computed, and the next, which waits at the first stage."""
@@ -58,11 +57,11 @@ class PipelinedEngine(Engine):
             (rows, 2), np.int64
         )  # step that makes a row's newest token (0: known), and its row there
 
-    def new_scheduler(self, policy: Policy, swap: Swap | None) -> Scheduler:
+    def new_scheduler(self, policy: Policy) -> Scheduler:
         """One group for each stage."""
         model = self.model
         groups, limits = len(model.plan.stages), model.plan.limits
-        return GroupScheduler(groups, self.batch, limits, policy, self.costs, swap, model.adapters)
+        return GroupScheduler(groups, self.batch, limits, policy, self.costs, None, model.adapters)
 
     # Requests
 
