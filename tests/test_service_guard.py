@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -17,6 +19,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from labinfer.bench.load import load, target
 from labinfer.service.app import OPERATIONS
 from labinfer.service.guard import Guard
 from labinfer.service.options import ServiceOptions
@@ -194,8 +197,6 @@ def test_what_nobody_foresaw_is_told_without_details(capfd: pytest.CaptureFixtur
     async def send(message: dict[str, object]) -> None:
         sent.append(message)
 
-    import asyncio
-
     scope = {
         "type": "http", "method": "GET", "path": "/x", "raw_path": b"/x",
         "headers": [(b"host", b"localhost"), (b"x-api-key", KEY.encode())],
@@ -240,6 +241,40 @@ def test_a_client_that_reads_nothing_is_given_up_and_others_are_not_held_up(tiny
             while chunk := connection.recv(1 << 20):
                 found += chunk
             assert not found.endswith(b"0\r\n\r\n")
+
+
+def test_clients_that_leave_at_any_time_leave_nothing_behind(tiny_model: Path) -> None:
+    source = random.Random(5)
+    with served(tiny_model, {"max_num_seqs": 3, "num_blocks": 20}) as api:
+        assert api.server.loop is not None
+        tasks = len(asyncio.all_tasks(api.server.loop))
+        for _ in range(150):
+            body = {
+                **LONG,
+                "prompt": [source.randrange(5, 60)] * source.randrange(1, 90),
+                "stream": source.random() < 0.7,
+            }
+            data = json.dumps({**body, "n": source.choice([1, 1, 3])}).encode()
+            head = request(
+                "POST /v1/completions HTTP/1.1", "Content-Type: application/json", f"Content-Length: {len(data)}"
+            )
+            with closing(socket.create_connection(("127.0.0.1", api.service.options.port))) as connection:
+                connection.sendall((head + data)[: None if source.random() < 0.8 else -5])
+                time.sleep(source.choice([0, 0.001, 0.01, 0.05]))
+        wait_for(lambda: not api.service.admission.active and not api.model.engine.busy)
+        wait_for(lambda: len(asyncio.all_tasks(api.server.loop)) <= tasks)
+        assert api.model.blocks.usage == 0
+        assert api.http.post("/v1/completions", json=LONG).json()["usage"]["completion_tokens"] == 120
+
+
+def test_two_hundred_streams_at_once_are_all_answered(tiny_model: Path) -> None:
+    with served(tiny_model, {"max_num_seqs": 8}) as api:
+        to = target(api.url, "/v1/completions", KEY)
+        body = {"max_tokens": 5, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+        bodies = [{**body, "prompt": [5 + number % 50] * 4} for number in range(200)]
+        samples, _ = asyncio.run(load(to, bodies, float("inf"), None))
+        assert [sample.error for sample in samples] == [None] * 200
+        assert {sample.tokens for sample in samples} == {5}
 
 
 def test_a_full_queue_refuses_at_once(tiny_model: Path) -> None:

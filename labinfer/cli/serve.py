@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,7 @@ def serve(
     labinfer serve model.gguf --port 9000 --max-model-len 8k
     labinfer serve plan.json --host 0.0.0.0 --api-key-file keys.txt
     """  # fmt: skip
+    from labinfer.runtime.chat_template import render_chat_template
     from labinfer.service.logs import configure_logging
     from labinfer.service.options import ServiceOptions
     from labinfer.service.server import Server, bind
@@ -75,6 +77,8 @@ def serve(
     settings = ServiceOptions(host=host, port=port, api_keys=keys, drain_seconds=chosen.pop("drain"), **chosen)
     configure_logging(settings.log_format)
     phases: dict[str, float] = {}
+    # The process that renders chat templates starts while the model is loaded, not with the first request.
+    threading.Thread(target=render_chat_template, args=("", ()), daemon=True).start()
     listener = bind(settings)  # before the weights are loaded: a port that is taken is told at once
     settings = replace(settings, port=listener.getsockname()[1])
     with listener, _load(model, weights, given(options), phases) as llm:

@@ -2,9 +2,10 @@
 
 A thin client of the engine: requests come in, ``Engine.stream`` runs them, answers go out.
 
-- ``server``: the process; ``protocol``: limits of a connection; ``guard``: who may come in; ``app``: the table of
-  paths.
-- ``call``: one request and its answer; ``wire``: bytes; ``errors``: what goes wrong, as a client sees it.
-- ``schema``: the bodies of requests; ``operations``: what each path does.
-- ``generation``: the engine's outputs as pieces; ``prompts``: messages to token ids; ``admission``: the queue.
+- ``server``: the process; ``protocol``: limits of a connection; ``guard``: who may come in; ``app``: the paths.
+- ``endpoint``: one path; ``call``: one request and its answer; ``wire``: bytes; ``errors``: what goes wrong.
+- ``schema``: the bodies of requests; ``operations``: what each path does; ``page``: what a browser shows.
+- ``prompts``, ``literal_text``: messages to token ids; ``tools``: calls of tools; ``generation``: outputs of the
+  engine as pieces; ``logprobs``: their forms.
+- ``admission``: the queue; ``metrics``, ``watchdog``, ``logs``: operations; ``options``, ``keys``: settings.
 """
