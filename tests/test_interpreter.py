@@ -41,8 +41,8 @@ def test_fusing_changes_the_schedule() -> None:
     def kinds(plan: Plan) -> set[str]:
         return {op.op for stage in plan.stages for block in stage.blocks.values() for op in block}
 
-    assert {"norm_qkv", "norm_glu", "rope_kv_write", "linear_add"} <= kinds(fused)
-    assert not {"norm_qkv", "norm_glu", "rope_kv_write", "linear_add"} & kinds(plain)
+    assert {"norm_qkv", "norm_glu", "rope_attention", "linear_add"} <= kinds(fused)
+    assert not {"norm_qkv", "norm_glu", "rope_attention", "linear_add"} & kinds(plain)
 
 
 @pytest.mark.parametrize("options", [{}, {"fuse": "all"}, {"devices": "reference,reference:1"}], ids=str)

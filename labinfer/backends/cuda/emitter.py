@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from ctypes import Structure, c_float, c_int, c_uint64
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -157,8 +158,7 @@ class Emitter:
         by_format: dict[str, list[Linear]] = {}
         for product in products:
             by_format.setdefault(product.weight.format, []).append(product)
-        few = {format for format, group in by_format.items() if self.is_few(group, x)}
-        for format in few:
+        for format in [format for format, group in by_format.items() if self.is_few(group, x)]:
             self.few(x, by_format.pop(format), norm, residual)
         normed = x
         if norm and not all(map(self.is_large, by_format)):
@@ -180,7 +180,7 @@ class Emitter:
         weight = products[0].weight
         whole = weight.columns % 64 == 0 and not any(each.weight.rows % width for each in products)
         possible = self.device.bulk_copies and weight.format in ("f16", "bf16") and len(x) <= FEW_TOKENS
-        return possible and whole and stride(x) % 2 == 0
+        return possible and whole and stride(x) % 2 == 0 and address(x) % 8 == 0
 
     def few(
         self, x: Any, products: Sequence[Linear], norm: Call | None, residual: Any, function: str | None = None
@@ -233,7 +233,7 @@ class Emitter:
 
     def large(self, x: Any, format: str, products: Sequence[Linear], norm: Call | None, residual: Any) -> None:
         """Products by cuBLAS, from activations in 16 bits."""
-        at, workspace = self.narrowed(x, format, norm), self.scratch(CUBLAS_BYTES)
+        at, workspace = self.narrowed(x, format, norm), self.blas_scratch
         for each in products:
             w, y = each.weight, each.y
             if residual is not None:
@@ -245,7 +245,7 @@ class Emitter:
 
     def large_glu(self, x: Any, gate: CudaWeight, up: CudaWeight, norm: Call, function: str, y: Any) -> None:
         """A gated unit by cuBLAS; between its two products and the activation, numbers have 16 bits."""
-        at, workspace = self.narrowed(x, gate.format, norm), self.scratch(CUBLAS_BYTES)
+        at, workspace = self.narrowed(x, gate.format, norm), self.blas_scratch
         product = Product(len(x), gate.rows, pitch(gate.columns), gate.format, out=gate.format)
         made = [self.scratch(2 * len(x) * gate.rows) for _ in range(2)]
         for weight, to in zip((gate, up), made, strict=True):
@@ -253,6 +253,11 @@ class Emitter:
         arguments = (*map(c_uint64, made), y, stride(y), gate.rows, ACTIVATION_CODES[function])
         half = ["HALF"] * (gate.format == "f16")
         self.each("elementwise", "narrow_glu", len(x), gate.rows, *arguments, defines=half)
+
+    @cached_property
+    def blas_scratch(self) -> int:
+        """The address of cuBLAS's own scratch memory, which all products of the op share."""
+        return self.scratch(CUBLAS_BYTES)
 
     @property
     def blas(self) -> Blas:

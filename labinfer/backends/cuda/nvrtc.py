@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from labinfer.errors import LabinferError
-from labinfer.extras import missing
+from labinfer.extras import pip_command
 
 MAJORS = (13, 12)
 """CUDA majors that are tried, best first."""
@@ -34,14 +34,15 @@ def libraries(stem: str, majors: Sequence[int] = MAJORS) -> Iterator[str]:
 
 @cache
 def library() -> ctypes.CDLL:
-    """The compiler; an error with a remedy where there is none. The one already in this process is preferred."""
-    majors = [13, 12] if "cupy" not in sys.modules else [_cupy_major()]
+    """The compiler, of CuPy's CUDA major where that is loaded; an error with a remedy where there is none."""
+    majors = [_cupy_major()] if "cupy" in sys.modules else MAJORS
     for path in libraries("nvrtc", majors):
         try:
             return ctypes.CDLL(path)
         except OSError:
             continue
-    raise missing("cupy")
+    remedy = f"{pip_command('cupy')} brings it"
+    raise LabinferError("cuda.no-compiler", "NVRTC, which compiles the CUDA kernels, was not found", remedy=remedy)
 
 
 def _cupy_major() -> int:

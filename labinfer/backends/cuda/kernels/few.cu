@@ -18,7 +18,7 @@ struct Shared {
 // Rows of x as quads, zero beyond `columns`; rows are `pitch` quads apart, so that 8 tokens lie in different banks.
 DEV void stage(uint2 *xs, int pitch, Shared &s, const float *x, int x_row, int tokens, int columns, const float *weight,
                float eps, float offset) {
-    bool whole = columns % 4 == 0 && x_row % 4 == 0;
+    bool whole = columns % 4 == 0 && x_row % 4 == 0 && (u64)x % 16 == 0;
     for (int m = 0; m < TOKENS; m++) {
         float squares = 0.f;
         const float *row = x + (size_t)m * x_row;

@@ -66,6 +66,7 @@ extern "C" __global__ void route(
     float chosen = 0.f;
     for (int n = 0; n < r.top_k; n++) {
         int best = greatest(choice, r.experts);
+        __syncwarp();  // all have read before one is struck out
         chosen += scores[best];
         if (lane == 0) {
             ids[(size_t)t * ids_row + n] = best;

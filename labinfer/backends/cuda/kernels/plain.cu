@@ -8,16 +8,9 @@ extern "C" __global__ void __launch_bounds__(256) plain(
     begin();
     int first = blockIdx.y * TILE, end = tokens, row0 = blockIdx.x * TILE;
 #ifdef EXPERTS
-    int expert = 0, before = 0, from = 0, tile = blockIdx.y;
-    for (; expert < experts; expert++) {
-        from = get(bounds + expert), end = get(bounds + expert + 1);
-        int count = (end - from + TILE - 1) / TILE;
-        if (tile < before + count) break;
-        before += count;
-    }
-    if (expert == experts) return;
+    int expert = find_group(bounds, experts, TILE, blockIdx.y, first, end);
+    if (expert < 0) return;
     weight += expert * (matrix_bytes / 4);
-    first = from + (tile - before) * TILE;
 #endif
     int column = threadIdx.x % 32, line = threadIdx.x / 32;
     float sums[4] = {};

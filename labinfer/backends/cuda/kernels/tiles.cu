@@ -35,16 +35,9 @@ extern "C" __global__ void __launch_bounds__(128) tiles(
     begin();
     int first = blockIdx.y * 64, end = tokens, row0 = blockIdx.x * 64;
 #ifdef EXPERTS
-    int expert = 0, before = 0, from = 0, tile = blockIdx.y;
-    for (; expert < experts; expert++) {  // whose tile this is
-        from = get(bounds + expert), end = get(bounds + expert + 1);
-        int count = (end - from + 63) / 64;
-        if (tile < before + count) break;
-        before += count;
-    }
-    if (expert == experts) return;
+    int expert = find_group(bounds, experts, 64, blockIdx.y, first, end);
+    if (expert < 0) return;
     weight += expert * matrix_bytes;
-    first = from + (tile - before) * 64;
 #endif
     Matrix w = matrix(weight, rows, columns);
     int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
