@@ -19,6 +19,7 @@ from labinfer.compiler.workload import Workload, parse_workload
 from labinfer.errors import InvalidFile, UsageError, did_you_mean
 from labinfer.ops.base import KernelBounds
 from labinfer.ops.formats import stored_bytes
+from labinfer.ops.fusions import FUSIONS
 from labinfer.targets import real_target
 
 LOCAL_LINK = LinkProfile(latency=20e-6, bandwidth=5e9, origin="derived")
@@ -41,7 +42,7 @@ def cluster_target(cluster: Cluster, name: str, device: ClusterDevice) -> Target
     if device.like is not None:
         spec = specification(device.like, cluster.place("devices", name, "like"))
         return Target(
-            name, device.like, "stored", stored_bytes, (), no_workspace,
+            name, device.like, "stored", stored_bytes, tuple(fusion.kind for fusion in FUSIONS), no_workspace,
             ("f32", "bf16", "f16"), no_tables, None, memory=device.memory or spec.memory, declared=f"like {spec.name}",
         )  # fmt: skip
     profile = foreign_profile(cluster, name)

@@ -180,6 +180,13 @@ def test_memory_caps_hold_and_say_what_is_missing(tmp_path: Path) -> None:
         _compile(tmp_path, "devices: {tiny: {like: l4, memory: 10kB}}")
 
 
+def test_a_cache_that_is_asked_for_counts(tmp_path: Path) -> None:
+    text = "devices: {fast: {like: l4, memory: 200kB}, slow: {like: t4}}"
+    few, many = (_compile(tmp_path, text, num_blocks=count) for count in (4, 40))
+    assert [stage.device for stage in few.stages] == ["fast"]
+    assert [stage.device for stage in many.stages] != ["fast"]
+
+
 def test_pins_are_honoured_or_told(tmp_path: Path) -> None:
     plan = _compile(tmp_path, _DECLARED + "pins: {layers.1: slow, end: slower}")
     runs = {unit: each.device for each in plan.placement.stages for unit in each.units} if plan.placement else {}

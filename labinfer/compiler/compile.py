@@ -78,7 +78,7 @@ def compile_graph(
         raise UsageError("limits.fuse", f"fuse must be one of {', '.join(FUSE)}, got {fuse!r}")
     graph = lower(blueprint, source)
     tracer.done("lower", 0, len(graph.ops), f"{len(graph.weights)} weights, {len(graph.values)} values")
-    native = {kind for target in targets for kind in target.fusions}  # others run the parts
+    native = set.intersection(*(set(target.fusions) for target in targets))
     chosen = [fusion for fusion in FUSIONS if fuse == "all" or (fuse == "auto" and fusion.kind in native)]
     run_passes(graph, chosen, tracer, **_lora_limits(options))
     return graph
@@ -103,7 +103,7 @@ def compile_plan(
     graph = compile_graph(blueprint, source, targets, options, tracer)
     limits, vocab_size = _limits(blueprint, source, options), _vocab_size(graph)
     limits.groups, graph.states = assign_groups(graph.states, graph.ops, limits.max_model_len)
-    placed = _place_by_cost(graph, targets, limits, goal) if goal else None
+    placed = _place_by_cost(graph, targets, limits, goal, options) if goal else None
     placements = placed.placements(targets) if placed else place(graph, targets)
     tracer.done("place", len(graph.ops), len(graph.ops), f"{len(placements)} stages")
     stages = [_stage(graph, placements, number, limits, options) for number in range(len(placements))]
@@ -132,10 +132,13 @@ def compile_plan(
     return plan
 
 
-def _place_by_cost(graph: OpGraph, targets: Sequence[Target], limits: Limits, goal: Goal) -> PlacedByCost:
+def _place_by_cost(
+    graph: OpGraph, targets: Sequence[Target], limits: Limits, goal: Goal, options: CompileOptions
+) -> PlacedByCost:
     from labinfer.compiler.place_by_cost import place_by_cost  # numpy, which other plans do without
 
-    return place_by_cost(graph, targets, limits, goal, partial(_reserved, graph, limits))
+    kept = (options.num_blocks or 0) * limits.block_size
+    return place_by_cost(graph, targets, limits, goal, partial(_reserved, graph, limits), kept)
 
 
 def _used(targets: Sequence[Target], placements: Sequence[Placement] | None) -> list[Target]:

@@ -85,15 +85,21 @@ class PlacedByCost:
 
 
 def place_by_cost(
-    graph: OpGraph, targets: Sequence[Target], limits: Limits, goal: Goal, reserved: Callable[[Target], int]
+    graph: OpGraph,
+    targets: Sequence[Target],
+    limits: Limits,
+    goal: Goal,
+    reserved: Callable[[Target], int],
+    kv_tokens: int = 0,
 ) -> PlacedByCost:
     """The best placement of ``graph`` on ``targets`` for ``goal``.
 
-    ``reserved`` gives the bytes that a device needs beside weights and cache. Of the best plans by static value the one
-    is taken that serves most in a simulation; for latency alone, which that does not change, the first.
+    ``reserved`` gives the bytes that a device needs beside weights and cache, which holds ``kv_tokens`` at least. Of
+    the best plans by static value the one is taken that serves most in a simulation; for latency alone, which that does
+    not change, the first.
     """
     units = split(graph)
-    problem = problem_of(graph, units, targets, limits, goal, reserved)
+    problem = problem_of(graph, units, targets, limits, goal, reserved, kv_tokens)
     best = partition(problem, goal.objective, effort_seconds=EFFORT_SECONDS)
     told = tell(problem, best)
     candidates = [best]
@@ -149,6 +155,7 @@ def problem_of(
     limits: Limits,
     goal: Goal,
     reserved: Callable[[Target], int],
+    kv_tokens: int,
 ) -> Problem:
     """The partition problem: bytes and seconds of each unit on each device, links, pins."""
     work = goal.workload
@@ -172,7 +179,7 @@ def problem_of(
     return Problem(
         layers=layers_of(graph, units, targets, limits, work),
         devices=tuple(devices),
-        workload=work.unit(goal.objective, len(targets), limits),
+        workload=work.unit(goal.objective, len(targets), limits, kv_tokens),
         links=links,
         pins=pins_of(units, targets, goal.pins),
         tied_bytes=tied_bytes(graph, units, targets),

@@ -35,8 +35,11 @@ class Workload:
         tokens = min(self.prompt, limits.max_num_batched_tokens)
         return StepShape.prefill(tokens, (self.prompt - tokens) // 2)
 
-    def unit(self, objective: Objective, devices: int, limits: Limits) -> UnitOfWork:
-        """A micro-batch from its prompts to its last tokens, for the partition; the cache has room for everything."""
+    def unit(self, objective: Objective, devices: int, limits: Limits, kv_tokens: int) -> UnitOfWork:
+        """A micro-batch from its prompts to its last tokens, for the partition.
+
+        The cache has room for all sequences that are served at once, and for ``kv_tokens`` at least.
+        """
         sequences, step = self.decode_step(objective, devices).sequences, self.prefill_step(limits)
         length = -(-(self.prompt + self.output) // limits.block_size) * limits.block_size
         return UnitOfWork(
@@ -44,7 +47,7 @@ class Workload:
             decode_steps=self.output,
             prefill_tokens=step.tokens,
             decode_tokens=sequences,
-            kv_tokens=self.concurrency * length,
+            kv_tokens=max(kv_tokens, self.concurrency * length),
             micro_batches=self.parts(objective, devices),
         )
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-from labinfer.api import compile
+from labinfer.api import compile_options, read_model
 from labinfer.backends.base import fingerprint
+from labinfer.compiler.compile import compile_plan
 from labinfer.compiler.costs import DeviceProfile, LinkProfile
 from labinfer.compiler.costs.plans import stage_ops, stage_signer
 from labinfer.compiler.costs.store import store_link, store_profile, stored_link, stored_profile
@@ -22,6 +24,7 @@ from labinfer.profile.quiet import Patience
 from labinfer.profile.sample import sampled
 from labinfer.progress import Progress
 from labinfer.runtime.manager import Manager
+from labinfer.targets import real_target
 from labinfer.units import human_bytes
 
 SIGNED_OPTIONS = (
@@ -48,23 +51,39 @@ def profile_device(
 
     ``quick`` measures fewer sizes of steps. ``options`` are the compiler's. What was measured is kept on disk.
     """
-    if threads is not None:
-        options["threads"] = threads
+    options["threads"] = threads
     options["max_num_seqs"] = max(options.get("max_num_seqs") or 0, SEQUENCES)
     options.pop("max_model_len", None)
-    plan = compile(model, devices=name, **options)
+    plan = compile_for(model, name, **options)
     device, limits = plan.devices[name], plan.limits
     stored = stored_profile(fingerprint(name, device.threads))
     bounds = limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_model_len
     grid = grid_for(quick, *bounds, device.matrix_unit.values())
     if not again and is_known(stored, plan, quick, grid):
         return stored
-    plan = sampled(compile(model, devices=name, num_blocks=blocks_for(grid, limits.block_size), **options))
+    plan = sampled(compile_for(model, name, num_blocks=blocks_for(grid, limits.block_size), **options))
     check_memory(plan)
     fresh = measure_device(plan, grid, quick, patience, progress)
     fresh.ops = {**stored.ops, **fresh.ops}
     store_profile(fresh)
     return fresh
+
+
+def compile_for(
+    model: str | Path,
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    config: str | Path | None = None,
+    fusions: Collection[str] | None = None,
+    **options: Any,
+) -> Plan:
+    """The plan for the whole model on one device, with no other ``fusions`` than these, if any are given."""
+    blueprint, source, checkpoint = read_model(model, weights, config)
+    target = real_target(name)
+    if fusions is not None:
+        target = replace(target, fusions=tuple(kind for kind in target.fusions if kind in fusions))
+    return compile_plan(blueprint, source, [target], compile_options(options), checkpoint)
 
 
 def profile_cluster(
@@ -81,6 +100,7 @@ def profile_cluster(
     targets, _ = cluster_goal(cluster, "latency", "")
     real = {target.name: target.threads for target in targets if target.declared is None}
     known = {name: options[name] for name in SIGNED_OPTIONS if options.get(name) is not None}
+    known["fusions"] = set.intersection(*(set(target.fusions) for target in targets))  # a plan has those of all
     found = {
         name: profile_device(model, name, threads, progress, patience, quick=quick, again=again, **known)
         for name, threads in real.items()
@@ -148,6 +168,7 @@ def profile_plan(
     limits = plan.limits
     options: dict[str, Any] = {
         "weights": weights,
+        "fusions": set.intersection(*(set(each.fusions) for each in plan.devices.values())),
         "quick": quick,
         "again": again,
         "block_size": limits.block_size,
