@@ -261,7 +261,7 @@ def main() -> int:
     parser.add_argument("measurements", nargs="+", choices=["throughput", "stall", "prefix", "ablate", "soak"])
     parser.add_argument("--peer", default="llama.cpp", choices=["llama.cpp", "transformers"])
     parser.add_argument("--threads", type=int, default=default_threads())
-    parser.add_argument("--pairs", type=int, default=2, help="pairs of runs for each optimisation")
+    parser.add_argument("--pairs", type=int, default=1, help="pairs of runs for each optimisation")
     parser.add_argument("--minutes", type=float, default=20, help="of random load")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()

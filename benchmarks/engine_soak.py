@@ -21,7 +21,7 @@ from labinfer import SamplingParams
 from labinfer.llm import LLM
 from labinfer.runtime.request import Request
 
-CLIENTS, BLOCKS, LENGTH = 24, 96, 400
+CLIENTS, BLOCKS, LENGTH = 24, 64, 512
 KNOBS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
     {"temperature": 1.0, "seed": 5},
@@ -57,7 +57,7 @@ class Load:
         random = self.random
         prompt = self.prefixes[random.integers(8)] if random.random() < 0.5 else []
         prompt = prompt + self.tokens(int(random.integers(1, 64)))
-        knobs: dict[str, Any] = {"max_tokens": int(random.integers(4, 96)), "ignore_eos": bool(random.random() < 0.5)}
+        knobs: dict[str, Any] = {"max_tokens": int(random.integers(4, 240)), "ignore_eos": bool(random.random() < 0.5)}
         knobs |= KNOBS[random.integers(len(KNOBS))]
         return Request(prompt, SamplingParams(**knobs), priority=int(random.integers(3)))
 
