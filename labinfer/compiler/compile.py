@@ -17,7 +17,7 @@ from labinfer.compiler.graph import Op, OpGraph
 from labinfer.compiler.lower import lower, map_name
 from labinfer.compiler.passes import Tracer, run_passes
 from labinfer.compiler.plan import Arena, CacheGroup, Limits, Plan, PlanDevice, PlanValue, Source, Stage, StageBytes
-from labinfer.compiler.residency import choose_streamed
+from labinfer.compiler.residency import stream_layers
 from labinfer.compiler.settings import ModelSource, model_scope
 from labinfer.compiler.target import Placement, Target, place
 from labinfer.errors import DoesNotFit, InvalidFile, UsageError
@@ -107,6 +107,8 @@ def compile_plan(
     placements = placed.placements(targets) if placed else place(graph, targets)
     tracer.done("place", len(graph.ops), len(graph.ops), f"{len(placements)} stages")
     stages = [_stage(graph, placements, number, limits, options) for number in range(len(placements))]
+    for stage, placement in zip(stages, placements, strict=True):
+        stream_layers(stage, placement, graph, options.streamed_layers, options.stream_from)
     _size_cache(graph, placements, stages, limits, options)
     _check_memory(stages, targets)
     arena = sum(stage.arena.size for stage in stages)
@@ -299,10 +301,6 @@ def _stage(
         return (arena.offsets[f"{op.name}#"], workspace(op)) if f"{op.name}#" in arena.offsets else None
 
     schedule, blocks = fold_ops([replace(op, workspace=scratch(op)) for op in ops], write)
-    streamed, window, host = choose_streamed(ops, graph.weights, target, options.streamed_layers)
-    sizes = _bytes(graph, parts, target, limits, arena.size)
-    sizes.weights -= host
-    sizes.window, sizes.host = window, host if options.stream_from == "host" else 0
     return Stage(
         device=target.name,
         inputs={name: PlanValue(**write(name)) for name in inputs},
@@ -313,9 +311,7 @@ def _stage(
             size=arena.size, lower_bound=arena.lower_bound, optimal=arena.optimal, algorithm=arena.algorithm,
             peak_op=arena.peak_op, live_at_peak=list(arena.live_at_peak),
         ),
-        bytes=sizes,
-        streamed=streamed,
-        streamed_from=options.stream_from,
+        bytes=_bytes(graph, parts, target, limits, arena.size),
     )  # fmt: skip
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Literal
 
 from labinfer.compiler.fold import layer_matrices
-from labinfer.compiler.graph import Op, Weight
-from labinfer.compiler.target import Target
+from labinfer.compiler.graph import OpGraph
+from labinfer.compiler.plan import Stage
+from labinfer.compiler.target import Placement
 
 SLOTS = 2
 """Layers that a window holds: one is computed while the next one is copied."""
@@ -19,12 +21,11 @@ def spread(layers: Sequence[int], count: int) -> list[int]:
     return [layers[(2 * index + 1) * len(layers) // (2 * count)] for index in range(count)]
 
 
-def choose_streamed(
-    ops: Sequence[Op], weights: Mapping[str, Weight], target: Target, count: int
-) -> tuple[list[int], int, int]:
-    """The layers of a stage that are streamed, ``count`` of them; bytes of the window, and of them all in the host."""
-    matrices = layer_matrices(ops, weights)
-    layers = spread(sorted(matrices), min(count, len(matrices)))
-    sizes = [sum(target.weight_bytes(each.format, each.shape) for each in matrices[layer]) for layer in layers]
-    largest = -(-max(sizes, default=0) // ALIGNMENT) * ALIGNMENT
-    return layers, SLOTS * largest, sum(sizes)
+def stream_layers(stage: Stage, placed: Placement, graph: OpGraph, count: int, source: Literal["host", "disk"]) -> None:
+    """Have ``count`` layers of ``stage``, which is ``placed``, come from ``source``, through a window on its device."""
+    target, matrices = placed.target, layer_matrices(placed.ops, graph.weights)
+    stage.streamed, stage.streamed_from = spread(sorted(matrices), min(count, len(matrices))), source
+    sizes = [sum(target.weight_bytes(each.format, each.shape) for each in matrices[layer]) for layer in stage.streamed]
+    stage.bytes.weights -= sum(sizes)
+    stage.bytes.window = SLOTS * -(-max(sizes, default=0) // ALIGNMENT) * ALIGNMENT
+    stage.bytes.host = sum(sizes) if source == "host" else 0

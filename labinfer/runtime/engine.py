@@ -262,7 +262,11 @@ class Engine:
 
     def take(self, rows: np.ndarray, logits: np.ndarray) -> np.ndarray:
         """Make the next token of each of ``rows`` from float32 ``logits`` [rows, vocab], int64, and see to its end."""
-        sampled, lengths = self.choose(rows, logits), self.batch.num_tokens[rows]
+        sampled = self.choose(rows, logits)
+        for index, error in sampled.errors.items():
+            self.batch.num_tokens[rows[index]] -= 1
+            self.fail(self.scheduler.owners[int(rows[index])], error)
+        lengths = self.batch.num_tokens[rows]
         self.batch.token_ids[rows, lengths - 1] = sampled.tokens
         happens = (lengths >= self.batch.end[rows]) | self.is_eos[sampled.tokens] | self.batch.watched[rows]
         for index in happens.nonzero()[0].tolist():
@@ -282,20 +286,12 @@ class Engine:
                 request.prompt_logprobs[first : first + len(tokens)] = found
 
     def choose(self, rows: np.ndarray, logits: np.ndarray) -> Sampled:
-        """A token for each of ``rows`` from float32 ``logits`` [rows, vocab]; a sequence that gets none fails."""
+        """A token for each of ``rows`` from float32 ``logits`` [rows, vocab]."""
         states, owners = {}, self.scheduler.owners
         for index in (~self.batch.plain[rows]).nonzero()[0].tolist():
             if (state := owners[int(rows[index])].state) is not None:
                 states[index] = state
-        sampled = sample(logits, states)
-        self.fail_rows(rows, sampled)
-        return sampled
-
-    def fail_rows(self, rows: np.ndarray, sampled: Sampled) -> None:
-        """End the sequences of those of ``rows`` that got no token."""
-        for index, error in sampled.errors.items():
-            self.batch.num_tokens[rows[index]] -= 1
-            self.fail(self.scheduler.owners[int(rows[index])], error)
+        return sample(logits, states)
 
     def look(self, sequence: Sequence, index: int, sampled: Sampled, logits: np.ndarray) -> None:
         """See to a sequence whose token is that of row ``index``: it may be its first, its last, or waited for."""

@@ -83,11 +83,7 @@ class Model:
                 self.manager.claim_cores({stage.device: plan.devices[stage.device].threads for stage in plan.stages})
             for stage in plan.stages:
                 self.manager.grant(self.owner, stage.device, stage.bytes.total)
-            in_processes = transport not in (None, "local")
-            if in_processes and plan.limits.max_loras:
-                message = "adapters cannot be given to stages in other processes"
-                raise UsageError("pipeline.adapters", message, remedy="run the plan with --transport local")
-            if not in_processes:
+            if transport in (None, "local"):
                 self.load_stages(checkpoint, progress, compiling)
             caches = [stage.cache for stage in self.stages]
             self.cache = Cache(plan, caches, cache or CacheOptions(), swaps=transport is None)

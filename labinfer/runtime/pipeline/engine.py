@@ -226,7 +226,6 @@ class PipelinedEngine(Engine):
         sampled = Sampled(logits[:, 0].astype(np.int64))
         for index in (sampled.tokens < 0).nonzero()[0].tolist():
             sampled.errors[index] = LabinferError("run.not-a-number", "the logits are not numbers")
-        self.fail_rows(rows, sampled)
         return sampled
 
     def lose(self, flight: Flight, error: LabinferError) -> None:

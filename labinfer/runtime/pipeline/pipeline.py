@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from labinfer.compiler.plan import Plan
-from labinfer.errors import LabinferError
+from labinfer.errors import LabinferError, UsageError
 from labinfer.runtime.pipeline.message import (
     FAILED,
     LOGITS,
@@ -97,6 +97,9 @@ class Pipeline:
         compiling: Callable[[int, int], None],
     ) -> None:
         """Start a process for each stage, which loads its own weights, and wait until all are ready."""
+        if self.plan.limits.max_loras:
+            message = "adapters cannot be given to stages in other processes"
+            raise UsageError("pipeline.adapters", message, remedy="run the plan with --transport local")
         plan = self.plan.model_dump(mode="json", by_alias=True, exclude_defaults=True)
         for number, (stage, links) in enumerate(zip(self.plan.stages, self.links, strict=True)):
             named = {"inbound": links.inbound, "outbound": links.outbound}
