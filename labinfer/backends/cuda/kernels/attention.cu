@@ -8,6 +8,11 @@
 #define WARPS 4
 #define GROUPS (32 / LANES)  // keys that a warp takes at once
 #define UNROLL 2
+#if CACHE == 0 || __CUDA_ARCH__ != 900  // blocks on a multiprocessor, as many as have registers without spilling
+#define BLOCKS 3
+#else
+#define BLOCKS 4
+#endif
 struct Parameters {
     const float *q;
     float *y, *partials;
@@ -92,7 +97,7 @@ DEV void bring_fresh(const Parameters &p, const Fresh &fresh, const Eighth &e, i
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, CACHE == 0 ? 3 : 4) attention(const __grid_constant__ Parameters p FRESH) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention(const __grid_constant__ Parameters p FRESH) {
     __shared__ float shared[WARPS][HEADS][LANES][10];
 #ifdef CLUSTER
     __shared__ float gathered[CLUSTER][(HEADS + CLUSTER - 1) / CLUSTER][VALUE_DIM + 2];
