@@ -35,6 +35,9 @@ from labinfer.backends.cpu.workspace import MAX_SPLITS, TILE, TILE_ROWS
 SPLIT_POSITIONS = 128
 """Positions in such a part at least."""
 
+PANEL_TABLE, VALUE_TABLE = 8 * TILE // POSITIONS, 8 * TILE
+"""Bytes of a tile's table of addresses."""
+
 ITEM_POSITIONS, READ_ROWS = 32, 8
 """What an item costs beside its positions, and a position beside its query rows: about as much as so many of them."""
 
@@ -89,7 +92,7 @@ class Item(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Addresses inside a thread's workspace."""
+    """Addresses inside a thread's workspace; ``panels`` and ``values`` are tables for two tiles each."""
 
     panels: int
     values: int
@@ -112,7 +115,7 @@ def scratch_at(workspace: int, rows: int, head_dim: int) -> Scratch:
     """The layout of a workspace for ``rows`` query rows; every piece is a whole number of cache lines."""
     values = workspace + 64
     line = (4 * rows + 63) // 64 * 64
-    maxima = values + 8 * TILE
+    maxima = values + 2 * 8 * TILE
     factors = maxima + line
     sums = factors + line
     scores = sums + 64 * rows
@@ -233,11 +236,21 @@ def _attend(q: int, q_stride: int, heads: Heads, pages: Pages, batch: Batch, ite
     start_softmax(padded, scratch.maxima, scratch.sums)
     seen = Rows(padded, group, item.tokens, item.position, heads.window, item.first, item.last)
     size = element_size(pages.dtype)
-    for tile in range(item.first // POSITIONS * POSITIONS, item.last, TILE):
-        keys = min(TILE, item.last - tile)
-        _find_tile(heads, pages, batch, item, tile, keys, scratch)
+    start, here = item.first // POSITIONS * POSITIONS, 0
+    _find_tile(heads, pages, batch, item, start, scratch, here)
+    for tile in range(start, item.last, TILE):
+        keys, there = min(TILE, item.last - tile), 1 - here
+        if tile + TILE < item.last:
+            _find_tile(heads, pages, batch, item, tile + TILE, scratch, there)
         score_tile(
-            pages.dtype, scratch.q, padded, scratch.panels, pages.block_size * size, heads.head_dim, scratch.scores
+            pages.dtype,
+            scratch.q,
+            padded,
+            scratch.panels + here * PANEL_TABLE,
+            scratch.panels + there * PANEL_TABLE,
+            pages.block_size * size,
+            heads.head_dim,
+            scratch.scores,
         )
         if heads.softcap:
             softcap_row(scratch.scores, scratch.scores, TILE * padded, heads.softcap)
@@ -247,13 +260,15 @@ def _attend(q: int, q_stride: int, heads: Heads, pages: Pages, batch: Batch, ite
             size,
             scratch.scores,
             padded,
-            scratch.values,
+            scratch.values + here * VALUE_TABLE,
+            scratch.values + there * VALUE_TABLE,
             heads.v_head_dim,
             keys,
             scratch.factors,
             scratch.out,
             out_bytes,
         )
+        here = there
     return scratch
 
 
@@ -270,15 +285,15 @@ def _stage_queries(q: int, q_stride: int, heads: Heads, item: Item, scratch: Scr
 
 
 @njit
-def _find_tile(heads: Heads, pages: Pages, batch: Batch, item: Item, tile: int, keys: int, scratch: Scratch) -> None:
-    """Fill the address tables of the tile of ``keys`` positions from ``tile`` on."""
+def _find_tile(heads: Heads, pages: Pages, batch: Batch, item: Item, tile: int, scratch: Scratch, turn: int) -> None:
+    """Fill the first or second (``turn``) address tables for the tile of positions from ``tile`` on."""
     blocks = i32p(batch.block_table + 4 * item.sequence * batch.table_stride)
-    panels, values = i64p(scratch.panels), i64p(scratch.values)
+    panels, values = i64p(scratch.panels + turn * PANEL_TABLE), i64p(scratch.values + turn * VALUE_TABLE)
     size, block_size = element_size(pages.dtype), pages.block_size
     k_width, v_bytes = heads.num_kv_heads * heads.head_dim, heads.num_kv_heads * heads.v_head_dim * size
     for panel in range(TILE // POSITIONS):
         position = tile + panel * POSITIONS
-        if position >= tile + keys:
+        if position >= item.last:
             panels[panel] = panels[0]
             continue
         block, within = blocks[position // block_size], position % block_size

@@ -2,7 +2,8 @@
 
 Queries come in groups of 6, 3 or 1 rows whose results stay in registers. Where a tile's keys and values lie is a table
 of addresses, so that cache blocks need not be neighbours: one address per 16 positions of a key panel, one per position
-of the values.
+of the values. A second table says where the next tile's lie (``ahead``): they are asked for meanwhile, since the CPU
+cannot guess the way from block to block.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ NEVER = -1e30
 
 
 def _scores(rows: int, vectors: int, dtypes: tuple[str, ...]) -> Any:
-    """``s[rows, 16 * vectors] = q[rows, head_dim] . keys``; ``panels`` is the address of ``vectors`` addresses."""
+    """``s[rows, 16 * vectors] = q[rows, head_dim] . keys``; ``panels`` and ``ahead`` have ``vectors`` addresses."""
 
     def scores(
         e: Emit,
@@ -36,17 +37,21 @@ def _scores(rows: int, vectors: int, dtypes: tuple[str, ...]) -> Any:
         q: Value,
         q_bytes: Value,
         panels: Value,
+        ahead: Value,
         panel_bytes: Value,
         n: Value,
         s: Value,
         s_bytes: Value,
     ) -> None:
         starts = [e.load(e.add(panels, 8 * v), I64) for v in range(vectors)]
+        next_starts = [e.load(e.add(ahead, 8 * v), I64) for v in range(vectors)]
         for name in dtypes:
             with e.when(e.b.icmp_signed("==", dtype, e.i(CACHE_DTYPES[name]))):
                 totals = [[e.var(e.const(0.0)) for _ in range(vectors)] for _ in range(rows)]
                 with e.loop(n) as i:
                     at = e.mul(i, panel_bytes)
+                    for start in next_starts:
+                        e.prefetch(e.add(start, at))
                     keys = [widen(e, name, e.add(start, at)) for start in starts]
                     for row in range(rows):
                         x = e.bcast(e.add(q, e.mul(q_bytes, row), e.mul(i, 4)))
@@ -62,7 +67,7 @@ def _scores(rows: int, vectors: int, dtypes: tuple[str, ...]) -> Any:
 def _values(rows: int, vectors: int, masked: bool) -> Any:
     """``out[rows, 16 * vectors] = out * factors + p[rows, keys] . values``, the last columns masked if ``masked``.
 
-    ``table`` holds an address per key, ``offset`` is what to add to each in bytes.
+    ``table`` and ``ahead`` hold an address per key, ``offset`` is what to add to each in bytes.
     """
 
     def values(
@@ -70,6 +75,7 @@ def _values(rows: int, vectors: int, masked: bool) -> Any:
         dtype: Value,
         p: Value,
         table: Value,
+        ahead: Value,
         offset: Value,
         columns: Value,
         keys: Value,
@@ -87,6 +93,8 @@ def _values(rows: int, vectors: int, masked: bool) -> Any:
                     at = e.add(out, e.mul(out_bytes, row))
                     totals.append([e.var(e.b.fmul(factor, e.load(e.add(at, 64 * v)))) for v in range(vectors)])
                 with e.loop(keys) as k:
+                    for line in range(0, step * vectors, 64):
+                        e.prefetch(e.add(e.load(e.add(ahead, e.mul(k, 8)), I64), offset, line))
                     at = e.add(e.load(e.add(table, e.mul(k, 8)), I64), offset)
                     seen = [widen(e, name, e.add(at, step * v), mask) for v in range(vectors)]
                     for row in range(rows):
@@ -185,19 +193,19 @@ def seen_by(rows: Rows, row: int) -> tuple[int, int]:
 
 
 @njit
-def score_tile(dtype: int, q: int, rows: int, panels: int, panel_bytes: int, head_dim: int, s: int) -> None:
-    """``s[rows, TILE]`` from ``q`` [rows, head_dim]; ``rows`` is padded, ``panels`` the address of 4 addresses."""
+def score_tile(dtype: int, q: int, rows: int, panels: int, ahead: int, panel_bytes: int, head_dim: int, s: int) -> None:
+    """``s[rows, TILE]`` from ``q`` [rows, head_dim]; ``rows`` is padded, ``panels`` and ``ahead`` have 4 addresses."""
     for at in range(0, TILE // 16, WIDE):
-        table, out, width = panels + 8 * at, s + 64 * at, 4 * head_dim
+        table, after, out, width = panels + 8 * at, ahead + 8 * at, s + 64 * at, 4 * head_dim
         r = 0
         while rows - r >= 6:
-            _scores6(dtype, q + r * width, width, table, panel_bytes, head_dim, out + 4 * TILE * r, 4 * TILE)
+            _scores6(dtype, q + r * width, width, table, after, panel_bytes, head_dim, out + 4 * TILE * r, 4 * TILE)
             r += 6
         if rows - r >= 3:
-            _scores3(dtype, q + r * width, width, table, panel_bytes, head_dim, out + 4 * TILE * r, 4 * TILE)
+            _scores3(dtype, q + r * width, width, table, after, panel_bytes, head_dim, out + 4 * TILE * r, 4 * TILE)
             r += 3
         if rows - r >= 1:
-            _scores1(dtype, q + r * width, width, table, panel_bytes, head_dim, out + 4 * TILE * r, 4 * TILE)
+            _scores1(dtype, q + r * width, width, table, after, panel_bytes, head_dim, out + 4 * TILE * r, 4 * TILE)
 
 
 @njit
@@ -210,17 +218,18 @@ def score_transposed(keys: int, count: int, q: int, lanes: int, n: int, table: i
         i64p(table)[0] = q + at
         r = 0
         while count - r >= 6:
-            _transposed6(0, keys + 4 * r * n, 4 * n, table, 4 * lanes, n, s + at + 4 * lanes * r, 4 * lanes)
+            _transposed6(0, keys + 4 * r * n, 4 * n, table, table, 4 * lanes, n, s + at + 4 * lanes * r, 4 * lanes)
             r += 6
         while count - r >= 1:
-            _transposed1(0, keys + 4 * r * n, 4 * n, table, 4 * lanes, n, s + at + 4 * lanes * r, 4 * lanes)
+            _transposed1(0, keys + 4 * r * n, 4 * n, table, table, 4 * lanes, n, s + at + 4 * lanes * r, 4 * lanes)
             r += 1
 
 
 @njit
 def value_tile(
-    dtype: int, size: int, p: int, rows: int, table: int, width: int, keys: int, factors: int, out: int, out_bytes: int
-) -> None:
+    dtype: int, size: int, p: int, rows: int, table: int, ahead: int, width: int, keys: int, factors: int, out: int,
+    out_bytes: int,
+) -> None:  # fmt: skip
     """``out[rows, width] = out * factors + p . values`` over ``keys`` positions; ``size`` bytes an element."""
     column = 0
     while column < width:
@@ -230,19 +239,19 @@ def value_tile(
         while r < rows:
             weights, factor, y = p + 4 * TILE * r, factors + 4 * r, to + out_bytes * r
             if whole and rows - r >= 6:
-                _wide6(dtype, weights, table, offset, columns, keys, factor, y, out_bytes)
+                _wide6(dtype, weights, table, ahead, offset, columns, keys, factor, y, out_bytes)
                 r += 6
             elif rows - r >= 3:
                 if whole:
-                    _wide3(dtype, weights, table, offset, columns, keys, factor, y, out_bytes)
+                    _wide3(dtype, weights, table, ahead, offset, columns, keys, factor, y, out_bytes)
                 else:
-                    _tail3(dtype, weights, table, offset, columns, keys, factor, y, out_bytes)
+                    _tail3(dtype, weights, table, ahead, offset, columns, keys, factor, y, out_bytes)
                 r += 3
             else:
                 if whole:
-                    _wide1(dtype, weights, table, offset, columns, keys, factor, y, out_bytes)
+                    _wide1(dtype, weights, table, ahead, offset, columns, keys, factor, y, out_bytes)
                 else:
-                    _tail1(dtype, weights, table, offset, columns, keys, factor, y, out_bytes)
+                    _tail1(dtype, weights, table, ahead, offset, columns, keys, factor, y, out_bytes)
                 r += 1
         column += WIDE_COLUMNS if whole else 16
 

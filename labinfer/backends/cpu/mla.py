@@ -230,8 +230,8 @@ def _attend_latents(latent: Latent, pages: Pages, batch: Batch, item: MlaItem, s
                 scores[r * TILE + i] = across[i * scratch.lanes + r]
         softmax_tile(seen, tile, scratch.scores, scratch.maxima, scratch.sums, scratch.factors)
         value_tile(
-            0, 4, scratch.scores, scratch.rows, scratch.values, latent.kv_rank, count, scratch.factors, scratch.out,
-            out_bytes,
+            0, 4, scratch.scores, scratch.rows, scratch.values, scratch.values, latent.kv_rank, count, scratch.factors,
+            scratch.out, out_bytes,
         )  # fmt: skip
 
 

@@ -145,7 +145,7 @@ def out_stride(v_head_dim: int) -> int:
 def attention_scratch(group: int, head_dim: int, v_head_dim: int) -> int:
     """Bytes that each thread needs for attention of ``group`` query heads to a key head, whatever the context."""
     rows = padded_rows(max(1, TILE_ROWS // group) * group)
-    states = 64 + 8 * TILE + 2 * lines(4 * rows) + 64 * rows
+    states = 64 + 2 * 8 * TILE + 2 * lines(4 * rows) + 64 * rows
     return lines(states + 4 * TILE * rows + lines(4 * rows * head_dim) + 4 * rows * out_stride(v_head_dim))
 
 
