@@ -79,10 +79,11 @@ class Bench:
         task: Task = {"model": self.model, "threads": self.threads, "slots": 64, "temperature": 0.0}
         if name == "prefix":
             shared = tokens(1000)
-            return task | {"slots": 32, "requests": [[shared + tokens(16), 4] for _ in range(32)]}
+            return task | {"slots": 32, "in_turn": True, "requests": [[shared + tokens(16), 4] for _ in range(32)]}
         if name == "stall":
             return task | {
                 "slots": 9,
+                "watched": True,
                 "requests": [[tokens(32), 800] for _ in range(8)],
                 "late": tokens(4000),
                 "after": 100,
@@ -123,27 +124,28 @@ class Bench:
         self.found[f"throughput {peer}"] = {"ours": ours, "peer": theirs, "ratio": ratio}
 
     def stall(self) -> None:
-        """The gaps between tokens of 8 sequences before, and while, a prompt of 4,000 tokens is computed."""
+        """The gaps between tokens of 8 sequences while a prompt of 4,000 is computed, and of the same without it."""
         print("\nA prompt of 4,000 tokens arrives while 8 sequences decode: ms from token to token\n")
-        print(
-            "| stall limit | median before | p99 before | median | p99 | worst | p99 / median before | TTFT, s | load |"
-        )
+        columns = ["stall limit", "median without", "p99 without", "median", "p99", "worst", "p99 of with / without"]
+        print(f"| {' | '.join(columns)} | TTFT, s | load |")
         print("|---|---|---|---|---|---|---|---|---|")
+        task = self.task("stall")
+        alone = measured("labinfer", task | {"late": None})
         for value in ("1", "0"):
-            found = measured("labinfer", self.task("stall"), {"LABINFER_STALL": value})
-            before, during = gaps(found)
-            ratio = float(np.percentile(during, 99)) / median(before)
+            found = measured("labinfer", task, {"LABINFER_STALL": value})
+            without, during = gaps(alone, found)
+            ratio = float(np.percentile(np.divide(during, without), 99))
             text = f"{ratio:.2f}" if value == "0" else self.bar(f"{ratio:.2f}", ratio <= BARS["stall"], BARS["stall"])
             numbers = [
-                median(before),
-                np.percentile(before, 99),
+                median(without),
+                np.percentile(without, 99),
                 median(during),
                 np.percentile(during, 99),
                 max(during),
             ]
             cells = [*(f"{1000 * each:.1f}" for each in numbers), text, f"{found['served'] - found['arrived']:.1f}"]
             print(f"| {'off' if value == '0' else 'on'} | {' | '.join(cells)} | {load()} |", flush=True)
-            self.found[f"stall {value}"] = {"before": before, "during": during}
+            self.found[f"stall {value}"] = {"without": without, "during": during}
 
     def prefix(self) -> None:
         """Tokens computed of 32 prompts that share 1,000, and the mean time to the first token."""
@@ -153,7 +155,7 @@ class Bench:
         with_cache, without = found["1"], found["0"]
         work = without["computed"] / with_cache["computed"]
         times = without["first_token_seconds"] / with_cache["first_token_seconds"]
-        print(f"\n32 requests at once, {total} tokens of prompts, 1,000 shared by all\n")
+        print(f"\n32 requests in turn, {total} tokens of prompts, 1,000 shared by all\n")
         print("| prefix cache | tokens computed | mean TTFT, s | load |\n|---|---|---|---|")
         for name, each in (("on", with_cache), ("off", without)):
             print(f"| {name} | {each['computed']} | {each['first_token_seconds']:.2f} | {load()} |")
@@ -205,19 +207,15 @@ def figure(name: str, found: dict[str, Any]) -> float:
     return float(found["tokens"] / found["seconds"])
 
 
-def gaps(found: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """Seconds from token to token of the first requests before a late one arrived, and until its first token.
-
-    The first 20 tokens, while their own prompts were computed, do not count.
-    """
-    before, during = list[float](), list[float]()
-    for times in found["times"]:
-        for last, now in pairwise(times[20:]):
-            if now <= found["arrived"]:
-                before.append(now - last)
-            elif now <= found["served"]:
+def gaps(alone: dict[str, Any], found: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Seconds from token to token while a late prompt was computed, and of the same tokens in the run without one."""
+    without, during = list[float](), list[float]()
+    for quiet, times in zip(alone["times"], found["times"], strict=True):
+        for (before, then), (last, now) in zip(pairwise(quiet), pairwise(times), strict=True):
+            if found["arrived"] < now <= found["served"]:
+                without.append(then - before)
                 during.append(now - last)
-    return before, during
+    return without, during
 
 
 def measured(engine: str, task: Task, environment: dict[str, str] | None = None) -> dict[str, Any]:

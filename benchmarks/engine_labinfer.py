@@ -1,7 +1,8 @@
 """A program, not a module: LABInfer serving requests, for ``engine.py``.
 
 It reads JSON: ``model`` (path), ``threads``, ``slots`` (sequences at once), ``requests`` (prompt token ids,
-tokens to make), ``temperature``, and ``late``, a prompt that arrives when all requests have made ``after`` tokens.
+tokens to make), ``temperature``, ``watched`` where somebody waits for each token, ``late``, a prompt that arrives when
+all requests have made ``after`` tokens, and ``in_turn`` where each request arrives when the one before is done.
 Prints seconds, steps, and what became of the requests.
 """
 
@@ -32,11 +33,14 @@ class Timed:
 def run(model: LLM, task: dict[str, Any]) -> dict[str, Any]:
     """Serve all requests of ``task`` as fast as possible."""
     engine, late = model.engine, task.get("late")
-    timed = [Timed(prompt, tokens, task["temperature"], late is not None) for prompt, tokens in task["requests"]]
+    timed = list[Timed]()
     guest = Timed(late, 1, 0.0, True) if late else None
     start = time.perf_counter()
-    for each in timed:
-        engine.add(each.request)
+    for prompt, tokens in task["requests"]:
+        timed.append(Timed(prompt, tokens, task["temperature"], task.get("watched", False)))
+        engine.add(timed[-1].request)
+        if task.get("in_turn"):
+            engine.finish([timed[-1].request])
     arrived, steps = 0.0, 0
     while engine.busy:
         engine.step()

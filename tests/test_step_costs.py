@@ -18,6 +18,16 @@ def test_prompts_are_cut_so_that_steps_last_as_long_as_allowed() -> None:
     assert 6 <= np.median(sizes[50:]) <= 16  # 12.5 tokens are half a decode step
 
 
+def test_what_decoding_costs_is_measured_anew_while_prompts_are_computed() -> None:
+    costs, sizes = StepCosts(), []
+    for step in range(600):
+        sizes.append(0 if step < 20 else costs.prompt_tokens(8, 1.5))
+        decoding = 0.010 * (1 + step / 300)  # contexts grow
+        costs.observe(8, sizes[-1], decoding + 0.001 * sizes[-1])
+    assert sizes[20:].count(0) >= 30
+    assert max(sizes[-40:]) >= 8  # 14.5 tokens are half of the last decode step
+
+
 def test_one_slow_step_changes_little() -> None:
     costs = StepCosts()
     for _ in range(20):

@@ -5,6 +5,9 @@ from __future__ import annotations
 WEIGHT = 0.2
 """How much one measurement moves an estimate."""
 
+RENEW = 16
+"""Steps in a row with prompt tokens beside decodes, after which one without shows what decoding costs by now."""
+
 
 def moved(estimate: float | None, measured: float) -> float:
     """``estimate`` after a measurement; one that is far too long, as when a kernel was compiled, counts as double."""
@@ -24,16 +27,19 @@ class StepCosts:
         self.decode: dict[int, float] = {}
         self.per_token: float | None = None
         self.beside = Beside()
+        self.num_mixed = 0  # steps since one that only decoded
 
     def observe(self, decodes: int, prompt_tokens: int, seconds: float) -> None:
         """A step of ``decodes`` sequences and ``prompt_tokens`` more tokens took ``seconds``."""
         if prompt_tokens == 0:
             size = decodes.bit_length()
             self.decode[size] = moved(self.decode.get(size), seconds)
+            self.num_mixed = 0
         elif decodes == 0:
             self.per_token = moved(self.per_token, seconds / prompt_tokens)
         elif (base := self.decode_seconds(decodes)) is not None:
             self.beside.observe(prompt_tokens, base, seconds)
+            self.num_mixed += 1
 
     def decode_seconds(self, decodes: int) -> float | None:
         """A step of ``decodes`` sequences: the measurement of the nearest number."""
@@ -49,9 +55,12 @@ class StepCosts:
     def prompt_tokens(self, decodes: int, stall: float) -> int:
         """Prompt tokens that a step of ``decodes`` sequences can take in and last at most ``stall`` times as long.
 
-        Few different numbers, since a device may prepare a step of each size once. At least one, so that none starves;
-        at most twice as many as of late, since what that would cost is not known well.
+        Few different numbers, since a device may prepare a step of each size once. At least one, so that none starves,
+        but now and then none, since contexts grow and with them what decoding costs; at most twice as many as of late,
+        since what that would cost is not known well.
         """
+        if self.num_mixed >= RENEW:
+            return 0
         base = self.decode_seconds(decodes)
         if base is None or self.beside.per_token is None:
             return max(1, decodes // 2)  # a token of a prompt costs at most what one of a sequence does

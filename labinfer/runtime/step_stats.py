@@ -40,5 +40,5 @@ def step_stats(part: Part, seconds: float, num_waiting: int, num_accepted: int) 
     tokens, counts, proposed = int(part.counts.sum()), part.counts, 0
     if part.proposed is not None:
         counts, proposed = counts - part.proposed, int(part.proposed.sum())
-    decodes = int(np.count_nonzero(counts == 1))
+    decodes = int(np.count_nonzero((counts == 1) & (part.new == 1)))  # a piece of a prompt may be one token too
     return StepStats(now, seconds, sequences, tokens, decodes, num_waiting, proposed, num_accepted)
