@@ -91,11 +91,6 @@ class Batch:
         self.num_computed[row] = cached
         return cached
 
-    def crossed(self, before: int, after: int) -> bool:
-        """Whether growing from ``before`` to ``after`` tokens passed the length past which cached keys do not hold."""
-        limit = self.blocks.recompute_after
-        return limit is not None and before <= limit < after
-
     def clear(self, row: int) -> None:
         """Give the blocks of ``row`` back: nothing of it is computed any more."""
         self.blocks.release(row)
@@ -119,10 +114,13 @@ class Batch:
         return self.token_ids[row, : self.num_tokens[row]]
 
     def extend(self, row: int, token_ids: Sequence[int]) -> None:
-        """Add tokens to one row."""
-        before = int(self.num_tokens[row])
-        self.token_ids[row, before : before + len(token_ids)] = token_ids
-        self.num_tokens[row] = self.total_len[row] = before + len(token_ids)
+        """Add tokens to one row; where they pass the length past which cached keys do not hold, it begins anew."""
+        before, limit = int(self.num_tokens[row]), self.blocks.recompute_after
+        after = before + len(token_ids)
+        self.token_ids[row, before:after] = token_ids
+        self.num_tokens[row] = self.total_len[row] = after
+        if limit is not None and before <= limit < after:
+            self.clear(row)
 
     def grow(self, part: Part) -> int | None:
         """Give rows blocks of their own for what ``part`` writes; where they run out, the index of the first row left.

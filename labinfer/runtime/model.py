@@ -328,8 +328,6 @@ class Session:
             if not batch.blocks.fits(row, length):
                 raise UsageError("run.cache-full", f"no cache blocks are left for {length} tokens")
             batch.extend(row, tokens)
-            if batch.crossed(before, length):
-                batch.clear(row)
             while (start := int(batch.num_computed[row])) < length:
                 wanted = start >= before
                 size = min(limits.max_num_batched_tokens, limits.max_logits_rows if wanted else before - start)
