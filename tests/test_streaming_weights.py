@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +20,7 @@ from labinfer.errors import InvalidFile, LabinferError, UsageError
 from labinfer.runtime.manager import Manager
 
 from .test_pipeline import greedy, on_one_device, open_model, prompts
-from .tiny import GOLDEN, tiny_checkpoint, tiny_map
+from .tiny import GOLDEN, tiny_checkpoint, tiny_map, tiny_plan
 
 FAMILIES = ("llama-odd_heads_tied", "gemma3_text-linear_global", "mixtral-window", "deepseek_v2-group_limited")
 
@@ -57,6 +61,32 @@ def test_a_failing_step_leaves_the_layers_in_order() -> None:
 
             with model.listen(f"layers.{layer}.attn.out", fail), pytest.raises(LabinferError):
                 model.logits([1, 2, 3])
+            np.testing.assert_array_equal(model.logits([1, 2, 3]), expected)
+
+
+def test_an_interrupted_wait_leaves_the_layers_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _ = tiny_plan(tmp_path, streamed_layers=3)
+    with labinfer.load(path) as model:
+        expected = model.logits([1, 2, 3])
+        streamed = model.stages[0].streamed
+        assert streamed is not None
+        wait, waits, move_in = streamed.arrived.acquire, itertools.count(), streamed.device.move_in
+
+        def slowly(host: np.ndarray, array: Any) -> None:
+            if threading.current_thread() is streamed.thread:
+                time.sleep(0.02)
+            move_in(host, array)
+
+        def interrupted() -> bool:
+            if next(waits) == 1:  # for the second layer
+                raise KeyboardInterrupt
+            return wait()
+
+        monkeypatch.setattr(streamed.device, "move_in", slowly)
+        monkeypatch.setattr(streamed.arrived, "acquire", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.logits([1, 2, 3])
+        for _ in range(3):
             np.testing.assert_array_equal(model.logits([1, 2, 3]), expected)
 
 

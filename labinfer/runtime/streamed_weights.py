@@ -54,6 +54,7 @@ class StreamedWeights:
                 offset += weight_bytes(weight.format, weight.shape)
         self.copies: dict[int, np.ndarray] = {}
         self.current: int | None = None
+        self.next = 0  # place of the layer that arrives next
         self.arrived = threading.Semaphore(0)
         self.free = [threading.Semaphore(1) for _ in range(SLOTS)]
         self.closing = False
@@ -108,23 +109,19 @@ class StreamedWeights:
         """The ops that follow are those of ``layer``: wait for it, and let the one before be overwritten."""
         if layer == self.current:
             return
-        if self.current in self.places:
-            self.free[self.slot(self.current)].release()
-        self.current = layer
-        if layer in self.places:
+        self.end()
+        while layer in self.places and layer != self.current:  # those that a step which failed did not reach go first
+            self.end()
             self.arrived.acquire()
+            self.current, self.next = self.layers[self.next], (self.next + 1) % len(self.layers)
             if self.problem is not None:
                 raise self.problem
 
     def end(self) -> None:
-        """The step is over; where it failed, layers that it did not reach are passed over."""
-        passed = self.current
-        self.reach(None)
-        if passed is not None and passed <= self.layers[-1]:
-            for layer in self.layers:
-                if layer > passed:
-                    self.arrived.acquire()
-                    self.free[self.slot(layer)].release()
+        """Let the layer that was reached be overwritten."""
+        if self.current is not None:
+            layer, self.current = self.current, None
+            self.free[self.slot(layer)].release()
 
     def close(self) -> None:
         """End the thread and give the memory back."""
