@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -98,6 +100,48 @@ def test_a_killed_parent_leaves_nothing(transport: str) -> None:
         parent.kill()
     wait_until_gone(pids)
     assert not memory.is_dir() or {each for each in memory.iterdir() if "labinfer" in each.name} <= before
+
+
+_CHATTY = """
+import sys, threading
+from labinfer.runtime.pipeline.worker import Parent
+parent = Parent(int(sys.argv[1]))
+threading.Thread(target=parent.beat, daemon=True).start()
+for number in range(3000):
+    parent.say(loaded=number)
+parent.say(ready=True)
+sys.stdin.read()
+"""
+
+
+def test_a_parent_that_listens_late_hears_all() -> None:
+    control, theirs = socket.socketpair()
+    command = [sys.executable, "-c", _CHATTY, str(theirs.fileno())]
+    with theirs, subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.PIPE) as child, control:
+        theirs.close()
+        control.sendall(b'{"stage": 0}\n')
+        time.sleep(1.5)
+        heard = b""
+        while b"ready" not in heard:
+            received = control.recv(1 << 16)
+            assert received, "the child gave up"
+            heard += received
+        assert heard.count(b"loaded") == 3000
+        assert child.stdin is not None
+
+
+def test_a_stage_that_ends_at_once_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(LabinferError) as caught:
+        labinfer.load(FOLDER, devices=DEVICES, transport="shm")
+    assert caught.value.code == "pipeline.start"
+    assert "exit code 1" in caught.value.message
+
+
+def test_a_notebook_can_start_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # which has no descriptor
+    with labinfer.load(FOLDER, devices=DEVICES, transport="shm") as model:
+        assert model.logits([1, 2]).shape == (2, 96)
 
 
 def test_a_stage_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:

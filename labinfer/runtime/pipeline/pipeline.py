@@ -28,7 +28,7 @@ from labinfer.runtime.pipeline.message import (
     view,
     views,
 )
-from labinfer.runtime.pipeline.process import StageProcess, Watch
+from labinfer.runtime.pipeline.process import StageProcess, Watch, wait_until_ready
 from labinfer.runtime.pipeline.stage_loop import Links, StageLoop
 from labinfer.runtime.pipeline.transport import ChannelClosed, Header, open_channel
 from labinfer.runtime.stage import LoadedStage
@@ -115,8 +115,7 @@ class Pipeline:
         for links in self.links:
             for end in links.all():
                 end.release()
-        for process in self.stages:
-            process.wait_until_ready(progress, compiling)
+        wait_until_ready(self.stages, progress, compiling)
         self.watch = Watch(self.stages, lambda message: self.fail(StageDied("pipeline.stage-died", message)))
         self.collector.start()
 
@@ -144,10 +143,6 @@ class Pipeline:
             raise result
         assert result is not None
         return result
-
-    def has(self, number: int) -> bool:
-        """Whether ``wait`` would return at once."""
-        return number in self.results or self.broken is not None
 
     def collect(self) -> None:
         """Receive results until the pipeline is closed."""

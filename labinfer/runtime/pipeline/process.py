@@ -7,6 +7,7 @@ sees its socket close and ends too, so nothing is left behind however the parent
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -22,6 +23,9 @@ from typing import Any
 from labinfer.errors import LabinferError
 from labinfer.runtime.pipeline.message import decode_error
 
+STDERR = 2
+"""Where children write: the descriptor itself, since ``sys.stderr`` need not have one (in a notebook)."""
+
 BEAT = 0.25
 """Seconds between the beats of a child."""
 
@@ -30,7 +34,7 @@ STOPPED_AFTER, STUCK_AFTER = 1.0, 10.0
 
 
 class StageProcess:
-    """The process of one stage; ``name`` says which in errors. ``said`` is asked for its messages while it loads."""
+    """The process of one stage; ``name`` says which in errors, ``start`` tells it what to run."""
 
     def __init__(self, name: str, start: Mapping[str, Any], descriptors: Sequence[int]) -> None:
         self.name = name
@@ -38,25 +42,24 @@ class StageProcess:
         with theirs:
             command = [sys.executable, "-P", "-m", "labinfer.runtime.pipeline.worker", str(theirs.fileno())]
             self.process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno(), *descriptors], stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno()
+                command, pass_fds=[theirs.fileno(), *descriptors], stdin=subprocess.DEVNULL, stdout=STDERR
             )
-        self.heard, self.text = time.monotonic(), b""
-        self.control.sendall(json.dumps(start).encode() + b"\n")
+        self.heard, self.text, self.ready = time.monotonic(), b"", False
+        with contextlib.suppress(OSError):  # `load` tells that it has ended
+            self.control.sendall(json.dumps(start).encode() + b"\n")
 
-    def wait_until_ready(self, progress: Callable[[int], None], compiling: Callable[[int, int], None]) -> None:
-        """Return once its weights are loaded; raises what went wrong there."""
-        while True:
-            lines = self.read()
-            if lines is None:
-                raise LabinferError("pipeline.start", f"{self.name} ended while it was loaded: {self.cause()}")
-            for line in lines:
-                if "error" in line:
-                    raise decode_error(json.dumps(line["error"]).encode())
-                if "ready" in line:
-                    return
-                progress(line.get("loaded", 0))
-                if "compiling" in line:
-                    compiling(*line["compiling"])
+    def load(self, progress: Callable[[int], None], compiling: Callable[[int, int], None]) -> None:
+        """Take the messages that have come, of which the last is that it is ready; raises what went wrong there."""
+        lines = self.read()
+        if lines is None:
+            raise LabinferError("pipeline.start", f"{self.name} ended while it was loaded: {self.cause()}")
+        for line in lines:
+            if "error" in line:
+                raise decode_error(json.dumps(line["error"]).encode())
+            self.ready |= "ready" in line
+            progress(line.get("loaded", 0))
+            if "compiling" in line:
+                compiling(*line["compiling"])
 
     def read(self) -> list[dict[str, Any]] | None:
         """The messages that have come, waiting for some; None when the process has ended."""
@@ -93,6 +96,18 @@ class StageProcess:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+def wait_until_ready(
+    stages: Sequence[StageProcess], progress: Callable[[int], None], compiling: Callable[[int, int], None]
+) -> None:
+    """Return once all weights are loaded; raises what went wrong with the first stage where something does."""
+    with selectors.DefaultSelector() as selector:
+        for stage in stages:
+            selector.register(stage.control, selectors.EVENT_READ, stage)
+        while not all(stage.ready for stage in stages):
+            for key, _ in selector.select():
+                key.data.load(progress, compiling)
 
 
 def stopped(pid: int) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import selectors
 import signal
 import socket
 import sys
@@ -37,17 +39,14 @@ class Parent:
             self.control.sendall(json.dumps(message).encode() + b"\n")
 
     def beat(self) -> None:
-        """Say that this process lives until the parent closes the socket; then end it, whatever it does."""
-        self.control.settimeout(BEAT)
-        try:
-            while True:
-                try:
-                    if not self.control.recv(1):
-                        break
-                except TimeoutError:
-                    self.say(beat=True)
-        except OSError:
-            pass
+        """Say that this process lives until the parent closes the socket; then end it, whatever it does.
+
+        Saying has no timeout: a parent that does not listen for a while, since it was stopped, goes on later.
+        """
+        with contextlib.suppress(OSError), selectors.DefaultSelector() as selector:
+            selector.register(self.control, selectors.EVENT_READ)
+            while not selector.select(BEAT) or self.control.recv(1):
+                self.say(beat=True)
         os._exit(0)
 
 
