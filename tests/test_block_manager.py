@@ -180,22 +180,6 @@ def test_without_a_group_that_sees_all_the_window_alone_is_a_hit() -> None:
     blocks.check_integrity()
 
 
-def test_admission_keeps_a_share_free_or_changes_nothing() -> None:
-    blocks = manager((None, 10))
-    first, _ = begin(blocks, TEXT[:16])
-    row = blocks.open_row()
-    assert blocks.admit(row, TEXT[:30], 28) == 16  # 4 shared and 3 of 6
-    assert blocks.grow(np.array([row]), np.array([28])) is None
-    blocks.release(row)
-    before = blocks.counters
-    assert blocks.admit(row, TEXT[:30], 28, spare=0.4) is None
-    assert blocks.admit(row, TEXT[50:], 28) is None
-    assert (blocks.counters, blocks.counts[row], blocks.num_free) == (before, 0, 6)
-    assert blocks.admit(row, TEXT[:30], 28, spare=0.3) == 16
-    blocks.check_integrity()
-    assert first != row
-
-
 def test_a_window_bounds_what_a_sequence_needs() -> None:
     blocks = manager((8, 8))
     row = blocks.open_row()

@@ -178,19 +178,6 @@ class BlockManager:
         self.counts[row] = len(digests)
         return missing
 
-    def admit(self, row: int, token_ids: Tokens, length: int, salt: Salt = (), spare: float = 0.0) -> int | None:
-        """``attach``, if ``row`` can then grow to ``length`` tokens and a ``spare`` part of all blocks stays free.
-
-        None, and the row owns nothing, if it cannot.
-        """
-        before = replace(self.counted)
-        cached = self.attach(row, token_ids, salt)
-        if self.fits(row, length, spare):
-            return cached
-        self.release(row)
-        self.counted = before
-        return None
-
     def _root(self, length: int, salt: Salt) -> bytes:
         long = self.recompute_after is not None and length > self.recompute_after
         return root_digest(("long" if long else "", *salt))
@@ -224,11 +211,11 @@ class BlockManager:
         """Blocks that ``row`` owns in ``group``."""
         return int(self.counts[row] - self.first[group][row])
 
-    def fits(self, row: int, length: int, spare: float = 0.0) -> bool:
-        """Whether ``row`` can grow to ``length`` tokens, step by step, while a ``spare`` part of all blocks is free."""
+    def fits(self, row: int, length: int) -> bool:
+        """Whether ``row`` can grow to ``length`` tokens, step by step."""
         for number, group in enumerate(self.groups):
             more = self.limits.blocks_needed(self.limits.groups[number], length) - self.held(row, number)
-            if more > group.num_free - int(spare * group.num_blocks):
+            if more > group.num_free:
                 return False
         return True
 

@@ -11,6 +11,7 @@ import heapq
 import os
 import time
 from collections.abc import Sequence as Listing
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -111,9 +112,9 @@ class Scheduler:
         heapq.heappush(self.waiting, (self.policy.rank(sequence), next(self.arrivals), sequence))
 
     @property
-    def busy(self) -> bool:
-        """Whether anything waits or runs."""
-        return bool(self.running or self.waiting)
+    def sequences(self) -> list[Sequence]:
+        """All that run or wait."""
+        return [*self.running, *(sequence for _, _, sequence in self.waiting)]
 
     def schedule(self, ahead: bool = False) -> Part | None:
         """The next step, whose blocks are there; None when there is nothing to do, or nothing that can be done.
@@ -232,12 +233,13 @@ class Scheduler:
     def place(self, sequence: Sequence) -> bool:
         """Give ``sequence`` a row, with what was swapped out of it or what is cached; False without room for it."""
         batch, request, metrics = self.batch, sequence.request, sequence.request.metrics
-        adapter, cached = self.adapters.salt(sequence), 0
+        adapter, cached, counted = self.adapters.salt(sequence), 0, replace(batch.blocks.counted)
         row = batch.add(sequence.saved, (request.cache_salt, *adapter) if request.cache_salt or adapter else ())
         if sequence.swapped is None and not request.computes_all:
             cached = batch.attach(row)
         if (self.running and not self.has_room(row)) or not self.swap_in(sequence, row):
             batch.remove(row)
+            batch.blocks.counted = counted  # it will look again
             return False
         batch.end[row], batch.adapter[row] = self.longest(request), sequence.adapter
         batch.plain[row], batch.interactive[row] = sequence.state is None, request.interactive
