@@ -162,6 +162,18 @@ def test_a_draft_that_is_the_model_is_always_right_and_another_seldom() -> None:
         assert counted(model).accepted < counted(model).proposed / 5
 
 
+def test_steps_without_guesses_accept_none() -> None:
+    with labinfer.load(LLAMA, speculative_config=SELF, max_num_batched_tokens=6) as model:
+        engine = model.engine
+        requests = [engine.add(Request([1, 2, 3], GREEDY))]
+        while not counted(model).accepted:
+            engine.step()
+        requests.append(engine.add(Request([7] * 40, GREEDY)))
+        engine.finish(requests)
+        assert any(step.num_prompt_tokens and not step.num_proposed for step in engine.stats)
+        assert sum(step.num_accepted for step in engine.stats) == counted(model).accepted
+
+
 def test_wrong_guesses_leave_nothing_in_the_draft() -> None:
     class Checked(DraftModel):
         checked = 0

@@ -96,6 +96,14 @@ class Batch:
         self.blocks.release(row)
         self.num_computed[row], self.total_len[row] = 0, self.num_tokens[row]
 
+    def start_anew(self, rows: np.ndarray) -> None:
+        """Begin those of ``rows`` again that have just passed the length past which cached keys do not hold."""
+        limit = self.blocks.recompute_after
+        if limit is not None:
+            for row in rows[self.num_tokens[rows] == limit + 1].tolist():
+                self.clear(row)
+                self.attach(row)
+
     def fork(self, row: int) -> int:
         """A row that goes on from where ``row`` is and shares its blocks."""
         into = self.add(self.tokens(row), self.salts[row])

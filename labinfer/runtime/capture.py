@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Listing
 from contextlib import ExitStack
 from functools import partial
@@ -26,18 +27,32 @@ class Capture:
         self.part: Part | None = None
         self.owners: Listing[Sequence] = ()
 
+    def check(self, request: Request) -> None:
+        """``UsageError`` for a value that the model does not have, or that cannot be seen."""
+        for name in request.capture:
+            self.model.maker(name)
+
     def attach(self, request: Request) -> None:
-        """Begin to listen for ``request``; an unknown value is a ``UsageError``."""
-        for name in dict.fromkeys(request.capture):
+        """Begin to listen for ``request``, to all that it wants or, where that fails, to nothing."""
+        names = list(dict.fromkeys(request.capture))
+        for index, name in enumerate(names):
             if name not in self.wanted:
                 stack = ExitStack()
-                stack.enter_context(self.model.listen(name, partial(self.keep, name)))
+                try:
+                    stack.enter_context(self.model.listen(name, partial(self.keep, name)))
+                except BaseException:
+                    self.leave(names[:index])
+                    raise
                 self.listening[name], self.wanted[name] = stack, 0
             self.wanted[name] += 1
 
     def detach(self, request: Request) -> None:
         """Listen no more for ``request``."""
-        for name in dict.fromkeys(request.capture):
+        self.leave(dict.fromkeys(request.capture))
+
+    def leave(self, names: Iterable[str]) -> None:
+        """One less wants each of ``names``."""
+        for name in names:
             self.wanted[name] -= 1
             if self.wanted[name] == 0:
                 del self.wanted[name]

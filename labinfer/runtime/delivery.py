@@ -44,22 +44,28 @@ class Delivery:
         A sequence that a running step still computes is not told to have ended, unless all its tokens were told.
         """
         early = []
-        while self.news:
-            sequence, token, last = news = self.news.popleft()
-            if sequence.done:
-                continue
-            if last and sequence.row >= 0 and not sequence.heard:
-                early.append(news)
-                continue
-            stopped = sequence.answer is not None and sequence.answer.stop is not None  # before the end of its step
-            if sequence.heard and token is not None and not stopped:
-                sequence.told.append(token)
-            self.write(sequence, token, last)
-            if last:
-                self.conclude(sequence)
-            if (listener := sequence.request.listener) is not None:
-                listener(sequence)
-        self.news.extend(early)
+        try:
+            while self.news:
+                sequence, token, last = news = self.news.popleft()
+                if sequence.done:
+                    continue
+                if last and sequence.row >= 0 and not sequence.heard:
+                    early.append(news)
+                else:
+                    self.tell(sequence, token, last)
+        finally:
+            self.news.extend(early)
+
+    def tell(self, sequence: Sequence, token: int | None, last: bool) -> None:
+        """Tell a sequence's news to whoever listens."""
+        stopped = sequence.answer is not None and sequence.answer.stop is not None  # before the end of its step
+        if sequence.heard and token is not None and not stopped:
+            sequence.told.append(token)
+        self.write(sequence, token, last)
+        if last:
+            self.conclude(sequence)
+        if (listener := sequence.request.listener) is not None:
+            listener(sequence)
 
     def write(self, sequence: Sequence, token: int | None, last: bool) -> None:
         """Add the text of ``token`` to that of its sequence: of all tokens at its end, where none was told before."""

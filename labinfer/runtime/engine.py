@@ -92,6 +92,7 @@ class Engine:
             raise UsageError("run.too-long", message, remedy="compile with a larger --max-model-len")
         if request.lora is not None:
             self.model.adapters.check(request.lora)
+        self.capture.check(request)
         params = request.params
         if request.num_made > params.n and params.logprobs is None:
             params = replace(params, logprobs=0)  # tells which answers are the likeliest
@@ -118,17 +119,28 @@ class Engine:
     def abort_all(self) -> None:
         """Stop every request."""
         with self.model.lock:
-            for sequence in [*self.scheduler.running, *(entry[-1] for entry in self.scheduler.waiting)]:
+            self.make_changes()
+            for sequence in self.scheduler.sequences:
                 self.end(sequence, "abort")
 
     def submit(self, change: Callable[[], None]) -> None:
         """Call ``change()`` before the next step; for those who must not wait for the step that runs."""
         self.inbox.append(change)
 
+    def make_changes(self) -> None:
+        """Do what was submitted."""
+        while self.inbox:
+            self.inbox.popleft()()
+
     @property
     def busy(self) -> bool:
         """Whether there is anything to compute or to tell."""
         return bool(self.scheduler.running or self.scheduler.waiting or self.delivery.news or self.inbox)
+
+    @property
+    def overlapping(self) -> bool:
+        """Whether the host works while the device does; not while values are captured, of which telling lets go."""
+        return self.device is not None and not self.capture.wanted
 
     def start(self) -> None:
         """Have a thread run the steps from now on, if none does; ``close`` ends it."""
@@ -179,8 +191,7 @@ class Engine:
         """Compute one step for all requests; those that it finished."""
         with self.model.lock:
             started, self.finished = time.perf_counter(), []
-            while self.inbox:
-                self.inbox.popleft()()
+            self.make_changes()
             scheduled, self.prepared = self.prepared or self.schedule(), None
             if scheduled is None:
                 self.delivery.deliver()
@@ -193,7 +204,7 @@ class Engine:
                 self.stepping = False
                 self.release()
             self.observe(scheduled.part, time.perf_counter() - started)
-            if self.device is None:
+            if not self.overlapping:
                 self.delivery.deliver()
             return self.finished
 
@@ -214,7 +225,7 @@ class Engine:
     def compute(self, scheduled: Scheduled) -> np.ndarray:
         """Run the step; meanwhile tell of the tokens of the one before it and prepare the one after it."""
         try:
-            if self.device is None:
+            if self.device is None or not self.overlapping:
                 return self.model.run(scheduled.batch)
             running = self.device.submit(self.model.run, scheduled.batch)
             try:
@@ -255,19 +266,18 @@ class Engine:
         elif len(rows):
             self.take(rows, logits if part.decodes else logits[last[part.new > 0]])
         batch.commit(part)
-        self.start_anew(rows)
+        batch.start_anew(rows)
         if self.prepared is not None:
             again = np.repeat(self.prepared.part.rows, self.prepared.part.counts)
             self.prepared.batch.token_ids[:] = batch.token_ids[again, self.prepared.batch.positions]
 
     def take(self, rows: np.ndarray, logits: np.ndarray) -> np.ndarray:
         """Make the next token of each of ``rows`` from float32 ``logits`` [rows, vocab], int64, and see to its end."""
-        sampled = self.choose(rows, logits)
+        sampled, lengths = self.choose(rows, logits), self.batch.num_tokens[rows]
+        self.batch.token_ids[rows, lengths - 1] = sampled.tokens
         for index, error in sampled.errors.items():
             self.batch.num_tokens[rows[index]] -= 1
             self.fail(self.scheduler.owners[int(rows[index])], error)
-        lengths = self.batch.num_tokens[rows]
-        self.batch.token_ids[rows, lengths - 1] = sampled.tokens
         happens = (lengths >= self.batch.end[rows]) | self.is_eos[sampled.tokens] | self.batch.watched[rows]
         for index in happens.nonzero()[0].tolist():
             self.look(self.scheduler.owners[int(rows[index])], index, sampled, logits)
@@ -334,15 +344,6 @@ class Engine:
                 self.fail(other, sampled.errors[0])
             self.look(other, 0, sampled, logits)
 
-    def start_anew(self, rows: np.ndarray) -> None:
-        """Compute those sequences anew that have just passed the length past which cached keys do not hold."""
-        limit = self.batch.blocks.recompute_after
-        if limit is not None:
-            for row in rows[self.batch.num_tokens[rows] == limit + 1].tolist():
-                if row in self.scheduler.owners:
-                    self.batch.clear(row)
-                    self.batch.attach(row)
-
     # Ends
 
     def end(self, sequence: Sequence, reason: str, token: int | None = None) -> None:
@@ -361,11 +362,10 @@ class Engine:
             self.end(each, "error")
 
     def fail_all(self, error: LabinferError) -> None:
-        """End every request with ``error``, and tell so."""
+        """End every request with ``error``; the next step tells so."""
         with self.model.lock:
-            for sequence in [*self.scheduler.running, *(entry[-1] for entry in self.scheduler.waiting)]:
+            for sequence in self.scheduler.sequences:
                 self.fail(sequence, error)
-            self.delivery.deliver()
 
     def release(self) -> None:
         """Give back the rows of sequences that have ended."""
@@ -382,7 +382,7 @@ class Engine:
 
     def observe(self, part: Part, seconds: float) -> None:
         """Remember what a step cost."""
-        accepted = self.speculation.accepted if self.speculation is not None else 0
+        accepted = self.speculation.accepted if self.speculation and part.proposed is not None else 0
         stats = step_stats(part, seconds, len(self.scheduler.waiting), accepted)
         self.stats.append(stats)
         if self.speculation is not None:

@@ -39,9 +39,9 @@ def generate(
         Request(tokenize(model, prompt), each, text=prompt if isinstance(prompt, str) else None, lora=lora, **options)
         for prompt, each, lora in zip(given, each_params, adapters, strict=True)
     ]
-    if on_token is not None:
-        for index, request in enumerate(requests):
-            request.listener, request.interactive = Teller(index, on_token), True
+    tellers = [] if on_token is None else [Teller(index, on_token, engine.abort) for index in range(len(requests))]
+    for request, teller in zip(requests, tellers, strict=False):
+        request.listener, request.interactive = teller, True
     try:
         for request in requests:
             engine.add(request)
@@ -49,9 +49,9 @@ def generate(
     finally:
         for request in requests:
             engine.abort(request)
-    for request in requests:
-        if request.error is not None:
-            raise request.error
+    for problem in [*(teller.problem for teller in tellers), *(request.error for request in requests)]:
+        if problem is not None:
+            raise problem
     return [output_of(request) for request in requests]
 
 
@@ -68,16 +68,24 @@ def encode_chats(model: Model, messages: Any, names: Mapping[str, Any]) -> list[
 
 
 class Teller:
-    """A listener that hands the new text of its request's first answer to ``on_token``."""
+    """A listener that hands the new text of its request's first answer to ``on_token``.
 
-    def __init__(self, index: int, on_token: Callable[[int, str], None]) -> None:
-        self.index, self.on_token, self.told = index, on_token, 0
+    What that raises is kept as ``problem`` and ends the request, not the step: others have a part in it.
+    """
+
+    def __init__(self, index: int, on_token: Callable[[int, str], None], abort: Callable[[Request], None]) -> None:
+        self.index, self.on_token, self.abort, self.told = index, on_token, abort, 0
+        self.problem: Exception | None = None
 
     def __call__(self, sequence: RunningSequence) -> None:
         """Tell what is new."""
-        if sequence.index == 0 and len(sequence.pieces) > self.told:
+        if sequence.index == 0 and len(sequence.pieces) > self.told and self.problem is None:
             new, self.told = "".join(sequence.pieces[self.told :]), len(sequence.pieces)
-            self.on_token(self.index, new)
+            try:
+                self.on_token(self.index, new)
+            except Exception as problem:
+                self.problem = problem
+                self.abort(sequence.request)
 
 
 def params_of_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

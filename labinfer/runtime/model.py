@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Listing
 from contextlib import ExitStack, closing, contextmanager
-from functools import cached_property
 from itertools import count
 from operator import index
 from typing import TYPE_CHECKING, Any, Self
@@ -67,6 +66,7 @@ class Model:
     ) -> None:
         self.seed = seed
         self.proposer: Proposer | None = None  # for speculation
+        self._engine: Engine | None = None
         self.plan, self.tokenizer, self.manager = plan, tokenizer, manager or Manager()
         self.owns_manager = manager is None
         self.owner = f"{plan.source.name} #{next(_numbers)}"
@@ -115,15 +115,19 @@ class Model:
         """The weights, and the pools of adapters, of each stage of this process."""
         return [memory for stage in self.stages for memory in stage.parameters]
 
-    @cached_property
+    @property
     def engine(self) -> Engine:
-        """Runs requests on this model."""
-        from labinfer.runtime.engine import Engine
-        from labinfer.runtime.pipeline.engine import PipelinedEngine
+        """Runs requests on this model, of all threads; made by the first that asks."""
+        if self._engine is None:
+            from labinfer.runtime.engine import Engine
+            from labinfer.runtime.pipeline.engine import PipelinedEngine
 
-        self.check_open()
-        kind = PipelinedEngine if self.pipeline else Engine
-        return kind(self, self.tokenizer.eos_ids if self.tokenizer else (), seed=self.seed)
+            with self.lock:
+                self.check_open()
+                if self._engine is None:
+                    kind = PipelinedEngine if self.pipeline else Engine
+                    self._engine = kind(self, self.tokenizer.eos_ids if self.tokenizer else (), seed=self.seed)
+        return self._engine
 
     @property
     def max_len(self) -> int:
@@ -241,22 +245,27 @@ class Model:
 
         ``value`` is a name of the plan, ``layers.3.attn.out``; ``array`` is a copy, float32 [T, features].
         """
+        interpreter = self.maker(value)
+        with self.lock:  # no step runs meanwhile
+            listener = interpreter.listen(value, callback)
+        try:
+            yield
+        finally:
+            with self.lock:
+                interpreter.unlisten(listener)
+
+    def maker(self, value: str) -> Interpreter:
+        """The interpreter of the stage that makes ``value``; ``UsageError`` if none here does."""
         if not self.stages:
             remedy = "run it with --transport local"
             raise UsageError("run.other-process", "values of stages in other processes cannot be seen", remedy=remedy)
         for interpreter in self.interpreters:
             here = value in interpreter.slots or value in interpreter.inner
             if here and value not in interpreter.stage.inputs:
-                listener = interpreter.listen(value, callback)
-                break
-        else:
-            known = [name for each in self.interpreters for name in each.slots]
-            remedy = did_you_mean(value, known) or "`labinfer explain PLAN --values` lists them"
-            raise UsageError("run.unknown-value", f"the plan has no value '{value}'", remedy=remedy)
-        try:
-            yield
-        finally:
-            interpreter.unlisten(listener)
+                return interpreter
+        known = [name for each in self.interpreters for name in each.slots]
+        remedy = did_you_mean(value, known) or "`labinfer explain PLAN --values` lists them"
+        raise UsageError("run.unknown-value", f"the plan has no value '{value}'", remedy=remedy)
 
     def variable(self, name: str) -> Variable:
         """The weight or activation called ``name``: a ``Parameter`` with its array, or a ``Tensor`` with its slot."""
@@ -273,8 +282,9 @@ class Model:
 
     def close(self) -> None:
         """Give back everything that was allocated; the model cannot run any more."""
-        if (engine := self.__dict__.pop("engine", None)) is not None:
-            engine.close()
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
         if self.proposer is not None:
             self.proposer.close()
         self.closed = True
@@ -317,6 +327,8 @@ class Session:
     def append(self, token_ids: Iterable[int]) -> np.ndarray:
         """Add tokens and compute them in as many steps as it takes: float32 logits [len(token_ids), vocab_size]."""
         model, batch, row = self.model, self.model.batch, self.row
+        if row < 0:
+            raise UsageError("run.closed", "the session is closed")
         tokens, limits = model.check_tokens(token_ids), model.plan.limits
         result = np.empty((len(tokens), model.vocab_size), np.float32)
         with model.lock:

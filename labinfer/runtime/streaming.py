@@ -51,7 +51,7 @@ class Mailbox:
     """Wakes coroutines of one event loop from other threads; many of them at a time, since waking a loop is slow."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
+        self.loop = weakref.ref(loop)  # which the mailboxes would else keep for ever
         self.events: deque[asyncio.Event] = deque()
         self.called = False
 
@@ -59,9 +59,10 @@ class Mailbox:
         """Set ``event`` soon."""
         self.events.append(event)
         if not self.called:
-            self.called = True
+            self.called, loop = True, self.loop()
             try:
-                self.loop.call_soon_threadsafe(self.flush)
+                if loop is not None:
+                    loop.call_soon_threadsafe(self.flush)
             except RuntimeError:  # the loop is closed, nobody waits any more
                 self.events.clear()
 
@@ -94,8 +95,15 @@ async def stream(engine: Engine, request: Request, kind: RequestOutputKind) -> A
         if sequence.done or kind is not RequestOutputKind.FINAL_ONLY:
             box.post(event)
 
+    def begin() -> None:
+        try:
+            engine.queue(request)
+        except LabinferError as error:  # that of this request alone
+            request.error = error
+            box.post(event)
+
     request.listener, request.interactive = listener, kind is not RequestOutputKind.FINAL_ONLY
-    engine.submit(lambda: engine.queue(request))
+    engine.submit(begin)
     engine.start()
     try:
         finished = False

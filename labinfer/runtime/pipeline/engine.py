@@ -115,8 +115,7 @@ class PipelinedEngine(Engine):
         """Send what can be sent, and see to the oldest step on its way; the requests that it finished."""
         with self.model.lock:
             self.finished = []
-            while self.inbox:
-                self.inbox.popleft()()
+            self.make_changes()
             self.fill()
             if self.flights:
                 self.settle()
@@ -267,6 +266,7 @@ class PipelinedEngine(Engine):
 
     def release(self) -> None:
         """Give back the rows of sequences that have ended, unless steps on their way use them."""
+        self.fit()
         unused = [each for each in self.ending if each.row < 0 or not self.uses[each.row]]
         if unused:
             self.scheduler.stop(unused)
