@@ -48,6 +48,7 @@ class PipelinedEngine(Engine):
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **options)  # type: ignore[arg-type]
         assert self.model.pipeline is not None
+        self.speculation = None  # a step is sent before the tokens are known that guesses would follow
         self.pipeline: Pipeline = self.model.pipeline
         self.depth = DEPTH if self.batch.blocks.recompute_after is None else 1
         self.flights: deque[Flight] = deque()
