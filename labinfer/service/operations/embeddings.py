@@ -71,7 +71,8 @@ def last_hidden_state(stages: Iterable[Stage]) -> str:
 def pooled(rows: np.ndarray, pooling: str) -> np.ndarray:
     """One vector of length 1, float32 [features], of float32 ``rows`` [tokens, features]."""
     vector = rows[-1].astype(np.float64) if pooling == "last" else rows.mean(0, dtype=np.float64)
-    return (vector / max(float(np.linalg.norm(vector)), 1e-12)).astype(np.float32)
+    unit: np.ndarray = (vector / max(float(np.linalg.norm(vector)), 1e-12)).astype(np.float32)
+    return unit
 
 
 def written(vector: np.ndarray, encoding_format: str | None) -> list[float] | str:
