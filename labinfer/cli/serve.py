@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from labinfer.cli.config_file import config_option
 from labinfer.cli.options import COUNT, given, json_option, lora_request, plan_options
 from labinfer.cli.output import current
 from labinfer.errors import UsageError
@@ -25,8 +26,9 @@ CACHE_BYTES = 1 << 30
 """Bytes of the KV cache, likewise: sequences share it, and few of them are as long as they may be."""
 
 
-@click.command()
+@click.command(context_settings={"auto_envvar_prefix": "LABINFER_SERVE"})
 @click.argument("model", required=False)
+@config_option
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="H", help="Address to listen on.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, metavar="P", help="Port; 0: any."
@@ -61,7 +63,8 @@ def serve(
     """Serve a model to every client of OpenAI's API.
 
     MODEL is a plan.json or whatever `labinfer compile` takes; without it, the embedded SmolLM2-135M-Instruct. Prints
-    where the service is and the key that it asks for.
+    where the service is and the key that it asks for. Options may also be environment variables, LABINFER_SERVE_PORT
+    for --port, or lines of a YAML file (--config); `labinfer config show --origin` tells which is which.
 
     \b
     labinfer serve
