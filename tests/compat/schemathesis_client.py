@@ -14,6 +14,6 @@ checks = "not_a_server_error,status_code_conformance,response_schema_conformance
 subprocess.run(
     [program, "run", f"{url}/openapi.json", "-H", f"Authorization: Bearer {os.environ['OPENAI_API_KEY']}",
      "--checks", checks, "--mode", "all", "--max-examples", "10", "--no-shrink", "--generation-deterministic",
-     "--phases", "examples,coverage,fuzzing", "--generation-database", "none", "--request-timeout", "60"],
+     "--phases", "examples,coverage,fuzzing", "--request-timeout", "60"],
     check=True, cwd=Path(__file__).parent, env={**os.environ, "SCHEMATHESIS_HOOKS": "schemathesis_hooks"},
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What schemathesis asks for is kept short: answers of 4 tokens at most, so that thousands of requests end in minutes."""
+"""What schemathesis asks for is kept short, answers of a few tokens, so that thousands of requests end in minutes."""
 
 from typing import Any
 
