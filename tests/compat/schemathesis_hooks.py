@@ -14,9 +14,13 @@ def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
         return
     path = case.operation.path
     if path in ("/v1/chat/completions", "/v1/completions", "/v1/messages"):
-        case.body.setdefault("max_tokens", 4)
+        default = "max_tokens"
     elif path == "/v1/responses":
-        case.body.setdefault("max_output_tokens", 16)
+        default = "max_output_tokens"
+    else:
+        return
+    if case.body.get(default) is None:
+        case.body[default] = FIELDS[default]
     for name, most in FIELDS.items():
         value = case.body.get(name)
         if isinstance(value, int) and not isinstance(value, bool) and value > most:
