@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 import labinfer
+from labinfer import LoRARequest
 from labinfer.llm import LLM
 from labinfer.service.options import ServiceOptions
 from labinfer.service.server import Server, bind
@@ -24,12 +25,12 @@ OTHER_KEY = "other-key-0123456789"
 class Served:
     """A running service: ``http`` is a client with the key."""
 
-    def __init__(self, model: LLM, **options: Any) -> None:
+    def __init__(self, model: LLM, adapters: Sequence[LoRARequest] = (), **options: Any) -> None:
         listener = bind(ServiceOptions(port=0))
         settings = ServiceOptions(
             port=listener.getsockname()[1], api_keys=(KEY, OTHER_KEY), served_model_name="tiny", **options
         )
-        self.model, self.service = model, Service(model, settings)
+        self.model, self.service = model, Service(model, settings, adapters=adapters)
         self.server, started = Server(self.service, listener), threading.Event()
         self.thread = threading.Thread(target=self.server.run, args=(started.set,))
         self.thread.start()

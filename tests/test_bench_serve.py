@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from labinfer.bench.load import Sample, arrivals, keeps, percentile
+from labinfer.bench.load_report import quantiles, rates
 
 from .service import KEY, Served, served
 
@@ -31,11 +33,16 @@ def test_figures_are_those_of_the_service(api: Served, labinfer_cli: Cli, tmp_pa
     result = labinfer_cli(
         "bench", "serve", "--base-url", api.url, "--api-key", KEY, "--dataset-path", prompts, "--num-prompts", 10,
         "--random-output-len", 7, "--max-concurrency", 3, "--request-rate", 500, "--goodput", "ttft:60000",
-        "--metric-percentiles", "50,99.9", "--save-result", tmp_path / "found.json", "--json",
+        "--metric-percentiles", "50,99.9", "--save-result", tmp_path / "found.json",
+        "--save-report", tmp_path / "found.html", "--json",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert json.loads((tmp_path / "found.json").read_text()) == found
+    text = (tmp_path / "found.html").read_text()
+    page = ElementTree.fromstring(text[text.index("<body>") : text.index("</html>")])
+    assert [cell.text for cell in page.iter("td")][2:4] == ["completed", "10.00"]
+    assert [len((each.get("points") or "").split()) for each in page.iter("polyline")] == [103, 103, 103, 60]
     assert (found["completed"], found["failed"]) == (10, 0)
     assert (found["total_input_tokens"], found["total_output_tokens"]) == (20, 70)
     assert found["request_goodput"] == pytest.approx(found["request_throughput"])
@@ -77,6 +84,14 @@ def test_a_service_that_is_not_there_is_said(labinfer_cli: Cli) -> None:
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.floats(0, 100))
 def test_percentiles_are_numpys(values: list[float], percent: float) -> None:
     assert percentile(values, percent) == pytest.approx(np.percentile(values, percent), rel=1e-9, abs=1e-6)
+
+
+def test_the_plots_are_of_all_answers() -> None:
+    samples = [Sample(asked=10.0, times=[11.0, 12.0], tokens=2), Sample(asked=10.0, times=[13.0, 16.0], tokens=2)]
+    assert quantiles([each.first for each in samples])[50] == (50, 2000)
+    found = rates(samples)
+    assert sum(rate for _, rate in found) * 6 / len(found) == pytest.approx(4)  # pieces within 6 s
+    assert found[-1] == pytest.approx((5.95, 10))
 
 
 def test_arrivals_keep_their_rate() -> None:

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from labinfer.cli.serve import serve
 from labinfer.service.app import OPERATIONS
 from labinfer.service.options import ServiceOptions
+
+from .service import served
 
 FOLDER = Path(__file__).parent.parent / "docs" / "deploy"
 OPTIONS = {text for parameter in serve.params for text in parameter.opts} | {"-q"}
@@ -68,3 +71,22 @@ def test_the_key_comes_from_where_the_command_reads_it() -> None:
     assert [each["name"] for each in container["env"]] == [option.envvar]
     compose = yaml.safe_load((FOLDER / "compose.yaml").read_text())["services"]["labinfer"]
     assert list(compose["environment"]) == [option.envvar]
+
+
+def test_the_board_shows_metrics_that_exist(tiny_model: Path) -> None:
+    board = json.loads((FOLDER / "grafana.json").read_text())
+    asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    asked.append(board["templating"]["list"][1]["query"])
+    with served(tiny_model) as api:
+        families = list(text_string_to_metric_families(api.http.get("/metrics").text))
+    labels: dict[str, set[str]] = {}
+    for sample in [sample for family in families for sample in family.samples]:
+        labels.setdefault(sample.name, set()).update(sample.labels)
+    for text in asked:
+        names = re.findall(r"\b(?:vllm|labinfer):\w+", text)
+        assert names
+        assert set(names) <= labels.keys(), text
+        assert set(re.findall(r"by \((\w+)\)", text)) <= labels[names[0]]
+    shown = {target["legendFormat"] for panel in board["panels"] for target in panel["targets"]}
+    assert set(re.findall(r"\{\{(\w+)\}\}", " ".join(shown))) == {"finished_reason", "reason", "device", "use"}
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])

@@ -49,6 +49,7 @@ class Rate(click.ParamType):  # type: ignore[type-arg]  # generic in newer click
 )
 @click.option("--metric-percentiles", default="50,90,99", show_default=True, metavar="LIST", help="Percentiles.")
 @click.option("--save-result", metavar="FILE", help="Write the figures as JSON.")
+@click.option("--save-report", metavar="FILE", help="Write them with plots as an HTML page.")
 @json_option
 def bench_serve(
     base_url: str,
@@ -64,6 +65,7 @@ def bench_serve(
     goodput: tuple[str, ...],
     metric_percentiles: str,
     save_result: str | None,
+    save_report: str | None,
     as_json: bool,
 ) -> None:
     """Measure a running service under load.
@@ -72,11 +74,12 @@ def bench_serve(
 
     \b
     labinfer bench serve --num-prompts 200 --max-concurrency 16
-    labinfer bench serve --request-rate 4 --goodput ttft:500 --goodput tpot:50 --save-result load.json
+    labinfer bench serve --request-rate 4 --goodput ttft:500 --goodput tpot:50 --save-report load.html
     """  # fmt: skip
     import asyncio
 
     from labinfer.bench.load import bounds_of, load, summary, target
+    from labinfer.bench.load_report import load_report
     from labinfer.bench.prompts import file_prompts, random_prompts
     from labinfer.service.keys import kept_key
 
@@ -95,6 +98,8 @@ def bench_serve(
     found = summary(samples, seconds, percents, bounds)
     if save_result is not None:
         Path(save_result).write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+    if save_report is not None:
+        Path(save_report).write_text(load_report(found, samples), "utf-8")
     _show(found, as_json)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from labinfer.units import parse_bytes, parse_count
+
+if TYPE_CHECKING:
+    from labinfer.runtime.lora import LoRARequest
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -81,6 +84,17 @@ def plan_options(function: Function) -> Function:
 def given(options: dict[str, Any]) -> dict[str, Any]:
     """The options that were given."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def lora_request(text: str) -> LoRARequest:
+    """The adapter that ``--lora NAME=PATH`` names."""
+    from labinfer.errors import UsageError
+    from labinfer.runtime.lora import LoRARequest
+
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise UsageError("cli.lora", f"'{text}' should be NAME=PATH, such as french=./french-adapter")
+    return LoRARequest(name, path)
 
 
 def json_option(function: Function) -> Function:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from labinfer.cli.options import COUNT, given, json_option, plan_options
+from labinfer.cli.options import COUNT, given, json_option, lora_request, plan_options
 from labinfer.cli.output import current
 from labinfer.cli.sampling_options import sampling_options, take_params
 from labinfer.errors import UsageError
@@ -119,7 +119,7 @@ def run(
     ids = _token_ids(token_ids) if token_ids is not None else None
     files = _tap_files(taps)
     params = take_params(options)
-    answering = Answering(params, system, raw, _lora_request(lora))
+    answering = Answering(params, system, raw, None if lora is None else lora_request(lora))
     chatting = text is None and ids is None and sys.stdin.isatty() and sys.stdout.isatty()
     if chatting and (as_json or files):
         raise UsageError("cli.usage", "--json and --tap need a prompt")
@@ -171,17 +171,6 @@ def _tap_files(taps: tuple[str, ...]) -> dict[str, str]:
             raise UsageError("cli.tap", f"'{tap}' should be NAME=FILE.npy, such as layers.3.attn.out=out.npy")
         files[name] = file
     return files
-
-
-def _lora_request(text: str | None) -> LoRARequest | None:
-    from labinfer.runtime.lora import LoRARequest
-
-    if text is None:
-        return None
-    name, _, path = text.partition("=")
-    if not name or not path:
-        raise UsageError("cli.lora", f"'{text}' should be NAME=PATH, such as french=./french-adapter")
-    return LoRARequest(name, path)
 
 
 def _read_stdin() -> str:

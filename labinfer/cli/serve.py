@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from labinfer.cli.options import COUNT, given, json_option, plan_options
+from labinfer.cli.config_file import config_option
+from labinfer.cli.options import COUNT, given, json_option, lora_request, plan_options
 from labinfer.cli.output import current
 from labinfer.errors import UsageError
 
 if TYPE_CHECKING:
     from labinfer.llm import LLM
+    from labinfer.runtime.lora import LoRARequest
     from labinfer.service.service import Service
 
 SEQUENCES = 16
@@ -24,8 +26,9 @@ CACHE_BYTES = 1 << 30
 """Bytes of the KV cache, likewise: sequences share it, and few of them are as long as they may be."""
 
 
-@click.command()
+@click.command(context_settings={"auto_envvar_prefix": "LABINFER_SERVE"})
 @click.argument("model", required=False)
+@config_option
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="H", help="Address to listen on.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, metavar="P", help="Port; 0: any."
@@ -38,6 +41,7 @@ CACHE_BYTES = 1 << 30
 @click.option(
     "--allowed-host", "allowed_hosts", multiple=True, metavar="NAME", help="Host name to answer to (repeatable)."
 )
+@click.option("--lora", multiple=True, metavar="NAME=PATH", help="LoRA adapter to serve as model NAME (repeatable).")
 @click.option("--max-queue", type=COUNT, default=256, show_default=True, metavar="N", help="Requests that may wait.")
 @click.option("--drain", type=float, default=30.0, show_default=True, metavar="S", help="Seconds to finish on SIGTERM.")
 @click.option(
@@ -51,6 +55,7 @@ def serve(
     port: int,
     api_key: str | None,
     api_key_file: str | None,
+    lora: tuple[str, ...],
     weights: str | None,
     as_json: bool,
     **options: Any,
@@ -58,11 +63,13 @@ def serve(
     """Serve a model to every client of OpenAI's API.
 
     MODEL is a plan.json or whatever `labinfer compile` takes; without it, the embedded SmolLM2-135M-Instruct. Prints
-    where the service is and the key that it asks for.
+    where the service is and the key that it asks for. Options may also be environment variables, LABINFER_SERVE_PORT
+    for --port, or lines of a YAML file (--config); `labinfer config show --origin` tells which is which.
 
     \b
     labinfer serve
     labinfer serve model.gguf --port 9000 --max-model-len 8k
+    labinfer serve model.gguf --lora french=./french-adapter
     labinfer serve plan.json --host 0.0.0.0 --api-key-file keys.txt
     """  # fmt: skip
     from labinfer.runtime.chat_template import render_chat_template
@@ -81,8 +88,9 @@ def serve(
     threading.Thread(target=render_chat_template, args=("", ()), daemon=True).start()
     listener = bind(settings)  # before the weights are loaded: a port that is taken is told at once
     settings = replace(settings, port=listener.getsockname()[1])
-    with listener, _load(model, weights, given(options), phases) as llm:
-        service = Service(llm, settings, phases)
+    adapters = [lora_request(each) for each in lora]
+    with listener, _load(model, weights, given(options), adapters, phases) as llm:
+        service = Service(llm, settings, phases, adapters)
         Server(service, listener).run(lambda: _announce(service, key_file, as_json))
 
 
@@ -104,10 +112,17 @@ def _keys(host: str, api_key: str | None, api_key_file: str | None) -> tuple[tup
     return (key,), str(file)
 
 
-def _load(model: str | None, weights: str | None, options: dict[str, Any], phases: dict[str, float]) -> LLM:
-    """The model, compiled for several sequences a step; ``phases`` gets the seconds that each phase took."""
+def _load(
+    model: str | None,
+    weights: str | None,
+    options: dict[str, Any],
+    adapters: list[LoRARequest],
+    phases: dict[str, float],
+) -> LLM:
+    """The model, compiled for several sequences a step and its adapters; ``phases`` gets the seconds of each phase."""
     from labinfer.api import find_plan, is_plan
     from labinfer.llm import LLM
+    from labinfer.runtime.lora import adapter_rank
 
     started = time.perf_counter()
     with current().progress() as progress:
@@ -117,6 +132,9 @@ def _load(model: str | None, weights: str | None, options: dict[str, Any], phase
             defaults = {"max_num_seqs": SEQUENCES, "max_logits_rows": SEQUENCES}
             if "num_blocks" not in options:
                 defaults["kv_memory"] = CACHE_BYTES
+            if adapters:
+                ranks = [adapter_rank(each.path) for each in adapters]
+                defaults |= {"max_loras": len(adapters), "max_lora_rank": max(ranks)}
             plan = find_plan(model, weights=weights, progress=progress, defaults=defaults, **options)
             phases["compile"], started = time.perf_counter() - started, time.perf_counter()
             llm = LLM(plan, weights=weights, progress=progress)

@@ -13,6 +13,7 @@ from labinfer.service.errors import ApiError
 from labinfer.service.guard import Guard
 from labinfer.service.operations.chat import chat_completions
 from labinfer.service.operations.completions import completions
+from labinfer.service.operations.embeddings import embeddings
 from labinfer.service.operations.health import health, ready
 from labinfer.service.operations.inspection import devices, metrics, plan, startup, trace
 from labinfer.service.operations.messages import count_tokens, messages
@@ -23,6 +24,7 @@ from labinfer.service.operations.responses import responses
 from labinfer.service.operations.tokens import detokenize, tokenize
 from labinfer.service.schema.chat import ChatRequest
 from labinfer.service.schema.completions import CompletionRequest
+from labinfer.service.schema.embeddings import EmbeddingRequest
 from labinfer.service.schema.messages import CountRequest, MessagesRequest
 from labinfer.service.schema.responses import ResponsesRequest
 from labinfer.service.schema.tokens import DetokenizeRequest, TokenizeRequest
@@ -36,6 +38,7 @@ OPERATIONS = (
     ),
     Operation("POST", "/v1/completions", completions, "Go on from a text", CompletionRequest, threat=COMPUTES),
     Operation("POST", "/v1/responses", responses, "The same in OpenAI's newer form", ResponsesRequest, threat=COMPUTES),
+    Operation("POST", "/v1/embeddings", embeddings, "Texts as vectors", EmbeddingRequest, threat=COMPUTES),
     Operation("POST", "/v1/messages", messages, "The same in Anthropic's form", MessagesRequest, threat=COMPUTES),
     Operation("POST", "/v1/messages/count_tokens", count_tokens, "Tokens of a conversation", CountRequest),
     Operation("GET", "/v1/models", models, "What is served"),
@@ -44,13 +47,13 @@ OPERATIONS = (
     Operation("POST", "/detokenize", detokenize, "The text of token ids", DetokenizeRequest),
     Operation("GET", "/", page, "A page to talk to the model and to see it work"),
     Operation("GET", "/openapi.json", openapi, "This table for programs, with the bodies of requests"),
-    Operation("GET", "/metrics", metrics, "Measurements for Prometheus"),
+    Operation("GET", "/metrics", metrics, "Measurements for Prometheus", polled=True),
     Operation("GET", "/labinfer/v1/plan", plan, "The plan that is run"),
-    Operation("GET", "/labinfer/v1/devices", devices, "Where the model lies, and how full its cache is"),
-    Operation("GET", "/labinfer/v1/trace", trace, "The last steps, predicted and measured"),
+    Operation("GET", "/labinfer/v1/devices", devices, "Where the model lies, and how full its cache is", polled=True),
+    Operation("GET", "/labinfer/v1/trace", trace, "The last steps, predicted and measured", polled=True),
     Operation("GET", "/labinfer/v1/startup", startup, "How long each phase of the start took"),
-    Operation("GET", "/health", health, "Whether the process should go on", public=True),
-    Operation("GET", "/ready", ready, "Whether new requests are welcome", public=True),
+    Operation("GET", "/health", health, "Whether the process should go on", public=True, polled=True),
+    Operation("GET", "/ready", ready, "Whether new requests are welcome", public=True, polled=True),
 )  # fmt: skip
 
 
@@ -79,4 +82,5 @@ async def unknown(scope: Scope, receive: Receive, send: Send) -> None:
 
 def application(service: Service) -> Any:
     """The ASGI application of ``service``."""
-    return Guard(Paths(service), service.options, [each.path for each in OPERATIONS if each.public])
+    public, polled = ([each.path for each in OPERATIONS if getattr(each, flag)] for flag in ("public", "polled"))
+    return Guard(Paths(service), service.options, public, polled)

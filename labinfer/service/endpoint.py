@@ -24,7 +24,8 @@ _log = logging.getLogger(__name__)
 class Operation:
     """What a path does. ``handler(call)``, or ``handler(call, body)`` where there is a ``body``, gives the answer.
 
-    ``public`` ones need no API key. ``threat`` says what could be done with it, for SECURITY.md.
+    ``public`` ones need no API key. ``polled`` ones are asked for all the time: the log has no line about a good answer
+    of theirs. ``threat`` says what could be done with it, for SECURITY.md.
     """
 
     method: str
@@ -33,6 +34,7 @@ class Operation:
     summary: str
     body: type[Body] | None = None
     public: bool = False
+    polled: bool = False
     threat: str = "reads the state of the service"
 
 

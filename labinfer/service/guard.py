@@ -35,11 +35,12 @@ SECURITY_HEADERS = (
 class Guard:
     """Lets requests through to ``app``. ``public`` are the paths that need no key.
 
-    Gives each request an id (the client's own where it has one), and writes a line about it to the log.
+    Gives each request an id (the client's own where it has one), and writes a line about it to the log, but for those
+    of ``polled`` paths that were answered well.
     """
 
-    def __init__(self, app: Any, options: ServiceOptions, public: Collection[str]) -> None:
-        self.app, self.hosts, self.public = app, options.hosts, frozenset(public)
+    def __init__(self, app: Any, options: ServiceOptions, public: Collection[str], polled: Collection[str]) -> None:
+        self.app, self.hosts, self.public, self.polled = app, options.hosts, frozenset(public), frozenset(polled)
         self.keys = [sha256(key.encode()).digest() for key in options.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,7 +63,8 @@ class Guard:
                 record, ApiError(500, f"the server failed; its log tells of {request_id}", final=True), headers
             )
         finally:
-            record.log()
+            if scope["path"] not in self.polled or record.status != 200:
+                record.log()
 
     def check(self, scope: Scope, headers: dict[bytes, str]) -> None:
         """Raise for a request that may not come in."""

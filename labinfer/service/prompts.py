@@ -86,13 +86,14 @@ def text_tokens(service: Service, prompt: str | list[int], add_special_tokens: b
     return prompt
 
 
-def list_prompts(prompt: str | list[str] | list[int] | list[list[int]], most: int) -> list[str | list[int]]:
-    """The prompts of a completion."""
+def list_prompts(
+    prompt: str | list[str] | list[int] | list[list[int]], most: int, field: str = "prompt"
+) -> list[str | list[int]]:
+    """The prompts of a request, which it gives as ``field``."""
     listed: list[Any] = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else list(prompt)
     if not listed:
         raise UsageError("run.prompt", "there is no prompt")
     if len(listed) > most:
-        raise ApiError(
-            400, f"prompt: at most {most} prompts are allowed in a request, got {len(listed)}", param="prompt"
-        )
+        message = f"{field}: at most {most} prompts are allowed in a request, got {len(listed)}"
+        raise ApiError(400, message, param=field)
     return listed

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from labinfer.errors import UsageError
 from labinfer.llm import LLM
+from labinfer.runtime.lora import LoRARequest
 from labinfer.runtime.tokenizer import Tokenizer
 from labinfer.service.admission import Admission
 from labinfer.service.errors import ApiError
@@ -21,12 +22,24 @@ if TYPE_CHECKING:
 class Service:
     """``model`` behind HTTP. ``startup`` are the seconds that each phase of the start took.
 
-    ``open_streams`` are the calls whose answer is being streamed.
+    ``adapters`` are models too, by their names: the same one with that LoRA adapter. One that does not fit is an error
+    here. ``open_streams`` are the calls whose answer is being streamed.
     """
 
-    def __init__(self, model: LLM, options: ServiceOptions, startup: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        model: LLM,
+        options: ServiceOptions,
+        startup: Mapping[str, float] | None = None,
+        adapters: Sequence[LoRARequest] = (),
+    ) -> None:
         self.model, self.options, self.engine = model, options, model.engine
         self.name = options.served_model_name or model.plan.source.name
+        self.adapters = {each.name: each for each in adapters}
+        if len(self.adapters.keys() | {self.name}) <= len(adapters):
+            raise UsageError("serve.names", "two of the models that are served have the same name")
+        for each in adapters:
+            model.adapters.check(each)
         self.created, self.startup = int(time.time()), dict(startup or {})
         self.admission = Admission(model.plan.limits.max_num_seqs + options.max_queue)
         self.metrics = Metrics(self)
@@ -42,6 +55,7 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         """Refuse a request for another model."""
-        if name is not None and name != self.name:
-            message = f"the model '{name[:100]}' is not served here; '{self.name}' is"
+        if name is not None and name != self.name and name not in self.adapters:
+            served = " and ".join(f"'{each}'" for each in (self.name, *self.adapters))
+            message = f"the model '{name[:100]}' is not served here: {served} can be asked for"
             raise ApiError(404, message, param="model", code="model_not_found")

@@ -137,9 +137,10 @@ def prepare(call: Call, body: ChatRequest) -> Chat:
         more["skip_special_tokens"] = False
     params = body.params(service.options, max_tokens, logprobs=top, **more)
     salt = f"{call.salt}{body.cache_salt or ''}"
-    request = Request(chat_tokens(service, body, use), params, body.priority or 0, salt)
+    lora = service.adapters.get(body.model or "")
+    request = Request(chat_tokens(service, body, use), params, body.priority or 0, salt, lora=lora)
     head: dict[str, Any] = {
-        "id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name,
+        "id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model or service.name,
         "system_fingerprint": None,
     }  # fmt: skip
     if call.warnings:

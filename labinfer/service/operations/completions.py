@@ -134,8 +134,9 @@ def prepare(call: Call, body: CompletionRequest) -> Completion:
     more = {"logprobs": body.logprobs, "prompt_logprobs": body.logprobs if body.echo else None}
     params = body.params(options, None if body.max_tokens is None else max(body.max_tokens, 1), **more)
     salt = f"{call.salt}{body.cache_salt or ''}"
+    lora = service.adapters.get(body.model or "")
     requests = [
-        Request(text_tokens(service, prompt, body.add_special_tokens), params, body.priority or 0, salt)
+        Request(text_tokens(service, prompt, body.add_special_tokens), params, body.priority or 0, salt, lora=lora)
         for prompt in prompts
     ]
     echoes = (
@@ -145,7 +146,7 @@ def prepare(call: Call, body: CompletionRequest) -> Completion:
     )
     head: dict[str, Any] = {
         "id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()),
-        "model": service.name,
+        "model": body.model or service.name,
     }  # fmt: skip
     if call.warnings:
         head["warnings"] = call.warnings

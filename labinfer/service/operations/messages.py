@@ -136,7 +136,7 @@ async def messages(call: Call, body: MessagesRequest) -> Any:
     }  # fmt: skip
     chat = await asyncio.to_thread(prepare, call, chat_request(body, more))
     message: dict[str, Any] = {
-        "id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": call.service.name,
+        "id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": chat.head["model"],
         "content": [], "stop_reason": None, "stop_sequence": None,
     }  # fmt: skip
     writer = MessageWriter(chat, message)
@@ -173,7 +173,9 @@ def chat_request(body: CountRequest, more: dict[str, Any]) -> ChatRequest:
         }
         for tool in body.tools or []
     ]
-    return ChatRequest.model_validate({"messages": turns, "tools": tools or None, "tool_choice": choice, **more})
+    return ChatRequest.model_validate(
+        {"model": body.model, "messages": turns, "tools": tools or None, "tool_choice": choice, **more}
+    )
 
 
 def text_of(blocks: list[Block]) -> str:

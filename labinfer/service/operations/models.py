@@ -8,24 +8,29 @@ from labinfer.service.call import Call
 from labinfer.service.service import Service
 
 
-def described(service: Service) -> dict[str, Any]:
-    """The model as clients read it."""
+def described(service: Service, name: str) -> dict[str, Any]:
+    """The model, or an adapter of it, as clients read it."""
     return {
-        "id": service.name,
+        "id": name,
         "object": "model",
         "created": service.created,
         "owned_by": "labinfer",
         "root": service.model.plan.source.name,
+        "parent": service.name if name in service.adapters else None,
         "max_model_len": service.model.max_len,
     }
 
 
 async def models(call: Call) -> Any:
     """All models."""
-    return {"object": "list", "data": [described(call.service)]}
+    return {
+        "object": "list",
+        "data": [described(call.service, name) for name in (call.service.name, *call.service.adapters)],
+    }
 
 
 async def model(call: Call) -> Any:
     """One model, by its name."""
-    call.service.check_model(call.scope["path_params"]["model"])
-    return described(call.service)
+    name: str = call.scope["path_params"]["model"]
+    call.service.check_model(name)
+    return described(call.service, name)

@@ -167,7 +167,7 @@ async def responses(call: Call, body: ResponsesRequest) -> Any:
     chat = await asyncio.to_thread(prepare, call, chat_request(call, body))
     response = {
         "id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": float(int(time.time())),
-        "status": "in_progress", "error": None, "incomplete_details": None, "model": call.service.name, "output": [],
+        "status": "in_progress", "error": None, "incomplete_details": None, "model": chat.head["model"], "output": [],
         "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "metadata": {},
         "parallel_tool_calls": body.parallel_tool_calls is not False, "previous_response_id": None, "store": False,
         "temperature": body.temperature, "top_p": body.top_p, "tool_choice": body.tool_choice or "auto",
@@ -200,9 +200,9 @@ def chat_request(call: Call, body: ResponsesRequest) -> ChatRequest:
     if isinstance(choice, dict):
         choice = {"type": "function", "function": {"name": choice.get("name", "")}}
     chat: dict[str, Any] = {
-        "messages": messages, "tools": tools or None, "tool_choice": choice if tools else None, "stream": body.stream,
-        "parallel_tool_calls": body.parallel_tool_calls, "max_completion_tokens": body.max_output_tokens,
-        "temperature": body.temperature, "top_p": body.top_p,
+        "model": body.model, "messages": messages, "tools": tools or None, "stream": body.stream,
+        "tool_choice": choice if tools else None, "parallel_tool_calls": body.parallel_tool_calls,
+        "max_completion_tokens": body.max_output_tokens, "temperature": body.temperature, "top_p": body.top_p,
     }  # fmt: skip
     if body.text is not None and (form := body.text.format) is not None and form.type != "text":
         chat["response_format"] = {"type": form.type, "json_schema": {"name": form.name, "schema": form.schema_}}
