@@ -201,7 +201,7 @@ def test_what_nobody_foresaw_is_told_without_details(capfd: pytest.CaptureFixtur
         "type": "http", "method": "GET", "path": "/x", "raw_path": b"/x",
         "headers": [(b"host", b"localhost"), (b"x-api-key", KEY.encode())],
     }  # fmt: skip
-    guard = Guard(broken, ServiceOptions(api_keys=(KEY,)), ())
+    guard = Guard(broken, ServiceOptions(api_keys=(KEY,)), (), ())
     asyncio.run(guard(scope, None, send))  # type: ignore[arg-type]
     assert sent[0]["status"] == 500
     assert (b"x-should-retry", b"false") in sent[0]["headers"]  # type: ignore[operator]

@@ -55,10 +55,7 @@ def batched(model: LLM, prompts: Sequence[Sequence[int]], continuations: Sequenc
     for step in range(-1, max(map(len, continuations))):
         for row, tokens in zip(result, continuations, strict=True):
             if 0 <= step < len(tokens):
-                before = int(batch.num_tokens[row])
                 batch.extend(row, [tokens[step]])
-                if batch.crossed(before, before + 1):
-                    batch.clear(row)
         while (batch.num_computed[rows] < batch.num_tokens[rows]).any():
             part, at = next_part(model, rows), 0
             starts, logits = batch.num_computed[part.rows], model.compute(part).copy()
