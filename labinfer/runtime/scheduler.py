@@ -32,7 +32,7 @@ class Policy:
     A policy of your own replaces any of the three methods.
     """
 
-    stall = 1.25
+    stall = 1.2
     """How many times as long a step may last because of a prompt, while somebody waits for each token of others.
 
     On average: times of steps vary, and the longest are to stay below 1.5 times.
