@@ -361,7 +361,7 @@ def test_a_long_prompt_comes_in_pieces_while_somebody_waits_for_tokens() -> None
         waited = engine.add(Request([1], greedy(60), interactive=True, listener=lambda sequence: told.append(1)))
         for _ in range(8):
             engine.step()
-        engine.costs.decode, engine.costs.beside.per_token = {1: 1.0}, 0.06  # 5 prompt tokens are 0.3 decode steps
+        engine.costs.decode, engine.costs.beside.per_token = {1: 1.0}, 0.045  # 5 prompt tokens lengthen a step by 0.2
         engine.costs.beside.tokens = 5.0
         engine.costs.observe = lambda *measured: None  # type: ignore[method-assign]
         long = engine.add(Request([2] * 100, greedy(1)))
