@@ -179,6 +179,12 @@ def test_a_failing_peer_says_why(stand_in: Path) -> None:
         peers.PEERS[0].run(sys.executable, "model", 1, TESTS)
 
 
+def test_a_peer_that_writes_something_else_is_said(stand_in: Path) -> None:
+    stand_in.write_text("print('hello')")
+    with pytest.raises(LabinferError, match="hello"):
+        peers.PEERS[0].run(sys.executable, "model", 1, TESTS)
+
+
 def test_compare_without_a_peer_names_the_remedy(
     labinfer_cli: Cli, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

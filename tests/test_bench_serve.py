@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -13,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labinfer.bench.load import Sample, arrivals, keeps, percentile
+from labinfer.bench.load import Sample, arrivals, keeps, percentile, target
 from labinfer.bench.load_report import quantiles, rates
 
 from .service import KEY, Served, served
@@ -64,7 +66,11 @@ def test_failed_requests_are_counted(api: Served, labinfer_cli: Cli) -> None:
     ("arguments", "said"),
     [
         (["--base-url", "ftp://x"], "ftp://x"),
+        (["--base-url", "http://[::1"], "http://[::1"),
+        (["--base-url", "http://x:99999"], "http://x:99999"),
         (["--goodput", "speed:5"], "speed:5"),
+        (["--goodput", "ttft:²"], "ttft:²"),
+        (["--goodput", "ttft:nan"], "ttft:nan"),
         (["--metric-percentiles", "101"], "101"),
         (["--request-rate", "0"], "request-rate"),
         (["--dataset-path", "/nowhere"], "/nowhere"),
@@ -80,6 +86,37 @@ def test_a_service_that_is_not_there_is_said(labinfer_cli: Cli) -> None:
     result = labinfer_cli("bench", "serve", "--base-url", "http://127.0.0.1:9", "--api-key", KEY, "--num-prompts", 1)
     assert result.returncode == 1
     assert "bench.failed" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"nonsense\r\n\r\n", "status b''"),
+        (b"x" * 100_000, "Separator"),
+        (b"HTTP/1.1 503 Service Unavailable\r\n\r\nlater", "503 Service Unavailable': later"),
+        (b'HTTP/1.1 200 OK\r\n\r\ndata: {"text":"a"}\n\ndata: {"usage":{}}\n\n', "no token"),
+    ],
+)
+def test_answers_of_something_else_fail(labinfer_cli: Cli, answer: bytes, said: str) -> None:
+    def speak() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(1 << 16)
+            connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        speaker = threading.Thread(target=speak)
+        speaker.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        result = labinfer_cli("bench", "serve", "--base-url", url, "--api-key", KEY, "--num-prompts", 1)
+        speaker.join()
+    assert result.returncode == 1
+    assert "bench.failed" in result.stderr
+    assert said in result.stderr
+
+
+def test_an_ipv6_address_is_in_brackets() -> None:
+    assert b"\r\nHost: [::1]:8000\r\n" in target("http://[::1]:8000", "/", None).request({})
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.floats(0, 100))

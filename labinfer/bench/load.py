@@ -29,8 +29,9 @@ class Target:
     def request(self, body: dict[str, Any]) -> bytes:
         """A request as bytes."""
         data = json.dumps(body).encode()
+        host = f"[{self.host}]" if ":" in self.host else self.host
         head = {
-            "Host": f"{self.host}:{self.port}", "Content-Type": "application/json", "Content-Length": str(len(data)),
+            "Host": f"{host}:{self.port}", "Content-Type": "application/json", "Content-Length": str(len(data)),
             "Connection": "close", **self.headers,
         }  # fmt: skip
         lines = "".join(f"{name}: {value}\r\n" for name, value in head.items())
@@ -70,11 +71,15 @@ class Sample:
 
 def target(base_url: str, path: str, api_key: str | None) -> Target:
     """What requests go to."""
-    parts = urlsplit(base_url)
-    if parts.scheme != "http" or not parts.hostname:
+    try:
+        parts = urlsplit(base_url)
+        scheme, host, port = parts.scheme, parts.hostname, parts.port or 80
+    except ValueError:  # an IPv6 address without its end, or a port beyond 65535
+        scheme, host, port = "", None, 0
+    if scheme != "http" or not host:
         raise UsageError("bench.url", f"'{base_url}' is no URL such as http://127.0.0.1:8000")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    return Target(parts.hostname, parts.port or 80, path, headers)
+    return Target(host, port, path, headers)
 
 
 async def ask(to: Target, body: dict[str, Any]) -> Sample:
@@ -87,17 +92,17 @@ async def ask(to: Target, body: dict[str, Any]) -> Sample:
             await read(reader, sample)
         finally:
             writer.close()
-    except (OSError, ValueError, asyncio.IncompleteReadError) as error:
+    except (OSError, ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
         sample.error = str(error) or type(error).__name__
     return sample
 
 
 async def read(reader: asyncio.StreamReader, sample: Sample) -> None:
-    """Read an answer; pieces that come at once count as one."""
+    """Read an answer; pieces that come at once count as one. ``ValueError`` for one that is no stream of tokens."""
     head = await reader.readuntil(b"\r\n\r\n")
-    status = head.split(b" ", 2)[1]
-    if status != b"200":
-        raise ValueError(f"status {status.decode()}: {(await reader.read(300)).decode(errors='replace')}")
+    _, _, status = head.partition(b"\r\n")[0].partition(b" ")
+    if not status.startswith(b"200"):
+        raise ValueError(f"status {status!r}: {(await reader.read(300)).decode(errors='replace')}")
     held = b""
     while data := await reader.read(1 << 16):
         now = time.perf_counter()
@@ -108,8 +113,8 @@ async def read(reader: asyncio.StreamReader, sample: Sample) -> None:
             if b'"error":' in line:
                 raise ValueError(line[-300:].decode(errors="replace"))
             if b'"usage":{' in line:
-                usage = json.loads(line[line.index(b"{") :])["usage"]
-                sample.tokens, sample.prompt_tokens = usage["completion_tokens"], usage["prompt_tokens"]
+                usage = json.loads(line[line.index(b"{") :]).get("usage", {})
+                sample.tokens, sample.prompt_tokens = usage.get("completion_tokens", 0), usage.get("prompt_tokens", 0)
     if not sample.times or not sample.tokens:
         raise ValueError("the answer has no token")
 
@@ -154,9 +159,12 @@ def bounds_of(texts: Iterable[str]) -> dict[str, float]:
     found = {}
     for text in texts:
         name, _, value = text.partition(":")
-        if name not in ("ttft", "tpot", "e2el") or not value.replace(".", "", 1).isdigit():
+        try:
+            found[name] = float(value)
+        except ValueError:
+            found[name] = -1.0
+        if name not in ("ttft", "tpot", "e2el") or not found[name] >= 0:
             raise UsageError("bench.goodput", f"'{text}' should be ttft:MS, tpot:MS or e2el:MS")
-        found[name] = float(value)
     return found
 
 

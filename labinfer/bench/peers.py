@@ -54,7 +54,7 @@ PEERS = (
 
 
 def run_json(command: list[str], name: str) -> Any:
-    """The last line that ``command`` writes, as JSON; a ``LabinferError`` when it fails."""
+    """What ``command`` writes, which is JSON; a ``LabinferError`` when it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     except OSError as error:
@@ -64,7 +64,10 @@ def run_json(command: list[str], name: str) -> Any:
     if done.returncode != 0:
         words = (done.stderr.strip() or done.stdout.strip()).splitlines()
         raise LabinferError("bench.peer", f"{name} failed: {words[-1] if words else f'exit {done.returncode}'}")
-    return json.loads(done.stdout)
+    try:
+        return json.loads(done.stdout)
+    except ValueError:
+        raise LabinferError("bench.peer", f"{name} wrote no result: {done.stdout.strip()[-200:]}") from None
 
 
 def peer_python() -> str:
