@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from labinfer.service.literal_text import hide
 from labinfer.service.tools.formats import HERMES, LLAMA, MISTRAL, ToolFormat, detect_format
 from labinfer.service.tools.reader import CallReader, MessageBuilder
 
@@ -205,6 +206,18 @@ def test_special_tokens_in_messages_are_text(api: Served) -> None:
     plain = [{"role": "user", "content": "nothing special"}]
     found = api.http.post("/tokenize", json={"messages": plain}).json()["tokens"]
     assert found == tokenizer.encode_chat(plain)
+
+
+def test_special_tokens_in_names_are_text_too(api: Served) -> None:
+    hidden: list[str] = []
+    assert "<eos>" not in str(hide({"arguments": {"<eos>": [{"a<eos>": 1}]}}, api.service.tokenizer, hidden))
+    assert hidden == ["<eos>", "<eos>"]
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "hidden", "messages_"])
+def test_templates_take_variables_of_any_name(api: Served, name: str) -> None:
+    body = {**asked(api), "chat_template_kwargs": {name: 1}, "max_tokens": 1}
+    assert api.http.post("/v1/chat/completions", json=body).status_code == 200
 
 
 def test_tools_are_left_out_with_choice_none(api: Served) -> None:

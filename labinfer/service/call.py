@@ -64,6 +64,7 @@ class Call:
         self.warnings: list[str] = []
         self.started, self.writing, self.written = False, False, time.monotonic()
         self.task: asyncio.Task[None] | None = None  # what makes the answer
+        self.comment: asyncio.Task[None] | None = None
 
     async def body(self) -> bytes:
         """The whole body, within the limits of size and time."""
@@ -135,9 +136,11 @@ class Call:
                 await self.write(stream.failure(error if isinstance(error, ApiError) else of_engine(error)))
             finally:
                 self.service.open_streams.discard(self)
+                if self.comment is not None:
+                    self.comment.cancel()  # nothing comes behind the end
         await self.write(b"", more=False)
 
-    async def care(self, now: float) -> None:
+    def care(self, now: float) -> None:
         """Look after a stream: give up one that is not read, and send a comment on one that has been silent for long,
         so that nobody between takes it for dead.
         """
@@ -145,5 +148,5 @@ class Call:
         if self.writing:
             if silent >= options.write_seconds and self.task is not None:
                 self.task.cancel()
-        elif silent >= options.keep_alive_seconds:
-            await self.write(KEEP_ALIVE)
+        elif silent >= options.keep_alive_seconds:  # in a task: a client that reads nothing holds up no other
+            self.comment = asyncio.ensure_future(self.write(KEEP_ALIVE))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from labinfer.errors import UsageError
@@ -40,9 +42,10 @@ def kept_key() -> tuple[str, Path]:
     """The key of this user, made on first use, and the file that it is kept in, which only they can read."""
     file = cache_dir() / "api-key"
     file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+    if not file.exists():
+        with tempfile.NamedTemporaryFile("w", dir=file.parent) as stream:
             stream.write(secrets.token_urlsafe(24) + "\n")
-    except FileExistsError:
-        pass
+            stream.flush()
+            with suppress(FileExistsError):  # another process was first
+                os.link(stream.name, file)
     return read_keys(file)[0], file

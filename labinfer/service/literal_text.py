@@ -16,7 +16,7 @@ from labinfer.runtime.tokenizer import Tokenizer
 _MARK = re.compile("\U000f0000([0-9]{1,9})\U000f0001")
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], /, **variables: Any) -> list[int]:
     """Token ids of a conversation; special tokens are those of the template only."""
     hidden: list[str] = []
     text = tokenizer.apply_chat_template(hide(list(messages), tokenizer, hidden), **hide(variables, tokenizer, hidden))
@@ -33,12 +33,12 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **v
 
 
 def hide(value: Any, tokenizer: Tokenizer, hidden: list[str]) -> Any:
-    """``value`` with a mark in place of each special token in its texts, which are added to ``hidden``."""
+    """``value`` with a mark in place of each special token in its texts and names, which are added to ``hidden``."""
     if isinstance(value, str):
         found: str = tokenizer.special_text.sub(lambda match: mark(match[0], hidden), value)
         return found
     if isinstance(value, Mapping):
-        return {name: hide(each, tokenizer, hidden) for name, each in value.items()}
+        return {hide(name, tokenizer, hidden): hide(each, tokenizer, hidden) for name, each in value.items()}
     return [hide(each, tokenizer, hidden) for each in value] if isinstance(value, list) else value
 
 

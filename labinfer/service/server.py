@@ -109,4 +109,4 @@ class Server:
             watchdog.look()
             now = time.monotonic()
             for call in list(self.service.open_streams):
-                await call.care(now)
+                call.care(now)

@@ -13,7 +13,7 @@ from typing import Any
 from labinfer.service.call import Call, Stream
 from labinfer.service.errors import ApiError
 from labinfer.service.operations.chat import Chat, prepare
-from labinfer.service.prompts import chat_tokens
+from labinfer.service.prompts import arguments_of, chat_tokens
 from labinfer.service.schema.chat import ChatRequest
 from labinfer.service.schema.messages import Block, CountRequest, MessagesRequest, Turn
 from labinfer.service.tools.choice import tool_use
@@ -75,7 +75,8 @@ class MessageWriter:
         if block["type"] == "text":
             block["text"] = text
         else:
-            block["input"] = arguments(text)
+            arguments = arguments_of(text)
+            block["input"] = arguments if isinstance(arguments, dict) else {}  # of a call that was cut off
         return [{"type": "content_block_stop", "index": self.index}]
 
     def finish(self, reason: str, stop: int | str | None) -> list[Event]:
@@ -112,14 +113,6 @@ class MessageWriter:
             async for told in found:
                 yield b"".join([event(each, each["type"]) for each in [*start, *told]])
                 start = []
-
-
-def arguments(text: str) -> Any:
-    """The arguments of a call as an object; of one that was cut off, none."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return {}
 
 
 def failure(error: ApiError) -> bytes:
