@@ -4,12 +4,18 @@ import contextlib
 import io
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    import openai
+
+    from .service import Served
 
 # What a test does not say runs on the reference device, whatever is installed; tests/cpu says `cpu`.
 os.environ["LABINFER_DEVICES"] = "reference"
@@ -96,6 +102,17 @@ def byte_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text((tiny_model / "tokenizer_config.json").read_text())
     return folder
+
+
+@pytest.fixture(scope="module")
+def client(api: "Served") -> "Iterator[openai.OpenAI]":
+    """OpenAI's client of the service that the module's fixture ``api`` is."""
+    import openai
+
+    from .service import KEY
+
+    with openai.OpenAI(base_url=f"{api.url}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture

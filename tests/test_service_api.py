@@ -16,7 +16,7 @@ import pytest
 from labinfer import SamplingParams
 from labinfer.service.app import OPERATIONS
 
-from .service import KEY, Served, served
+from .service import Served, served
 
 GREEDY = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
 CHAT = {"messages": [{"role": "user", "content": "w5 w6"}], **GREEDY}
@@ -26,12 +26,6 @@ CHAT = {"messages": [{"role": "user", "content": "w5 w6"}], **GREEDY}
 def api(tiny_model: Path) -> Iterator[Served]:
     with served(tiny_model) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def client(api: Served) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{api.url}/v1", api_key=KEY, max_retries=0) as client:
-        yield client
 
 
 def post(api: Served, path: str, **body: Any) -> Any:

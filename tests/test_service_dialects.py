@@ -28,12 +28,6 @@ def api(byte_model: Path) -> Iterator[Served]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def client(api: Served) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{api.url}/v1", api_key=KEY, max_retries=0) as client:
-        yield client
-
-
 def named_events(api: Served, path: str, **body: Any) -> list[tuple[str, dict[str, Any]]]:
     answer = api.http.post(path, json={**body, "stream": True})
     assert answer.status_code == 200, answer.text

@@ -16,7 +16,7 @@ from labinfer.service.literal_text import hide
 from labinfer.service.tools.formats import HERMES, LLAMA, MISTRAL, ToolFormat, detect_format
 from labinfer.service.tools.reader import CallReader, MessageBuilder
 
-from .service import KEY, Served, served
+from .service import Served, served
 
 WEATHER = {
     "type": "function",
@@ -100,12 +100,6 @@ def test_the_form_is_told_by_the_marks_of_the_template() -> None:
 def api(byte_model: Path) -> Iterator[Served]:
     with served(byte_model, {"max_model_len": 2048, "max_num_batched_tokens": 256}) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def client(api: Served) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{api.url}/v1", api_key=KEY, max_retries=0) as client:
-        yield client
 
 
 def asked(api: Served) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from labinfer.backends.base import Device
     from labinfer.ops.rope import Rope
 
 
@@ -44,3 +47,27 @@ def rope_tables(
         np.sin(angles, out=table[:, 1])
         table *= np.float32(factor)
     return tables.reshape(-1, 2, attrs.turned // 2)
+
+
+class RopeTables:
+    """The tables in the memory of ``device``, each of which is there for as long as somebody has it."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.tables: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
+
+    def table(self, attrs: Rope.Attrs, max_len: int, weights: Mapping[str, Any]) -> Any:
+        """An array of the device as ``rope_tables`` makes it; ``weights`` of the op may have factors."""
+        device = self.device
+        found = [weights.get(name) for name in ("freq_factors", "long_freq_factors")]
+        factors = [None if array is None else device.move_out(array) for array in found]
+        key = (attrs, max_len, *(None if array is None else array.tobytes() for array in factors))
+        table = self.tables.get(key)
+        if table is None:
+            made = rope_tables(attrs, max_len, *factors)
+            buffer = device.allocate(made.nbytes, "rope tables")
+            table = device.view(buffer, 0, made.shape, "f32")
+            device.move_in(made, table)
+            weakref.finalize(table, device.deallocate, buffer)
+            self.tables[key] = table
+        return table

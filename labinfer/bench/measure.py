@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
-import sys
 import time
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ import numpy as np
 
 from labinfer.bench.ceiling import float32_flops, read_bandwidth
 from labinfer.bench.cost import decode_bytes, prefill_flops
+from labinfer.bench.memory import peak_rss
 from labinfer.compiler.plan import Plan
 from labinfer.errors import UsageError
 from labinfer.runtime.batch import Part, part_of
@@ -172,16 +171,3 @@ def num_threads(plan: Plan) -> int:
     from labinfer.backends.cpu.machine import default_threads
 
     return max((device.threads or 0 for device in plan.devices.values()), default=0) or default_threads()
-
-
-def peak_rss() -> int:
-    """The most memory this process has had at once, in bytes.
-
-    Linux's own count starts anew with each program, while ``getrusage`` inherits that of the process that started it.
-    """
-    try:
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024

@@ -118,8 +118,7 @@ def run(
     model, text = _model_and_prompt(model, prompt, prompt_option, token_ids)
     ids = _token_ids(token_ids) if token_ids is not None else None
     files = _tap_files(taps)
-    params = take_params(options)
-    answering = Answering(params, system, raw, None if lora is None else lora_request(lora))
+    answering = Answering(take_params(options), system, raw, None if lora is None else lora_request(lora))
     chatting = text is None and ids is None and sys.stdin.isatty() and sys.stdout.isatty()
     if chatting and (as_json or files):
         raise UsageError("cli.usage", "--json and --tap need a prompt")
@@ -136,10 +135,7 @@ def run(
             return
         if ids is None:
             ids = answering.encode(llm, [{"role": "user", "content": text or ""}])
-        from labinfer.runtime.taps import tapped
-
-        with tapped(llm, files):
-            answer = llm.generate(ids, params, None if as_json else show, answering.lora)[0]
+        answer = _answer(llm, answering, ids, files, stream=not as_json)
         _finish(llm, answer, load_seconds, stats, as_json)
 
 
@@ -220,6 +216,14 @@ def show(index: int, text: str) -> None:
     click.echo(_CONTROL.sub("", text) if sys.stdout.isatty() else text, nl=False)
 
 
+def _answer(llm: Model, answering: Answering, ids: list[int], files: dict[str, str], stream: bool) -> RequestOutput:
+    """Answer a prompt, and write the values that are wanted to their files meanwhile."""
+    from labinfer.runtime.taps import tapped
+
+    with tapped(llm, files):
+        return llm.generate(ids, answering.params, show if stream else None, answering.lora)[0]
+
+
 def _finish(llm: Model, answer: RequestOutput, load_seconds: float, stats: bool, as_json: bool) -> None:
     """End the output of one answer."""
     figures = measured(answer, load_seconds) | guessed(llm)
@@ -241,11 +245,10 @@ def _finish(llm: Model, answer: RequestOutput, load_seconds: float, stats: bool,
 
 def measured(answer: RequestOutput, load_seconds: float | None = None) -> dict[str, float | int | None]:
     """Times, speed and memory of an answer."""
-    import resource
+    from labinfer.bench.memory import peak_rss
 
     first, total = answer.metrics.first_token_seconds or 0.0, answer.metrics.seconds or 0.0
     decoded, decoding = len(answer.token_ids) - 1, total - first
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rounded: Callable[[float], float] = lambda value: round(value, 4)  # noqa: E731
     return {
         "load_seconds": None if load_seconds is None else rounded(load_seconds),
@@ -254,7 +257,7 @@ def measured(answer: RequestOutput, load_seconds: float | None = None) -> dict[s
         "first_token_seconds": rounded(first),
         "prompt_tokens_per_second": rounded(len(answer.prompt_token_ids) / first),
         "new_tokens_per_second": rounded(decoded / decoding) if decoded > 0 and decoding > 0 else None,
-        "peak_rss_bytes": peak if sys.platform == "darwin" else peak * 1024,
+        "peak_rss_bytes": peak_rss(),
     }
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from math import prod
@@ -24,7 +23,7 @@ from labinfer.backends.cpu.tape import Row, Tape, kernels_of
 from labinfer.backends.cpu.workers import Workers
 from labinfer.backends.cpu.workspace import scratch_bytes
 from labinfer.backends.host import DTYPES, HostDevice
-from labinfer.backends.rope_tables import rope_tables
+from labinfer.backends.rope_tables import RopeTables
 from labinfer.errors import UsageError
 from labinfer.ops.base import Call, KernelBounds, KernelOptions, Step, TensorType
 from labinfer.ops.dequantization import dequantize
@@ -87,7 +86,7 @@ class CpuDevice(HostDevice):
         self.threads = threads or default_threads()
         self.loaders = self.threads
         self.workers = Workers(self.threads)
-        self.tables: weakref.WeakValueDictionary[Any, np.ndarray] = weakref.WeakValueDictionary()
+        self.rope_tables = RopeTables(self)
         self.latents: set[int] = set()
         kernels = {kind: CpuKernel(self, kind) for kind in EMITTERS}
         self.F = FunctionTable(kernels, lambda shape, dtype: np.empty(shape, DTYPES[dtype]))
@@ -110,20 +109,6 @@ class CpuDevice(HostDevice):
                 pack(format, part, shape[-2], shape[-1], matrix)
         else:
             np.copyto(parameter, dequantize(raw, format, shape))
-
-    def rope_table(self, attrs: Any, length: int, weights: Mapping[str, Any]) -> np.ndarray:
-        """Cosines and sines for positions below ``length``, made once for all layers that turn alike."""
-        factors = [weights.get(name) for name in ("freq_factors", "long_freq_factors")]
-        key = (attrs, length, *(None if f is None else f.tobytes() for f in factors))
-        table = self.tables.get(key)
-        if table is None:
-            made = rope_tables(attrs, length, *factors)
-            buffer = self.allocate(made.nbytes, "rope tables")
-            table = self.view(buffer, 0, made.shape, "f32")
-            np.copyto(table, made)
-            weakref.finalize(table, self.deallocate, buffer)
-            self.tables[key] = table
-        return table
 
     def rows(
         self, calls: Sequence[tuple[Kernel, Call]], clock: np.ndarray | None = None

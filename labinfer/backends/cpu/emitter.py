@@ -155,7 +155,7 @@ class Emitter:
             return *self.dynamic_table(call, positions), *geometry
         step = self.call.step
         length = int(positions.max()) + 1 if step is None else step.block_table.shape[1] * step.block_size
-        tables = self.device.rope_table(attrs, length, call.weights)
+        tables = self.device.rope_tables.table(attrs, length, call.weights)
         self.kept.append(tables)
         rows = address(positions)
         if attrs.recompute_after:

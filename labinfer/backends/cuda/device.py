@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -28,7 +27,7 @@ from labinfer.backends.cuda.memory import CudaAllocator, PinnedRing
 from labinfer.backends.cuda.tape import Row, Runnable, Tape
 from labinfer.backends.cuda.weights import CudaWeight, pack
 from labinfer.backends.cuda.workspace import scratch_bytes
-from labinfer.backends.rope_tables import rope_tables
+from labinfer.backends.rope_tables import RopeTables
 from labinfer.errors import DoesNotFit
 from labinfer.ops.base import Call, KernelBounds, Step, TensorType
 from labinfer.ops.dequantization import dequantize
@@ -91,7 +90,7 @@ class CudaDevice(Device):
         self.blas = cublas.Blas() if cublas.library() else None
         self.functions: dict[tuple[compile.Source, str], driver.Function] = {}
         self.modules: dict[compile.Source, Any] = {}
-        self.tables: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
+        self.rope_tables = RopeTables(self)
         kernels = {kind: CudaKernel(self, kind) for kind in EMITTERS}
         self.F = FunctionTable(kernels, lambda shape, dtype: cupy.empty(shape, DTYPES[dtype]))
 
@@ -165,21 +164,6 @@ class CudaDevice(Device):
             self.move_in(packed, parameter.memory[at : at + packed.nbytes])
 
     # Tapes
-
-    def rope_table(self, attrs: Any, length: int, weights: Mapping[str, Any]) -> Any:
-        """Cosines and sines for positions below ``length``, made once for all layers that turn alike."""
-        factors = [weights.get(name) for name in ("freq_factors", "long_freq_factors")]
-        host = [None if array is None else self.move_out(array) for array in factors]
-        key = (attrs, length, *(None if array is None else array.tobytes() for array in host))
-        table = self.tables.get(key)
-        if table is None:
-            made = rope_tables(attrs, length, *host)
-            buffer = self.allocate(made.nbytes, "rope tables")
-            table = self.view(buffer, 0, made.shape, "f32")
-            self.move_in(made, table)
-            weakref.finalize(table, self.deallocate, buffer)
-            self.tables[key] = table
-        return table
 
     def rows(self, calls: Sequence[tuple[Kernel, Call]], sequences: int) -> tuple[list[Row | Runnable], list[Any]]:
         """The rows of the tape for ``calls``, and the arrays they point to that nothing else keeps."""

@@ -319,7 +319,7 @@ class Emitter:
             turn.theta, turn.factor = attrs.theta, attrs.scaling.factor
             return turn, 2
         length = int(positions.max()) + 1 if step is None else step.block_table.shape[1] * step.block_size
-        table = self.device.rope_table(attrs, length, call.weights)
+        table = self.device.rope_tables.table(attrs, length, call.weights)
         self.kept.append(table)
         turn.table, turn.length, turn.trained = address(table), length, attrs.recompute_after or 0
         return turn, int(bool(attrs.recompute_after))
