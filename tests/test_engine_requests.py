@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -376,3 +379,27 @@ def test_a_long_prompt_comes_in_pieces_while_somebody_waits_for_tokens() -> None
         hurried = engine.add(Request([3] * 100, greedy(1)))
         engine.finish([hurried])
         assert [each.num_tokens for each in list(engine.stats)[-2:]] == [64, 36]
+
+
+def test_a_request_that_is_done_is_freed_without_the_garbage_collector(model: LLM) -> None:
+    made = []
+
+    async def run() -> None:
+        request = Request(PROMPTS[1], greedy(3, n=2))
+        made.append(weakref.ref(request))
+        await collected(model.engine.stream(request))
+        left = Request(PROMPTS[2], greedy(200))
+        made.append(weakref.ref(left))
+        async with aclosing(model.engine.stream(left)) as outputs:
+            await anext(outputs)
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(run())
+        made.append(weakref.ref(model.engine.add(Request(PROMPTS[0], greedy(3)))))
+        model.generate(PROMPTS, greedy(3))
+        model.generate(PROMPTS[0], greedy(3))
+        assert [each() for each in made] == [None, None, None]
+    finally:
+        gc.enable()

@@ -103,12 +103,14 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.rows = np.zeros(0, np.intp)
         self.owners: dict[int, Sequence] = {}  # by row
+        self.requests: dict[Sequence, Request] = {}  # of all that run or wait
         self.arrivals = count()
         self.num_preemptions = 0
         self.refused: tuple[Sequence, int] | None = None  # who found no room while so many blocks were free
 
     def wait(self, sequence: Sequence) -> None:
         """Queue a sequence that has no row."""
+        self.requests[sequence] = sequence.request
         heapq.heappush(self.waiting, (self.policy.rank(sequence), next(self.arrivals), sequence))
 
     @property
@@ -306,6 +308,7 @@ class Scheduler:
         """Take out sequences that have ended, wherever they are."""
         for sequence in sequences:
             self.leave(sequence)
+            del self.requests[sequence]
             if sequence.swapped is not None and self.swap is not None:
                 self.swap.drop(sequence.swapped)
                 sequence.swapped = None
@@ -318,6 +321,7 @@ class Scheduler:
         """Have ``into`` go on from where ``sequence`` is: in a row of its own, or waiting if all are taken."""
         if sequence.row >= 0 and len(self.running) < self.max_running:
             self.adapters.share(sequence, into)
+            self.requests[into] = into.request
             self.take(into, self.batch.fork(sequence.row))
         else:
             into.saved = sequence.token_ids.copy()
