@@ -110,8 +110,9 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One answer of a request, ``owner``, which whoever runs it keeps: a cycle would outlive its last user, until Python
-    looks for garbage. While it runs its tokens are those of its ``row`` of ``batch``, else ``saved``.
+    """One answer of a request. While it runs its tokens are those of its ``row`` of ``batch``, else ``saved``.
+
+    ``owner`` is its request, kept by whoever runs it: a cycle would outlive its last user until garbage is collected.
 
     ``finish_reason`` is ``stop``, ``length``, ``abort`` or ``error``; ``stop_reason`` the token or text it stopped at.
     ``state`` is None where the likeliest token is all that is wanted. ``told`` are the tokens, and ``pieces`` the text,
