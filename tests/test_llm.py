@@ -72,7 +72,7 @@ KEYWORDS: dict[str, tuple[Any, Callable[[LLM, Any], bool]]] = {
     "arena_effort_seconds": (0.0, lambda llm, value: llm.plan.stages[0].arena.size > 0),
 }
 ON_THE_CPU = {"threads", "activations", "fuse", "kv_dtype"}
-TESTED_ALONE = {"model", "weights", "manager", "progress", "cold_folder", "cold_bytes", "options"}
+TESTED_ALONE = {"model", "weights", "manager", "progress", "cold_folder", "cold_bytes", "options", "batch_invariant"}
 
 
 def test_every_keyword_is_tested() -> None:
