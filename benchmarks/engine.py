@@ -52,6 +52,7 @@ class Ablation(NamedTuple):
 ABLATIONS = (
     Ablation("LABINFER_TAPE_REUSE", "0", "bind a tape for every size of a step", "greedy"),
     Ablation("LABINFER_OVERLAP", "1", "prepare a step while the one before it runs", "greedy"),
+    Ablation("LABINFER_OVERLAP", "1", "the same", "sampled"),
     Ablation("LABINFER_PREFIX_CACHE", "0", "compute every prompt whole", "prefix"),
     Ablation("LABINFER_STALL", "0", "let a prompt take whole steps", "stall"),
 )
@@ -151,17 +152,18 @@ class Bench:
         """Tokens computed of 32 prompts that share 1,000, and the mean time to the first token."""
         task = self.task("prefix")
         total = sum(len(prompt) for prompt, _ in task["requests"])
-        found = {value: measured("labinfer", task, {"LABINFER_PREFIX_CACHE": value}) for value in ("1", "0")}
-        with_cache, without = found["1"], found["0"]
-        work = without["computed"] / with_cache["computed"]
-        times = without["first_token_seconds"] / with_cache["first_token_seconds"]
-        print(f"\n32 requests in turn, {total} tokens of prompts, 1,000 shared by all\n")
-        print("| prefix cache | tokens computed | mean TTFT, s | load |\n|---|---|---|---|")
-        for name, each in (("on", with_cache), ("off", without)):
-            print(f"| {name} | {each['computed']} | {each['first_token_seconds']:.2f} | {load()} |")
-        cells = [self.bar(f"{ratio:.1f}", ratio >= BARS["prefix"], BARS["prefix"]) for ratio in (work, times)]
-        print(f"| times less | {cells[0]} | {cells[1]} | |")
-        self.found["prefix"] = {"work": work, "first_token": times}
+        print(f"\n32 requests, {total} tokens of prompts, 1,000 shared by all\n")
+        print("| they arrive | prefix cache | tokens computed | mean TTFT, s | load |\n|---|---|---|---|---|")
+        for arrive, in_turn in (("in turn", True), ("at once", False)):
+            found = list[dict[str, Any]]()
+            for name, value in (("on", "1"), ("off", "0")):
+                found.append(measured("labinfer", task | {"in_turn": in_turn}, {"LABINFER_PREFIX_CACHE": value}))
+                computed, seconds = found[-1]["computed"], found[-1]["first_token_seconds"]
+                print(f"| {arrive} | {name} | {computed} | {seconds:.3f} | {load()} |", flush=True)
+            ratios = [found[1][key] / found[0][key] for key in ("computed", "first_token_seconds")]
+            cells = [self.bar(f"{ratio:.1f}", ratio >= BARS["prefix"], BARS["prefix"]) for ratio in ratios]
+            print(f"| {arrive} | times less | {cells[0]} | {cells[1]} | |")
+            self.found[f"prefix {arrive}"] = dict(zip(("work", "first_token"), ratios, strict=True))
 
     def soak(self, minutes: float) -> None:
         """Random load for so long: memory must not grow, and nothing be left."""
@@ -194,7 +196,7 @@ class Bench:
             unit = "ms worst gap" if name == "stall" else "tokens/s"
             cells = [f"`{variable}={value}`", meaning, name, f"{plain:.0f} {unit}", f"{changed:.0f}", spread, load()]
             print(f"| {' | '.join(cells)} |", flush=True)
-            self.found[variable] = pairs
+            self.found[f"{variable} {name}"] = pairs
 
 
 DTYPES = ("bfloat16", "float32")
@@ -203,7 +205,7 @@ DTYPES = ("bfloat16", "float32")
 def figure(name: str, found: dict[str, Any]) -> float:
     """The figure of a workload: the worst gap in ms for ``stall``, else all tokens a second, prompts counted too."""
     if name == "stall":
-        return 1000 * max(gaps(found)[1])
+        return 1000 * max(gaps(found, found)[1])
     return float(found["tokens"] / found["seconds"])
 
 

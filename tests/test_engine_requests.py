@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -376,3 +379,52 @@ def test_a_long_prompt_comes_in_pieces_while_somebody_waits_for_tokens() -> None
         hurried = engine.add(Request([3] * 100, greedy(1)))
         engine.finish([hurried])
         assert [each.num_tokens for each in list(engine.stats)[-2:]] == [64, 36]
+
+
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [
+        (lambda remaining: remaining * 0, "no sequence would ever go on"),
+        (lambda remaining: remaining + 1, "between 0 and what remains"),
+        (lambda remaining: -remaining, "between 0 and what remains"),
+        (lambda remaining: remaining, "more than the budget of 16"),
+        (lambda remaining: remaining[:1], "whole numbers"),
+        (lambda remaining: remaining.tolist(), "whole numbers"),
+        (lambda remaining: remaining / 2, "whole numbers"),
+    ],
+)
+def test_a_split_that_cannot_be_is_an_error_that_says_so(split: Any, said: str) -> None:
+    class Wrong(Policy):
+        def split(self, remaining: np.ndarray, budget: int, prompt_budget: int) -> np.ndarray:
+            made: np.ndarray = split(remaining)
+            return made
+
+    with labinfer.load(LLAMA, max_num_batched_tokens=16, policy=Wrong()) as model:
+        with pytest.raises(UsageError, match=said):
+            model.generate(PROMPTS, greedy())
+        model.blocks.check_integrity()
+        assert not model.engine.scheduler.sequences
+
+
+def test_a_request_that_is_done_is_freed_without_the_garbage_collector(model: LLM) -> None:
+    made = []
+
+    async def run() -> None:
+        request = Request(PROMPTS[1], greedy(3, n=2))
+        made.append(weakref.ref(request))
+        await collected(model.engine.stream(request))
+        left = Request(PROMPTS[2], greedy(200))
+        made.append(weakref.ref(left))
+        async with aclosing(model.engine.stream(left)) as outputs:
+            await anext(outputs)
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(run())
+        made.append(weakref.ref(model.engine.add(Request(PROMPTS[0], greedy(3)))))
+        model.generate(PROMPTS, greedy(3))
+        model.generate(PROMPTS[0], greedy(3))
+        assert [each() for each in made] == [None, None, None]
+    finally:
+        gc.enable()

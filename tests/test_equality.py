@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 
 import labinfer
 
-from .tiny import FOLDERS
+from .tiny import FOLDERS, GOLDEN
 from .workload import alone, together, workload
 
 VOCAB = 96
@@ -49,3 +51,16 @@ def test_tokens_of_each_request_alone(way: str, folder: Path, monkeypatch: pytes
             assert (way == "swap") == (llm.cache.swap is not None and llm.cache.swap.num_out > 0)
         if way == "batch":
             assert max(step.num_sequences for step in llm.engine.stats) == 32
+
+
+@pytest.mark.parametrize("size", [511, 512])
+@pytest.mark.parametrize("name", ["llama-llama3", "gemma3_text-linear_global", "mixtral-window", "qwen3-bias"])
+def test_a_prompt_longer_than_a_step(name: str, size: int, tmp_path: Path) -> None:
+    folder = shutil.copytree(GOLDEN / name, tmp_path / name)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+    asks = workload(4, VOCAB, lengths=(600, 520, 1100, 513))
+    whole = alone(folder, asks, max_num_batched_tokens=1200)
+    with labinfer.LLM(folder, **SEQUENCES, max_num_batched_tokens=size) as llm:
+        assert together(llm, asks) == whole
+        assert max(step.num_tokens for step in llm.engine.stats) == size

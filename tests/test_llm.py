@@ -17,6 +17,7 @@ from labinfer.compiler.compile import CompileOptions
 from labinfer.errors import UsageError
 from labinfer.runtime.eviction import LeastRecentlyUsed
 from labinfer.runtime.manager import Manager
+from labinfer.runtime.scheduler import Policy
 
 from .tiny import GOLDEN, tiny_checkpoint, tiny_map
 
@@ -24,6 +25,10 @@ LLAMA = GOLDEN / "llama-llama3"
 
 
 class Evicting(LeastRecentlyUsed):
+    """A policy that can be told from the default one."""
+
+
+class Plain(Policy):
     """A policy that can be told from the default one."""
 
 
@@ -45,6 +50,7 @@ KEYWORDS: dict[str, tuple[Any, Callable[[LLM, Any], bool]]] = {
     "speculative_config": ({"num_speculative_tokens": 2}, lambda llm, value: llm.proposer is not None),
     "enable_prefix_caching": (False, lambda llm, value: llm.blocks.caching is value),
     "eviction_policy": (Evicting, lambda llm, value: isinstance(llm.blocks.groups[0].policy, value)),
+    "policy": (Plain(), lambda llm, value: llm.engine.scheduler.policy is value),
     "max_num_batched_tokens": (9, limit("max_num_batched_tokens")),
     "max_num_seqs": (3, limit("max_num_seqs")),
     "max_logits_rows": (5, limit("max_logits_rows")),
@@ -66,7 +72,7 @@ KEYWORDS: dict[str, tuple[Any, Callable[[LLM, Any], bool]]] = {
     "arena_effort_seconds": (0.0, lambda llm, value: llm.plan.stages[0].arena.size > 0),
 }
 ON_THE_CPU = {"threads", "activations", "fuse", "kv_dtype"}
-TESTED_ALONE = {"model", "weights", "manager", "progress", "cold_folder", "cold_bytes", "options"}
+TESTED_ALONE = {"model", "weights", "manager", "progress", "cold_folder", "cold_bytes", "options", "batch_invariant"}
 
 
 def test_every_keyword_is_tested() -> None:

@@ -56,7 +56,8 @@ class Capabilities:
     ``kv_dtypes`` are the formats it can keep keys and values in; ``tables(attrs, max_model_len)`` gives the bytes of
     constants it keeps for all ops with these attributes; ``threads`` how many it uses unless told otherwise;
     ``block_multiple`` is what the cache's block size must be a multiple of; ``activations`` says how exactly it can
-    multiply, and ``matrix_unit(activations)`` the fewest tokens, by weight format, for which its matrix unit pays.
+    multiply, and ``matrix_unit(activations)`` the fewest tokens, by weight format, for which its matrix unit pays;
+    ``batch_invariant`` are the weight formats whose products, without that unit, no other token of the step changes.
     ``machine`` says what it runs on, and ``kernels`` which version of its kernels: measured times depend on both.
     """
 
@@ -70,6 +71,7 @@ class Capabilities:
     block_multiple: int = 1
     activations: tuple[str, ...] = ("exact",)
     matrix_unit: Callable[[str], Mapping[str, int]] = lambda activations: {}
+    batch_invariant: tuple[str, ...] = ()
     machine: Callable[[], str] = processor
     kernels: Callable[[], str] = lambda: __version__
 

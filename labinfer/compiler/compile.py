@@ -43,7 +43,8 @@ class CompileOptions:
     sequences at full length, or as many as fit); ``swap_space`` GiB of host memory are for blocks swapped out.
     ``kv_dtype`` is how keys and values are kept, ``threads`` how many a CPU uses (default: its physical cores).
     ``streamed_layers`` of each stage are copied to the device when they are needed, from the host or from disk.
-    ``activations`` ``int8`` trades exactness for speed where devices can.
+    ``activations`` ``int8`` trades exactness for speed where devices can; ``batch_invariant`` computes every token with
+    the same kernels, however many a step has, so that no rounding depends on company.
     ``fuse``: ``auto`` uses the fused kernels that the devices have, ``all`` every declared fusion, ``none`` no fusion.
     ``enable_lora`` makes room for ``max_loras`` adapters a step (default: 4) of rank ``max_lora_rank`` at most
     (default: 16); giving one of these enables it too.
@@ -60,6 +61,7 @@ class CompileOptions:
     kv_dtype: Literal["f32", "bf16", "f16"] = "f32"
     threads: int | None = None
     activations: Literal["exact", "int8"] = "exact"
+    batch_invariant: bool = False
     streamed_layers: int = 0
     stream_from: Literal["host", "disk"] = "host"
     fuse: Fuse = "auto"
@@ -101,6 +103,8 @@ def compile_plan(
     _check_options(options)
     targets = [_target(target, options) for target in targets]
     graph = compile_graph(blueprint, source, targets, options, tracer)
+    if options.batch_invariant:
+        _check_invariance(graph, targets)
     limits, vocab_size = _limits(blueprint, source, options), _vocab_size(graph)
     limits.groups, graph.states = assign_groups(graph.states, graph.ops, limits.max_model_len)
     placed = _place_by_cost(graph, targets, limits, goal, options) if goal else None
@@ -168,8 +172,21 @@ def _target(target: Target, options: CompileOptions) -> Target:
     if options.activations not in target.activations:
         message = f"'{target.name}' cannot compute with {options.activations} activations"
         raise DoesNotFit("device.activations", message, remedy=f"it can with {', '.join(target.activations)}")
-    chosen = KernelOptions(options.activations, target.matrix_unit(options.activations))
+    matrix_unit = {} if options.batch_invariant else target.matrix_unit(options.activations)
+    chosen = KernelOptions(options.activations, matrix_unit)
     return replace(target, threads=target.threads and (options.threads or target.threads), options=chosen)
+
+
+def _check_invariance(graph: OpGraph, targets: Sequence[Target]) -> None:
+    """Raise ``DoesNotFit`` where products with a matrix of ``graph`` may be rounded otherwise in other company."""
+    multiplied = {name for op in graph.ops if op.kind != "embedding" for name in op.weights.values()}
+    matrices = [weight for weight in graph.weights.values() if weight.name in multiplied and len(weight.shape) > 1]
+    formats = {weight.format for weight in matrices}
+    for target in targets:
+        if wrong := formats - set(target.batch_invariant):
+            message = f"'{target.name}' rounds products with {', '.join(sorted(wrong))} by how many tokens a step has"
+            remedy = f"there is batch_invariant for {', '.join(target.batch_invariant) or 'other devices'}"
+            raise DoesNotFit("device.batch-invariant", message, remedy=remedy)
 
 
 def _source(blueprint: Blueprint, source: ModelSource, graph: OpGraph, checkpoint: str | None) -> Source:

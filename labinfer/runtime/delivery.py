@@ -14,8 +14,9 @@ from labinfer.runtime.tokenizer import Tokenizer
 
 
 class News(NamedTuple):
-    """Something to tell of a sequence: a token, if any, and whether that is all."""
+    """Something to tell of a sequence of ``request``: a token, if any, and whether that is all."""
 
+    request: Request
     sequence: Sequence
     token: int | None
     last: bool
@@ -36,7 +37,7 @@ class Delivery:
 
     def put(self, sequence: Sequence, token: int | None, last: bool) -> None:
         """Something to be told."""
-        self.news.append(News(sequence, token, last))
+        self.news.append(News(sequence.request, sequence, token, last))
 
     def deliver(self) -> None:
         """Tell what was put since the last time.
@@ -46,7 +47,7 @@ class Delivery:
         early = []
         try:
             while self.news:
-                sequence, token, last = news = self.news.popleft()
+                _, sequence, token, last = news = self.news.popleft()
                 if sequence.done:
                     continue
                 if last and sequence.row >= 0 and not sequence.heard:

@@ -6,6 +6,7 @@ import os
 import random
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -103,7 +104,7 @@ class Engine:
         self.capture.attach(request)
         seed = request.params.seed
         request.number, request.seed = next(self.numbers), self.random.getrandbits(64) if seed is None else seed
-        first = Sequence(request, 0, self.batch, np.array(request.prompt, np.int32))
+        first = Sequence(weakref.ref(request), 0, self.batch, np.array(request.prompt, np.int32))
         if not request.rules.plain:
             first.state = SamplingState(request.rules, request.seed, 0, request.prompt)
         request.sequences = [first]
@@ -332,7 +333,7 @@ class Engine:
         """Begin the other answers of a request whose prompt is computed, each with a first token of its own."""
         request = sequence.request
         for index in range(1, request.num_made):
-            other = Sequence(request, index, self.batch, sequence.saved)
+            other = Sequence(sequence.owner, index, self.batch, sequence.saved)
             other.state = sequence.state and sequence.state.fork(index)
             other.captured = {name: dict(rows) for name, rows in sequence.captured.items()}
             request.sequences.append(other)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from labinfer.runtime.engine import Engine
     from labinfer.runtime.outputs import RequestOutput
     from labinfer.runtime.sampling import SamplingParams
+    from labinfer.runtime.scheduler import Policy
     from labinfer.runtime.speculation import Proposer
     from labinfer.runtime.tokenizer import Tokenizer
 
@@ -63,8 +64,9 @@ class Model:
         cache: CacheOptions | None = None,
         seed: int | None = None,
         transport: str | None = None,
+        policy: Policy | None = None,
     ) -> None:
-        self.seed = seed
+        self.seed, self.policy = seed, policy
         self.proposer: Proposer | None = None  # for speculation
         self._engine: Engine | None = None
         self.plan, self.tokenizer, self.manager = plan, tokenizer, manager or Manager()
@@ -126,7 +128,7 @@ class Model:
                 self.check_open()
                 if self._engine is None:
                     kind = PipelinedEngine if self.pipeline else Engine
-                    self._engine = kind(self, self.tokenizer.eos_ids if self.tokenizer else (), seed=self.seed)
+                    self._engine = kind(self, self.tokenizer.eos_ids if self.tokenizer else (), self.policy, self.seed)
         return self._engine
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
@@ -58,7 +59,7 @@ class RequestMetrics:
         return (self.finished_time - self.first_token_time) / (self.num_generation_tokens - 1)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Request:
     """A prompt of token ids and what is wanted of it.
 
@@ -111,6 +112,8 @@ class Request:
 class Sequence:
     """One answer of a request. While it runs its tokens are those of its ``row`` of ``batch``, else ``saved``.
 
+    ``owner`` is its request, kept by whoever runs it: a cycle would outlive its last user until garbage is collected.
+
     ``finish_reason`` is ``stop``, ``length``, ``abort`` or ``error``; ``stop_reason`` the token or text it stopped at.
     ``state`` is None where the likeliest token is all that is wanted. ``told`` are the tokens, and ``pieces`` the text,
     that have been told; once ``done`` there is nothing more to tell. Its last token may not belong to the text
@@ -119,7 +122,7 @@ class Sequence:
     holds while it has a row.
     """
 
-    request: Request
+    owner: weakref.ref[Request]
     index: int
     batch: Batch
     saved: np.ndarray
@@ -137,6 +140,14 @@ class Sequence:
     num_computed: int = 0
     adapter: int = NO_ADAPTER
     captured: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def request(self) -> Request:
+        """Whose answer it is; ``ReferenceError`` for one that has ended and that nobody has kept."""
+        request = self.owner()
+        if request is None:
+            raise ReferenceError("the request of this sequence is gone: keep the request, which has its sequences")
+        return request
 
     @property
     def heard(self) -> bool:

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from labinfer.compiler.plan import Limits
-from labinfer.errors import LabinferError
+from labinfer.errors import LabinferError, UsageError
 from labinfer.runtime.batch import Batch, Part
 from labinfer.runtime.lora import Adapters
 from labinfer.runtime.request import Request, Sequence
+from labinfer.runtime.shared_prefix import rows_behind, take_over
 from labinfer.runtime.step_costs import StepCosts
 from labinfer.runtime.swap import Swap
 
@@ -96,6 +97,7 @@ class Scheduler:
     ) -> None:
         self.batch, self.limits, self.policy, self.costs, self.swap = batch, limits, policy, costs, swap
         self.adapters, self.max_len = adapters or Adapters(0, ()), limits.max_sequence_len
+        self.checks_policy = type(policy).split is not Policy.split
         self.limits_stalls = os.environ.get("LABINFER_STALL") != "0"
         # More could not all make a token in each step, and the last of them would wait with blocks in their hands.
         self.max_running = min(limits.max_num_seqs, limits.max_logits_rows, limits.max_num_batched_tokens)
@@ -103,12 +105,14 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.rows = np.zeros(0, np.intp)
         self.owners: dict[int, Sequence] = {}  # by row
+        self.requests: dict[Sequence, Request] = {}  # of all that run or wait
         self.arrivals = count()
         self.num_preemptions = 0
         self.refused: tuple[Sequence, int] | None = None  # who found no room while so many blocks were free
 
     def wait(self, sequence: Sequence) -> None:
         """Queue a sequence that has no row."""
+        self.requests[sequence] = sequence.request
         heapq.heappush(self.waiting, (self.policy.rank(sequence), next(self.arrivals), sequence))
 
     @property
@@ -123,14 +127,19 @@ class Scheduler:
         Raises ``Unrunnable`` for a sequence that cannot go on although no other runs, or whose adapter cannot be read.
         """
         self.admit()
+        behind: list[int] = []
         while self.running:
-            part = self.split(ahead)
+            part = self.split(ahead, behind)
             if part is None:
                 return None
             if ahead and not self.copies_in_order and self.batch.blocks.forked[part.rows].any():
                 return None
-            if not part.decodes and self.reuse(part):
-                continue
+            if not part.decodes:
+                if self.reuse(part):
+                    continue
+                if more := rows_behind(self.batch, self.rows, part):
+                    behind += more
+                    continue
             if self.batch.grow(part) is None:
                 return part
             if ahead:
@@ -139,26 +148,28 @@ class Scheduler:
             if len(self.running) == 1:
                 raise Unrunnable(victim)
             self.preempt(victim)
+            behind.clear()
         return None
 
     def reuse(self, part: Part) -> bool:
-        """Let sequences that begin with ``part`` take over what others have computed since these were admitted."""
-        batch, found = self.batch, False
-        for row in part.rows[batch.num_computed[part.rows] == 0].tolist():
-            request, untouched = self.owners[row].request, batch.blocks.counts[row] == 0
-            if untouched and not request.computes_all and batch.blocks.match(batch.tokens(row), batch.salts[row]):
-                cached = batch.attach(row)  # 0 without room for what a colder tier has
-                found = found or cached > 0
-                if request.metrics.num_preemptions == 0:
-                    request.metrics.num_cached_tokens = cached
-        return found
+        """Let sequences of ``part`` take over what others have computed since these were admitted."""
+        taken = take_over(self.batch, part.rows)
+        for row, more in taken.items():
+            metrics = self.owners[row].request.metrics
+            if metrics.num_preemptions == 0:
+                metrics.num_cached_tokens += more
+        return bool(taken)
 
-    def split(self, ahead: bool) -> Part | None:
-        """The budgets divided among the running sequences."""
+    def split(self, ahead: bool, behind: Listing[int] = ()) -> Part | None:
+        """The budgets divided among the running sequences but for the rows ``behind``."""
         rows, limits, remaining = self.rows, self.limits, self.remaining(ahead)
+        if behind:
+            remaining[np.isin(rows, behind)] = 0
         only_decodes = int(remaining.max()) <= 1
         prompts = limits.max_num_batched_tokens if only_decodes else self.prompt_budget(remaining)
         counts = self.policy.split(remaining, limits.max_num_batched_tokens, prompts)
+        if self.checks_policy:
+            check_split(counts, remaining, limits.max_num_batched_tokens)
         if self.batch.blocks.reuse_until is not None:
             counts = self.as_before(rows, counts)
         if only_decodes and np.count_nonzero(counts) == len(rows):
@@ -306,6 +317,7 @@ class Scheduler:
         """Take out sequences that have ended, wherever they are."""
         for sequence in sequences:
             self.leave(sequence)
+            del self.requests[sequence]
             if sequence.swapped is not None and self.swap is not None:
                 self.swap.drop(sequence.swapped)
                 sequence.swapped = None
@@ -318,6 +330,7 @@ class Scheduler:
         """Have ``into`` go on from where ``sequence`` is: in a row of its own, or waiting if all are taken."""
         if sequence.row >= 0 and len(self.running) < self.max_running:
             self.adapters.share(sequence, into)
+            self.requests[into] = into.request
             self.take(into, self.batch.fork(sequence.row))
         else:
             into.saved = sequence.token_ids.copy()
@@ -327,3 +340,18 @@ class Scheduler:
         """Leave only sequences that have a row among the running ones."""
         self.running = [sequence for sequence in self.running if sequence.row >= 0]
         self.rows = np.array([sequence.row for sequence in self.running], np.intp)
+
+
+def check_split(counts: Any, remaining: np.ndarray, budget: int) -> None:
+    """Raise ``UsageError`` unless what a policy of the user's says is what ``Policy.split`` must."""
+    wrong = None
+    if not isinstance(counts, np.ndarray) or counts.shape != remaining.shape or counts.dtype.kind != "i":
+        wrong = f"an array of {len(remaining)} whole numbers is wanted"
+    elif (counts < 0).any() or (counts > remaining).any():
+        wrong = f"each must be between 0 and what remains, {remaining.tolist()}"
+    elif int(counts.sum()) > budget:
+        wrong = f"they are more than the budget of {budget}"
+    elif remaining.any() and not counts.any():
+        wrong = "no sequence would ever go on"
+    if wrong:
+        raise UsageError("scheduler.split", f"the policy's split gave {counts!r:.60}: {wrong}")

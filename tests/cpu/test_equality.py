@@ -60,6 +60,19 @@ def smollm2_asks() -> list[Ask]:
     return [Ask(prompt, params) for params in kinds for prompt in PROMPTS]
 
 
+def test_seeded_tokens_of_smollm2_in_any_company(gguf: Path) -> None:
+    """With ``batch_invariant``, also where many tokens at a time would go to the matrix unit."""
+    options: dict[str, Any] = {"devices": "cpu", "max_model_len": 700, "batch_invariant": True}
+    knobs = {"temperature": 1.0, "max_tokens": TOKENS, "ignore_eos": True}
+    lengths = (5, 600, 20, 520, *[7, 9, 30] * 5)
+    prompts = [(PROMPTS[number % 5] * 90)[:length] for number, length in enumerate(lengths)]
+    asks = [Ask(prompt, SamplingParams(**knobs, seed=seed)) for seed, prompt in enumerate(prompts)]
+    expected = alone(gguf, asks, **options)
+    for size in (511, 512):
+        with labinfer.LLM(gguf, max_num_seqs=24, max_num_batched_tokens=size, **options) as llm:
+            assert together(llm, asks) == expected, size
+
+
 @pytest.mark.parametrize("way", ["batch", "chunk 1", "chunk 7", "chunk 511", "blocks of 64", "swap", "overlap"])
 def test_tokens_of_smollm2(
     way: str, gguf: Path, smollm2_alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
