@@ -131,7 +131,8 @@ def mean_and_spread(runs: np.ndarray, quantile: float) -> tuple[float, float]:
 def measure_step(model: Model, shape: StepShape, patience: Patience) -> StepTimes:
     """Run a step of this size, whole and with clocks between its ops in turn, on whatever the cache holds.
 
-    It runs again while others are busy. A try while they were quiet counts alone, with its median; else all of them do.
+    It runs again while others are busy, if ``patience`` lasts. A try while they were quiet counts alone, with its median;
+    else all of them do.
     """
     with prepared_step(model, shape) as batch:
         timed = []
@@ -143,7 +144,7 @@ def measure_step(model: Model, shape: StepShape, patience: Patience) -> StepTime
             timed.append(([op for op, _, _ in listed], program))
         model.run(batch)  # binds the tape, and warms what stays warm
         programs, tries, quiet = [program for _, program in timed], list[Runs](), False
-        while not quiet and len(tries) < MOST_TRIES:
+        while not quiet and len(tries) < (MOST_TRIES if patience.left > 0 else 1):
             patience.wait()
             foreign = Foreign()
             tries.append(run_step(model, batch, programs))
