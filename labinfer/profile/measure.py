@@ -131,8 +131,8 @@ def mean_and_spread(runs: np.ndarray, quantile: float) -> tuple[float, float]:
 def measure_step(model: Model, shape: StepShape, patience: Patience) -> StepTimes:
     """Run a step of this size, whole and with clocks between its ops in turn, on whatever the cache holds.
 
-    It runs again while others are busy, if ``patience`` lasts. A try while they were quiet counts alone, with its median;
-    else all of them do.
+    It runs again while others are busy and ``patience`` lasts. A try while they were quiet counts alone, with its
+    median; else all of them do.
     """
     with prepared_step(model, shape) as batch:
         timed = []

@@ -51,7 +51,8 @@ class StageTable:
 
     def _classes(self) -> NDArray[np.int64]:
         """A number for each layer; layers of the same number cost the same here."""
-        columns = [self.weights, self.fixed, self.kv, *self.on_device, *(self.on_host if self.on_host is not None else ())]
+        columns = [self.weights, self.fixed, self.kv, *self.on_device]
+        columns += [] if self.on_host is None else [*self.on_host]
         known: dict[tuple[float, ...], int] = {}
         return np.array([known.setdefault(row, len(known)) for row in zip(*columns, strict=True)])
 

@@ -1,0 +1,45 @@
+"""Measures how quickly layers are streamed to a device, and how much of that hides behind its computing."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from labinfer.compiler.costs import StepShape, StreamProfile
+from labinfer.compiler.plan import Plan
+from labinfer.profile.measure import fill_caches, measure_step
+from labinfer.profile.quiet import Patience
+from labinfer.profile.synthetic import SyntheticCheckpoint
+from labinfer.runtime.cache import CacheOptions
+from labinfer.runtime.model import Model
+from labinfer.runtime.streamed_weights import StreamedWeights
+
+STEP = StepShape.decode(1, 16)
+RUNS = 5
+
+
+def measure_streaming(plan: Plan, patience: Patience) -> StreamProfile:
+    """The streaming of the one device of ``plan``, which streams layers from the host, in a decode step of one token.
+
+    A step takes as long as computing and copying by themselves, less what overlaps.
+    """
+    (stage,) = plan.stages
+    with Model(plan, SyntheticCheckpoint(plan), cache=CacheOptions(enable_prefix_caching=False)) as model:
+        fill_caches(model)
+        (loaded,) = model.stages
+        assert loaded.streamed is not None
+        copying = min(copy_seconds(loaded.streamed) for _ in range(RUNS))  # others can only make it longer
+        times = measure_step(model, STEP, patience)
+    computing = float(np.quantile(times.op_runs[0].sum(axis=1), times.quantile))
+    overlap = (computing + copying - times.whole) / min(computing, copying)
+    return StreamProfile(bandwidth=round(stage.bytes.host / copying), overlap=round(min(max(overlap, 0.0), 1.0), 3))
+
+
+def copy_seconds(streamed: StreamedWeights) -> float:
+    """Seconds for bringing all layers once, with nothing else running."""
+    started = time.perf_counter()
+    for layer in streamed.layers:
+        streamed.reach(layer)
+    streamed.end()
+    return time.perf_counter() - started
