@@ -78,7 +78,7 @@ def measure_device(plan: Plan, grid: Grid, quick: bool, patience: Patience, prog
     (name, device), (stage,) = next(iter(plan.devices.items())), plan.stages
     profile = DeviceProfile(device=Fingerprint(**fingerprint(name, device.threads)))
     with Model(plan, SyntheticCheckpoint(plan), cache=CacheOptions(enable_prefix_caching=False)) as model:
-        fill_caches(model)
+        warm_up(model)
         (interpreter,) = model.interpreters
         signer = stage_signer(plan, stage)
         profile.out = measure_out(interpreter.device)
@@ -201,7 +201,12 @@ def grow(model: Model, rows: list[int], count: int) -> Part:
     return part
 
 
-def fill_caches(model: Model) -> None:
-    """Touch the cache's memory: pages that were never written are all one, and are read from a CPU's cache."""
+def warm_up(model: Model) -> None:
+    """Bring memory to the state it has in a service: pages of the cache that were never written are all one, and are
+    read from a CPU's cache; and decoding is quicker, by a tenth on CPUs, after a prompt than before the first."""
     for cache in model.cache.arrays:
         cache.device.fill(cache.buffer, 0x3C)
+    limits = model.plan.limits
+    longest = min(limits.max_num_batched_tokens, limits.max_sequence_len)
+    with prepared_step(model, StepShape.prefill(longest)) as batch:
+        model.run(batch)

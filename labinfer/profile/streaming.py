@@ -8,7 +8,7 @@ import numpy as np
 
 from labinfer.compiler.costs import StepShape, StreamProfile
 from labinfer.compiler.plan import Plan
-from labinfer.profile.measure import fill_caches, measure_step
+from labinfer.profile.measure import measure_step, warm_up
 from labinfer.profile.quiet import Patience
 from labinfer.profile.synthetic import SyntheticCheckpoint
 from labinfer.runtime.cache import CacheOptions
@@ -26,7 +26,7 @@ def measure_streaming(plan: Plan, patience: Patience) -> StreamProfile:
     """
     (stage,) = plan.stages
     with Model(plan, SyntheticCheckpoint(plan), cache=CacheOptions(enable_prefix_caching=False)) as model:
-        fill_caches(model)
+        warm_up(model)
         (loaded,) = model.stages
         assert loaded.streamed is not None
         copying = min(copy_seconds(loaded.streamed) for _ in range(RUNS))  # others can only make it longer
