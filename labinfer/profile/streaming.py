@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 
-import numpy as np
-
 from labinfer.compiler.costs import StepShape, StreamProfile
 from labinfer.compiler.plan import Plan
 from labinfer.profile.measure import measure_step, warm_up
@@ -31,7 +29,7 @@ def measure_streaming(plan: Plan, patience: Patience) -> StreamProfile:
         assert loaded.streamed is not None
         copying = min(copy_seconds(loaded.streamed) for _ in range(RUNS))  # others can only make it longer
         times = measure_step(model, STEP, patience)
-    computing = float(np.quantile(times.op_runs[0].sum(axis=1), times.quantile))
+    computing = float(times.of_stage(0).sum())
     overlap = (computing + copying - times.whole) / min(computing, copying)
     return StreamProfile(bandwidth=round(stage.bytes.host / copying), overlap=round(min(max(overlap, 0.0), 1.0), 3))
 
