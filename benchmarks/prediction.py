@@ -41,7 +41,7 @@ STEPS = (
     StepShape.prefill(256, 256),
 )  # fmt: skip
 LIMITS: dict[str, Any] = {"max_num_seqs": 8, "max_model_len": 1024, "num_blocks": 256}
-PROMPT, OUTPUT = 512, 128
+PROMPT, OUTPUT, ROUNDS = 512, 128, 2
 
 
 class Room:
@@ -116,22 +116,29 @@ def line(step: MeasuredStep) -> str:
 
 
 def choice(path: str, patience: Patience, **how: bool) -> list[dict[str, Any]]:
-    """The chosen plan and others, where the quick device has room for half of the weights, best first."""
+    """The chosen plan and others, where the quick device has room for half of the weights, best first.
+
+    Each has its best of some rounds in turn: others only ever make a step longer.
+    """
     room = Room(path, patience, **how)
     taken = labinfer.compile(path, devices="cpu", **LIMITS).stages[0].bytes
     cap = taken.total - taken.weights // 2 - taken.kv_cache // 2
     devices = f"'cpu:0': {{threads: 2, memory: {cap}}}, 'cpu:1': {{threads: 1}}"
     candidates = {"chosen": room.compile(devices)}
     units = room.units
-    for eighths in range(1, 9):
+    for eighths in range(2, 9, 2):
         for quick_first in (True, False):
             cut = len(units) * eighths // 16
             mine, others = (units[:cut], units[cut:]) if quick_first else (units[-cut:], units[:-cut])
             pins = [f"{unit}: 'cpu:0'" for unit in mine] + [f"{unit}: 'cpu:1'" for unit in others]
             name = f"cpu:0 has {mine[0]} to {mine[-1]}"
             with suppress(DoesNotFit):
-                candidates[name] = room.compile(devices, ", ".join(pins))
-    return sorted((seconds_of(room, name, plan) for name, plan in candidates.items()), key=lambda x: x["measured_ms"])
+                plan = room.compile(devices, ", ".join(pins))
+                if plan.stages != candidates["chosen"].stages:
+                    candidates[name] = plan
+    rounds = [[seconds_of(room, name, plan) for name, plan in candidates.items()] for _ in range(ROUNDS)]
+    best = (min(rows, key=lambda row: row["measured_ms"]) for rows in zip(*rounds, strict=True))
+    return sorted(best, key=lambda row: row["measured_ms"])
 
 
 def seconds_of(room: Room, name: str, plan: Plan) -> dict[str, Any]:
