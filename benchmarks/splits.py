@@ -4,8 +4,8 @@
 
 Each device has a core; one of them gets only a part of its core's time (``--slow``, by a control group: Linux, root).
 Beside the placement by cost stand the usual ones: an even share of the layers, and a share by memory, of which the slow
-device has twice as much. Bars: never
-slower than these, and 1.3 times as fast where the devices differ 2 : 1. Profiles are measured first, and not kept.
+device has twice as much. Bars: never slower than these, and 1.3 times as fast where the devices differ 2 : 1. Profiles
+are measured first, and not kept.
 """
 
 from __future__ import annotations
@@ -63,6 +63,10 @@ class SlowGroup:
     def take(self, process: int) -> None:
         """Slow a process."""
         (self.group / "cgroup.procs").write_text(str(process))
+
+    def close(self) -> None:
+        """Remove the group, whose processes have ended."""
+        self.group.rmdir()
 
     @contextmanager
     def slowed(self) -> Iterator[None]:
@@ -164,6 +168,7 @@ def main() -> None:
             print(f"  {name:9} {rates[name]:6.0f} tokens/s ({layers_of(plan)}); by cost: {gain:.2f} x", flush=True)
             passed &= name == "by cost" or gain >= (1.3 if slowed else 1.0)
         found.append({"slow": slowed, "larger": larger, "tokens/s": rates})
+    group.close()
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
     sys.exit(not passed)
