@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import sys
+from dataclasses import replace
 
 import numpy as np
 
@@ -24,6 +25,8 @@ def random_problem(seed: int) -> Problem:
         else Layer(f"l{i}", rng.randint(1, 9), rng.randint(0, 2), rng.randint(0, 5))
         for i in range(count)
     )
+    if rng.random() < 0.3:  # of some layers a part cannot be streamed, or nothing
+        layers = tuple(replace(each, fixed_bytes=rng.choice([0, 1, each.weight_bytes])) for each in layers)
     kinds = [random_kind(rng, f"k{i}", count, alike) for i in range(rng.randint(1, 3))]
     devices = tuple(
         Device(f"d{i}", rng.choice(kinds), rng.choice([10, 25, 40, 90]), rng.randint(0, 3))
@@ -58,6 +61,7 @@ def random_kind(rng: random.Random, name: str, count: int, alike: bool) -> Devic
         costs(3.0) if on_host else (),
         costs(2.0) if on_host else (),
         rng.choice([0.0, 1.0, 6.0]),
+        rng.choice([1.0, 1.0, 0.0, 0.6]),
     )
 
 
@@ -76,7 +80,8 @@ def stage_times(problem: Problem, device: Device) -> dict[tuple[int, int], float
             weight, cache = layer.weight_bytes, layer.kv_bytes * work.kv_tokens
             ways = [[weight + cache, kind.prefill[number], kind.decode[number], 0, 0]]
             if kind.stream_bandwidth:
-                ways.append([cache, *ways[0][1:3], weight / kind.stream_bandwidth, weight])
+                moved = weight - layer.fixed_bytes
+                ways.append([layer.fixed_bytes + cache, *ways[0][1:3], moved / kind.stream_bandwidth, moved])
             if kind.host_prefill:
                 ways.append([0, kind.host_prefill[number], kind.host_decode[number], 0, 0])
             parts = [np.column_stack([rows[:, :4] + way[:4], np.maximum(rows[:, 4], way[4])]) for way in ways]
@@ -86,12 +91,17 @@ def stage_times(problem: Problem, device: Device) -> dict[tuple[int, int], float
             last = np.repeat([i == 0 for i in range(len(parts))], sizes)
             whole = start == 0 and number == count - 1
             used = rows[:, 0] + 2 * rows[:, 4] - np.where(ends & last & whole, problem.tied_bytes, 0)
-            seconds = work.prefill_steps * np.maximum(rows[:, 1], rows[:, 3])
-            seconds = seconds + work.decode_steps * np.maximum(rows[:, 2], rows[:, 3])
+            prefill, decode = (step_times(column, rows[:, 3], kind.overlap) for column in (rows[:, 1], rows[:, 2]))
+            seconds = work.prefill_steps * prefill + work.decode_steps * decode
             times[start, number + 1] = float(seconds[used <= room].min(initial=math.inf))
             keep = rows[:, 0] + 2 * rows[:, 4] <= room + (problem.tied_bytes if start == 0 else 0)
             rows, ends = rows[keep], ends[keep]
     return times
+
+
+def step_times(computed: np.ndarray, copied: np.ndarray, overlap: float) -> np.ndarray:
+    """Seconds of a step: the longer of both, and what of the shorter does not hide in it."""
+    return np.maximum(computed, copied) + (1 - overlap) * np.minimum(computed, copied)
 
 
 def best_values(problem: Problem) -> tuple[float, float, float]:

@@ -50,6 +50,13 @@ def test_random_chains_equal_brute_force(first: int) -> None:
     assert not [message for seed in range(first, first + 50) for message in disagreements(seed)]
 
 
+def test_random_chains_equal_an_integer_programme() -> None:
+    pytest.importorskip("scipy", reason="HiGHS is an optional checker")
+    from . import milp_chains
+
+    assert not [message for seed in range(10) for message in milp_chains.disagreements(seed)]
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_search_without_exact_algorithms_keeps_its_bounds(
     objective: Objective, monkeypatch: pytest.MonkeyPatch

@@ -288,3 +288,24 @@ def test_the_schema_of_cluster_files_accepts_what_is_read() -> None:
     jsonschema.validate(load_yaml("declared", text=_DECLARED).plain(), cluster_schema())
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"devices": {"a": {"lik": "l4"}}}, cluster_schema())
+
+
+@pytest.mark.usefixtures("home")
+def test_layers_that_do_not_fit_are_streamed_with_the_same_tokens(tmp_path: Path) -> None:
+    options = {"max_num_seqs": 1, **_LIMITS}
+    resident, streamed = (labinfer.compile(_MODEL, devices="reference", streamed_layers=n, **options) for n in (0, 3))
+    cap = streamed.stages[0].bytes.total + 1000  # the arena is reserved as a quick packing has it
+    assert cap < resident.stages[0].bytes.total
+    text = f"devices: {{reference: {{memory: {cap}}}}}"
+    profile_cluster(_MODEL, _cluster(tmp_path, text), silent, Patience(0), max_num_batched_tokens=16, quick=True)
+    plan = _compile(tmp_path, text, "prompt=32,output=32", max_num_seqs=1)
+    (stage,) = plan.stages
+    assert len(stage.streamed) == 3
+    assert stage.bytes.total <= cap
+    assert "start - end, 3 streamed" in "\n".join(line.text for line in placement_lines(plan, 100))
+    prompt, greedy = [5, 6, 7, 8], labinfer.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    answers = []
+    for each in (resident, plan):
+        with labinfer.LLM(each) as model:
+            answers.append(model.generate([prompt], greedy)[0].token_ids)
+    assert answers[0] == answers[1]

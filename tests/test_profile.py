@@ -13,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import labinfer
-from labinfer.compiler.costs import CostTable, DeviceProfile, Fingerprint, Measured, StepShape, load_profile
+from labinfer.compiler.costs import (
+    CostTable,
+    DeviceProfile,
+    Fingerprint,
+    Measured,
+    StepShape,
+    StreamProfile,
+    load_profile,
+)
 from labinfer.compiler.costs.plans import predict_plan, stage_ops, stage_signer
 from labinfer.compiler.costs.store import profile_path, store_profile
 from labinfer.compiler.costs.table import interpolate
@@ -21,6 +29,7 @@ from labinfer.errors import LabinferError, UsageError
 from labinfer.ops.dequantization import dequantize
 from labinfer.profile import measure
 from labinfer.profile.grid import MOST_CACHED_TOKENS, grid_for
+from labinfer.profile.measure import StepTimes
 from labinfer.profile.quiet import Foreign, Patience
 from labinfer.profile.sample import layer_ops, sampled
 from labinfer.profile.session import profile_device, profile_links
@@ -126,6 +135,26 @@ def test_validation_compares_every_step_stage_and_op() -> None:
         ]
         assert all(op.measured > 0 for ops in step.stages for op in ops)
         assert step.measured > 0.5 * sum(op.measured for ops in step.stages for op in ops)
+
+
+def test_seconds_of_ops_add_up_though_each_run_is_disturbed_in_another() -> None:
+    runs = np.full((9, 9), 1.0) + np.eye(9) * 10  # a pause hits another op in every run
+    times = StepTimes(np.full(9, 20.0), [[]], [runs], 0.5)
+    assert times.of_stage(0).sum() == pytest.approx(19)
+    assert times.rest() == pytest.approx(1)
+
+
+@pytest.mark.usefixtures("home")
+def test_streamed_layers_lengthen_predicted_steps() -> None:
+    profile = _profile(_MODEL)
+    assert profile.stream is not None
+    resident, streamed = (
+        predict_plan(plan, {"reference": Measured(profile)}, {}, StepShape.decode(1, 10))[0].seconds
+        for plan in (labinfer.compile(_MODEL, devices="reference", streamed_layers=n, **_SMALL) for n in (0, 3))
+    )
+    assert streamed >= resident
+    way = StreamProfile(bandwidth=100, overlap=0.5)
+    assert [way.added(computing, 200) for computing in (1.0, 2.0, 8.0)] == [1.5, 1.0, 1.0]
 
 
 def test_patience_is_a_number_of_seconds_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,7 +144,8 @@ def _place_by_cost(
     from labinfer.compiler.place_by_cost import place_by_cost  # numpy, which other plans do without
 
     kept = (options.num_blocks or 0) * limits.block_size
-    return place_by_cost(graph, targets, limits, goal, partial(_reserved, graph, limits), kept)
+    by_hand = options.streamed_layers > 0 or options.stream_from != "host"
+    return place_by_cost(graph, targets, limits, goal, partial(_reserved, graph, limits), kept, streams=not by_hand)
 
 
 def _used(targets: Sequence[Target], placements: Sequence[Placement] | None) -> list[Target]:

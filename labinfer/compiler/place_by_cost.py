@@ -9,13 +9,24 @@ from itertools import groupby
 from math import ceil
 
 from labinfer.compiler.costs import Costs, LinkProfile, Signer, StepShape
-from labinfer.compiler.fold import GRAPH_INPUTS
+from labinfer.compiler.fold import GRAPH_INPUTS, layer_matrices
 from labinfer.compiler.graph import Op, OpGraph
-from labinfer.compiler.partition import Device, DeviceKind, Layer, Link, Objective, Partition, Problem, partition
+from labinfer.compiler.partition import (
+    Device,
+    DeviceKind,
+    Layer,
+    Link,
+    Objective,
+    Partition,
+    Problem,
+    Residency,
+    partition,
+)
 from labinfer.compiler.partition.explain import Explanation, explain
 from labinfer.compiler.partition.simulate import Simulation, rank
 from labinfer.compiler.partition.solve import objective_value
 from labinfer.compiler.plan import Limits
+from labinfer.compiler.residency import ALIGNMENT, SLOTS
 from labinfer.compiler.target import Placement, Target
 from labinfer.compiler.workload import Workload
 from labinfer.errors import DoesNotFit, InvalidFile, Place, UsageError
@@ -57,10 +68,11 @@ class Goal:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What is placed as a whole: a layer, or what stands before the first or after the last one."""
+    """What is placed as a whole: a layer, or what stands before the first (``layer`` is None) or after the last one."""
 
     name: str
     ops: tuple[Op, ...]
+    layer: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +86,15 @@ class PlacedByCost:
     served: Simulation
 
     def placements(self, targets: Sequence[Target]) -> list[Placement]:
-        """The run of ops of each stage."""
+        """The run of ops of each stage, and which of its layers are streamed."""
         known = {target.name: target for target in targets}
-        return [
-            Placement(
-                known[stage.device], tuple(op for unit in self.units[stage.start : stage.stop] for op in unit.ops)
-            )
-            for stage in self.chosen.stages
-        ]
+        found = []
+        for stage in self.chosen.stages:
+            units = self.units[stage.start : stage.stop]
+            kept = zip(units, stage.residencies, strict=True)
+            streamed = tuple(u.layer for u, how in kept if how is Residency.STREAMED and u.layer is not None)
+            found.append(Placement(known[stage.device], tuple(op for unit in units for op in unit.ops), streamed))
+        return found
 
 
 def place_by_cost(
@@ -91,15 +104,17 @@ def place_by_cost(
     goal: Goal,
     reserved: Callable[[Target], int],
     kv_tokens: int = 0,
+    streams: bool = True,
 ) -> PlacedByCost:
     """The best placement of ``graph`` on ``targets`` for ``goal``.
 
-    ``reserved`` gives the bytes that a device needs beside weights and cache, which holds ``kv_tokens`` at least. Of
+    ``reserved`` gives the bytes that a device needs beside weights and cache, which holds ``kv_tokens`` at least. With
+    ``streams``, layers that do not fit a device may be streamed to it, where it is known how long that takes. Of
     the best plans by static value the one is taken that serves most in a simulation; for latency alone, which that does
     not change, the first.
     """
     units = split(graph)
-    problem = problem_of(graph, units, targets, limits, goal, reserved, kv_tokens)
+    problem = problem_of(graph, units, targets, limits, goal, reserved, kv_tokens, streams)
     best = partition(problem, goal.objective, effort_seconds=EFFORT_SECONDS)
     told = tell(problem, best)
     candidates = [best]
@@ -138,13 +153,13 @@ def split(graph: OpGraph) -> list[Unit]:
     for layer, run in groupby(graph.ops, key=lambda op: op.layer):
         ops = tuple(run)
         if layer is not None:
-            units.append(Unit(f"layers.{layer}", ops))
+            units.append(Unit(f"layers.{layer}", ops, layer))
         elif not units:
             units.append(Unit("start", ops))
         elif units[-1].name == f"layers.{last}":
             units.append(Unit("end", ops))
         else:
-            units[-1] = Unit(units[-1].name, units[-1].ops + ops)
+            units[-1] = replace(units[-1], ops=units[-1].ops + ops)
     return units
 
 
@@ -156,6 +171,7 @@ def problem_of(
     goal: Goal,
     reserved: Callable[[Target], int],
     kv_tokens: int,
+    streams: bool,
 ) -> Problem:
     """The partition problem: bytes and seconds of each unit on each device, links, pins."""
     work = goal.workload
@@ -169,7 +185,10 @@ def problem_of(
             phase[0] += costs.overhead_seconds(step)  # that of further stages comes with the hop into them
         kind = DeviceKind(target.name, tuple(seconds[0]), tuple(seconds[1]))
         capped = target.memory is not None
-        devices.append(Device(target.name, kind, target.memory or NO_CAP, reserved(target) if capped else 0))
+        if streams and capped and costs.stream:
+            kind = replace(kind, stream_bandwidth=costs.stream.bandwidth, overlap=costs.stream.overlap)
+        taken = reserved(target) + SLOTS * ALIGNMENT if capped else 0
+        devices.append(Device(target.name, kind, target.memory or NO_CAP, taken))
     links = {}
     for source in targets:
         for target in targets:
@@ -204,6 +223,7 @@ def layers_of(
 
     Of a window, no sequence keeps more than its blocks, so its layers count for that part of a token.
     """
+    matrices = layer_matrices(graph.ops, graph.weights)
     last_use = {name: number for number, unit in enumerate(units) for op in unit.ops for name in op.inputs}
     made: dict[str, TensorType] = {}
     length, found = work.prompt + work.output, []
@@ -217,8 +237,10 @@ def layers_of(
             group = limits.groups[state.group]
             kept = limits.blocks_needed(group, length) / -(-length // limits.block_size)
             cache += kept * state.width * limits.cache_bytes_per_number
-        weights = sum(weight_bytes(graph, name, targets) for name in unit_weights(unit))
-        found.append(Layer(unit.name, weights, round(cache), sum(kind.nbytes(1, 1) for kind in crossing)))
+        weights = {name: weight_bytes(graph, name, targets) for name in unit_weights(unit)}
+        streamed = {weight.name for weight in matrices.get(unit.layer, ())} if unit.layer is not None else set()
+        fixed, crossed = sum(b for n, b in weights.items() if n not in streamed), sum(k.nbytes(1, 1) for k in crossing)
+        found.append(Layer(unit.name, sum(weights.values()), round(cache), crossed, fixed))
     return tuple(found)
 
 

@@ -22,9 +22,13 @@ def spread(layers: Sequence[int], count: int) -> list[int]:
 
 
 def stream_layers(stage: Stage, placed: Placement, graph: OpGraph, count: int, source: Literal["host", "disk"]) -> None:
-    """Have ``count`` layers of ``stage``, which is ``placed``, come from ``source``, through a window on its device."""
+    """Have layers of ``stage``, which is ``placed``, come from ``source``, through a window on its device.
+
+    They are those that the placement names, else ``count`` of them.
+    """
     target, matrices = placed.target, layer_matrices(placed.ops, graph.weights)
-    stage.streamed, stage.streamed_from = spread(sorted(matrices), min(count, len(matrices))), source
+    chosen = list(placed.streamed) or spread(sorted(matrices), min(count, len(matrices)))
+    stage.streamed, stage.streamed_from = chosen, source
     sizes = [sum(target.weight_bytes(each.format, each.shape) for each in matrices[layer]) for layer in stage.streamed]
     stage.bytes.weights -= sum(sizes)
     stage.bytes.window = SLOTS * -(-max(sizes, default=0) // ALIGNMENT) * ALIGNMENT

@@ -51,10 +51,11 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A run of consecutive ops and the device that executes it."""
+    """A run of consecutive ops and the device that executes it; ``streamed`` layers are copied there in every step."""
 
     target: Target
     ops: tuple[Op, ...]
+    streamed: tuple[int, ...] = ()
 
 
 def place(graph: OpGraph, targets: Sequence[Target]) -> list[Placement]:

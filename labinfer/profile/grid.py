@@ -28,7 +28,7 @@ class Grid:
 
 
 FULL = Grid((1, 2, 4, 8, 16), (16, 64, 128, 256, 512), (0, 256, 1024, 4096))
-QUICK = Grid((1, 8), (64, 512), (0, 512, 2048))
+QUICK = Grid((1, 8), (64, 256, 512), (0, 512, 2048))
 
 
 def grid_for(quick: bool, max_tokens: int, max_sequences: int, longest: int, crossings: Iterable[int] = ()) -> Grid:

@@ -62,15 +62,23 @@ class StepTimes:
         """Seconds of the whole step."""
         return float(np.quantile(self.runs, self.quantile))
 
+    def of_stage(self, stage: int) -> np.ndarray:
+        """Seconds of each op of a stage [ops], which add up to those of the stage.
+
+        Medians of ops do not: what hits another op in each run is in none of them. All ops get their share of it.
+        """
+        runs = self.op_runs[stage]
+        each = np.quantile(runs, self.quantile, axis=0)
+        whole = np.quantile(runs.sum(axis=1), self.quantile)
+        return np.asarray(each * (whole / each.sum() if each.sum() else 1.0))
+
     def of_ops(self, stage: int) -> list[tuple[Op, float]]:
-        """Seconds of each op of a stage."""
-        seconds = np.quantile(self.op_runs[stage], self.quantile, axis=0)
-        return list(zip(self.ops[stage], seconds.tolist(), strict=True))
+        """Each op of a stage with its seconds."""
+        return list(zip(self.ops[stage], self.of_stage(stage).tolist(), strict=True))
 
     def rest(self) -> float:
         """Seconds of the step beside its ops."""
-        ops = sum(runs.sum(axis=1) for runs in self.op_runs)
-        return self.whole - float(np.quantile(ops, self.quantile))
+        return self.whole - float(sum(self.of_stage(stage).sum() for stage in range(len(self.ops))))
 
 
 def measure_device(plan: Plan, grid: Grid, quick: bool, patience: Patience, progress: Progress) -> DeviceProfile:
@@ -78,7 +86,7 @@ def measure_device(plan: Plan, grid: Grid, quick: bool, patience: Patience, prog
     (name, device), (stage,) = next(iter(plan.devices.items())), plan.stages
     profile = DeviceProfile(device=Fingerprint(**fingerprint(name, device.threads)))
     with Model(plan, SyntheticCheckpoint(plan), cache=CacheOptions(enable_prefix_caching=False)) as model:
-        fill_caches(model)
+        warm_up(model)
         (interpreter,) = model.interpreters
         signer = stage_signer(plan, stage)
         profile.out = measure_out(interpreter.device)
@@ -107,7 +115,7 @@ def record(
 
     Ops of one signature count with their mean, so that sums stay sums.
     """
-    (ops,), (runs,) = times.ops, times.op_runs
+    (ops,), (runs,), seconds = times.ops, times.op_runs, times.of_stage(0)
     columns: dict[str, list[int]] = defaultdict(list)
     for number, op in enumerate(ops):
         columns[signer.signature(op)].append(number)
@@ -117,21 +125,21 @@ def record(
         key = (count, shape.past if axis == "context" else 0)
         phases = ["step"] if axis != "context" else ["decode", "prefill"] if shape.tokens == 1 else [shape.phase]
         for phase in phases:
-            found[signature, phase].setdefault(key, mean_and_spread(runs[:, numbers], times.quantile))
+            found[signature, phase].setdefault(key, mean_and_spread(runs[:, numbers], seconds[numbers]))
     rest = max(times.rest() - out.seconds(4 * shape.rows * vocab_size), 0.0)
     found["", "step"].setdefault((shape.tokens, 0), (round(rest, DIGITS), 0.0))
 
 
-def mean_and_spread(runs: np.ndarray, quantile: float) -> tuple[float, float]:
-    """The mean over ops of a quantile of their runs [runs, ops], and the median distance of runs from it; seconds."""
-    each = np.quantile(runs, quantile, axis=0)
-    return round(float(each.mean()), DIGITS), round(float(np.median(np.abs(runs - each))), DIGITS)
+def mean_and_spread(runs: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
+    """The mean over ops of their seconds [ops], and the median distance of runs [runs, ops] from these."""
+    return round(float(seconds.mean()), DIGITS), round(float(np.median(np.abs(runs - seconds))), DIGITS)
 
 
 def measure_step(model: Model, shape: StepShape, patience: Patience) -> StepTimes:
     """Run a step of this size, whole and with clocks between its ops in turn, on whatever the cache holds.
 
-    It runs again while others are busy. A try while they were quiet counts alone, with its median; else all of them do.
+    It runs again while others are busy and ``patience`` lasts. A try while they were quiet counts alone, with its
+    median; else all of them do.
     """
     with prepared_step(model, shape) as batch:
         timed = []
@@ -143,7 +151,7 @@ def measure_step(model: Model, shape: StepShape, patience: Patience) -> StepTime
             timed.append(([op for op, _, _ in listed], program))
         model.run(batch)  # binds the tape, and warms what stays warm
         programs, tries, quiet = [program for _, program in timed], list[Runs](), False
-        while not quiet and len(tries) < MOST_TRIES:
+        while not quiet and len(tries) < (MOST_TRIES if patience.left > 0 else 1):
             patience.wait()
             foreign = Foreign()
             tries.append(run_step(model, batch, programs))
@@ -200,7 +208,12 @@ def grow(model: Model, rows: list[int], count: int) -> Part:
     return part
 
 
-def fill_caches(model: Model) -> None:
-    """Touch the cache's memory: pages that were never written are all one, and are read from a CPU's cache."""
+def warm_up(model: Model) -> None:
+    """Bring memory to the state it has in a service: pages of the cache that were never written are all one, and are
+    read from a CPU's cache; and decoding is quicker, by a tenth on CPUs, after a prompt than before the first."""
     for cache in model.cache.arrays:
         cache.device.fill(cache.buffer, 0x3C)
+    limits = model.plan.limits
+    longest = min(limits.max_num_batched_tokens, limits.max_sequence_len)
+    with prepared_step(model, StepShape.prefill(longest)) as batch:
+        model.run(batch)

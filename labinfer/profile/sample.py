@@ -6,11 +6,11 @@ than caches hold, so as many layers are kept as take some bytes, and the first o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from labinfer.backends.base import capabilities
 from labinfer.compiler.costs.plans import stage_signer
-from labinfer.compiler.fold import unfold_ops, unfold_weights
+from labinfer.compiler.fold import layer_matrices, unfold_ops, unfold_weights
 from labinfer.compiler.graph import Op, layer_of
 from labinfer.compiler.plan import Entry, Plan, Stage
 
@@ -32,9 +32,17 @@ def sampled(plan: Plan, most_bytes: int = SAMPLE_BYTES) -> Plan:
     known = capabilities(stage.device)
     part = stage.model_copy(update={"schedule": entries})
     weights = unfold_weights(plan)
-    used = {name for op, _ in unfold_ops(part) for each in op.primitives() for name in each.weights.values()}
+    ops = [op for op, _ in unfold_ops(part)]
+    used = {name for op in ops for each in op.primitives() for name in each.weights.values()}
+    part.streamed, matrices = [layer for layer in stage.streamed if layer in kept], layer_matrices(ops, weights)
+    streamed = {weight.name for layer in part.streamed for weight in matrices[layer]}
+
+    def size(names: Iterable[str]) -> int:
+        return sum(known.weight_bytes(weights[name].format, weights[name].shape) for name in names)
+
     sizes = {
-        "weights": sum(known.weight_bytes(weights[name].format, weights[name].shape) for name in used),
+        "weights": size(used - streamed),
+        "host": size(streamed),
         "kv_cache": stage.bytes.kv_cache * len(kept) // len(layers),
     }
     part.bytes = stage.bytes.model_copy(update=sizes)

@@ -14,6 +14,7 @@ from labinfer.compiler.compile import compile_plan
 from labinfer.compiler.costs import DeviceProfile, LinkProfile
 from labinfer.compiler.costs.plans import stage_ops, stage_signer
 from labinfer.compiler.costs.store import store_link, store_profile, stored_link, stored_profile
+from labinfer.compiler.fold import layer_matrices, unfold_weights
 from labinfer.compiler.plan import Plan
 from labinfer.errors import DoesNotFit
 from labinfer.placing import cluster_goal
@@ -22,6 +23,7 @@ from labinfer.profile.links import measure_link
 from labinfer.profile.measure import measure_device
 from labinfer.profile.quiet import Patience
 from labinfer.profile.sample import sampled
+from labinfer.profile.streaming import measure_streaming
 from labinfer.progress import Progress
 from labinfer.runtime.manager import Manager
 from labinfer.targets import real_target
@@ -31,6 +33,9 @@ SIGNED_OPTIONS = (
     "weights", "config", "block_size", "kv_dtype", "activations", "fuse", "max_num_batched_tokens", "max_num_seqs"
 )  # fmt: skip
 """Options of a compile that decide which ops there are, or how large steps get."""
+
+MOST_LAYERS = 4096
+"""More than a model has, to have all of them streamed."""
 
 SEQUENCES = 16
 """Sequences of the largest decode step that is measured, unless more are asked for."""
@@ -61,9 +66,12 @@ def profile_device(
     grid = grid_for(quick, *bounds, device.matrix_unit.values())
     if not again and is_known(stored, plan, quick, grid):
         return stored
-    plan = sampled(compile_for(model, name, num_blocks=blocks_for(grid, limits.block_size), **options))
-    check_memory(plan)
-    fresh = measure_device(plan, grid, quick, patience, progress)
+    options["num_blocks"] = blocks_for(grid, limits.block_size)
+    resident, streamed = (sampled(compile_for(model, name, streamed_layers=n, **options)) for n in (0, MOST_LAYERS))
+    check_memory(resident)
+    fresh = measure_device(resident, grid, quick, patience, progress)
+    if streamed.stages[0].streamed:
+        fresh.stream = measure_streaming(streamed, patience)
     fresh.ops = {**stored.ops, **fresh.ops}
     store_profile(fresh)
     return fresh
@@ -119,7 +127,8 @@ def is_known(profile: DeviceProfile, plan: Plan, quick: bool, grid: Grid) -> boo
         largest = max(grid.decode) if signer.axis(op) == "rows" else max(grid.prefill)
         if table is None or (table.quick and not quick) or table.most_tokens() < largest:
             return False
-    return bool(profile.overhead.step)
+    matrices = layer_matrices(stage_ops(stage), unfold_weights(plan))
+    return bool(profile.overhead.step) and (profile.stream is not None or not matrices)
 
 
 def blocks_for(grid: Grid, block_size: int) -> int:

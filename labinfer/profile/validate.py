@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from labinfer.compiler.costs import Costs, LinkProfile, StepShape
 from labinfer.compiler.costs.plans import predict_plan
 from labinfer.compiler.plan import Plan
-from labinfer.profile.measure import fill_caches, measure_step
+from labinfer.profile.measure import measure_step, warm_up
 from labinfer.profile.quiet import Patience
 from labinfer.profile.synthetic import SyntheticCheckpoint
 from labinfer.render.measured import MeasuredStep, OpTimes
@@ -35,7 +35,7 @@ def validate_plan(
 ) -> list[MeasuredStep]:
     """Run ``plan`` on made-up weights, which take as long as others, at each of ``steps_of``."""
     with Model(plan, SyntheticCheckpoint(plan), cache=CacheOptions(enable_prefix_caching=False)) as model:
-        fill_caches(model)
+        warm_up(model)
         return [validate_step(model, costs, links, shape, patience) for shape in steps_of(plan)]
 
 

@@ -60,7 +60,8 @@ def stage_table(plan: Plan, found: PlanPlacement) -> list[str]:
         free = "" if memory is None else human_bytes(memory - stage.bytes.total)
         sizes = map(human_bytes, (stage.bytes.weights, stage.bytes.kv_cache, stage.bytes.arena))
         times = (f"{1e3 * number:.3f}" for number in (each.decode, each.prefill, each.decode_hop))
-        rows.append([stage.device, span(*each.units), *sizes, free, *times, f"{each.unit / slowest:.0%}"])
+        runs = span(*each.units) + (f", {len(stage.streamed)} streamed" if stage.streamed else "")
+        rows.append([stage.device, runs, *sizes, free, *times, f"{each.unit / slowest:.0%}"])
     return align(rows, right=range(2, len(head)))
 
 

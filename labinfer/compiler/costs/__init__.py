@@ -2,7 +2,14 @@
 
 from labinfer.compiler.costs.predict import Costs, Measured, StepShape
 from labinfer.compiler.costs.signature import Signer
-from labinfer.compiler.costs.table import CostTable, DeviceProfile, Fingerprint, LinkProfile, load_profile
+from labinfer.compiler.costs.table import (
+    CostTable,
+    DeviceProfile,
+    Fingerprint,
+    LinkProfile,
+    StreamProfile,
+    load_profile,
+)
 
 __all__ = [
     "CostTable",
@@ -13,5 +20,6 @@ __all__ = [
     "Measured",
     "Signer",
     "StepShape",
+    "StreamProfile",
     "load_profile",
 ]

@@ -17,16 +17,18 @@ from labinfer.ops.fusions import is_view
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """Seconds of a stage in a step: of each op that runs, of what is beside them, of handing on what it made."""
+    """Seconds of a stage in a step: of each op that runs, of what is beside them, of waiting for streamed layers, of
+    handing on what it made."""
 
     ops: tuple[tuple[Op, float], ...]
     overhead: float
     hop: float
+    streaming: float = 0.0
 
     @property
     def seconds(self) -> float:
         """All but the hop."""
-        return sum(each for _, each in self.ops) + self.overhead
+        return sum(each for _, each in self.ops) + self.overhead + self.streaming
 
     @property
     def total(self) -> float:
@@ -60,5 +62,8 @@ def predict_plan(
         nbytes = sum(signer.types[name].nbytes(step.tokens, step.rows) for name in stage.outputs)
         following = plan.stages[number + 1].device if number + 1 < len(plan.stages) else None
         link = known.out if following is None else links[stage.device, following]
-        found.append(StageCost(ops, known.overhead_seconds(step), link.seconds(nbytes) if link else 0.0))
+        hop, overhead = link.seconds(nbytes) if link else 0.0, known.overhead_seconds(step)
+        computing = sum(seconds for _, seconds in ops) + overhead
+        streaming = known.stream.added(computing, stage.bytes.host) if known.stream else 0.0
+        found.append(StageCost(ops, overhead, hop, streaming))
     return found

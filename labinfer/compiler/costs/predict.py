@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
 from labinfer.compiler.costs.signature import Signer
-from labinfer.compiler.costs.table import DeviceProfile, LinkProfile, Origin
+from labinfer.compiler.costs.table import DeviceProfile, LinkProfile, Origin, StreamProfile
 from labinfer.compiler.graph import Op
 from labinfer.errors import DoesNotFit
 
@@ -47,6 +47,10 @@ class Costs(Protocol):
     def out(self) -> LinkProfile | None:
         """The way from the device's memory to the host's."""
 
+    @property
+    def stream(self) -> StreamProfile | None:
+        """How layers are streamed to it from the host; None where they are not."""
+
     def op_seconds(self, signer: Signer, op: Op, step: StepShape) -> float:
         """Seconds of one op, which is no view, in a step; ``DoesNotFit`` where nobody knows."""
 
@@ -65,6 +69,11 @@ class Measured:
     def out(self) -> LinkProfile | None:
         """The way from the device's memory to the host's."""
         return self.profile.out
+
+    @property
+    def stream(self) -> StreamProfile | None:
+        """How layers are streamed to it from the host."""
+        return self.profile.stream
 
     def op_seconds(self, signer: Signer, op: Op, step: StepShape) -> float:
         """Between what was measured."""

@@ -98,6 +98,19 @@ class LinkProfile(Record):
         return self.latency + nbytes / self.bandwidth
 
 
+class StreamProfile(Record):
+    """How layers are streamed from the host to a device: bytes per second, and how much of the shorter of copying and
+    computing hides behind the other."""
+
+    bandwidth: PositiveFloat = Field(description="bytes per second")
+    overlap: float = Field(ge=0, le=1, description="1 where copies have a way of their own, 0 where they take turns")
+
+    def added(self, computing: float, nbytes: int) -> float:
+        """Seconds by which copying so many bytes lengthens a step of ``computing`` seconds."""
+        copying = nbytes / self.bandwidth
+        return copying - self.overlap * min(computing, copying)
+
+
 class Links(Record):
     """A file of links between the devices of a machine, by the kinds at both ends: ``cpu to cpu``."""
 
@@ -118,7 +131,8 @@ class DeviceProfile(Record):
     """What ops cost on one device: a file that can be read, kept and handed on.
 
     ``ops`` has a table for each signature;
-    ``overhead`` is what a stage takes beside its ops, ``out`` the way from the device to the host.
+    ``overhead`` is what a stage takes beside its ops, ``out`` the way from the device to the host, ``stream`` the way
+    of streamed layers from the host.
     """
 
     labinfer_profile: Literal[1] = Field(default=1, description="version of this format")
@@ -126,6 +140,7 @@ class DeviceProfile(Record):
     ops: dict[str, CostTable] = Field(default={}, description="times by the signature of an op")
     overhead: CostTable = Field(default=CostTable(), description="what a step takes beside its ops")
     out: LinkProfile | None = Field(default=None, description="from the device's memory to the host's")
+    stream: StreamProfile | None = Field(default=None, description="layers from the host's memory, in every step")
 
     def dump(self) -> str:
         """The profile as JSON text, an op and a phase a line."""

@@ -37,12 +37,21 @@ class Residency(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One link of the chain: bytes of weights, bytes of keys and values per token, bytes per token that it hands on."""
+    """One link of the chain: bytes of weights, bytes of keys and values per token, bytes per token that it hands on.
+
+    ``fixed_bytes`` of the weights stay on the device where the layer is streamed; of a layer that cannot be, all do.
+    """
 
     name: str
     weight_bytes: int
     kv_bytes: int = 0
     boundary_bytes: int = 0
+    fixed_bytes: int = 0
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes that are copied when the layer is streamed."""
+        return self.weight_bytes - self.fixed_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +60,9 @@ class DeviceKind:
 
     ``prefill`` and ``decode`` are the times of a step of each phase on the device, ``host_prefill`` and ``host_decode``
     those when its host computes the layer (empty: it cannot). ``stream_bandwidth`` is the rate in bytes/s at which
-    weights are copied from the host while the device computes (0: it cannot). ``math.inf`` forbids a layer.
+    weights are copied from the host (0: it cannot), and ``overlap`` the part of the shorter of copying and computing
+    that hides in the other: 1 where copies have a way of their own, 0 where they take turns. ``math.inf`` forbids a
+    layer.
     """
 
     name: str
@@ -60,6 +71,7 @@ class DeviceKind:
     host_prefill: tuple[float, ...] = ()
     host_decode: tuple[float, ...] = ()
     stream_bandwidth: float = 0.0
+    overlap: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +179,10 @@ def _is_amount(value: float) -> bool:
 
 def _wrong_numbers(problem: Problem) -> Iterator[str]:
     for layer in problem.layers:
-        if not all(map(_is_amount, (layer.weight_bytes, layer.kv_bytes, layer.boundary_bytes))):
+        if not all(map(_is_amount, (layer.weight_bytes, layer.kv_bytes, layer.boundary_bytes, layer.fixed_bytes))):
             yield f"layer '{layer.name}' has a negative or infinite number of bytes"
+        if layer.fixed_bytes > layer.weight_bytes:
+            yield f"of layer '{layer.name}' more bytes stay on the device than it has"
     for device in problem.devices:
         if not all(map(_is_amount, (device.memory, device.reserved))):
             yield f"device '{device.name}' has a negative or infinite memory"
@@ -200,6 +214,8 @@ def _wrong_costs(kind: DeviceKind, count: int) -> Iterator[str]:
             yield f"'{name}' of device kind '{kind.name}' has a negative time"
     if not _is_amount(kind.stream_bandwidth):
         yield f"the stream bandwidth of device kind '{kind.name}' is negative or infinite"
+    if not 0 <= kind.overlap <= 1:
+        yield f"the overlap of device kind '{kind.name}' is not between 0 and 1"
 
 
 def _check_names(problem: Problem, sink: ErrorSink) -> None:

@@ -94,15 +94,17 @@ def _load(problem: Problem, stage: Stage, position: int, hop: float) -> Load:
         prefill += (kind.host_prefill if on_host else kind.prefill)[number]
         decode += (kind.host_decode if on_host else kind.decode)[number]
         if residency is Residency.STREAMED:
-            copies += layer.weight_bytes / kind.stream_bandwidth
-            buffer = max(buffer, 2 * layer.weight_bytes)
-        weights += layer.weight_bytes if residency is Residency.RESIDENT else 0
+            copies += layer.streamed_bytes / kind.stream_bandwidth
+            buffer = max(buffer, 2 * layer.streamed_bytes)
+        if not on_host:
+            weights += layer.weight_bytes if residency is Residency.RESIDENT else layer.fixed_bytes
         cache += 0 if on_host else layer.kv_bytes * work.kv_tokens
     ends = (stage.residencies[0], stage.residencies[-1])
     if stage.stop - stage.start == len(problem.layers) and ends == (Residency.RESIDENT, Residency.RESIDENT):
         weights -= problem.tied_bytes
     if weights + cache + buffer + device.reserved > device.memory:
         raise DoesNotFit("partition.invalid", f"the stage on '{device.name}' does not fit its memory")
+    prefill, decode = (each + copies - kind.overlap * min(each, copies) for each in (prefill, decode))
     phases = ((work.prefill_steps, prefill), (work.decode_steps, decode))
-    seconds = sum(steps * max(each, copies) for steps, each in phases if steps)
-    return Load(seconds, max(prefill, copies), max(decode, copies), hop, weights, cache, buffer)
+    seconds = sum(steps * each for steps, each in phases if steps)
+    return Load(seconds, prefill, decode, hop, weights, cache, buffer)

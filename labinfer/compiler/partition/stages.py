@@ -1,8 +1,8 @@
 """The cheapest way for a device to run a run of layers: which are resident, streamed or computed on the host.
 
-A stage takes ``prefill_steps * max(prefill, copies) + decode_steps * max(decode, copies)`` seconds: weights are copied
-while others compute. Its memory holds resident weights, the keys and values of all layers that the device computes,
-and two buffers as large as the largest streamed layer.
+A step takes the longer of computing and of copying weights, and that part of the shorter that does not overlap with it.
+Its memory holds resident weights, the keys and values of all layers that the device computes, and two buffers as large
+as what is copied of the largest streamed layer.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class StageTable:
         self.memory = device.memory - device.reserved
         kind, layers = device.kind, problem.layers
         self.weights = np.array([layer.weight_bytes for layer in layers], dtype=float)
+        self.fixed = np.array([layer.fixed_bytes for layer in layers], dtype=float)
         self.kv = np.array([layer.kv_bytes * problem.workload.kv_tokens for layer in layers], dtype=float)
         self.on_device = np.array([kind.prefill, kind.decode], dtype=float)
         self.on_host = np.array([kind.host_prefill, kind.host_decode], dtype=float) if kind.host_prefill else None
@@ -50,7 +51,8 @@ class StageTable:
 
     def _classes(self) -> NDArray[np.int64]:
         """A number for each layer; layers of the same number cost the same here."""
-        columns = [self.weights, self.kv, *self.on_device, *(self.on_host if self.on_host is not None else ())]
+        columns = [self.weights, self.fixed, self.kv, *self.on_device]
+        columns += [] if self.on_host is None else [*self.on_host]
         known: dict[tuple[float, ...], int] = {}
         return np.array([known.setdefault(row, len(known)) for row in zip(*columns, strict=True)])
 
@@ -118,18 +120,19 @@ class StageTable:
         layer = int(np.argmax(self.classes == number))
         grid = np.arange(count + 1) if count <= GRID else np.unique(np.linspace(0, count, GRID + 1).round())
         self.exact &= count <= GRID
+        weight, moved, kv = self.weights[layer], self.weights[layer] - self.fixed[layer], self.kv[layer]
         streamed, host = np.meshgrid(
-            grid if self.device.kind.stream_bandwidth else grid[:1], grid if self.on_host is not None else grid[:1]
+            grid if self.device.kind.stream_bandwidth and moved else grid[:1],
+            grid if self.on_host is not None else grid[:1],
         )
         possible = streamed + host <= count
         streamed, host = streamed[possible], host[possible]
-        weight, kv = self.weights[layer], self.kv[layer]
         phases = [_times(count - host, each[layer]) for each in self.on_device]
         if self.on_host is not None:
             phases = [mine + _times(host, each[layer]) for mine, each in zip(phases, self.on_host, strict=True)]
-        copies = streamed * weight / (self.device.kind.stream_bandwidth or np.inf)
-        memory = (count - streamed - host) * weight + (count - host) * kv
-        return np.column_stack([memory, *phases, copies, np.where(streamed > 0, 2 * weight, 0), streamed, host])
+        copies = streamed * moved / (self.device.kind.stream_bandwidth or np.inf)
+        memory = (count - host) * (weight + kv) - streamed * moved
+        return np.column_stack([memory, *phases, copies, np.where(streamed > 0, 2 * moved, 0), streamed, host])
 
     def _merge(self, some: Floats, more: Floats) -> Floats:
         merged = _outer(some, more)
@@ -152,7 +155,8 @@ class StageTable:
         return options
 
     def _times(self, options: Floats) -> Floats:
-        return _weighted(self.phases, np.maximum(options[:, [PREFILL, DECODE]], options[:, [COPIES]]).T)
+        computed, copied = options[:, [PREFILL, DECODE]], options[:, [COPIES]]
+        return _weighted(self.phases, (computed + copied - self.device.kind.overlap * np.minimum(computed, copied)).T)
 
     def residencies(self, start: int, stop: int) -> tuple[Residency, ...]:
         """The choice behind ``seconds[start, stop]``, one for each layer; streamed layers are spread evenly."""

@@ -1,0 +1,43 @@
+"""Measures how quickly layers are streamed to a device, and how much of that hides behind its computing."""
+
+from __future__ import annotations
+
+import time
+
+from labinfer.compiler.costs import StepShape, StreamProfile
+from labinfer.compiler.plan import Plan
+from labinfer.profile.measure import measure_step, warm_up
+from labinfer.profile.quiet import Patience
+from labinfer.profile.synthetic import SyntheticCheckpoint
+from labinfer.runtime.cache import CacheOptions
+from labinfer.runtime.model import Model
+from labinfer.runtime.streamed_weights import StreamedWeights
+
+STEP = StepShape.decode(1, 16)
+RUNS = 5
+
+
+def measure_streaming(plan: Plan, patience: Patience) -> StreamProfile:
+    """The streaming of the one device of ``plan``, which streams layers from the host, in a decode step of one token.
+
+    A step takes as long as computing and copying by themselves, less what overlaps.
+    """
+    (stage,) = plan.stages
+    with Model(plan, SyntheticCheckpoint(plan), cache=CacheOptions(enable_prefix_caching=False)) as model:
+        warm_up(model)
+        (loaded,) = model.stages
+        assert loaded.streamed is not None
+        copying = min(copy_seconds(loaded.streamed) for _ in range(RUNS))  # others can only make it longer
+        times = measure_step(model, STEP, patience)
+    computing = float(times.of_stage(0).sum())
+    overlap = (computing + copying - times.whole) / min(computing, copying)
+    return StreamProfile(bandwidth=round(stage.bytes.host / copying), overlap=round(min(max(overlap, 0.0), 1.0), 3))
+
+
+def copy_seconds(streamed: StreamedWeights) -> float:
+    """Seconds for bringing all layers once, with nothing else running."""
+    started = time.perf_counter()
+    for layer in streamed.layers:
+        streamed.reach(layer)
+    streamed.end()
+    return time.perf_counter() - started
