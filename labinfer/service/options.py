@@ -10,7 +10,7 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceOptions:
-    """Everything about a service but its model.
+    """Everything about a service but its models.
 
     ``api_keys`` are the keys of which a client needs one. ``allowed_hosts`` are the names that a ``Host`` header may
     have, whatever the port; none allows all. ``max_queue`` requests wait, beside those that a step computes. Times are
@@ -20,7 +20,6 @@ class ServiceOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
-    served_model_name: str | None = None
     allowed_hosts: tuple[str, ...] = ()
     max_queue: int = 256
     max_connections: int = 1024

@@ -6,7 +6,8 @@ import litellm
 
 name, base = os.environ["MODEL"], os.environ["OPENAI_BASE_URL"]
 messages = [{"role": "user", "content": "Name a city."}]
-ask = {"messages": messages, "api_base": base, "max_tokens": 8, "temperature": 0, "num_retries": 0}
+where = {"api_base": base, "api_key": os.environ["OPENAI_API_KEY"]}
+ask = {"messages": messages, "max_tokens": 8, "temperature": 0, "num_retries": 0, **where}
 for provider in ("openai", "hosted_vllm"):
     model = f"{provider}/{name}"
     text = litellm.completion(model=model, **ask).choices[0].message.content
@@ -17,5 +18,5 @@ schema = {"type": "object", "properties": {"name": {"enum": ["Rome", "Oslo"]}}, 
 tool = {"type": "function", "function": {"name": "weather", "parameters": schema}}
 called = litellm.completion(model=model, tools=[tool], tool_choice="required", **ask | {"max_tokens": 200})
 assert called.choices[0].message.tool_calls[0].function.name == "weather"
-vectors = litellm.embedding(model=f"openai/{name}", input=["Rome", "Oslo"], api_base=base)
+vectors = litellm.embedding(model=f"openai/{name}", input=["Rome", "Oslo"], **where)
 assert len(vectors.data) == 2

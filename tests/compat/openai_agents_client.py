@@ -25,13 +25,13 @@ async def main() -> None:
     client = AsyncOpenAI()
     for kind in (OpenAIChatCompletionsModel, OpenAIResponsesModel):
         model = kind(model=os.environ["MODEL"], openai_client=client)
-        short = ModelSettings(temperature=0, max_tokens=60)
-        agent = Agent(name="A", instructions="Be brief.", model=model, model_settings=short)
-        streamed = Runner.run_streamed(agent, "Name a city.")
+        settings = ModelSettings(temperature=0, max_tokens=60)
+        plain = Agent(name="A", instructions="Be brief.", model=model, model_settings=settings)
+        assert (await Runner.run(plain, "Name a city.")).final_output
+        typed = Agent(name="B", model=model, model_settings=settings, output_type=City)
+        streamed = Runner.run_streamed(typed, "Name a city.")
         assert [event async for event in streamed.stream_events()]
-        assert streamed.final_output
-        typed = Agent(name="B", model=model, model_settings=short, output_type=City)
-        assert (await Runner.run(typed, "Name a city.")).final_output.name in ("Rome", "Oslo")
+        assert streamed.final_output.name in ("Rome", "Oslo")
 
 
 set_tracing_disabled(True)

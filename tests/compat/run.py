@@ -69,8 +69,8 @@ def service() -> Iterator[dict[str, str]]:
                 lines += server.stdout.readline()
             found = json.loads(lines)
             yield {
-                "OPENAI_BASE_URL": f"{found['url']}/v1", "OPENAI_API_KEY": found["api_key"], "MODEL": found["model"],
-                "TOKENIZER": tokenizer, "NO_PROXY": "127.0.0.1",
+                "OPENAI_BASE_URL": f"{found['url']}/v1", "OPENAI_API_KEY": found["api_key"],
+                "MODEL": found["models"][0], "TOKENIZER": tokenizer, "NO_PROXY": "127.0.0.1",
             }  # fmt: skip
         finally:
             server.terminate()
@@ -89,7 +89,12 @@ def write_tokenizer(folder: Path) -> None:
 
 def succeeds(name: str, own: dict[str, str]) -> bool:
     """Run a client's program, and tell how it went."""
-    folder, program, began = environment(name), FOLDER / CLIENTS[name]["program"], time.monotonic()
+    try:
+        folder = environment(name)
+    except subprocess.CalledProcessError as error:
+        print(f"FAILED {name}: its packages cannot be installed: {error}", flush=True)
+        return False
+    program, began = FOLDER / CLIENTS[name]["program"], time.monotonic()
     command = [folder / "bin/python", program]
     if program.suffix == ".mjs":
         command = [folder / "bin/node", shutil.copy(program, folder)]  # packages are looked for beside the program

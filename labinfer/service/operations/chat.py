@@ -117,7 +117,6 @@ def delta(index: int, told: dict[str, Any], logprobs: list[dict[str, Any]] | Non
 
 async def chat_completions(call: Call, body: ChatRequest) -> Any:
     """Answer a request."""
-    call.service.check_model(body.model)
     chat = await asyncio.to_thread(prepare, call, body)
     return Stream(chat.events()) if body.stream else await chat.whole()
 

@@ -116,7 +116,6 @@ class Completion:
 
 async def completions(call: Call, body: CompletionRequest) -> Any:
     """Answer a request."""
-    call.service.check_model(body.model)
     completion = await asyncio.to_thread(prepare, call, body)
     return Stream(completion.events()) if body.stream else await completion.whole()
 

@@ -23,7 +23,6 @@ from labinfer.service.schema.embeddings import EmbeddingRequest
 
 async def embeddings(call: Call, body: EmbeddingRequest) -> Any:
     """Answer a request."""
-    call.service.check_model(body.model)
     value = last_hidden_state(call.service.model.plan.stages)
     generation = await asyncio.to_thread(prepare, call, body, value)
     vectors: dict[int, np.ndarray] = {}
