@@ -43,14 +43,11 @@ CACHE_BYTES = 1 << 30
 @click.option("--api-key-file", metavar="FILE", help="File with such keys, one a line.")
 @click.option(
     "--served-model-name",
-    "names",
     multiple=True,
     metavar="NAME",
     help="Name that clients ask for (default: the model's); once for each model, in their order.",
 )
-@click.option(
-    "--quota", "quotas", multiple=True, metavar="DEVICE=SIZE", help="Memory that all models may take (repeatable)."
-)
+@click.option("--quota", multiple=True, metavar="DEVICE=SIZE", help="Memory that all models may take (repeatable).")
 @click.option(
     "--allowed-host", "allowed_hosts", multiple=True, metavar="NAME", help="Host name to answer to (repeatable)."
 )
@@ -64,8 +61,8 @@ CACHE_BYTES = 1 << 30
 @json_option
 def serve(
     model: tuple[str, ...],
-    names: tuple[str, ...],
-    quotas: tuple[str, ...],
+    served_model_name: tuple[str, ...],
+    quota: tuple[str, ...],
     host: str,
     port: int,
     api_key: str | None,
@@ -84,8 +81,7 @@ def serve(
 
     \b
     labinfer serve
-    labinfer serve model.gguf --port 9000 --max-model-len 8k
-    labinfer serve model.gguf --lora french=./french-adapter
+    labinfer serve model.gguf --port 9000 --lora french=./french-adapter
     labinfer serve small.gguf large.gguf --kv-memory 500MB --quota cpu=4GiB
     labinfer serve plan.json --host 0.0.0.0 --api-key-file keys.txt
     """  # fmt: skip
@@ -98,8 +94,8 @@ def serve(
     from labinfer.service.services import Services
 
     keys, key_file = _keys(host, api_key, api_key_file)
-    _check_several(model, names, lora, weights)
-    manager = Manager(quotas=dict(map(device_quota, quotas)))
+    _check_several(model, served_model_name, lora, weights)
+    manager = Manager(quotas=dict(map(device_quota, quota)))
     chosen = {name: options.pop(name) for name in ("allowed_hosts", "max_queue", "drain", "log_format")}
     settings = ServiceOptions(host=host, port=port, api_keys=keys, drain_seconds=chosen.pop("drain"), **chosen)
     configure_logging(settings.log_format)
@@ -109,11 +105,9 @@ def serve(
     settings = replace(settings, port=listener.getsockname()[1])
     adapters = [lora_request(each) for each in lora]
     with listener, closing(manager), ExitStack() as loaded:
-        services = []
-        for each, name in zip_longest(model or (None,), names):
-            llm, phases = _load(each, weights, given(options), adapters, manager)
-            services.append(Service(loaded.enter_context(llm), settings, phases, adapters, name))
-        served = Services(*services)
+        opened = [_load(loaded, each, weights, given(options), adapters, manager) for each in model or (None,)]
+        named = zip_longest(opened, served_model_name)
+        served = Services(*(Service(llm, settings, phases, adapters, name) for (llm, phases), name in named))
         Server(served, listener).run(lambda: _announce(served, key_file, as_json))
 
 
@@ -145,13 +139,16 @@ def _keys(host: str, api_key: str | None, api_key_file: str | None) -> tuple[tup
 
 
 def _load(
+    loaded: ExitStack,
     model: str | None,
     weights: str | None,
     options: dict[str, Any],
     adapters: list[LoRARequest],
     manager: Manager,
 ) -> tuple[LLM, dict[str, float]]:
-    """The model, compiled for several sequences a step and its adapters, and the seconds of each phase."""
+    """The model, which ``loaded`` closes, compiled for several sequences a step and its adapters; and the seconds of
+    each phase.
+    """
     from labinfer.api import find_plan, is_plan
     from labinfer.llm import LLM
     from labinfer.runtime.lora import adapter_rank
@@ -171,7 +168,7 @@ def _load(
             phases["compile"], started = time.perf_counter() - started, time.perf_counter()
             llm = LLM(plan, weights=weights, manager=manager, progress=progress)
     phases["load"] = time.perf_counter() - started
-    return llm, phases
+    return loaded.enter_context(llm), phases
 
 
 def _announce(services: Services, key_file: str | None, as_json: bool) -> None:
