@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from labinfer.runtime.manager import Manager
     from labinfer.service.services import Services
 
+OWN = ("allowed_hosts", "max_queue", "log_format", "otlp_traces_endpoint")
+"""Options that are the service's under the same names."""
+
 SEQUENCES = 16
 """Sequences of a step, unless a plan or an option says otherwise."""
 
@@ -57,6 +60,7 @@ CACHE_BYTES = 1 << 30
 @click.option(
     "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Of the log."
 )
+@click.option("--otlp-traces-endpoint", metavar="URL", help="Where to send OpenTelemetry's spans of requests.")
 @plan_options
 @json_option
 def serve(
@@ -96,7 +100,7 @@ def serve(
     keys, key_file = _keys(host, api_key, api_key_file)
     _check_several(model, served_model_name, lora, weights)
     manager = Manager(quotas=dict(map(device_quota, quota)))
-    chosen = {name: options.pop(name) for name in ("allowed_hosts", "max_queue", "drain", "log_format")}
+    chosen = {name: options.pop(name) for name in (*OWN, "drain")}
     settings = ServiceOptions(host=host, port=port, api_keys=keys, drain_seconds=chosen.pop("drain"), **chosen)
     configure_logging(settings.log_format)
     # The process that renders chat templates starts while the model is loaded, not with the first request.

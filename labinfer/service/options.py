@@ -14,7 +14,7 @@ class ServiceOptions:
 
     ``api_keys`` are the keys of which a client needs one. ``allowed_hosts`` are the names that a ``Host`` header may
     have, whatever the port; none allows all. ``max_queue`` requests wait, beside those that a step computes. Times are
-    in seconds.
+    in seconds. ``otlp_traces_endpoint`` is the address of a collector for OpenTelemetry's spans.
     """
 
     host: str = "127.0.0.1"
@@ -36,6 +36,7 @@ class ServiceOptions:
     drain_seconds: float = 30.0
     stall_seconds: float = 60.0
     log_format: str = "text"
+    otlp_traces_endpoint: str | None = None
 
     @property
     def loopback(self) -> bool:

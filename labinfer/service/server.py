@@ -78,6 +78,9 @@ class Server:
             await self.uvicorn.serve([self.listener])
         finally:
             care.cancel()
+            for each in self.services.all:
+                if each.tracing is not None:
+                    await asyncio.to_thread(each.tracing.close)
 
     def stop(self) -> None:
         """Take on nothing more, let what runs finish within the time for that, then end; called again, end now."""

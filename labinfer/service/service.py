@@ -13,6 +13,7 @@ from labinfer.runtime.tokenizer import Tokenizer
 from labinfer.service.admission import Admission
 from labinfer.service.metrics import Metrics
 from labinfer.service.options import ServiceOptions
+from labinfer.service.tracing import Tracing
 
 if TYPE_CHECKING:
     from labinfer.service.call import Call
@@ -42,6 +43,8 @@ class Service:
         self.created, self.startup = int(time.time()), dict(startup or {})
         self.admission = Admission(model.plan.limits.max_num_seqs + options.max_queue)
         self.metrics = Metrics(self)
+        endpoint = options.otlp_traces_endpoint
+        self.tracing = None if endpoint is None else Tracing(endpoint, self.name)
         self.open_streams: set[Call] = set()
         self.stalled = False
 

@@ -144,4 +144,4 @@ def prepare(call: Call, body: ChatRequest) -> Chat:
     }  # fmt: skip
     if call.warnings:
         head["warnings"] = call.warnings
-    return Chat(body, Generation(service, [request], bool(body.stream)), head, top, use)
+    return Chat(body, Generation(call, [request], bool(body.stream)), head, top, use)

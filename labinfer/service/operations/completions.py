@@ -149,4 +149,4 @@ def prepare(call: Call, body: CompletionRequest) -> Completion:
     }  # fmt: skip
     if call.warnings:
         head["warnings"] = call.warnings
-    return Completion(body, Generation(service, requests, bool(body.stream)), echoes, head)
+    return Completion(body, Generation(call, requests, bool(body.stream)), echoes, head)

@@ -53,7 +53,7 @@ def prepare(call: Call, body: EmbeddingRequest, value: str) -> Generation:
         )
         for prompt in list_prompts(body.input, service.options.max_prompts, "input")
     ]
-    return Generation(service, requests, streamed=False)
+    return Generation(call, requests, streamed=False)
 
 
 def last_hidden_state(stages: Iterable[Stage]) -> str:
