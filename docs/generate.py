@@ -302,8 +302,9 @@ def service_clients() -> str:
     for name, client in clients.items():
         registry = "python" if "python" in client else "node"
         package, _, version = client[registry][0].rpartition("==" if registry == "python" else "@")
-        rows.append([name, f"{code(package)} {version} ({'PyPI' if registry == 'python' else 'npm'})", client["tried"]])
-    return table(["client", "version", "what is tried"], rows)
+        kind, passed = "PyPI" if registry == "python" else "npm", "yes" if client.get("passed", True) else "not yet"
+        rows.append([name, f"{code(package)} {version} ({kind})", client["tried"], passed])
+    return table(["client", "version", "what is tried", "passed"], rows)
 
 
 def service_limits() -> str:
