@@ -1,4 +1,5 @@
-"""openai-agents: an agent by chats and by responses, with an answer, a stream and a type."""
+"""openai-agents: an agent by chats and by responses, with a type, streamed and not; a text by chats alone,
+since a response that is cut for its length counts as failed."""
 
 import asyncio
 import os
@@ -22,16 +23,17 @@ class City(BaseModel):
 
 async def main() -> None:
     """Run agents of each kind."""
-    client = AsyncOpenAI()
+    client, settings = AsyncOpenAI(), ModelSettings(temperature=0, max_tokens=60)
     for kind in (OpenAIChatCompletionsModel, OpenAIResponsesModel):
         model = kind(model=os.environ["MODEL"], openai_client=client)
-        settings = ModelSettings(temperature=0, max_tokens=60)
-        plain = Agent(name="A", instructions="Be brief.", model=model, model_settings=settings)
-        assert (await Runner.run(plain, "Name a city.")).final_output
         typed = Agent(name="B", model=model, model_settings=settings, output_type=City)
         streamed = Runner.run_streamed(typed, "Name a city.")
         assert [event async for event in streamed.stream_events()]
         assert streamed.final_output.name in ("Rome", "Oslo")
+        assert (await Runner.run(typed, "Name a city.")).final_output.name in ("Rome", "Oslo")
+    model = OpenAIChatCompletionsModel(model=os.environ["MODEL"], openai_client=client)
+    plain = Agent(name="A", instructions="Be brief.", model=model, model_settings=settings)
+    assert (await Runner.run(plain, "Name a city.")).final_output
 
 
 set_tracing_disabled(True)
