@@ -1,5 +1,5 @@
 # Everything from one command: `make demo`, `make test`. Needs Python >= 3.11, git and make; the rest goes into ./.venv.
-# To choose the Python: make demo PYTHON=/path/to/python3.12
+# To choose the Python: make demo PYTHON=/path/to/python3.12; some clients: make compat CLIENTS="openai llm"
 
 SHELL := /bin/sh
 BIN := .venv/bin
@@ -23,7 +23,7 @@ test-hf: .venv-hf/.test ## Compare live with transformers and CPU torch
 	$(HF)/pytest tests/test_docs.py -k transformers
 
 compat: .venv/.test ## Try other people's clients, each in an environment of its own, against a service
-	$(BIN)/python tests/compat/run.py
+	$(BIN)/python tests/compat/run.py $(CLIENTS)
 
 lint: .venv/.test ## Lint, formatting, types, import rules
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import click
+import yaml
 
 from labinfer.cli.main import COMMANDS, SECTIONS, cli
 from labinfer.compiler import blueprint, cluster, placement_record, plan
@@ -294,6 +295,18 @@ def service_threats() -> str:
     return table(["Path", "Needs", "What it could be used for, and the bound"], rows)
 
 
+def service_clients() -> str:
+    """The clients that ``make compat`` tries, with their versions."""
+    clients = yaml.safe_load((ROOT / "tests" / "compat" / "clients.yaml").read_text("utf-8"))
+    rows = []
+    for name, client in clients.items():
+        registry = "python" if "python" in client else "node"
+        package, _, version = client[registry][0].rpartition("==" if registry == "python" else "@")
+        kind, passed = "PyPI" if registry == "python" else "npm", "yes" if client.get("passed", True) else "not yet"
+        rows.append([name, f"{code(package)} {version} ({kind})", client["tried"], passed])
+    return table(["client", "version", "what is tried", "passed"], rows)
+
+
 def service_limits() -> str:
     """The limits of the service that are numbers."""
     units = {"bytes": "bytes", "seconds": "s"}
@@ -331,7 +344,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "fusions": fusions, "activations": activations, "plan fields": plan_fields, "sampling parameters": knobs,
     "short plan": short_plan, "cluster": cluster_fields, "devices": catalogue_of_devices,
     "service paths": service_paths, "service threats": service_threats,
-    "service limits": service_limits,
+    "service limits": service_limits, "service clients": service_clients,
     "map": schema_of("Blueprint"), "config": schema_of("ConfigEntry"), "check": schema_of("Check"),
     "match": schema_of("Match"), "op": schema_of("OpLine"), "use": schema_of("UseLine"),
     "repeat": schema_of("RepeatLine"),

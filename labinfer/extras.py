@@ -14,6 +14,7 @@ EXTRAS = {
     "prometheus_client": ("serve", "the HTTP service"),
     "huggingface_hub": ("hub", "downloading from Hugging Face"),
     "llguidance": ("structured", "structured output"),
+    "opentelemetry": ("otel", "sending traces"),
     "ray": ("cluster", "running on a cluster"),
 }
 """Importable module -> (extra, what it is for)."""

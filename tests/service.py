@@ -17,6 +17,7 @@ from labinfer.llm import LLM
 from labinfer.service.options import ServiceOptions
 from labinfer.service.server import Server, bind
 from labinfer.service.service import Service
+from labinfer.service.services import Services
 
 KEY = "test-key-0123456789"
 OTHER_KEY = "other-key-0123456789"
@@ -27,11 +28,9 @@ class Served:
 
     def __init__(self, model: LLM, adapters: Sequence[LoRARequest] = (), **options: Any) -> None:
         listener = bind(ServiceOptions(port=0))
-        settings = ServiceOptions(
-            port=listener.getsockname()[1], api_keys=(KEY, OTHER_KEY), served_model_name="tiny", **options
-        )
-        self.model, self.service = model, Service(model, settings, adapters=adapters)
-        self.server, started = Server(self.service, listener), threading.Event()
+        settings = ServiceOptions(port=listener.getsockname()[1], api_keys=(KEY, OTHER_KEY), **options)
+        self.model, self.service = model, Service(model, settings, adapters=adapters, name="tiny")
+        self.server, started = Server(Services(self.service), listener), threading.Event()
         self.thread = threading.Thread(target=self.server.run, args=(started.set,))
         self.thread.start()
         assert started.wait(20)

@@ -36,7 +36,7 @@ def test_a_flag_goes_before_the_environment_and_that_before_the_file(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = context("--config", file).params
-    assert (found["model"], found["port"], found["max_model_len"]) == ("some.gguf", 9000, 8192)
+    assert (found["model"], found["port"], found["max_model_len"]) == (("some.gguf",), 9000, 8192)
     assert (found["lora"], found["allowed_hosts"], found["host"]) == (("a=./x", "b=./y"), ("foo.example",), "127.0.0.1")
     monkeypatch.setenv("LABINFER_SERVE_PORT", "9001")
     assert context("--config", file).params["port"] == 9001

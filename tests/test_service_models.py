@@ -17,6 +17,7 @@ from labinfer.service.errors import ApiError
 from labinfer.service.operations.embeddings import last_hidden_state
 from labinfer.service.options import ServiceOptions
 from labinfer.service.service import Service
+from labinfer.service.services import Services
 
 from .adapters import save_adapter
 from .service import KEY, Served, served
@@ -80,7 +81,7 @@ def test_a_completion_of_an_adapter_is_the_engines(api: Served, adapter: LoRAReq
 def test_adapters_that_cannot_be_served_are_told_at_the_start(api: Served, adapter: LoRARequest, wrong: str) -> None:
     given = [adapter, adapter] if wrong == "twice" else [LoRARequest("x", "/nowhere")]
     with pytest.raises(LabinferError, match="same name" if wrong == "twice" else "cannot open"):
-        Service(api.model, ServiceOptions(), adapters=given)
+        Services(Service(api.model, ServiceOptions(), adapters=given))
 
 
 @pytest.mark.parametrize("model", ["tiny", "french"])

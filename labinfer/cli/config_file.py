@@ -60,10 +60,11 @@ def _read(context: click.Context, _: click.Parameter, file: str | None) -> None:
 
 
 def _texts(parameter: click.Parameter, node: Node) -> str | list[str]:
-    """A value as the command line would have it: a text, or a list of texts where the option is repeatable."""
-    if parameter.multiple and isinstance(node.value, list):
+    """A value as the command line would have it: a text, or a list of texts where it may be given several times."""
+    repeatable = parameter.multiple or parameter.nargs == -1
+    if repeatable and isinstance(node.value, list):
         return [_text(each) for each in node.value]
-    return [_text(node)] if parameter.multiple else _text(node)
+    return [_text(node)] if repeatable else _text(node)
 
 
 def _text(node: Node) -> str:

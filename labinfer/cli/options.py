@@ -103,6 +103,18 @@ def lora_request(text: str) -> LoRARequest:
     return LoRARequest(name, path)
 
 
+def device_quota(text: str) -> tuple[str, int]:
+    """The device and the bytes that ``--quota DEVICE=SIZE`` names."""
+    from labinfer.backends.base import backend_class
+    from labinfer.errors import UsageError
+
+    device, _, size = text.partition("=")
+    if not device or not size:
+        raise UsageError("cli.quota", f"'{text}' should be DEVICE=SIZE, such as cpu=4GiB")
+    backend_class(device)  # an error that names it where there is none
+    return device, parse_bytes(size)
+
+
 def json_option(function: Function) -> Function:
     """Give a command ``--json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(function)

@@ -1,23 +1,30 @@
-"""``labinfer serve``: a model behind HTTP, for every client of OpenAI's API."""
+"""``labinfer serve``: models behind HTTP, for every client of OpenAI's API."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from labinfer.cli.config_file import config_option
-from labinfer.cli.options import COUNT, given, json_option, lora_request, plan_options
+from labinfer.cli.options import COUNT, device_quota, given, json_option, lora_request, plan_options
 from labinfer.cli.output import current
 from labinfer.errors import UsageError
 
 if TYPE_CHECKING:
     from labinfer.llm import LLM
     from labinfer.runtime.lora import LoRARequest
-    from labinfer.service.service import Service
+    from labinfer.runtime.manager import Manager
+    from labinfer.service.services import Services
+
+OWN = ("allowed_hosts", "max_queue", "log_format", "otlp_traces_endpoint")
+"""Options that are the service's under the same names."""
 
 SEQUENCES = 16
 """Sequences of a step, unless a plan or an option says otherwise."""
@@ -27,7 +34,7 @@ CACHE_BYTES = 1 << 30
 
 
 @click.command(context_settings={"auto_envvar_prefix": "LABINFER_SERVE"})
-@click.argument("model", required=False)
+@click.argument("model", nargs=-1, envvar="LABINFER_SERVE_MODEL")
 @config_option
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="H", help="Address to listen on.")
 @click.option(
@@ -37,7 +44,13 @@ CACHE_BYTES = 1 << 30
     "--api-key", envvar="LABINFER_API_KEY", metavar="KEY", help="Key that clients must give (default: a kept one)."
 )
 @click.option("--api-key-file", metavar="FILE", help="File with such keys, one a line.")
-@click.option("--served-model-name", metavar="NAME", help="Name that clients ask for (default: the model's).")
+@click.option(
+    "--served-model-name",
+    multiple=True,
+    metavar="NAME",
+    help="Name that clients ask for (default: the model's); once for each model, in their order.",
+)
+@click.option("--quota", multiple=True, metavar="DEVICE=SIZE", help="Memory that all models may take (repeatable).")
 @click.option(
     "--allowed-host", "allowed_hosts", multiple=True, metavar="NAME", help="Host name to answer to (repeatable)."
 )
@@ -47,10 +60,13 @@ CACHE_BYTES = 1 << 30
 @click.option(
     "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Of the log."
 )
+@click.option("--otlp-traces-endpoint", metavar="URL", help="Where to send OpenTelemetry's spans of requests.")
 @plan_options
 @json_option
 def serve(
-    model: str | None,
+    model: tuple[str, ...],
+    served_model_name: tuple[str, ...],
+    quota: tuple[str, ...],
     host: str,
     port: int,
     api_key: str | None,
@@ -60,38 +76,52 @@ def serve(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Serve a model to every client of OpenAI's API.
+    """Serve models to every client of OpenAI's API.
 
-    MODEL is a plan.json or whatever `labinfer compile` takes; without it, the embedded SmolLM2-135M-Instruct. Prints
-    where the service is and the key that it asks for. Options may also be environment variables, LABINFER_SERVE_PORT
-    for --port, or lines of a YAML file (--config); `labinfer config show --origin` tells which is which.
+    MODEL is a plan.json or whatever `labinfer compile` takes; without it, the embedded SmolLM2-135M-Instruct. Several
+    share the devices, and a request's `model` chooses. Prints where the service is and the key that it asks for.
+    Options may also be environment variables, LABINFER_SERVE_PORT for --port, or lines of a YAML file (--config);
+    `labinfer config show --origin` tells which is which.
 
     \b
     labinfer serve
-    labinfer serve model.gguf --port 9000 --max-model-len 8k
-    labinfer serve model.gguf --lora french=./french-adapter
+    labinfer serve model.gguf --port 9000 --lora french=./french-adapter
+    labinfer serve small.gguf large.gguf --kv-memory 500MB --quota cpu=4GiB
     labinfer serve plan.json --host 0.0.0.0 --api-key-file keys.txt
     """  # fmt: skip
     from labinfer.runtime.chat_template import render_chat_template
+    from labinfer.runtime.manager import Manager
     from labinfer.service.logs import configure_logging
     from labinfer.service.options import ServiceOptions
     from labinfer.service.server import Server, bind
     from labinfer.service.service import Service
+    from labinfer.service.services import Services
 
     keys, key_file = _keys(host, api_key, api_key_file)
-    names = ("served_model_name", "allowed_hosts", "max_queue", "drain", "log_format")
-    chosen = {name: options.pop(name) for name in names}
+    _check_several(model, served_model_name, lora, weights)
+    manager = Manager(quotas=dict(map(device_quota, quota)))
+    chosen = {name: options.pop(name) for name in (*OWN, "drain")}
     settings = ServiceOptions(host=host, port=port, api_keys=keys, drain_seconds=chosen.pop("drain"), **chosen)
     configure_logging(settings.log_format)
-    phases: dict[str, float] = {}
     # The process that renders chat templates starts while the model is loaded, not with the first request.
     threading.Thread(target=render_chat_template, args=("", ()), daemon=True).start()
     listener = bind(settings)  # before the weights are loaded: a port that is taken is told at once
     settings = replace(settings, port=listener.getsockname()[1])
     adapters = [lora_request(each) for each in lora]
-    with listener, _load(model, weights, given(options), adapters, phases) as llm:
-        service = Service(llm, settings, phases, adapters)
-        Server(service, listener).run(lambda: _announce(service, key_file, as_json))
+    with listener, closing(manager), ExitStack() as loaded:
+        opened = [_load(loaded, each, weights, given(options), adapters, manager) for each in model or (None,)]
+        named = zip_longest(opened, served_model_name)
+        served = Services(*(Service(llm, settings, phases, adapters, name) for (llm, phases), name in named))
+        Server(served, listener).run(lambda: _announce(served, key_file, as_json))
+
+
+def _check_several(models: Sequence[str], names: Sequence[str], lora: Sequence[str], weights: str | None) -> None:
+    """Refuse more names than models, and what is for one model where there are several."""
+    if len(names) > max(len(models), 1):
+        raise UsageError("cli.usage", f"there are {len(names)} names for {max(len(models), 1)} models")
+    for option, value in (("--lora", lora), ("--weights", weights)):
+        if value and len(models) > 1:
+            raise UsageError("cli.usage", f"{option} is for one model, and {len(models)} are served")
 
 
 def _keys(host: str, api_key: str | None, api_key_file: str | None) -> tuple[tuple[str, ...], str | None]:
@@ -113,21 +143,24 @@ def _keys(host: str, api_key: str | None, api_key_file: str | None) -> tuple[tup
 
 
 def _load(
+    loaded: ExitStack,
     model: str | None,
     weights: str | None,
     options: dict[str, Any],
     adapters: list[LoRARequest],
-    phases: dict[str, float],
-) -> LLM:
-    """The model, compiled for several sequences a step and its adapters; ``phases`` gets the seconds of each phase."""
+    manager: Manager,
+) -> tuple[LLM, dict[str, float]]:
+    """The model, which ``loaded`` closes, compiled for several sequences a step and its adapters; and the seconds of
+    each phase.
+    """
     from labinfer.api import find_plan, is_plan
     from labinfer.llm import LLM
     from labinfer.runtime.lora import adapter_rank
 
-    started = time.perf_counter()
+    phases, started = {}, time.perf_counter()
     with current().progress() as progress:
         if model is not None and is_plan(model):
-            llm = LLM(model, weights=weights, progress=progress, **options)  # errors name the file
+            llm = LLM(model, weights=weights, manager=manager, progress=progress, **options)  # errors name the file
         else:
             defaults = {"max_num_seqs": SEQUENCES, "max_logits_rows": SEQUENCES}
             if "num_blocks" not in options:
@@ -137,19 +170,19 @@ def _load(
                 defaults |= {"max_loras": len(adapters), "max_lora_rank": max(ranks)}
             plan = find_plan(model, weights=weights, progress=progress, defaults=defaults, **options)
             phases["compile"], started = time.perf_counter() - started, time.perf_counter()
-            llm = LLM(plan, weights=weights, progress=progress)
+            llm = LLM(plan, weights=weights, manager=manager, progress=progress)
     phases["load"] = time.perf_counter() - started
-    return llm
+    return loaded.enter_context(llm), phases
 
 
-def _announce(service: Service, key_file: str | None, as_json: bool) -> None:
+def _announce(services: Services, key_file: str | None, as_json: bool) -> None:
     """Tell where the service is and how to use it; a key that was given is not shown again."""
-    url, out = service.options.url, current()
-    key = service.options.api_keys[0] if key_file else None
+    url, out, names = services.options.url, current(), [each.name for each in services.all]
+    key = services.options.api_keys[0] if key_file else None
     if as_json:
-        out.json({"url": url, "model": service.name, "api_key": key, "api_key_file": key_file})
+        out.json({"url": url, "models": names, "api_key": key, "api_key_file": key_file})
         return
-    out.data(f"{service.name} is served at {url}/v1")
+    out.data(f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} served at {url}/v1")
     if key:
         out.data(f"Open {url}/#key={key}")
     out.data(f"API key: {key}  (kept in {key_file})" if key else "API key: one of yours")

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from labinfer.backends.base import Device, backend_class
 from labinfer.errors import DoesNotFit, UsageError
 from labinfer.runtime.cores import available_cores, call_on
 from labinfer.runtime.grants import Grants
 from labinfer.units import human_bytes
+
+
+class Memory(NamedTuple):
+    """What an owner has of a device, and the quota that all owners share; in bytes."""
+
+    granted_bytes: int
+    quota_bytes: int | None
 
 
 @dataclass(slots=True)
@@ -82,6 +90,14 @@ class Manager:
             )
             raise DoesNotFit("device.quota", message, remedy="grant more, or close what else runs there")
         self.grants.add(owner, device, nbytes, self.cores.get(device, []))
+
+    def memory_of(self, owner: str) -> dict[str, Memory]:
+        """What ``owner`` has, by device."""
+        found: dict[str, int] = {}
+        for grant in self.grants.given:
+            if grant.owner == owner:
+                found[grant.device] = found.get(grant.device, 0) + grant.nbytes
+        return {device: Memory(nbytes, self.quotas.get(device)) for device, nbytes in found.items()}
 
     def release(self, owner: str) -> None:
         """Take back everything granted to ``owner``."""

@@ -28,7 +28,7 @@ from labinfer.service.schema.embeddings import EmbeddingRequest
 from labinfer.service.schema.messages import CountRequest, MessagesRequest
 from labinfer.service.schema.responses import ResponsesRequest
 from labinfer.service.schema.tokens import DetokenizeRequest, TokenizeRequest
-from labinfer.service.service import Service
+from labinfer.service.services import Services
 
 COMPUTES = "takes the engine's time and cache: bounded by the queue and the context; prompts of other keys stay apart"
 
@@ -62,8 +62,8 @@ class Paths:
 
     operations = OPERATIONS
 
-    def __init__(self, service: Service) -> None:
-        routes = [Route(each.path, Endpoint(service, each), methods=[each.method]) for each in OPERATIONS]
+    def __init__(self, services: Services) -> None:
+        routes = [Route(each.path, Endpoint(services, each), methods=[each.method]) for each in OPERATIONS]
         self.router = Router(routes, redirect_slashes=False, default=unknown)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,7 +80,7 @@ async def unknown(scope: Scope, receive: Receive, send: Send) -> None:
     raise ApiError(404, f"there is no {scope['path'][:200]} here", code="unknown_path")
 
 
-def application(service: Service) -> Any:
-    """The ASGI application of ``service``."""
+def application(services: Services) -> Any:
+    """The ASGI application of ``services``."""
     public, polled = ([each.path for each in OPERATIONS if getattr(each, flag)] for flag in ("public", "polled"))
-    return Guard(Paths(service), service.options, public, polled)
+    return Guard(Paths(services), services.options, public, polled)

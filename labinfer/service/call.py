@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Mutabl
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
 
 from labinfer.errors import LabinferError
 from labinfer.service.errors import ApiError, of_engine
@@ -15,6 +16,7 @@ from labinfer.service.wire import DONE, KEEP_ALIVE, event, json_bytes
 
 if TYPE_CHECKING:
     from labinfer.service.service import Service
+    from labinfer.service.services import Services
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -53,11 +55,13 @@ class Stream:
 class Call:
     """A request, with its headers by their names in lower case, and the way to answer it.
 
-    ``salt`` keeps the cached prompts of different API keys apart.
+    ``service`` is the one that is asked, of all ``services``; the first until it is known. ``salt`` keeps the cached
+    prompts of different API keys apart.
     """
 
-    def __init__(self, service: Service, scope: Scope, receive: Receive, send: Send) -> None:
-        self.service, self.scope, self.receive, self.send = service, scope, receive, send
+    def __init__(self, services: Services, scope: Scope, receive: Receive, send: Send) -> None:
+        self.services, self.scope, self.receive, self.send = services, scope, receive, send
+        self.service: Service = services.of(None)
         self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         self.request_id: str = scope["labinfer.request_id"]
         self.salt: str = scope.get("labinfer.salt", "")
@@ -65,6 +69,11 @@ class Call:
         self.started, self.writing, self.written = False, False, time.monotonic()
         self.task: asyncio.Task[None] | None = None  # what makes the answer
         self.comment: asyncio.Task[None] | None = None
+
+    def query(self, name: str) -> str | None:
+        """A value that stands in the address after ``?``."""
+        values = parse_qs(self.scope["query_string"].decode("latin-1")).get(name)
+        return values[0] if values else None
 
     async def body(self) -> bytes:
         """The whole body, within the limits of size and time."""

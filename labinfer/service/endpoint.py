@@ -14,7 +14,7 @@ from labinfer.errors import LabinferError
 from labinfer.service.call import Call, Disconnected, Receive, Scope, Send
 from labinfer.service.errors import ApiError, of_engine, of_schema
 from labinfer.service.schema.base import Body
-from labinfer.service.service import Service
+from labinfer.service.services import Services
 from labinfer.service.wire import read_json
 
 _log = logging.getLogger(__name__)
@@ -41,12 +41,12 @@ class Operation:
 class Endpoint:
     """Runs an operation until it has answered or its client has gone."""
 
-    def __init__(self, service: Service, operation: Operation) -> None:
-        self.service, self.operation = service, operation
+    def __init__(self, services: Services, operation: Operation) -> None:
+        self.services, self.operation = services, operation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
-        call = Call(self.service, scope, receive, send)
+        call = Call(self.services, scope, receive, send)
         try:
             await self.run(call)
         except ApiError as error:
@@ -63,6 +63,7 @@ class Endpoint:
     async def run(self, call: Call) -> None:
         """Read the request and answer it, unless the client goes away first."""
         body = self.checked(call, await call.body()) if self.operation.body else None
+        call.service = self.services.of(body.model if body else call.query("model"))
         work = call.task = asyncio.ensure_future(self.answer(call, body))
         watch = asyncio.ensure_future(call.disconnect())
         try:

@@ -12,6 +12,7 @@ from typing import Any
 from labinfer.errors import LabinferError
 from labinfer.runtime.outputs import CompletionOutput, RequestOutput, RequestOutputKind
 from labinfer.runtime.request import Request
+from labinfer.service.call import Call
 from labinfer.service.errors import ApiError
 from labinfer.service.service import Service
 
@@ -39,15 +40,20 @@ class Usage:
 
 @dataclass(slots=True)
 class Generation:
-    """Requests that are one call: ``pieces`` runs them, ``usage`` counts.
+    """The requests that ``call`` is for: ``pieces`` runs them, ``usage`` counts.
 
     The answers of request ``r`` have the indexes from ``r * n`` on. ``streamed``: somebody wants them as they are made.
     """
 
-    service: Service
+    call: Call
     requests: Sequence[Request]
     streamed: bool
     usage: Usage = field(default_factory=Usage)
+
+    @property
+    def service(self) -> Service:
+        """What runs them."""
+        return self.call.service
 
     async def pieces(self) -> AsyncGenerator[list[Piece], None]:
         """What is new, whenever there is something. Leaving the loop stops the requests."""
@@ -106,6 +112,8 @@ class Generation:
         finally:
             if request.number >= 0:  # the engine took it
                 self.service.metrics.ended(request, reason)
+                if self.service.tracing is not None:
+                    self.service.tracing.ended(request, reason, self.call.request_id, self.call.headers)
 
     def count(self, output: RequestOutput, last: float | None) -> float:
         """Count the tokens of ``output``; ``last`` is when there were some before. Gives the time."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -99,10 +99,29 @@ class Metrics:
             if value is not None:
                 self.histograms[name].observe(value)
 
-    def text(self) -> bytes:
-        """All of it in Prometheus' format."""
-        found: bytes = generate_latest(self.registry)
-        return found
+
+class Joined:
+    """Measurements of several services as those of one registry: each family once, with the samples of all."""
+
+    def __init__(self, all_metrics: Iterable[Metrics]) -> None:
+        self.registries = [each.registry for each in all_metrics]
+
+    def collect(self) -> Iterable[Any]:
+        """The families that Prometheus reads."""
+        families: dict[str, Any] = {}
+        for registry in self.registries:
+            for family in registry.collect():
+                if family.name in families:
+                    families[family.name].samples += family.samples
+                else:
+                    families[family.name] = family
+        return families.values()
+
+
+def joined_text(all_metrics: Iterable[Metrics]) -> bytes:
+    """All of it in Prometheus' format."""
+    found: bytes = generate_latest(Joined(all_metrics))
+    return found
 
 
 class State:

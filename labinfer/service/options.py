@@ -10,17 +10,16 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceOptions:
-    """Everything about a service but its model.
+    """Everything about a service but its models.
 
     ``api_keys`` are the keys of which a client needs one. ``allowed_hosts`` are the names that a ``Host`` header may
     have, whatever the port; none allows all. ``max_queue`` requests wait, beside those that a step computes. Times are
-    in seconds.
+    in seconds. ``otlp_traces_endpoint`` is the address of a collector for OpenTelemetry's spans.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
-    served_model_name: str | None = None
     allowed_hosts: tuple[str, ...] = ()
     max_queue: int = 256
     max_connections: int = 1024
@@ -37,6 +36,7 @@ class ServiceOptions:
     drain_seconds: float = 30.0
     stall_seconds: float = 60.0
     log_format: str = "text"
+    otlp_traces_endpoint: str | None = None
 
     @property
     def loopback(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from labinfer.errors import LabinferError
 from labinfer.extras import missing
 from labinfer.service.options import ServiceOptions
-from labinfer.service.service import Service
+from labinfer.service.services import Services
 from labinfer.service.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
@@ -37,9 +37,9 @@ def bind(options: ServiceOptions) -> socket.socket:
 
 
 class Server:
-    """Serves ``service`` on ``listener`` until it is told to ``stop``."""
+    """Serves ``services`` on ``listener`` until it is told to ``stop``."""
 
-    def __init__(self, service: Service, listener: socket.socket) -> None:
+    def __init__(self, services: Services, listener: socket.socket) -> None:
         try:
             import uvicorn
 
@@ -47,10 +47,10 @@ class Server:
             from labinfer.service.protocol import connection_class
         except ImportError as error:
             raise missing((error.name or "uvicorn").partition(".")[0]) from None
-        self.service, self.listener = service, listener
-        options = service.options
+        self.services, self.listener = services, listener
+        options = services.options
         config = uvicorn.Config(
-            application(service), http=connection_class(options), ws="none", lifespan="off", log_config=None,
+            application(services), http=connection_class(options), ws="none", lifespan="off", log_config=None,
             access_log=False, server_header=False, date_header=True, timeout_keep_alive=75, proxy_headers=False,
             timeout_graceful_shutdown=2,
         )  # fmt: skip
@@ -65,48 +65,54 @@ class Server:
             runner.run(self.main(started))
 
     async def main(self, started: Callable[[], None]) -> None:
-        """Serve, and look after the service meanwhile."""
+        """Serve, and look after the services meanwhile."""
         self.loop = asyncio.get_running_loop()
         with contextlib.suppress(ValueError, RuntimeError):  # signals come to the main thread only
             for number in (signal.SIGTERM, signal.SIGINT):
                 self.loop.add_signal_handler(number, self.stop)
-        self.service.engine.start()
+        for each in self.services.all:
+            each.engine.start()
         care = asyncio.ensure_future(self.care())
         started()
         try:
             await self.uvicorn.serve([self.listener])
         finally:
             care.cancel()
+            for each in self.services.all:
+                if each.tracing is not None:
+                    await asyncio.to_thread(each.tracing.close)
 
     def stop(self) -> None:
         """Take on nothing more, let what runs finish within the time for that, then end; called again, end now."""
-        if self.service.admission.draining:
+        if self.services.draining:
             _log.warning("stopping at once")
             self.finish()
             return
-        self.service.admission.draining = True
-        _log.info("stopping: %d answers are being made", self.service.admission.active)
+        self.services.drain()
+        _log.info("stopping: %d answers are being made", self.services.active)
         assert self.loop is not None
         self.draining = self.loop.create_task(self.drain())
 
     async def drain(self) -> None:
         """Wait until all answers are made, or it has taken too long."""
-        end = time.monotonic() + self.service.options.drain_seconds
-        while self.service.admission.active and time.monotonic() < end:
+        end = time.monotonic() + self.services.options.drain_seconds
+        while self.services.active and time.monotonic() < end:
             await asyncio.sleep(0.05)
         self.finish()
 
     def finish(self) -> None:
         """Stop what still runs, and serve no more."""
-        self.service.engine.submit(self.service.engine.abort_all)
+        for each in self.services.all:
+            each.engine.submit(each.engine.abort_all)
         self.uvicorn.should_exit = True
 
     async def care(self) -> None:
         """Watch the engine and the streams."""
-        watchdog = Watchdog(self.service)
+        watchdogs = [Watchdog(each) for each in self.services.all]
         while True:
             await asyncio.sleep(1)
-            watchdog.look()
             now = time.monotonic()
-            for call in list(self.service.open_streams):
-                call.care(now)
+            for watchdog in watchdogs:
+                watchdog.look()
+                for call in list(watchdog.service.open_streams):
+                    call.care(now)

@@ -11,9 +11,9 @@ from labinfer.llm import LLM
 from labinfer.runtime.lora import LoRARequest
 from labinfer.runtime.tokenizer import Tokenizer
 from labinfer.service.admission import Admission
-from labinfer.service.errors import ApiError
 from labinfer.service.metrics import Metrics
 from labinfer.service.options import ServiceOptions
+from labinfer.service.tracing import Tracing
 
 if TYPE_CHECKING:
     from labinfer.service.call import Call
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Service:
     """``model`` behind HTTP. ``startup`` are the seconds that each phase of the start took.
 
-    ``adapters`` are models too, by their names: the same one with that LoRA adapter. One that does not fit is an error
-    here. ``open_streams`` are the calls whose answer is being streamed.
+    Clients call it ``name``, or as its plan does. ``adapters`` are models too, by their names: the same one with that
+    LoRA adapter. One that does not fit is an error here. ``open_streams`` are the calls whose answer is being streamed.
     """
 
     def __init__(
@@ -32,17 +32,19 @@ class Service:
         options: ServiceOptions,
         startup: Mapping[str, float] | None = None,
         adapters: Sequence[LoRARequest] = (),
+        name: str | None = None,
     ) -> None:
         self.model, self.options, self.engine = model, options, model.engine
-        self.name = options.served_model_name or model.plan.source.name
+        self.name = name or model.plan.source.name
         self.adapters = {each.name: each for each in adapters}
-        if len(self.adapters.keys() | {self.name}) <= len(adapters):
-            raise UsageError("serve.names", "two of the models that are served have the same name")
+        self.names = [self.name, *(each.name for each in adapters)]
         for each in adapters:
             model.adapters.check(each)
         self.created, self.startup = int(time.time()), dict(startup or {})
         self.admission = Admission(model.plan.limits.max_num_seqs + options.max_queue)
         self.metrics = Metrics(self)
+        endpoint = options.otlp_traces_endpoint
+        self.tracing = None if endpoint is None else Tracing(endpoint, self.name)
         self.open_streams: set[Call] = set()
         self.stalled = False
 
@@ -52,10 +54,3 @@ class Service:
         if self.model.tokenizer is None:
             raise UsageError("run.no-tokenizer", "this model has no tokenizer: give token ids instead of text")
         return self.model.tokenizer
-
-    def check_model(self, name: str | None) -> None:
-        """Refuse a request for another model."""
-        if name is not None and name != self.name and name not in self.adapters:
-            served = " and ".join(f"'{each}'" for each in (self.name, *self.adapters))
-            message = f"the model '{name[:100]}' is not served here: {served} can be asked for"
-            raise ApiError(404, message, param="model", code="model_not_found")

@@ -117,7 +117,6 @@ def delta(index: int, told: dict[str, Any], logprobs: list[dict[str, Any]] | Non
 
 async def chat_completions(call: Call, body: ChatRequest) -> Any:
     """Answer a request."""
-    call.service.check_model(body.model)
     chat = await asyncio.to_thread(prepare, call, body)
     return Stream(chat.events()) if body.stream else await chat.whole()
 
@@ -145,4 +144,4 @@ def prepare(call: Call, body: ChatRequest) -> Chat:
     }  # fmt: skip
     if call.warnings:
         head["warnings"] = call.warnings
-    return Chat(body, Generation(service, [request], bool(body.stream)), head, top, use)
+    return Chat(body, Generation(call, [request], bool(body.stream)), head, top, use)

@@ -116,7 +116,6 @@ class Completion:
 
 async def completions(call: Call, body: CompletionRequest) -> Any:
     """Answer a request."""
-    call.service.check_model(body.model)
     completion = await asyncio.to_thread(prepare, call, body)
     return Stream(completion.events()) if body.stream else await completion.whole()
 
@@ -150,4 +149,4 @@ def prepare(call: Call, body: CompletionRequest) -> Completion:
     }  # fmt: skip
     if call.warnings:
         head["warnings"] = call.warnings
-    return Completion(body, Generation(service, requests, bool(body.stream)), echoes, head)
+    return Completion(body, Generation(call, requests, bool(body.stream)), echoes, head)

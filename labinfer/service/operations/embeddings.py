@@ -23,7 +23,6 @@ from labinfer.service.schema.embeddings import EmbeddingRequest
 
 async def embeddings(call: Call, body: EmbeddingRequest) -> Any:
     """Answer a request."""
-    call.service.check_model(body.model)
     value = last_hidden_state(call.service.model.plan.stages)
     generation = await asyncio.to_thread(prepare, call, body, value)
     vectors: dict[int, np.ndarray] = {}
@@ -54,7 +53,7 @@ def prepare(call: Call, body: EmbeddingRequest, value: str) -> Generation:
         )
         for prompt in list_prompts(body.input, service.options.max_prompts, "input")
     ]
-    return Generation(service, requests, streamed=False)
+    return Generation(call, requests, streamed=False)
 
 
 def last_hidden_state(stages: Iterable[Stage]) -> str:

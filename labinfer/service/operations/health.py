@@ -10,7 +10,7 @@ from labinfer.service.errors import ApiError
 
 async def health(call: Call) -> Any:
     """Whether the process should go on: it does unless the engine stands still."""
-    if call.service.stalled:
+    if any(each.stalled for each in call.services.all):
         raise ApiError(503, "the engine makes no progress", code="stalled")
     return {"status": "ok"}
 
@@ -18,6 +18,6 @@ async def health(call: Call) -> Any:
 async def ready(call: Call) -> Any:
     """Whether new requests are welcome."""
     await health(call)
-    if call.service.admission.draining:
+    if call.services.draining:
         raise ApiError(503, "the server is shutting down", code="draining", retry_after=5)
     return {"status": "ready"}

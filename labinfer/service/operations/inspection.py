@@ -5,18 +5,17 @@ from __future__ import annotations
 import time
 from math import isfinite
 from typing import Any
-from urllib.parse import parse_qs
 
 from labinfer.runtime.step_costs import StepCosts
 from labinfer.runtime.step_stats import StepStats
 from labinfer.service.call import Call, Reply
 from labinfer.service.errors import ApiError
-from labinfer.service.metrics import CONTENT_TYPE
+from labinfer.service.metrics import CONTENT_TYPE, joined_text
 
 
 async def metrics(call: Call) -> Any:
     """Measurements for Prometheus."""
-    return Reply(call.service.metrics.text(), CONTENT_TYPE)
+    return Reply(joined_text(each.metrics for each in call.services.all), CONTENT_TYPE)
 
 
 async def plan(call: Call) -> Any:
@@ -68,7 +67,7 @@ async def trace(call: Call) -> Any:
 
     ``predicted_seconds`` is what a step of its size takes by the engine's running estimate.
     """
-    text = parse_qs(call.scope["query_string"].decode("latin-1")).get("after", ["-inf"])[0]
+    text = call.query("after") or "-inf"
     try:
         after = float(text)
     except ValueError:

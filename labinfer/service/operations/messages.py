@@ -122,7 +122,6 @@ def failure(error: ApiError) -> bytes:
 
 async def messages(call: Call, body: MessagesRequest) -> Any:
     """Answer a request."""
-    call.service.check_model(body.model)
     more = {
         "max_tokens": body.max_tokens, "stop": body.stop_sequences or None, "temperature": body.temperature,
         "top_p": body.top_p, "top_k": body.top_k, "stream": body.stream,
@@ -143,7 +142,6 @@ async def messages(call: Call, body: MessagesRequest) -> Any:
 
 async def count_tokens(call: Call, body: CountRequest) -> Any:
     """How many tokens a conversation has."""
-    call.service.check_model(body.model)
     chat = chat_request(body, {})
     use = tool_use(chat, call.service.tokenizer.chat_template)
     return {"input_tokens": len(await asyncio.to_thread(chat_tokens, call.service, chat, use))}

@@ -10,6 +10,7 @@ from labinfer.service.service import Service
 
 def described(service: Service, name: str) -> dict[str, Any]:
     """The model, or an adapter of it, as clients read it."""
+    memory = service.model.manager.memory_of(service.model.owner)
     return {
         "id": name,
         "object": "model",
@@ -18,6 +19,7 @@ def described(service: Service, name: str) -> dict[str, Any]:
         "root": service.model.plan.source.name,
         "parent": service.name if name in service.adapters else None,
         "max_model_len": service.model.max_len,
+        "memory": {device: each._asdict() for device, each in memory.items()},
     }
 
 
@@ -25,12 +27,11 @@ async def models(call: Call) -> Any:
     """All models."""
     return {
         "object": "list",
-        "data": [described(call.service, name) for name in (call.service.name, *call.service.adapters)],
+        "data": [described(each, name) for each in call.services.all for name in each.names],
     }
 
 
 async def model(call: Call) -> Any:
     """One model, by its name."""
     name: str = call.scope["path_params"]["model"]
-    call.service.check_model(name)
-    return described(call.service, name)
+    return described(call.services.of(name), name)

@@ -15,7 +15,6 @@ from labinfer.service.tools.choice import tool_use
 
 async def tokenize(call: Call, body: TokenizeRequest) -> Any:
     """Token ids of a text or a conversation."""
-    call.service.check_model(body.model)
     return await asyncio.to_thread(tokenized, call, body)
 
 
@@ -39,6 +38,5 @@ def tokenized(call: Call, body: TokenizeRequest) -> dict[str, Any]:
 
 async def detokenize(call: Call, body: DetokenizeRequest) -> Any:
     """The text of token ids."""
-    call.service.check_model(body.model)
     tokens = call.service.model.check_tokens(body.tokens)
     return {"prompt": call.service.tokenizer.decode(tokens, skip_special_tokens=False)}

@@ -14,7 +14,7 @@ class Body(BaseModel):
 
     Fields of ``REFUSED`` would change the answer and are not supported, so that any value but ``IDLE`` ones is an
     error, with the text that the table gives. Fields of ``ACCEPTED`` change nothing here and are ignored. Every other
-    unknown field is ignored too, and named in ``unknown``.
+    unknown field is ignored too, and named in ``unknown``. ``model`` says which of the models that are served.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -22,6 +22,8 @@ class Body(BaseModel):
     REFUSED: ClassVar[dict[str, str]] = {}
     ACCEPTED: ClassVar[frozenset[str]] = frozenset()
     IDLE: ClassVar[tuple[Any, ...]] = (None, False, [], {}, "")
+
+    model: str | None = None
 
     @model_validator(mode="before")
     @classmethod

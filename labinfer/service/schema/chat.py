@@ -94,7 +94,6 @@ class ChatRequest(SamplingBody):
     }
     ACCEPTED: ClassVar[frozenset[str]] = IGNORED
 
-    model: str | None = None
     messages: list[Message] = Field(min_length=1, max_length=4096)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)

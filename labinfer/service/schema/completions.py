@@ -16,7 +16,6 @@ class CompletionRequest(SamplingBody):
     REFUSED: ClassVar[dict[str, str]] = {"suffix": "the models go on from the end of a text only"}
     ACCEPTED: ClassVar[frozenset[str]] = frozenset({"user"})
 
-    model: str | None = None
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int | None = Field(default=16, ge=0)
     stream: bool | None = None

@@ -14,7 +14,6 @@ class EmbeddingRequest(Body):
 
     ACCEPTED: ClassVar[frozenset[str]] = frozenset({"user"})
 
-    model: str | None = None
     input: str | list[str] | list[int] | list[list[int]]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(default=None, ge=1)

@@ -49,7 +49,6 @@ class CountRequest(Body):
 
     ACCEPTED: ClassVar[frozenset[str]] = frozenset({"metadata", "service_tier", "thinking", "context_management"})
 
-    model: str | None = None
     messages: list[Turn] = Field(min_length=1, max_length=4096)
     system: str | list[Block] | None = None
     tools: list[ToolDefinition] | None = Field(default=None, max_length=256)

@@ -48,7 +48,6 @@ class ResponsesRequest(Body):
     }
     ACCEPTED: ClassVar[frozenset[str]] = IGNORED | {"include", "reasoning", "truncation", "client_metadata"}
 
-    model: str | None = None
     input: str | list[Item]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)

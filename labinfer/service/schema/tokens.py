@@ -13,7 +13,6 @@ from labinfer.service.schema.chat import Message, Tool
 class TokenizeRequest(Body):
     """A text, or a conversation."""
 
-    model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = Field(default=None, min_length=1, max_length=4096)
     tools: list[Tool] | None = Field(default=None, max_length=256)
@@ -26,5 +25,4 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """Token ids."""
 
-    model: str | None = None
     tokens: list[int] = Field(max_length=1 << 20)
