@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from labinfer.cli.config_file import config_option
-from labinfer.cli.options import COUNT, given, json_option, lora_request, plan_options
+from labinfer.cli.options import COUNT, given, json_option, lora_request, plan_options, transport_option
 from labinfer.cli.output import current
 from labinfer.errors import UsageError
 
@@ -47,6 +47,7 @@ CACHE_BYTES = 1 << 30
 @click.option(
     "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Of the log."
 )
+@transport_option
 @plan_options
 @json_option
 def serve(
@@ -57,6 +58,7 @@ def serve(
     api_key_file: str | None,
     lora: tuple[str, ...],
     weights: str | None,
+    transport: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -89,7 +91,7 @@ def serve(
     listener = bind(settings)  # before the weights are loaded: a port that is taken is told at once
     settings = replace(settings, port=listener.getsockname()[1])
     adapters = [lora_request(each) for each in lora]
-    with listener, _load(model, weights, given(options), adapters, phases) as llm:
+    with listener, _load(model, weights, transport, given(options), adapters, phases) as llm:
         service = Service(llm, settings, phases, adapters)
         Server(service, listener).run(lambda: _announce(service, key_file, as_json))
 
@@ -115,6 +117,7 @@ def _keys(host: str, api_key: str | None, api_key_file: str | None) -> tuple[tup
 def _load(
     model: str | None,
     weights: str | None,
+    transport: str | None,
     options: dict[str, Any],
     adapters: list[LoRARequest],
     phases: dict[str, float],
@@ -127,7 +130,7 @@ def _load(
     started = time.perf_counter()
     with current().progress() as progress:
         if model is not None and is_plan(model):
-            llm = LLM(model, weights=weights, progress=progress, **options)  # errors name the file
+            llm = LLM(model, weights=weights, progress=progress, transport=transport, **options)  # errors name the file
         else:
             defaults = {"max_num_seqs": SEQUENCES, "max_logits_rows": SEQUENCES}
             if "num_blocks" not in options:
@@ -137,7 +140,7 @@ def _load(
                 defaults |= {"max_loras": len(adapters), "max_lora_rank": max(ranks)}
             plan = find_plan(model, weights=weights, progress=progress, defaults=defaults, **options)
             phases["compile"], started = time.perf_counter() - started, time.perf_counter()
-            llm = LLM(plan, weights=weights, progress=progress)
+            llm = LLM(plan, weights=weights, progress=progress, transport=transport)
     phases["load"] = time.perf_counter() - started
     return llm
 

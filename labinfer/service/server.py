@@ -58,11 +58,14 @@ class Server:
         self.uvicorn.capture_signals = contextlib.nullcontext
         self.loop: asyncio.AbstractEventLoop | None = None
         self.config = config
+        self.failure: LabinferError | None = None
 
     def run(self, started: Callable[[], None] = lambda: None) -> None:
-        """Serve; ``started`` is called once requests are welcome."""
+        """Serve; ``started`` is called once requests are welcome. Raises the error of a stage that died."""
         with asyncio.Runner(loop_factory=self.config.get_loop_factory()) as runner:
             runner.run(self.main(started))
+        if self.failure is not None:
+            raise self.failure
 
     async def main(self, started: Callable[[], None]) -> None:
         """Serve, and look after the service meanwhile."""
@@ -107,6 +110,16 @@ class Server:
         while True:
             await asyncio.sleep(1)
             watchdog.look()
+            self.look_at_pipeline()
             now = time.monotonic()
             for call in list(self.service.open_streams):
                 await call.care(now)
+
+    def look_at_pipeline(self) -> None:
+        """End once a stage has died, which nothing here can replace: whoever supervises the process starts it anew."""
+        pipeline = self.service.model.pipeline
+        if self.failure is None and pipeline is not None and pipeline.broken is not None:
+            self.failure = pipeline.broken
+            _log.error("%s", self.failure)
+            if not self.service.admission.draining:
+                self.stop()
