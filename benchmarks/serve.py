@@ -85,22 +85,35 @@ class Bench:
         return text if reached else f"{text} **(bar {bar})**"
 
     def overhead(self) -> None:
-        """Tokens per second of the engine alone and of its clients over HTTP, in turn."""
-        print("\n| streams | engine alone, tokens/s | served | less (range) | loop, us a token | clients | load |")
-        print("|---|---|---|---|---|---|---|")
-        for slots in (16, 64):
+        """Tokens per second of the engine alone, with somebody who waits for each token, and of clients over HTTP, in turn.
+
+        Where nobody waits the engine lets prompts take whole steps: that is told too.
+        """
+        columns = [
+            "nobody waits",
+            "engine alone",
+            "served",
+            "served less (range)",
+            "loop, us a token",
+            "clients",
+            "load",
+        ]
+        print(f"\n| streams | {' | '.join(columns)} |\n|---|---|---|---|---|---|---|---|")
+        for slots in self.options.streams:
             service, pairs, costs = self.service(slots), [], []
             for _ in range(self.options.pairs):
                 bodies = self.bodies(2 * slots)
                 made = sum(body["max_tokens"] for body in bodies)
-                alone = made / engine_seconds(self.model, self.threads, slots, bodies)
+                unwatched, alone = (
+                    made / engine_seconds(self.model, self.threads, slots, bodies, watched) for watched in (False, True)
+                )
                 before, own = service.seconds(), time.process_time()
                 served = self.speed(service, bodies, slots)
                 after = service.seconds()
                 costs.append([1e6 * (after[0] - before[0]) / made, 1e6 * (time.process_time() - own) / made])
-                pairs.append((alone, served))
+                pairs.append((unwatched, alone, served))
             service.close()
-            less = [1 - served / alone for alone, served in pairs]
+            less = [1 - served / alone for _, alone, served in pairs]
             text = f"{100 * median(less):.1f} % ({100 * min(less):.1f} - {100 * max(less):.1f})"
             text = self.bar(text, median(less) <= BARS["overhead"], BARS["overhead"])
             cells = [f"{median(column):.0f}" for column in zip(*pairs, strict=True)]
@@ -252,10 +265,10 @@ class Bench:
         self.found["soak"] = {"counts": counts, "left": left, "memory": memory}
 
 
-def engine_seconds(model: str, threads: int, slots: int, bodies: list[Body]) -> float:
-    """Seconds that the engine takes for the same requests, in a process of its own and with nobody to tell."""
+def engine_seconds(model: str, threads: int, slots: int, bodies: list[Body], watched: bool) -> float:
+    """Seconds that the engine takes for the same requests, in a process of its own."""
     task = {
-        "model": model, "threads": threads, "slots": slots, "temperature": 0.0,
+        "model": model, "threads": threads, "slots": slots, "temperature": 0.0, "watched": watched,
         "requests": [[body["prompt"], body["max_tokens"]] for body in bodies],
     }  # fmt: skip
     program = [sys.executable, str(FOLDER / "engine_labinfer.py")]
@@ -275,6 +288,7 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("measurements", nargs="+", choices=names)
     parser.add_argument("--threads", type=int, default=default_threads())
+    parser.add_argument("--streams", type=int, nargs="+", default=[16, 64], help="at once, for the overhead")
     parser.add_argument("--pairs", type=int, default=3, help="runs of each of what is compared")
     parser.add_argument("--requests", type=int, default=200, help="of the queue")
     parser.add_argument("--seconds", type=float, default=60, help="of leaving clients")
