@@ -85,7 +85,7 @@ class Bench:
         return text if reached else f"{text} **(bar {bar})**"
 
     def overhead(self) -> None:
-        """Tokens per second of the engine alone, with somebody who waits for each token, and of clients over HTTP, in turn.
+        """Tokens per second of the engine alone, where somebody waits for each token, and of clients over HTTP.
 
         Where nobody waits the engine lets prompts take whole steps: that is told too.
         """
@@ -144,7 +144,7 @@ class Bench:
         answered = sum(each.error is None for each in samples)
         lost = len(samples) - refused - answered
         healthy = self.bar(str(lost), lost == 0, 0)
-        print("\n| connections | answered | refused with 503 | lost | seconds | memory, MB | load |")
+        print("\n| connections | answered | refused with 503 | lost | seconds | memory with the cache, MB | load |")
         print("|---|---|---|---|---|---|---|")
         print(f"| 1000 | {answered} | {refused} | {healthy} | {seconds:.1f} | {grown:+.0f} | {load_average()} |")
         service.close()
