@@ -428,3 +428,20 @@ def test_a_request_that_is_done_is_freed_without_the_garbage_collector(model: LL
         assert [each() for each in made] == [None, None, None]
     finally:
         gc.enable()
+
+
+def test_the_more_prompts_wait_the_longer_steps_may_be() -> None:
+    with labinfer.load(LLAMA, max_num_seqs=8, max_num_batched_tokens=64, max_model_len=256) as model:
+        engine = Engine(model)
+        engine.add(Request([1], greedy(60), interactive=True))
+        engine.step()
+        engine.costs.decode, engine.costs.beside.per_token = {1: 1.0}, 0.045
+        engine.costs.beside.tokens = 100.0
+        engine.costs.observe = lambda *measured: None  # type: ignore[method-assign]
+        prompts = [engine.add(Request([number] * 100, greedy(1))) for number in range(2, 8)]
+        engine.step()
+        assert engine.stats[-1].num_tokens == 1 + 24  # 26 prompt tokens lengthen a step by 6 * 0.2
+        for each in prompts[1:]:
+            engine.abort(each)
+        engine.step()
+        assert engine.stats[-1].num_tokens == 1 + 4

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -334,60 +330,3 @@ def test_a_server_that_must_stop_now_tells_its_streams(tiny_model: Path) -> None
             wait_for(lambda: api.server.uvicorn.should_exit)
         thread.join()
         assert lines == ["503"] or any('"error"' in line for line in lines)
-
-
-def serve_process(model: Path, home: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "labinfer", "serve", str(model), "--port", "0", *arguments]
-    environment = os.environ | {"LABINFER_HOME": str(home)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def test_the_command_prints_what_works_and_ends_well_on_sigterm(tiny_model: Path, home: Path) -> None:
-    with serve_process(tiny_model, home, "--log-format", "json") as process:
-        assert process.stdout is not None
-        where, page, key, curl = (process.stdout.readline() for _ in range(4))
-        url = where.split()[-1]
-        token = key.split()[2]
-        assert page.strip().endswith(f"/#key={token}")
-        assert (home / "api-key").read_text().strip() == token
-        assert (home / "api-key").stat().st_mode & 0o777 == 0o600
-        assert httpx.get(f"{url}/models", headers={"authorization": f"Bearer {token}"}).status_code == 200
-        answer = json.loads(subprocess.run(curl, shell=True, capture_output=True, check=True).stdout)
-        assert answer["choices"][0]["finish_reason"] in ("stop", "length")
-        process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=20)
-    assert process.returncode == 0
-    records = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
-    served_line = next(each for each in records if each.get("path") == "/v1/chat/completions")
-    assert served_line["status"] == 200
-    assert served_line["request_id"]
-    assert token not in log
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code"),
-    [
-        (["--host", "0.0.0.0"], "serve.no-key"),
-        (["--api-key", "short"], "serve.api-key"),
-        (["--api-key-file", "/nowhere"], "serve.api-key-file"),
-        (["--api-key", "a-good-key-1", "--api-key-file", "/nowhere"], "cli.usage"),
-    ],
-)
-def test_what_would_leave_the_service_open_is_refused(
-    tiny_model: Path, home: Path, arguments: list[str], code: str
-) -> None:
-    with serve_process(tiny_model, home, *arguments) as process:
-        _, log = process.communicate(timeout=20)
-    assert process.returncode == 2
-    assert f"error[{code}]" in log
-
-
-def test_a_port_that_is_taken_is_named(tiny_model: Path, home: Path) -> None:
-    with closing(socket.socket()) as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        with serve_process(tiny_model, home, "--port", port) as process:
-            _, log = process.communicate(timeout=20)
-    assert process.returncode == 1
-    assert f"port {port}" in log

@@ -130,7 +130,7 @@ def test_a_step_that_raises_fails_its_requests_and_the_service_goes_on(tiny_mode
         assert api.http.post("/v1/completions", json=BODY).status_code == 200
 
 
-def test_an_engine_that_stands_still_is_noticed(tiny_model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_engine_that_stands_still_is_noticed(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
     with served(tiny_model, stall_seconds=0.0) as api:
         watchdog = Watchdog(api.service)
         watchdog.look()
@@ -147,7 +147,8 @@ def test_an_engine_that_stands_still_is_noticed(tiny_model: Path, capfd: pytest.
         assert api.http.post("/v1/completions", json=BODY).status_code == 200
         watchdog.look()
         assert api.http.get("/ready").status_code == 200
-    assert "Current thread" in capfd.readouterr().err
+    assert "Thread labinfer-engine:" in caplog.text
+    assert "in look" in caplog.text
 
 
 def test_logs_are_json_with_the_request_id() -> None:

@@ -7,11 +7,11 @@ from labinfer.runtime.step_costs import StepCosts, round_down
 
 def test_prompts_are_cut_so_that_steps_last_as_long_as_allowed() -> None:
     random, costs, sizes = np.random.default_rng(0), StepCosts(), []
-    assert costs.prompt_tokens(8, 1.5) == 4
+    assert costs.prompt_tokens(8, 0.5) == 4
     for _ in range(50):
         costs.observe(8, 0, 0.010 * random.uniform(0.7, 1.3))
     for _ in range(200):
-        sizes.append(costs.prompt_tokens(8, 1.5))
+        sizes.append(costs.prompt_tokens(8, 0.5))
         costs.observe(8, sizes[-1], (0.010 + 0.0004 * sizes[-1]) * random.uniform(0.7, 1.3))
     assert sizes[0] == 4
     assert all(later <= 2 * max(sizes[:place]) for place, later in enumerate(sizes) if place)
@@ -21,7 +21,7 @@ def test_prompts_are_cut_so_that_steps_last_as_long_as_allowed() -> None:
 def test_what_decoding_costs_is_measured_anew_while_prompts_are_computed() -> None:
     costs, sizes = StepCosts(), []
     for step in range(600):
-        sizes.append(0 if step < 20 else costs.prompt_tokens(8, 1.5))
+        sizes.append(0 if step < 20 else costs.prompt_tokens(8, 0.5))
         decoding = 0.010 * (1 + step / 300)  # contexts grow
         costs.observe(8, sizes[-1], decoding + 0.001 * sizes[-1])
     assert sizes[20:].count(0) >= 30
@@ -33,11 +33,11 @@ def test_one_slow_step_changes_little() -> None:
     for _ in range(20):
         costs.observe(4, 0, 0.01)
         costs.observe(4, 8, 0.014)
-    before = costs.prompt_tokens(4, 1.5)
+    before = costs.prompt_tokens(4, 0.5)
     costs.observe(4, 8, 5.0)
     costs.observe(4, 0, 5.0)
     assert before == 8
-    assert costs.prompt_tokens(4, 1.5) >= 3
+    assert costs.prompt_tokens(4, 0.5) >= 3
 
 
 def test_prompts_alone_say_what_it_takes_to_compute_a_text_again() -> None:

@@ -115,6 +115,15 @@ def device_quota(text: str) -> tuple[str, int]:
     return device, parse_bytes(size)
 
 
+def transport_option(function: Function) -> Function:
+    """Give a command ``--transport``."""
+    return click.option(
+        "--transport",
+        type=click.Choice(["local", "shm", "tcp"]),
+        help="Run the plan's stages at the same time: in threads (local), or in processes over shm or tcp.",
+    )(function)
+
+
 def json_option(function: Function) -> Function:
     """Give a command ``--json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(function)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from labinfer.cli.options import COUNT, given, json_option, lora_request, plan_options
+from labinfer.cli.options import COUNT, given, json_option, lora_request, plan_options, transport_option
 from labinfer.cli.output import current
 from labinfer.cli.sampling_options import sampling_options, take_params
 from labinfer.errors import UsageError
@@ -80,11 +80,7 @@ class Answering:
 @click.option(
     "--draft", metavar="MODEL", help="A smaller model of the same vocabulary, which guesses (default: 4 tokens a step)."
 )
-@click.option(
-    "--transport",
-    type=click.Choice(["local", "shm", "tcp"]),
-    help="Run the plan's stages at the same time: in threads (local), or in processes over shm or tcp.",
-)
+@transport_option
 @click.option("--stats", is_flag=True, help="Show times, speed and memory on stderr.")
 @json_option
 def run(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from labinfer.cli.config_file import config_option
-from labinfer.cli.options import COUNT, device_quota, given, json_option, lora_request, plan_options
+from labinfer.cli.options import COUNT, device_quota, given, json_option, lora_request, plan_options, transport_option
 from labinfer.cli.output import current
 from labinfer.errors import UsageError
 
@@ -61,6 +61,7 @@ CACHE_BYTES = 1 << 30
     "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Of the log."
 )
 @click.option("--otlp-traces-endpoint", metavar="URL", help="Where to send OpenTelemetry's spans of requests.")
+@transport_option
 @plan_options
 @json_option
 def serve(
@@ -73,6 +74,7 @@ def serve(
     api_key_file: str | None,
     lora: tuple[str, ...],
     weights: str | None,
+    transport: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -109,7 +111,8 @@ def serve(
     settings = replace(settings, port=listener.getsockname()[1])
     adapters = [lora_request(each) for each in lora]
     with listener, closing(manager), ExitStack() as loaded:
-        opened = [_load(loaded, each, weights, given(options), adapters, manager) for each in model or (None,)]
+        compiled = given(options)
+        opened = [_load(loaded, each, weights, transport, compiled, adapters, manager) for each in model or (None,)]
         named = zip_longest(opened, served_model_name)
         served = Services(*(Service(llm, settings, phases, adapters, name) for (llm, phases), name in named))
         Server(served, listener).run(lambda: _announce(served, key_file, as_json))
@@ -146,6 +149,7 @@ def _load(
     loaded: ExitStack,
     model: str | None,
     weights: str | None,
+    transport: str | None,
     options: dict[str, Any],
     adapters: list[LoRARequest],
     manager: Manager,
@@ -160,7 +164,8 @@ def _load(
     phases, started = {}, time.perf_counter()
     with current().progress() as progress:
         if model is not None and is_plan(model):
-            llm = LLM(model, weights=weights, manager=manager, progress=progress, **options)  # errors name the file
+            options |= {"weights": weights, "transport": transport}
+            llm = LLM(model, manager=manager, progress=progress, **options)  # errors name the file
         else:
             defaults = {"max_num_seqs": SEQUENCES, "max_logits_rows": SEQUENCES}
             if "num_blocks" not in options:
@@ -170,7 +175,7 @@ def _load(
                 defaults |= {"max_loras": len(adapters), "max_lora_rank": max(ranks)}
             plan = find_plan(model, weights=weights, progress=progress, defaults=defaults, **options)
             phases["compile"], started = time.perf_counter() - started, time.perf_counter()
-            llm = LLM(plan, weights=weights, manager=manager, progress=progress)
+            llm = LLM(plan, weights=weights, manager=manager, progress=progress, transport=transport)
     phases["load"] = time.perf_counter() - started
     return loaded.enter_context(llm), phases
 

@@ -53,7 +53,7 @@ class StepCosts:
         return (self.per_token or self.beside.per_token or 0.0) * tokens
 
     def prompt_tokens(self, decodes: int, stall: float) -> int:
-        """Prompt tokens that a step of ``decodes`` sequences can take in and last at most ``stall`` times as long.
+        """Prompt tokens that a step of ``decodes`` sequences can take in and last longer by a part ``stall`` at most.
 
         Few different numbers, since a device may prepare a step of each size once. At least one, so that none starves,
         but now and then none, since contexts grow and with them what decoding costs; at most twice as many as of late,
@@ -64,7 +64,7 @@ class StepCosts:
         base = self.decode_seconds(decodes)
         if base is None or self.beside.per_token is None:
             return max(1, decodes // 2)  # a token of a prompt costs at most what one of a sequence does
-        return round_down(int(min((stall - 1) * base / self.beside.per_token, 2 * self.beside.tokens)))
+        return round_down(int(min(stall * base / self.beside.per_token, 2 * self.beside.tokens)))
 
 
 class Beside:

@@ -64,6 +64,8 @@ def of_engine(error: LabinferError) -> ApiError:
         return ApiError(400, error.message, code=code)
     if error.code in ("sampling.no-token", "sampling.grammar-failed"):
         return ApiError(400, error.message, code=error.code)
+    if error.code == "pipeline.stage-died":
+        return ApiError(503, "a part of the model's pipeline died", code=error.code, retry_after=5)
     if error.code in ("run.not-a-number", "run.cache-full"):
         return ApiError(500, error.message, code=error.code, final=True)
     return ApiError(500, "the server failed; its log has the details", code=error.code, final=True)

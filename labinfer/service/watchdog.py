@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import faulthandler
 import logging
 import sys
+import threading
 import time
+import traceback
 
 from labinfer.service.service import Service
 
@@ -33,5 +34,13 @@ class Watchdog:
             self.service.stalled = False
         elif not self.service.stalled and now - self.moved > self.service.options.stall_seconds:
             self.service.stalled = True
-            _log.error("the engine makes no progress; the stacks of all threads follow")
-            faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
+            _log.error("the engine makes no progress; the stacks of all threads:\n%s", stacks())
+
+
+def stacks() -> str:
+    """Where each thread is, as the log tells it: ``faulthandler`` would hold all of them up until it is read."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    found = sys._current_frames().items()
+    return "\n".join(
+        f"Thread {names.get(each, each)}:\n{''.join(traceback.format_stack(frame))}" for each, frame in found
+    )
