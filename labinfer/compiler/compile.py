@@ -17,9 +17,10 @@ from labinfer.compiler.graph import Op, OpGraph
 from labinfer.compiler.lower import lower, map_name
 from labinfer.compiler.passes import Tracer, run_passes
 from labinfer.compiler.plan import Arena, CacheGroup, Limits, Plan, PlanDevice, PlanValue, Source, Stage, StageBytes
+from labinfer.compiler.ranks import join, peer_bytes, place_ranks, rank_targets, tensor_split
 from labinfer.compiler.residency import stream_layers
 from labinfer.compiler.settings import ModelSource, model_scope
-from labinfer.compiler.target import Placement, Target, place
+from labinfer.compiler.target import Placement, Target
 from labinfer.errors import DoesNotFit, InvalidFile, UsageError
 from labinfer.ops.base import KernelBounds, KernelOptions, TensorType
 from labinfer.ops.fusions import FUSIONS
@@ -47,6 +48,8 @@ class CompileOptions:
     ``fuse``: ``auto`` uses the fused kernels that the devices have, ``all`` every declared fusion, ``none`` no fusion.
     ``enable_lora`` makes room for ``max_loras`` adapters a step (default: 4) of rank ``max_lora_rank`` at most
     (default: 16); giving one of these enables it too.
+    ``tensor_parallel_size`` devices run each stage together, a part each: equal ones, or as ``tensor_split`` (``3,1``)
+    says.
     """
 
     max_num_batched_tokens: int = 512
@@ -66,13 +69,25 @@ class CompileOptions:
     enable_lora: bool | None = None
     max_loras: int | None = None
     max_lora_rank: int | None = None
+    tensor_parallel_size: int = 1
+    tensor_split: str | Sequence[float] | None = None
     arena_effort_seconds: float = 1.0
+
+    @property
+    def split(self) -> tuple[float, ...]:
+        """The shares of the ranks that run a stage together; one where a stage is one device's."""
+        return tensor_split(self.tensor_parallel_size, self.tensor_split)
 
 
 def compile_graph(
-    blueprint: Blueprint, source: ModelSource, targets: Sequence[Target], options: CompileOptions, tracer: Tracer
+    blueprint: Blueprint,
+    source: ModelSource,
+    targets: Sequence[Target],
+    options: CompileOptions,
+    tracer: Tracer,
+    rank: int = 0,
 ) -> OpGraph:
-    """Map and configuration to the optimised op graph."""
+    """Map and configuration to the optimised op graph, of one rank where several run a stage together."""
     fuse = options.fuse
     if fuse not in FUSE:
         raise UsageError("limits.fuse", f"fuse must be one of {', '.join(FUSE)}, got {fuse!r}")
@@ -80,7 +95,7 @@ def compile_graph(
     tracer.done("lower", 0, len(graph.ops), f"{len(graph.weights)} weights, {len(graph.values)} values")
     native = set.intersection(*(set(target.fusions) for target in targets))
     chosen = [fusion for fusion in FUSIONS if fuse == "all" or (fuse == "auto" and fusion.kind in native)]
-    run_passes(graph, chosen, tracer, **_lora_limits(options))
+    run_passes(graph, chosen, tracer, **_lora_limits(options), split=options.split, rank=rank)
     return graph
 
 
@@ -99,37 +114,46 @@ def compile_plan(
     """
     tracer = tracer or Tracer()
     _check_options(options)
-    targets = [_target(target, options) for target in targets]
-    graph = compile_graph(blueprint, source, targets, options, tracer)
+    targets = rank_targets([_target(target, options) for target in targets], options.split, options.threads)
+    graphs = [compile_graph(blueprint, source, targets, options, tracer, rank) for rank in range(len(options.split))]
+    graph, whole = graphs[0], join(graphs)
     limits, vocab_size = _limits(blueprint, source, options), _vocab_size(graph)
-    limits.groups, graph.states = assign_groups(graph.states, graph.ops, limits.max_model_len)
+    limits.groups, whole.states = assign_groups(whole.states, whole.ops, limits.max_model_len)
+    for each in graphs:
+        each.states = {name: whole.states[name] for name in each.states}
     placed = _place_by_cost(graph, targets, limits, goal, options) if goal else None
-    placements = placed.placements(targets) if placed else place(graph, targets)
-    tracer.done("place", len(graph.ops), len(graph.ops), f"{len(placements)} stages")
-    stages = [_stage(graph, placements, number, limits, options) for number in range(len(placements))]
+    by_rank = [placed.placements(targets)] if placed else place_ranks(graphs, targets)
+    placements = [placement for group in zip(*by_rank, strict=True) for placement in group]
+    tracer.done("place", len(whole.ops), len(whole.ops), f"{len(placements)} stages")
+    stages = [
+        _stage(graphs[rank], by_rank[rank], number, limits, options, rank)
+        for number in range(len(by_rank[0]))
+        for rank in range(len(graphs))
+    ]
     for stage, placement in zip(stages, placements, strict=True):
-        stream_layers(stage, placement, graph, options.streamed_layers, options.stream_from)
-    _size_cache(graph, placements, stages, limits, options)
+        stream_layers(stage, placement, whole, options.streamed_layers, options.stream_from)
+    _size_cache(whole, placements, stages, limits, options)
     _check_memory(stages, targets)
     arena = sum(stage.arena.size for stage in stages)
-    tracer.done("arena", len(graph.ops), len(graph.ops), f"{arena} bytes, {stages[0].arena.algorithm}")
+    tracer.done("arena", len(whole.ops), len(whole.ops), f"{arena} bytes, {stages[0].arena.algorithm}")
     plan = Plan(
         labinfer=__version__,
         source=_source(blueprint, source, graph, checkpoint),
         limits=limits,
         vocab_size=vocab_size,
         recompute_after=_recompute_after(graph),
-        devices={target.name: _device(target, graph) for target in _used(targets, placements if placed else None)},
+        tensor_split=list(options.split) if len(graphs) > 1 else [],
+        devices={target.name: _device(target, whole) for target in _used(targets, placements if placed else None)},
         stages=stages,
-        states=fold_states(graph.states),
-        weights=fold_weights(graph.weights),
+        states=fold_states(whole.states),
+        weights=fold_weights(whole.weights),
     )
     if placed and goal:
         from labinfer.compiler.explain_placement import record_placement
 
         record_placement(plan, placed, goal)
     tracer.done(
-        "write", len(graph.ops), len(graph.ops), f"{sum(len(b) for s in stages for b in s.blocks.values())} op lines"
+        "write", len(whole.ops), len(whole.ops), f"{sum(len(b) for s in stages for b in s.blocks.values())} op lines"
     )
     return plan
 
@@ -217,6 +241,8 @@ def _check_options(options: CompileOptions) -> None:
         value = getattr(options, name)
         if not isinstance(value, int | float) or not 0 <= value <= most:
             raise UsageError("limits.range", f"{name} must be a number from 0 on, got {value!r}")
+    if len(options.split) > 1 and _lora_limits(options)["max_loras"]:
+        raise UsageError("shard.adapters", "adapters cannot be used where several ranks run a stage together")
     if options.num_blocks and options.kv_memory:
         raise UsageError("limits.cache", "num_blocks and kv_memory both say how large the cache is", remedy="give one")
 
@@ -265,7 +291,12 @@ def _recompute_after(graph: OpGraph) -> int | None:
 
 
 def _stage(
-    graph: OpGraph, placements: Sequence[Placement], number: int, limits: Limits, options: CompileOptions
+    graph: OpGraph,
+    placements: Sequence[Placement],
+    number: int,
+    limits: Limits,
+    options: CompileOptions,
+    rank: int = 0,
 ) -> Stage:
     target, ops = placements[number].target, placements[number].ops
     parts = [part for op in ops for part in op.primitives()]
@@ -303,6 +334,7 @@ def _stage(
     schedule, blocks = fold_ops([replace(op, workspace=scratch(op)) for op in ops], write)
     return Stage(
         device=target.name,
+        rank=rank,
         inputs={name: PlanValue(**write(name)) for name in inputs},
         outputs=outputs,
         schedule=schedule,
@@ -338,6 +370,7 @@ def _bytes(graph: OpGraph, parts: Sequence[Op], target: Target, limits: Limits, 
         kv_cache=0,  # until _size_cache
         arena=arena,
         step=limits.step_bytes,
+        peers=peer_bytes(parts, graph.values, limits),
         tables=sum(target.tables(attrs, longest) for attrs in {part.attrs for part in parts if part.kind == "rope"}),
     )
 
