@@ -129,8 +129,9 @@ class Peers(Protocol):
     parts: np.ndarray
     turns: np.ndarray
 
-    def exchange(self, part: np.ndarray) -> list[np.ndarray]:
-        """Offer ``part`` [rows, columns], and wait for those of all ranks, in their order; they hold until the next."""
+    def exchange(self, part: np.ndarray, columns: Sequence[int]) -> list[np.ndarray]:
+        """Offer ``part`` and wait for all ranks': [rows, columns of the rank] each, which hold until the next but one.
+        """
 
 
 @dataclass(frozen=True, slots=True)
