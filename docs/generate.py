@@ -269,7 +269,7 @@ def plan_fields() -> str:
 def short_plan() -> str:
     """The plan that docs/plan.md begins with: one op of each block, the first weights, short digests."""
     import labinfer
-    from labinfer.compiler.compact_json import compact_json
+    from labinfer.compiler.plan_json import compact_json
 
     limits = {"max_model_len": 64, "max_num_batched_tokens": 8, "max_num_seqs": 1}
     model = "tests/golden/llama-llama3"

@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 from labinfer.compiler.blueprint import Blueprint, Match, read_map
 from labinfer.compiler.check_names import check_names
-from labinfer.compiler.compile import CompileOptions, compile_plan
+from labinfer.compiler.compile import compile_plan
 from labinfer.compiler.lower import lower, map_name
+from labinfer.compiler.options import CompileOptions
 from labinfer.compiler.passes import Tracer
 from labinfer.compiler.plan import Plan, load_plan
 from labinfer.compiler.rules import verify_graph

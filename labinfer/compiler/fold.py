@@ -231,7 +231,7 @@ def fold_weights(weights: Mapping[str, Weight]) -> list[PlanWeight]:
         fresh = PlanWeight(
             name=name, shape=list(weight.shape), format=weight.format, tensor=tensor, stack=weight.stack,
             rows=list(fix.rows), order=list(fix.order), transpose=fix.transpose, adapter=weight.adapter,
-            part=weight.part and PlanPart(axis=weight.part.axis, size=weight.part.size, runs=list(weight.part.runs)),
+            part=plan_part(weight.part) if weight.part else None,
         )  # fmt: skip
         if layer is None or name == weight.name:
             folded.append(fresh)
@@ -244,12 +244,17 @@ def fold_weights(weights: Mapping[str, Weight]) -> list[PlanWeight]:
     return folded
 
 
+def plan_part(part: Part) -> PlanPart:
+    """A part as the plan has it."""
+    return PlanPart(axis=part.axis, size=part.size, runs=list(part.runs))
+
+
 def unfold_weights(plan: Plan) -> dict[str, Weight]:
     """Every weight of the plan by its full name."""
     found = {}
     for line in plan.weights:
         fix = Transform(tuple(line.rows), tuple(line.order), line.transpose)
-        part = line.part and Part(line.part.axis, line.part.size, tuple(line.part.runs))
+        part = Part(line.part.axis, line.part.size, tuple(line.part.runs)) if line.part else None
         for layer in _layers(line):
             name, tensor = (text if layer is None else unfold_name(text, layer) for text in (line.name, line.tensor))
             found[name] = Weight(name, tuple(line.shape), line.format, tensor, line.stack, fix, line.adapter, part)

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
-from labinfer.compiler.compact_json import compact_json
 from labinfer.compiler.placement_record import PlanModel, PlanPlacement
+from labinfer.compiler.plan_json import compact_json, no_duplicates
 from labinfer.errors import Errors, InvalidFile, Place
 from labinfer.ops.base import ITEM_SIZE, Dim, KernelOptions, TensorType
 
@@ -211,7 +211,10 @@ class StageBytes(PlanModel):
 
 
 class Stage(PlanModel):
-    """What one device runs; the ranks of one tensor-parallel group follow one another. It has received values, sent values, blocks, their schedule, and memory."""
+    """What one device runs: received values, sent values, blocks, their schedule, and memory.
+
+    The ranks of a tensor-parallel group, which run one stage of the model together, follow one another.
+    """
 
     device: str = Field(description="name of the device")
     rank: NonNegativeInt = Field(default=0, description="its place among the ranks of `tensor_split`")
@@ -340,7 +343,7 @@ def _parse(path: Path) -> Plan:
         if path.stat().st_size > MAX_PLAN_BYTES:
             message = f"{path.stat().st_size} bytes is too large for a plan"
             raise InvalidFile("plan.too-large", message, place=Place(str(path)))
-        data = json.loads(path.read_text("utf-8"), object_pairs_hook=_no_duplicates)
+        data = json.loads(path.read_text("utf-8"), object_pairs_hook=no_duplicates)
     except FileNotFoundError:
         raise InvalidFile("plan.missing", "no such plan file", place=Place(str(path))) from None
     except json.JSONDecodeError as error:
@@ -363,18 +366,6 @@ def _parse(path: Path) -> Plan:
             InvalidFile("plan.schema", f"{'.'.join(map(str, d['loc']))}: {d['msg']}", place=Place(str(path)))
             for d in details
         ) from None
-
-
-class _DuplicateKeyError(ValueError):
-    pass
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _DuplicateKeyError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
-    return found
 
 
 SYMBOLS: dict[str, Literal["T", "R"]] = {"T": "T", "R": "R"}

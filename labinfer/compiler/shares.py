@@ -98,7 +98,7 @@ def cut_heads(num_heads: int, num_kv_heads: int, value_dim: int, split: Sequence
         group_bound = lcm(group * value_dim, block) // value_dim
         units = [group_bound] if num_heads % group_bound == 0 else []
     if not units:
-        message = f"heads of {value_dim} numbers cannot be cut where the output projection is stored in blocks of {block}"
+        message = f"heads of {value_dim} numbers cannot be cut: the output projection is stored in blocks of {block}"
         raise DoesNotFit("shard.blocks", message, remedy="use a version of the model that is quantized otherwise")
     found = []
     for unit in units:
@@ -106,9 +106,7 @@ def cut_heads(num_heads: int, num_kv_heads: int, value_dim: int, split: Sequence
             continue
         queries = runs(apportion(num_heads // unit, split, f"groups of {unit} heads" if unit > 1 else "heads"), unit)
         cut = HeadCut(queries, tuple(keys_of(columns, group) for columns in queries))
-        load = max(
-            (width(q) + width(k)) / share for q, k, share in zip(cut.queries, cut.keys, split, strict=True)
-        )
+        load = max((width(q) + width(k)) / share for q, k, share in zip(cut.queries, cut.keys, split, strict=True))
         found.append((load, -unit, cut))
     return min(found, key=lambda each: each[:2])[2]
 

@@ -1,4 +1,4 @@
-"""Checks what a plan says of tensor-parallel ranks: their places, the collectives they run together, and their parts."""
+"""Checks what a plan says of tensor-parallel ranks: their places, the collectives they share, and their parts."""
 
 from __future__ import annotations
 

@@ -130,8 +130,7 @@ class Peers(Protocol):
     turns: np.ndarray
 
     def exchange(self, part: np.ndarray, columns: Sequence[int]) -> list[np.ndarray]:
-        """Offer ``part`` and wait for all ranks': [rows, columns of the rank] each, which hold until the next but one.
-        """
+        """Offer ``part``, and wait for those of all ranks: [rows, columns of the rank], which hold until the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +154,9 @@ class Call:
 
     ``cache`` holds the op's state by part name (``k``, ``v``), each ``[slots, width]``; slot ``b * block_size + j`` is
     token ``j`` of cache block ``b``. ``workspace`` is scratch memory. A fused op has the calls of its ``parts``, where
-    values that never leave the kernel are None. ``options`` are the plan's. ``peers`` are the other ranks of a collective. ``rows_symbol`` is what the first dimension
-    of the op's values stands for, T or R, where a program may serve steps of other sizes.
+    values that never leave the kernel are None. ``options`` are the plan's. ``rows_symbol`` is what the first dimension
+    of the op's values stands for, T or R, where a program may serve steps of other sizes. ``peers`` are the ranks of a
+    collective.
     """
 
     attrs: Any

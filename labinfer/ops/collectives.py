@@ -1,4 +1,4 @@
-"""What ranks of a tensor-parallel group do together: ``all_reduce`` sums their parts, ``all_gather`` puts them in a row.
+"""What the ranks of a tensor-parallel group do at once: ``all_reduce`` sums their parts, ``all_gather`` joins them.
 
 Every rank runs the same collectives in the same order. Sums are taken in the order of ranks on every rank, so that all
 have the same bits (Shoeybi et al., arXiv:1909.08053, say where a transformer needs them).

@@ -1,7 +1,7 @@
 """The memory in which ranks of a tensor-parallel group offer one another their parts, as one rank sees it.
 
-One-shot: each rank writes its part, raises its count, waits for the others' counts, and reads all parts. Turns alternate
-between two halves: who offers the next part has read all of this turn, and so a half is free again after two turns.
+One-shot: each rank writes its part, raises its count, waits for the others' counts, and reads all parts. Turns
+alternate between two halves: who offers the next part has read all of this turn, so a half is free after two turns.
 Compiled kernels do the same on the same memory (``backends/cpu``), so ranks may be of different kinds.
 """
 

@@ -11,8 +11,11 @@ from typing import NamedTuple
 from labinfer.backends.cpu.driver import SPINS_BEFORE_YIELD, share
 from labinfer.backends.cpu.elementwise import add, copy_rows
 from labinfer.backends.cpu.isa import njit
-from labinfer.backends.cpu.simd import flag_get, flag_set, i64p, pause, sched_yield
+from labinfer.backends.cpu.simd import flag_get, flag_set, i64p, pause, sched_yield, usleep
 from labinfer.backends.cpu.tape import LINE
+
+SPINS_BEFORE_SLEEP, NAP = 5_000, 50
+"""A rank that waits for longer, some milliseconds, looks every so many microseconds: more ranks may run than cores."""
 
 
 class Group(NamedTuple):
@@ -66,7 +69,9 @@ def meet(group: Group, worker: int) -> int:
         while flag_get(group.flags + rank * LINE) < turn and flag_get(group.flags + group.ranks * LINE) == 0:
             pause()
             spins += 1
-            if spins > SPINS_BEFORE_YIELD:
+            if spins > SPINS_BEFORE_SLEEP:
+                usleep(NAP)
+            elif spins > SPINS_BEFORE_YIELD:
                 sched_yield()
     i64p(group.turns + worker * LINE)[0] = turn
     return turn

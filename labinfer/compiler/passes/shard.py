@@ -69,16 +69,15 @@ class _Rewriter:
         return {part: size // count * width(heads.keys[self.rank]) for part, size in widths.items()}
 
     def rewrite(self, op: Op) -> None:
-        """Append what this rank runs for ``op``, and the collective that makes its result whole where that is needed.
-        """
+        """Append what this rank runs for ``op``, and the collective that makes its result whole if that is needed."""
         takes = self.layouts.needed[op.name]
         inputs = tuple(self.input(name, layout, op) for name, layout in zip(op.inputs, takes, strict=True))
         makes = [self.layouts.made[name] for name in op.outputs]
         attrs = op.attrs.model_copy(update=self.changes(op, makes))
         collectives = {name: self.collective(name, layout) for name, layout in zip(op.outputs, makes, strict=True)}
         outputs = tuple(f"{name}.part" if collectives[name] else name for name in op.outputs)
-        weights = {slot: self.weight(op, slot, name, takes, makes) for slot, name in op.weights.items()}
-        weights = {slot: name for slot, name in weights.items() if name is not None}
+        found = {slot: self.weight(op, slot, name, takes, makes) for slot, name in op.weights.items()}
+        weights = {slot: name for slot, name in found.items() if name is not None}
         state = op.state and self.named(op.state)
         name = outputs[0] if outputs and op.name == op.outputs[0] else op.name
         self.append(replace(op, name=name, inputs=inputs, outputs=outputs, attrs=attrs, weights=weights, state=state))
@@ -122,7 +121,7 @@ class _Rewriter:
         if key not in self.windows:
             columns, total = layout[self.rank], self.layouts.features(name)
             if len(columns) > 1:
-                message = f"'{op.name}' (from {op.origin}) needs columns {columns} of '{name}', which are not side by side"
+                message = f"'{op.name}' (from {op.origin}) needs columns {columns} of '{name}', not one run of them"
                 raise DoesNotFit("shard.window", message, remedy="use another --tensor-parallel-size")
             [(start, stop)] = columns
             parts = {"before": start, "own": stop - start, "after": total - stop}
@@ -165,9 +164,7 @@ class _Rewriter:
             return cut_rows(attrs["num_experts"], self.split, "experts")[self.rank]
         return cut_rows(attrs["num_embeddings"], self.split, "rows of the vocabulary")[self.rank]
 
-    def weight(
-        self, op: Op, slot: str, name: str, takes: Sequence[Layout], makes: Sequence[Layout]
-    ) -> str | None:
+    def weight(self, op: Op, slot: str, name: str, takes: Sequence[Layout], makes: Sequence[Layout]) -> str | None:
         """The weight that this rank has in ``slot``: the whole, its part, or none for a bias that another rank adds."""
         weight, layout = self.graph.weights[name], makes[0] if makes else None
         cut: tuple[Literal[0, 1], Columns] | None = None

@@ -56,7 +56,7 @@ class Links:
 
 
 class StageLoop:
-    """Runs stage ``number`` of ``plan``, or one rank of it, which is loaded, for the steps that its links bring, on ``cores`` if any."""
+    """Runs stage ``number`` of ``plan``, which is loaded, for the steps that its links bring, on ``cores`` if any."""
 
     def __init__(self, plan: Plan, number: int, stage: LoadedStage, links: Links, cores: Sequence[int] = ()) -> None:
         self.cores = cores
