@@ -211,7 +211,7 @@ def test_a_plan_of_ranks_is_checked(tmp_path: Path) -> None:
     ):
         with pytest.raises((Errors, LabinferError), match=complaint):
             load_plan(edited(tmp_path, **change))
-    other = labinfer.compile(GOLDEN / "llama-yarn", devices=devices(2), tensor_parallel_size=2)
+    other = labinfer.compile(LLAMA, devices=devices(2), tensor_split="3,1")
     with pytest.raises((Errors, LabinferError), match="they would wait forever"):
         load_plan(edited(tmp_path, stages=[plan.stages[0], other.stages[1]]))
 
