@@ -260,7 +260,7 @@ def plan_fields() -> str:
     """The parts of a plan, field by field."""
     parts = [
         plan.Plan, plan.Source, plan.Limits, plan.CacheGroup, plan.PlanDevice, plan.Stage, plan.Entry, plan.PlanOp,
-        plan.PlanValue, plan.Arena, plan.StageBytes, plan.PlanState, plan.PlanWeight,
+        plan.PlanValue, plan.Arena, plan.StageBytes, plan.PlanState, plan.PlanWeight, plan.PlanPart,
         placement_record.PlanPlacement, placement_record.StagePrediction, placement_record.PlannedStep,
         placement_record.OtherPlacement, placement_record.Change,
     ]  # fmt: skip
@@ -270,7 +270,7 @@ def plan_fields() -> str:
 def short_plan() -> str:
     """The plan that docs/plan.md begins with: one op of each block, the first weights, short digests."""
     import labinfer
-    from labinfer.compiler.plan import compact_json
+    from labinfer.compiler.plan_json import compact_json
 
     limits = {"max_model_len": 64, "max_num_batched_tokens": 8, "max_num_seqs": 1}
     model = "tests/golden/llama-llama3"

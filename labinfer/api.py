@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 from labinfer.compiler.blueprint import Blueprint, Match, read_map
 from labinfer.compiler.check_names import check_names
-from labinfer.compiler.compile import CompileOptions, compile_plan
+from labinfer.compiler.compile import compile_plan
 from labinfer.compiler.lower import lower, map_name
+from labinfer.compiler.options import CompileOptions
 from labinfer.compiler.passes import Tracer
 from labinfer.compiler.plan import Plan, load_plan
 from labinfer.compiler.rules import verify_graph
@@ -63,13 +64,17 @@ def compile(
     """
     blueprint, source, checkpoint = read_model(model, weights, config, progress)
     if cluster is None:
-        return compile_plan(blueprint, source, targets(devices), compile_options(options), checkpoint, tracer)
+        checked = compile_options(options)
+        named = targets(devices or default_devices(len(checked.split)))
+        return compile_plan(blueprint, source, named, checked, checkpoint, tracer)
     if devices is not None:
         raise UsageError("device.list", "the cluster file names the devices; give it or devices, not both")
     from labinfer.placing import cluster_goal  # numpy, which a plan for devices by name does without
 
     places, goal = cluster_goal(cluster, objective, workload)
     chosen = compile_options({"max_num_seqs": goal.workload.concurrency, **options})
+    if len(chosen.split) > 1:
+        raise UsageError("shard.cluster", "costs place whole layers only", remedy="name the ranks with --devices")
     return compile_plan(blueprint, source, places, chosen, checkpoint, tracer, goal)
 
 
@@ -290,11 +295,15 @@ def digest_json(value: object) -> str:
     return sha256(json.dumps(value, sort_keys=True, default=str).encode())
 
 
-def default_devices() -> str:
-    """The devices when none are named: ``$LABINFER_DEVICES``, else ``cpu`` where its kernels can be compiled."""
+def default_devices(ranks: int = 1) -> str:
+    """The devices when none are named: ``$LABINFER_DEVICES``, else ``cpu`` where its kernels can be compiled.
+
+    Several ranks get one each of that kind.
+    """
     from importlib.util import find_spec
 
-    return os.environ.get("LABINFER_DEVICES") or ("cpu" if find_spec("numba") else "reference")
+    found = os.environ.get("LABINFER_DEVICES") or ("cpu" if find_spec("numba") else "reference")
+    return found if ranks == 1 or not found.isidentifier() else ",".join(f"{found}:{rank}" for rank in range(ranks))
 
 
 def targets(devices: str | Sequence[str] | None) -> list[Target]:

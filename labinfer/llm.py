@@ -65,12 +65,12 @@ class LLM(Model):
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
             raise UsageError("run.seed", f"seed must be a whole number, got {seed!r:.60}")
         guessing = None if speculative_config is None else SpeculativeConfig.of(speculative_config)
-        if guessing is not None and transport is not None:
-            raise UsageError("speculation.pipeline", "a pipeline does not speculate", remedy="leave the transport out")
         if devices is not None:
             options["devices"] = devices
         rows = {"max_logits_rows": default_logits_rows(options)}
         plan = find_plan(model, weights=weights, progress=progress, defaults=rows, **options)
+        if guessing is not None and (transport is not None or plan.ranks > 1):
+            raise UsageError("speculation.pipeline", "a pipeline does not speculate", remedy="leave the transport out")
         checkpoint = open_plan_checkpoint(plan, weights, str(model) if isinstance(model, str | Path) else "the plan")
         self.checkpoint = checkpoint
         try:

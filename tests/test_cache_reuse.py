@@ -13,7 +13,8 @@ import pytest
 import labinfer
 from labinfer import SamplingParams, catalogue
 from labinfer.api import read_model, targets
-from labinfer.compiler.compile import CompileOptions, compile_plan
+from labinfer.compiler.compile import compile_plan
+from labinfer.compiler.options import CompileOptions
 from labinfer.errors import DoesNotFit, UsageError
 from labinfer.llm import LLM
 from labinfer.runtime.batch import part_of

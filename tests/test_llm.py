@@ -13,7 +13,7 @@ import pytest
 
 import labinfer
 from labinfer import LLM, SamplingParams
-from labinfer.compiler.compile import CompileOptions
+from labinfer.compiler.options import CompileOptions
 from labinfer.errors import UsageError
 from labinfer.runtime.eviction import LeastRecentlyUsed
 from labinfer.runtime.manager import Manager

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import labinfer
-from labinfer.compiler.plan import MAX_PLAN_BYTES, Plan, compact_json, load_plan, parse_type
+from labinfer.compiler.plan import MAX_PLAN_BYTES, Plan, load_plan, parse_type
+from labinfer.compiler.plan_json import compact_json
 from labinfer.compiler.verify_plan import verify_plan
 from labinfer.errors import UsageError
 from labinfer.home import graphs_dir

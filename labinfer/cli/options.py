@@ -55,6 +55,8 @@ PLAN_OPTIONS = {
     "max_lora_rank": "Greatest rank of a LoRA adapter (default: 16).",
     "streamed_layers": "Layers of each stage that are copied to the device when they are needed (default: 0).",
     "stream_from": "Where streamed layers are kept: host memory (default), or disk, the checkpoint itself.",
+    "tensor_parallel_size": "Devices that run each stage together, a part each (default: 1).",
+    "tensor_split": "Shares of these devices, in their order: 3,1 (default: equal ones).",
     "fuse": "Fused ops: those the devices have (auto, the default), all that are declared, or none.",
 }
 """Options that decide the plan, by the compiler's name for them, and their help."""
@@ -69,11 +71,16 @@ CHOICES = {
 """What may be given for the options that are a choice."""
 
 KINDS: dict[str, tuple[Any, str]] = {
-    "devices": (str, "LIST"), "kv_memory": (Number("size", parse_bytes), "SIZE"), "swap_space": (float, "GIB")
+    "devices": (str, "LIST"), "kv_memory": (Number("size", parse_bytes), "SIZE"), "swap_space": (float, "GIB"),
+    "tensor_split": (str, "LIST"),
 }  # fmt: skip
 """Types and placeholders of the options that are neither a choice, a flag nor a count."""
 
 FLAGS = ("batch_invariant",)
+
+
+ALIASES = {"tensor_parallel_size": ["--tensor-parallel"]}
+"""Other names of options."""
 
 
 def plan_options(function: Function) -> Function:
@@ -83,7 +90,8 @@ def plan_options(function: Function) -> Function:
             function = click.option(f"--{name.replace('_', '-')}", is_flag=True, default=None, help=text)(function)
             continue
         kind, metavar = (click.Choice(CHOICES[name]), None) if name in CHOICES else KINDS.get(name, (COUNT, "N"))
-        function = click.option(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)(function)
+        flags = [f"--{name.replace('_', '-')}", *ALIASES.get(name, []), name]
+        function = click.option(*flags, type=kind, metavar=metavar, help=text)(function)
     return click.option("--weights", metavar="PATH", help="Model directory or file to take the weights from.")(function)
 
 

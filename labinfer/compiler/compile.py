@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from math import ceil
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from labinfer import __version__
 from labinfer.compiler.arena import ArenaPlan, aligned, plan_arena
@@ -15,11 +15,13 @@ from labinfer.compiler.cache_groups import DeviceRoom, Room, assign_groups, bloc
 from labinfer.compiler.fold import GRAPH_INPUTS, fold_ops, fold_states, fold_weights, natural_row
 from labinfer.compiler.graph import Op, OpGraph
 from labinfer.compiler.lower import lower, map_name
+from labinfer.compiler.options import FUSE, CompileOptions, check_options, lora_limits
 from labinfer.compiler.passes import Tracer, run_passes
 from labinfer.compiler.plan import Arena, CacheGroup, Limits, Plan, PlanDevice, PlanValue, Source, Stage, StageBytes
+from labinfer.compiler.ranks import join, peer_bytes, place_ranks, rank_targets
 from labinfer.compiler.residency import stream_layers
 from labinfer.compiler.settings import ModelSource, model_scope
-from labinfer.compiler.target import Placement, Target, place
+from labinfer.compiler.target import Placement, Target
 from labinfer.errors import DoesNotFit, InvalidFile, UsageError
 from labinfer.ops.base import KernelBounds, KernelOptions, TensorType
 from labinfer.ops.fusions import FUSIONS
@@ -27,54 +29,16 @@ from labinfer.ops.fusions import FUSIONS
 if TYPE_CHECKING:
     from labinfer.compiler.place_by_cost import Goal, PlacedByCost
 
-Fuse = Literal["auto", "all", "none"]
-FUSE: tuple[Fuse, ...] = get_args(Fuse)
-DEFAULT_LORA = {"max_loras": 4, "max_lora_rank": 16}
-"""Limits of a plan with adapters that names none."""
-
-
-@dataclass(frozen=True, slots=True)
-class CompileOptions:
-    """Bounds of the plan, as in vLLM; None asks for the default.
-
-    ``max_num_batched_tokens`` tokens and ``max_num_seqs`` sequences a step, ``max_logits_rows`` rows of logits
-    (default: one a sequence), ``max_model_len`` tokens a sequence (default: the model's, at most 4096). The cache has
-    ``num_blocks`` blocks of ``block_size`` tokens, or as many as ``kv_memory`` bytes hold (default: enough for all
-    sequences at full length, or as many as fit); ``swap_space`` GiB of host memory are for blocks swapped out.
-    ``kv_dtype`` is how keys and values are kept, ``threads`` how many a CPU uses (default: its physical cores).
-    ``streamed_layers`` of each stage are copied to the device when they are needed, from the host or from disk.
-    ``activations`` ``int8`` trades exactness for speed where devices can; ``batch_invariant`` computes every token with
-    the same kernels, however many a step has, so that no rounding depends on company.
-    ``fuse``: ``auto`` uses the fused kernels that the devices have, ``all`` every declared fusion, ``none`` no fusion.
-    ``enable_lora`` makes room for ``max_loras`` adapters a step (default: 4) of rank ``max_lora_rank`` at most
-    (default: 16); giving one of these enables it too.
-    """
-
-    max_num_batched_tokens: int = 512
-    max_num_seqs: int = 8
-    max_logits_rows: int | None = None
-    max_model_len: int | None = None
-    block_size: int = 16
-    num_blocks: int | None = None
-    kv_memory: int | None = None
-    swap_space: float = 0
-    kv_dtype: Literal["f32", "bf16", "f16"] = "f32"
-    threads: int | None = None
-    activations: Literal["exact", "int8"] = "exact"
-    batch_invariant: bool = False
-    streamed_layers: int = 0
-    stream_from: Literal["host", "disk"] = "host"
-    fuse: Fuse = "auto"
-    enable_lora: bool | None = None
-    max_loras: int | None = None
-    max_lora_rank: int | None = None
-    arena_effort_seconds: float = 1.0
-
 
 def compile_graph(
-    blueprint: Blueprint, source: ModelSource, targets: Sequence[Target], options: CompileOptions, tracer: Tracer
+    blueprint: Blueprint,
+    source: ModelSource,
+    targets: Sequence[Target],
+    options: CompileOptions,
+    tracer: Tracer,
+    rank: int = 0,
 ) -> OpGraph:
-    """Map and configuration to the optimised op graph."""
+    """Map and configuration to the optimised op graph, of one rank where several run a stage together."""
     fuse = options.fuse
     if fuse not in FUSE:
         raise UsageError("limits.fuse", f"fuse must be one of {', '.join(FUSE)}, got {fuse!r}")
@@ -82,7 +46,7 @@ def compile_graph(
     tracer.done("lower", 0, len(graph.ops), f"{len(graph.weights)} weights, {len(graph.values)} values")
     native = set.intersection(*(set(target.fusions) for target in targets))
     chosen = [fusion for fusion in FUSIONS if fuse == "all" or (fuse == "auto" and fusion.kind in native)]
-    run_passes(graph, chosen, tracer, **_lora_limits(options))
+    run_passes(graph, chosen, tracer, **lora_limits(options), split=options.split, rank=rank)
     return graph
 
 
@@ -100,40 +64,49 @@ def compile_plan(
     With a ``goal``, costs decide which device runs which layer.
     """
     tracer = tracer or Tracer()
-    _check_options(options)
-    targets = [_target(target, options) for target in targets]
-    graph = compile_graph(blueprint, source, targets, options, tracer)
+    check_options(options)
+    targets = rank_targets([_target(target, options) for target in targets], options.split, options.threads)
+    graphs = [compile_graph(blueprint, source, targets, options, tracer, rank) for rank in range(len(options.split))]
+    graph, whole = graphs[0], join(graphs)
     if options.batch_invariant:
-        _check_invariance(graph, targets)
+        _check_invariance(whole, targets)
     limits, vocab_size = _limits(blueprint, source, options), _vocab_size(graph)
-    limits.groups, graph.states = assign_groups(graph.states, graph.ops, limits.max_model_len)
+    limits.groups, whole.states = assign_groups(whole.states, whole.ops, limits.max_model_len)
+    for each in graphs:
+        each.states = {name: whole.states[name] for name in each.states}
     placed = _place_by_cost(graph, targets, limits, goal, options) if goal else None
-    placements = placed.placements(targets) if placed else place(graph, targets)
-    tracer.done("place", len(graph.ops), len(graph.ops), f"{len(placements)} stages")
-    stages = [_stage(graph, placements, number, limits, options) for number in range(len(placements))]
+    by_rank = [placed.placements(targets)] if placed else place_ranks(graphs, targets)
+    placements = [placement for group in zip(*by_rank, strict=True) for placement in group]
+    tracer.done("place", len(whole.ops), len(whole.ops), f"{len(placements)} stages")
+    stages = [
+        _stage(graphs[rank], by_rank[rank], number, limits, options, rank)
+        for number in range(len(by_rank[0]))
+        for rank in range(len(graphs))
+    ]
     for stage, placement in zip(stages, placements, strict=True):
-        stream_layers(stage, placement, graph, options.streamed_layers, options.stream_from)
-    _size_cache(graph, placements, stages, limits, options)
+        stream_layers(stage, placement, whole, options.streamed_layers, options.stream_from)
+    _size_cache(whole, placements, stages, limits, options)
     _check_memory(stages, targets)
     arena = sum(stage.arena.size for stage in stages)
-    tracer.done("arena", len(graph.ops), len(graph.ops), f"{arena} bytes, {stages[0].arena.algorithm}")
+    tracer.done("arena", len(whole.ops), len(whole.ops), f"{arena} bytes, {stages[0].arena.algorithm}")
     plan = Plan(
         labinfer=__version__,
         source=_source(blueprint, source, graph, checkpoint),
         limits=limits,
         vocab_size=vocab_size,
         recompute_after=_recompute_after(graph),
-        devices={target.name: _device(target, graph) for target in _used(targets, placements if placed else None)},
+        tensor_split=list(options.split) if len(graphs) > 1 else [],
+        devices={target.name: _device(target, whole) for target in _used(targets, placements if placed else None)},
         stages=stages,
-        states=fold_states(graph.states),
-        weights=fold_weights(graph.weights),
+        states=fold_states(whole.states),
+        weights=fold_weights(whole.weights),
     )
     if placed and goal:
         from labinfer.compiler.explain_placement import record_placement
 
         record_placement(plan, placed, goal)
     tracer.done(
-        "write", len(graph.ops), len(graph.ops), f"{sum(len(b) for s in stages for b in s.blocks.values())} op lines"
+        "write", len(whole.ops), len(whole.ops), f"{sum(len(b) for s in stages for b in s.blocks.values())} op lines"
     )
     return plan
 
@@ -210,35 +183,6 @@ def _device(target: Target, graph: OpGraph) -> PlanDevice:
     )  # fmt: skip
 
 
-def _check_options(options: CompileOptions) -> None:
-    """Raise ``UsageError`` for a number that cannot be meant."""
-    for name in (
-        "max_num_batched_tokens",
-        "max_num_seqs",
-        "max_logits_rows",
-        "max_model_len",
-        "block_size",
-        "num_blocks",
-        "kv_memory",
-        "max_loras",
-        "max_lora_rank",
-    ):
-        value, bound = getattr(options, name), 1 << (60 if name == "kv_memory" else 31)
-        default = CompileOptions.__dataclass_fields__[name].default
-        if value != default and not (isinstance(value, int) and 0 < value < bound):
-            raise UsageError("limits.range", f"{name} must be a positive whole number, got {value!r}")
-    if not isinstance(options.streamed_layers, int) or options.streamed_layers < 0:
-        raise UsageError("limits.range", f"streamed_layers must be a whole number, got {options.streamed_layers!r}")
-    if options.stream_from not in ("host", "disk"):
-        raise UsageError("limits.range", f"stream_from must be 'host' or 'disk', got {options.stream_from!r}")
-    for name, most in (("arena_effort_seconds", float("inf")), ("swap_space", 1 << 20)):
-        value = getattr(options, name)
-        if not isinstance(value, int | float) or not 0 <= value <= most:
-            raise UsageError("limits.range", f"{name} must be a number from 0 on, got {value!r}")
-    if options.num_blocks and options.kv_memory:
-        raise UsageError("limits.cache", "num_blocks and kv_memory both say how large the cache is", remedy="give one")
-
-
 def _limits(blueprint: Blueprint, source: ModelSource, options: CompileOptions) -> Limits:
     scope = model_scope(blueprint, source)
     longest = scope["max_context"] if "max_context" in blueprint.config else 4096
@@ -256,16 +200,8 @@ def _limits(blueprint: Blueprint, source: ModelSource, options: CompileOptions) 
         block_size=options.block_size,
         kv_dtype=options.kv_dtype,
         groups=[CacheGroup(num_blocks=1)],
-        **_lora_limits(options),
+        **lora_limits(options),
     )
-
-
-def _lora_limits(options: CompileOptions) -> dict[str, int]:
-    """The plan's ``max_loras`` and ``max_lora_rank``, zeros without adapters."""
-    given = {"max_loras": options.max_loras, "max_lora_rank": options.max_lora_rank}
-    if options.enable_lora is False or (options.enable_lora is None and not any(given.values())):
-        return dict.fromkeys(given, 0)
-    return {name: value or DEFAULT_LORA[name] for name, value in given.items()}
 
 
 def _vocab_size(graph: OpGraph) -> int:
@@ -283,7 +219,12 @@ def _recompute_after(graph: OpGraph) -> int | None:
 
 
 def _stage(
-    graph: OpGraph, placements: Sequence[Placement], number: int, limits: Limits, options: CompileOptions
+    graph: OpGraph,
+    placements: Sequence[Placement],
+    number: int,
+    limits: Limits,
+    options: CompileOptions,
+    rank: int = 0,
 ) -> Stage:
     target, ops = placements[number].target, placements[number].ops
     parts = [part for op in ops for part in op.primitives()]
@@ -321,6 +262,7 @@ def _stage(
     schedule, blocks = fold_ops([replace(op, workspace=scratch(op)) for op in ops], write)
     return Stage(
         device=target.name,
+        rank=rank,
         inputs={name: PlanValue(**write(name)) for name in inputs},
         outputs=outputs,
         schedule=schedule,
@@ -356,6 +298,7 @@ def _bytes(graph: OpGraph, parts: Sequence[Op], target: Target, limits: Limits, 
         kv_cache=0,  # until _size_cache
         arena=arena,
         step=limits.step_bytes,
+        peers=peer_bytes(parts, graph.values, limits),
         tables=sum(target.tables(attrs, longest) for attrs in {part.attrs for part in parts if part.kind == "rope"}),
     )
 

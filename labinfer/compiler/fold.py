@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from labinfer.compiler.graph import Op, Origin, State, Transform, Weight, fold_name, layer_of, unfold_name
-from labinfer.compiler.plan import Entry, Plan, PlanOp, PlanState, PlanValue, PlanWeight, Stage, parse_type
+from labinfer.compiler.graph import Op, Origin, Part, State, Transform, Weight, fold_name, layer_of, unfold_name
+from labinfer.compiler.plan import Entry, Plan, PlanOp, PlanPart, PlanState, PlanValue, PlanWeight, Stage, parse_type
 from labinfer.errors import InvalidFile
 from labinfer.ops import spec_of
 from labinfer.ops.base import OpAttrs, TensorType
@@ -231,6 +231,7 @@ def fold_weights(weights: Mapping[str, Weight]) -> list[PlanWeight]:
         fresh = PlanWeight(
             name=name, shape=list(weight.shape), format=weight.format, tensor=tensor, stack=weight.stack,
             rows=list(fix.rows), order=list(fix.order), transpose=fix.transpose, adapter=weight.adapter,
+            part=plan_part(weight.part) if weight.part else None,
         )  # fmt: skip
         if layer is None or name == weight.name:
             folded.append(fresh)
@@ -243,14 +244,20 @@ def fold_weights(weights: Mapping[str, Weight]) -> list[PlanWeight]:
     return folded
 
 
+def plan_part(part: Part) -> PlanPart:
+    """A part as the plan has it."""
+    return PlanPart(axis=part.axis, size=part.size, runs=list(part.runs))
+
+
 def unfold_weights(plan: Plan) -> dict[str, Weight]:
     """Every weight of the plan by its full name."""
     found = {}
     for line in plan.weights:
         fix = Transform(tuple(line.rows), tuple(line.order), line.transpose)
+        part = Part(line.part.axis, line.part.size, tuple(line.part.runs)) if line.part else None
         for layer in _layers(line):
             name, tensor = (text if layer is None else unfold_name(text, layer) for text in (line.name, line.tensor))
-            found[name] = Weight(name, tuple(line.shape), line.format, tensor, line.stack, fix, line.adapter)
+            found[name] = Weight(name, tuple(line.shape), line.format, tensor, line.stack, fix, line.adapter, part)
         if len(found) > MAX_OPS:
             raise InvalidFile("plan.too-large", f"the plan has more than {MAX_OPS} weights")
     return found

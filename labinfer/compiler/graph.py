@@ -8,9 +8,9 @@ forms of a name (``layers.{i}.attn.out``) let identical layers be recognised and
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from labinfer.ops.base import OpAttrs, TensorType
 
@@ -42,9 +42,25 @@ class Transform:
         return bool(self.rows) or self.transpose
 
 
-def stacked_names(tensor: str, stack: int | None) -> tuple[str, ...]:
-    """``tensor`` itself, or one name per ``{e}`` when it is a stack."""
-    return (tensor,) if stack is None else tuple(tensor.replace("{e}", str(e)) for e in range(stack))
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a rank has of a weight: ``runs`` [start, stop) of its rows (``axis`` 0) or columns (1), of ``size`` in all.
+
+    Rows are counted as the weight has them, after its transform; a row may be in several runs.
+    """
+
+    axis: Literal[0, 1]
+    size: int
+    runs: tuple[tuple[int, int], ...]
+
+    def indices(self) -> list[int]:
+        """The rows or columns, in the order in which the rank has them."""
+        return [index for start, stop in self.runs for index in range(start, stop)]
+
+
+def stacked_names(tensor: str, experts: Sequence[int] | None) -> tuple[str, ...]:
+    """``tensor`` itself, or one name for each ``{e}`` of ``experts`` when it is a stack."""
+    return (tensor,) if experts is None else tuple(tensor.replace("{e}", str(e)) for e in experts)
 
 
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
@@ -57,6 +73,7 @@ class Weight:
 
     With ``stack``, ``tensor`` is a pattern in ``{e}``, and that many tensors are stacked along a new first axis. With
     ``adapter`` it is a pool: row ``i`` along the first axis is filled at run time from the ``tensor`` of adapter ``i``.
+    With ``part`` it is what one rank has of the checkpoint's.
     """
 
     name: str
@@ -66,10 +83,20 @@ class Weight:
     stack: int | None = None
     transform: Transform = Transform()
     adapter: bool = False
+    part: Part | None = None
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """The shape of which this is a part, or its own."""
+        if self.part is None:
+            return self.shape
+        return tuple(self.part.size if axis == self.part.axis else size for axis, size in enumerate(self.shape))
 
     def tensors(self) -> tuple[str, ...]:
         """The names of the checkpoint tensors, in stacking order."""
-        return stacked_names(self.tensor, self.stack)
+        if self.stack is None:
+            return stacked_names(self.tensor, None)
+        return stacked_names(self.tensor, self.part.indices() if self.part else range(self.stack))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,10 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from labinfer.compiler.placement_record import PlanModel, PlanPlacement
+from labinfer.compiler.plan_json import compact_json, no_duplicates
 from labinfer.errors import Errors, InvalidFile, Place
 from labinfer.ops.base import ITEM_SIZE, Dim, KernelOptions, TensorType
 
@@ -189,7 +190,7 @@ class Arena(PlanModel):
 class StageBytes(PlanModel):
     """Exact bytes the stage takes on its device; ``step`` is the step batch, ``tables`` constants such as rope's.
 
-    ``swap`` and ``host`` lie in host memory and do not count as the device's.
+    ``swap``, ``host`` and ``peers`` lie in host memory and do not count as the device's.
     """
 
     weights: NonNegativeInt = Field(description="weights in the device's layout")
@@ -201,6 +202,7 @@ class StageBytes(PlanModel):
     host: NonNegativeInt = Field(default=0, description="host memory for the weights of streamed layers")
     swap: NonNegativeInt = Field(default=0, description="host memory for cache blocks that are swapped out")
     adapters: NonNegativeInt = Field(default=0, description="pools of LoRA adapters")
+    peers: NonNegativeInt = Field(default=0, description="host memory in which other ranks read this one's parts")
 
     @property
     def total(self) -> int:
@@ -209,9 +211,13 @@ class StageBytes(PlanModel):
 
 
 class Stage(PlanModel):
-    """What one device runs: received values, sent values, blocks, their schedule, and memory."""
+    """What one device runs: received values, sent values, blocks, their schedule, and memory.
+
+    The ranks of a tensor-parallel group, which run one stage of the model together, follow one another.
+    """
 
     device: str = Field(description="name of the device")
+    rank: NonNegativeInt = Field(default=0, description="its place among the ranks of `tensor_split`")
     inputs: dict[str, PlanValue] = Field(default_factory=dict, description="values received from earlier stages")
     outputs: list[str] = Field(description="values sent to later stages; of the last stage, the logits")
     schedule: list[Entry] = Field(description="which blocks run, in order")
@@ -222,6 +228,14 @@ class Stage(PlanModel):
     streamed_from: Literal["host", "disk"] = Field(default="host", description="where streamed layers are kept")
     arena: Arena = Field(description="the arena and how good its packing is")
     bytes: StageBytes = Field(description="memory")
+
+
+class PlanPart(PlanModel):
+    """What a rank has of a weight; see ``labinfer.compiler.graph.Part``."""
+
+    axis: Literal[0, 1] = Field(description="0: rows, as transformed; 1: columns")
+    size: PositiveInt = Field(description="rows or columns of the whole")
+    runs: list[tuple[NonNegativeInt, PositiveInt]] = Field(min_length=1, description="runs of them, [start, stop)")
 
 
 class PlanWeight(PlanModel):
@@ -237,6 +251,7 @@ class PlanWeight(PlanModel):
     order: list[NonNegativeInt] = Field(default_factory=list, description="transform: permutation of those axes")
     transpose: bool = Field(default=False, description="transform: both axes swapped")
     adapter: bool = Field(default=False, description="a pool, filled at run time: `tensor` is the name in an adapter")
+    part: PlanPart | None = Field(default=None, description="what of the tensors it is, where ranks share them out")
 
 
 class PlanState(PlanModel):
@@ -286,10 +301,23 @@ class Plan(PlanModel):
         default=None, description="tokens beyond which cached keys of a sequence no longer hold (longrope)"
     )
     devices: dict[str, PlanDevice] = Field(description="devices by name")
+    tensor_split: list[PositiveFloat] = Field(
+        default_factory=list, description="shares of the ranks that run each stage together, if there are several"
+    )
     stages: list[Stage] = Field(description="what each device runs, in order")
     placement: PlanPlacement | None = Field(default=None, description="why layers are where they are, if by cost")
     states: list[PlanState] = Field(description="what the cache keeps")
     weights: list[PlanWeight] = Field(description="weights and the tensors they are read from")
+
+    @property
+    def ranks(self) -> int:
+        """Devices that run a stage together, each a part of it."""
+        return max(1, len(self.tensor_split))
+
+    @property
+    def groups(self) -> list[list[Stage]]:
+        """The ranks of each stage of the model, in order."""
+        return [self.stages[start : start + self.ranks] for start in range(0, len(self.stages), self.ranks)]
 
     def dump(self) -> str:
         """The plan as JSON text: sorted by meaning, one op a line, ends with a newline."""
@@ -315,7 +343,7 @@ def _parse(path: Path) -> Plan:
         if path.stat().st_size > MAX_PLAN_BYTES:
             message = f"{path.stat().st_size} bytes is too large for a plan"
             raise InvalidFile("plan.too-large", message, place=Place(str(path)))
-        data = json.loads(path.read_text("utf-8"), object_pairs_hook=_no_duplicates)
+        data = json.loads(path.read_text("utf-8"), object_pairs_hook=no_duplicates)
     except FileNotFoundError:
         raise InvalidFile("plan.missing", "no such plan file", place=Place(str(path))) from None
     except json.JSONDecodeError as error:
@@ -338,32 +366,6 @@ def _parse(path: Path) -> Plan:
             InvalidFile("plan.schema", f"{'.'.join(map(str, d['loc']))}: {d['msg']}", place=Place(str(path)))
             for d in details
         ) from None
-
-
-class _DuplicateKeyError(ValueError):
-    pass
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _DuplicateKeyError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
-    return found
-
-
-def compact_json(data: Any, indent: str = "", width: int = 150) -> str:
-    """JSON with every container that fits on one line on one line: readable, and one op a line in a diff."""
-    line = json.dumps(data, ensure_ascii=False)
-    if len(line) + len(indent) <= width or not isinstance(data, dict | list) or not data:
-        return line
-    inner = indent + " "
-    if isinstance(data, dict):
-        if "op" in data:  # an op stays on its line, however long
-            return line
-        items = [f"{inner}{json.dumps(key)}: {compact_json(value, inner, width)}" for key, value in data.items()]
-        return "{\n" + ",\n".join(items) + f"\n{indent}}}"
-    return "[\n" + ",\n".join(inner + compact_json(value, inner, width) for value in data) + f"\n{indent}]"
 
 
 SYMBOLS: dict[str, Literal["T", "R"]] = {"T": "T", "R": "R"}

@@ -24,6 +24,7 @@ from labinfer.compiler.fold import (
 from labinfer.compiler.graph import LORA_A, LORA_B, Op, State
 from labinfer.compiler.passes.fuse import matches
 from labinfer.compiler.plan import Limits, Plan, Stage
+from labinfer.compiler.verify_ranks import verify_ranks
 from labinfer.errors import ErrorSink, InvalidFile, LabinferError, Place, did_you_mean
 from labinfer.ops import OPS
 from labinfer.ops.base import ShapeMismatch, TensorType, dim
@@ -40,8 +41,9 @@ def verify_plan(plan: Plan, name: str) -> None:
     arrived: dict[str, TensorType] = {}
     try:
         check = _PlanCheck(plan)
-        for code, message in (*check.weight_lines(), *check.state_lines()):
+        for code, message in (*check.weight_lines(), *check.state_lines(), *verify_ranks(plan)):
             complain(code, message)
+        before: dict[str, TensorType] = {}
         for number, stage in enumerate(plan.stages):
             if stage.device not in plan.devices:
                 remedy = did_you_mean(stage.device, plan.devices)
@@ -49,7 +51,9 @@ def verify_plan(plan: Plan, name: str) -> None:
                     "plan.unknown-device", f"stage {number} runs on '{stage.device}', which is not a device", remedy
                 )
                 continue
-            for code, message in check.stage(stage, arrived):
+            received = arrived if stage.rank == 0 else dict(before)  # ranks of a stage receive the same
+            before = dict(arrived) if stage.rank == 0 else before
+            for code, message in check.stage(stage, received):
                 complain(code, f"stage {number} ({stage.device}): {message}")
         for code, message in check.whole(arrived):
             complain(code, message)
@@ -98,6 +102,8 @@ class _PlanCheck:
         for line in self.plan.weights:
             each = line.shape[1:] if line.adapter else line.shape
             rows = each[0] if each and line.stack is None else None
+            if line.part is not None and line.part.axis == 0 and line.stack is None:
+                rows = line.part.size
             if line.stack is not None and (len(line.shape) < 2 or line.stack != line.shape[0]):
                 found.append(("plan.weight", f"'{line.name}' stacks {line.stack} tensors into shape {line.shape}"))
             if (line.rows or line.order) and (

@@ -1,6 +1,6 @@
 """Every op LABInfer knows. Importing this package fills ``OPS``; numpy is only imported when a reference runs."""
 
-from labinfer.ops import attention, elementwise, linear, lora, moe, norm, rope, rows, split
+from labinfer.ops import attention, collectives, elementwise, linear, lora, moe, norm, rope, rows, split
 from labinfer.ops.base import (
     OPS,
     Call,
@@ -27,6 +27,7 @@ __all__ = [
     "TensorType",
     "WeightSlot",
     "attention",
+    "collectives",
     "elementwise",
     "linear",
     "lora",

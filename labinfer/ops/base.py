@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -115,6 +115,24 @@ class Step:
     adapter: np.ndarray | None = None
 
 
+class Peers(Protocol):
+    """The ranks of a tensor-parallel group as one of them sees them; all see the same memory.
+
+    ``flags`` int64 [ranks + 1, 8] holds, a cache line each, how many collectives each rank has offered its part for,
+    and last whether a rank has left. ``parts`` float32 [2, ranks, numbers] holds what the ranks offer, every other turn
+    in the other half. ``turns`` int64 [workers, 8] is this rank's own: the collectives that each worker has finished.
+    """
+
+    rank: int
+    ranks: int
+    flags: np.ndarray
+    parts: np.ndarray
+    turns: np.ndarray
+
+    def exchange(self, part: np.ndarray, columns: Sequence[int]) -> list[np.ndarray]:
+        """Offer ``part``, and wait for those of all ranks: [rows, columns of the rank], which hold until the next."""
+
+
 @dataclass(frozen=True, slots=True)
 class KernelOptions:
     """What a plan decides about how a device computes.
@@ -137,7 +155,8 @@ class Call:
     ``cache`` holds the op's state by part name (``k``, ``v``), each ``[slots, width]``; slot ``b * block_size + j`` is
     token ``j`` of cache block ``b``. ``workspace`` is scratch memory. A fused op has the calls of its ``parts``, where
     values that never leave the kernel are None. ``options`` are the plan's. ``rows_symbol`` is what the first dimension
-    of the op's values stands for, T or R, where a program may serve steps of other sizes.
+    of the op's values stands for, T or R, where a program may serve steps of other sizes. ``peers`` are the ranks of a
+    collective.
     """
 
     attrs: Any
@@ -150,6 +169,7 @@ class Call:
     parts: tuple[Call, ...] = ()
     options: KernelOptions = DEFAULT_OPTIONS
     rows_symbol: Dim | None = None
+    peers: Peers | None = None
 
 
 @dataclass(frozen=True, slots=True)

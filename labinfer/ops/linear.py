@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from labinfer.ops.base import Call, OpAttrs, OpSpec, ShapeMismatch, TensorType, WeightSlot, elements, last_dim, register
 
@@ -46,17 +46,18 @@ class Linear(OpSpec):
 
 @register
 class Embedding(OpSpec):
-    """``y[t] = weight[ids[t]]``."""
+    """``y[t] = weight[ids[t] - first_id]``, zeros for ids beyond the table: those that other ranks have."""
 
     kind = "embedding"
     inputs = ("ids",)
     weights = (WeightSlot("weight"),)
 
     class Attrs(OpAttrs):
-        """``num_embeddings`` rows of ``embedding_dim`` each."""
+        """``num_embeddings`` rows of ``embedding_dim`` each, for ids from ``first_id`` on."""
 
         num_embeddings: PositiveInt
         embedding_dim: PositiveInt
+        first_id: NonNegativeInt = 0
 
     def infer(self, attrs: Any, inputs: Sequence[TensorType]) -> list[TensorType]:
         """``i32 [T] -> f32 [T, embedding_dim]``."""
@@ -73,5 +74,9 @@ class Embedding(OpSpec):
         return 0
 
     def reference(self, call: Call) -> list[np.ndarray]:
-        """Rows of ``weight``."""
-        return [call.weights["weight"][call.inputs[0]]]
+        """Rows of ``weight``, or zeros."""
+        import numpy as np
+
+        rows = call.inputs[0] - call.attrs.first_id
+        here = (rows >= 0) & (rows < call.attrs.num_embeddings)
+        return [np.where(here[:, None], call.weights["weight"][np.where(here, rows, 0)], np.float32(0))]

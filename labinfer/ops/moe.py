@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
 from labinfer.ops.activations import FUNCTIONS, Activation, sigmoid
@@ -138,16 +138,23 @@ def _within_best_groups(choice: np.ndarray, attrs: Any) -> np.ndarray:
 
 @register
 class Moe(OpSpec):
-    """``y = sum over chosen e of weights_e * down_e @ (function(gate_e @ x) * (up_e @ x))``."""
+    """``y = sum over chosen e of weights_e * down_e @ (function(gate_e @ x) * (up_e @ x))``.
+
+    Chosen experts that are not among its own add nothing: other ranks have them.
+    """
 
     kind = "moe"
     inputs = ("x", "ids", "weights")
     weights = (WeightSlot("gate"), WeightSlot("up"), WeightSlot("down"))
 
     class Attrs(OpAttrs):
-        """``expert_size``: hidden features of one expert; ``function``: its activation."""
+        """``expert_size``: hidden features of one expert; ``function``: its activation.
+
+        Its ``num_experts`` experts are those from number ``first_expert`` on.
+        """
 
         num_experts: PositiveInt
+        first_expert: NonNegativeInt = 0
         expert_size: PositiveInt
         function: Activation
 
@@ -180,8 +187,12 @@ class Moe(OpSpec):
         x, ids, weights = call.inputs
         gate, up, down = (call.weights[name] for name in ("gate", "up", "down"))
         y = np.zeros_like(x)
-        for expert in np.unique(ids):
-            token, rank = np.nonzero(ids == expert)
+        own = range(call.attrs.first_expert, call.attrs.first_expert + call.attrs.num_experts)
+        for number in np.unique(ids):
+            if number not in own:
+                continue
+            token, rank = np.nonzero(ids == number)
+            expert = number - own.start
             hidden = FUNCTIONS[call.attrs.function](x[token] @ gate[expert].T) * (x[token] @ up[expert].T)
             y[token] += hidden @ down[expert].T * weights[token, rank, None]
         return [y]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from labinfer.compiler.fold import unfold_ops
 from labinfer.compiler.plan import Plan, PlanOp, Stage
 from labinfer.render.placement import placement_lines
 from labinfer.render.report import Report, StageReport, ranges
@@ -35,6 +37,7 @@ def summary_lines(plan: Plan, report: Report, width: int = 80) -> Iterator[Line]
     yield Line()
     yield Line("Devices", "head")
     yield from (Line(f"  {line}") for line in device_table(plan))
+    yield from rank_lines(plan, width)
     yield from product_lines(plan, width)
 
 
@@ -47,6 +50,24 @@ def product_lines(plan: Plan, width: int) -> Iterator[Line]:
             fewest = ", ".join(f"{format} from {count}" for format, count in device.matrix_unit.items())
             text = f"{name} multiplies many tokens at once on its matrix unit: {fewest} tokens on"
             yield from (Line(f"  {line}") for line in textwrap.wrap(text, width - 2))
+
+
+def rank_lines(plan: Plan, width: int) -> Iterator[Line]:
+    """How ranks share each stage, and what they exchange in a decode step of one sequence."""
+    if plan.ranks == 1:
+        return
+    shares = " : ".join(f"{share:g}" for share in plan.tensor_split)
+    yield Line(f"  each stage is run by {plan.ranks} ranks together, in shares {shares}")
+    for number, group in enumerate(plan.groups):
+        kinds: Counter[str] = Counter()
+        sent = 0
+        for op, made in unfold_ops(group[0]):
+            if op.kind in ("all_reduce", "all_gather"):
+                kinds[op.kind] += 1
+                sent += made[op.outputs[0]].type.nbytes(1, 1)
+        done = " and ".join(f"{times} x {kind}" for kind, times in kinds.items())
+        text = f"stage {number}: {done} in a step, {human_bytes(sent)} for one token"
+        yield from (Line(f"  {line}") for line in textwrap.wrap(text, width - 2))
 
 
 def device_table(plan: Plan) -> list[str]:

@@ -21,6 +21,7 @@ from labinfer.errors import DoesNotFit, LabinferError, UsageError, did_you_mean
 from labinfer.ops.base import DEFAULT_OPTIONS, Call, Dim, KernelOptions, dim
 from labinfer.ops.fusions import is_view
 from labinfer.runtime.kv_cache import KVCache
+from labinfer.runtime.peers import SharedPeers
 from labinfer.runtime.poison import Poison
 from labinfer.runtime.step_memory import StepBatch, StepMemory
 from labinfer.runtime.streamed_weights import StreamedWeights
@@ -84,9 +85,11 @@ class Interpreter:
         cache: KVCache,
         options: KernelOptions = DEFAULT_OPTIONS,
         streamed: StreamedWeights | None = None,
+        peers: SharedPeers | None = None,
     ) -> None:
         self.stage, self.device, self.limits = stage, device, limits
         self.parameters, self.cache, self.options, self.streamed = parameters, cache, options, streamed
+        self.peers = peers
         self.ops: list[Op] = []
         self.slots: dict[str, Slot] = unfold_inputs(stage)
         self.inner: dict[str, Slot] = {}
@@ -124,17 +127,28 @@ class Interpreter:
                 self.run_listened(tape, tokens, rows)
             else:
                 tape.program(tokens, rows)
+            if self.peers is not None:
+                self.peers.check()
         except KernelFailure as failure:
+            self.leave()
             error, op = failure.__cause__, next(each.op for each in tape.bound if each.call is failure.call)
             if isinstance(error, LabinferError):
                 raise error from None
             message = f"while running '{op.name}' ({op.kind}, from {op.origin}): {type(error).__name__}: {error}"
             raise LabinferError("run.op-failed", message) from error
+        except BaseException:
+            self.leave()
+            raise
         finally:
             if self.streamed is not None:
                 self.streamed.end()
         sizes = {name: dim(self.rows_symbol(name), tokens, rows) for name in self.stage.outputs}
         return {name: tape.values[name][:size] for name, size in sizes.items()}
+
+    def leave(self) -> None:
+        """Let the other ranks of the stage know that this one computes no more."""
+        if self.peers is not None:
+            self.peers.leave()
 
     def run_listened(self, tape: Tape, tokens: int, rows: int) -> None:
         """The slow loop: each op's kernel, if it has one, then every listener."""
@@ -274,6 +288,7 @@ class Interpreter:
             tuple(self.call(part, values) for part in op.body),
             self.options,
             self.rows_symbol((op.outputs or op.inputs)[0]),
+            self.peers,
         )
 
     def rows_symbol(self, value: str) -> Dim:

@@ -21,6 +21,7 @@ from labinfer.runtime.interpreter import Interpreter
 from labinfer.runtime.lora import Adapters, LoRARequest
 from labinfer.runtime.manager import Manager
 from labinfer.runtime.parameters import Parameters, Progress
+from labinfer.runtime.peers import peers_of, private_peer_memory
 from labinfer.runtime.pipeline.message import StepMessage
 from labinfer.runtime.pipeline.pipeline import Pipeline
 from labinfer.runtime.pipeline.transport import check_transport
@@ -50,7 +51,7 @@ class Model:
     """Runs a plan. Use it as a context manager, or ``close`` it: weights, cache and arenas are given back at once.
 
     Without a ``transport`` its stages run one after another in the thread that asks; with one they are a pipeline, in
-    threads (``local``) or processes (``shm``, ``tcp``) of their own.
+    threads (``local``, and where several ranks run a stage) or processes (``shm``, ``tcp``) of their own.
     """
 
     def __init__(
@@ -74,6 +75,8 @@ class Model:
         self.owner = f"{plan.source.name} #{next(_numbers)}"
         self.lock = threading.RLock()  # held by whoever runs steps
         transport = transport and check_transport(transport)
+        if transport is None and plan.ranks > 1:
+            transport = "local"
         self.stages: list[LoadedStage] = []  # those of this process
         self.pipeline: Pipeline | None = None
         self.closed = False
@@ -106,9 +109,12 @@ class Model:
 
     def load_stages(self, checkpoint: Checkpoint, progress: Progress, compiling: Callable[[int, int], None]) -> None:
         """Open the devices, and get all stages ready in this process."""
-        for number, stage in enumerate(self.plan.stages):
-            device = self.manager.device(stage.device, self.plan.devices[stage.device].threads)
-            self.stages.append(self.memory.enter_context(closing(LoadedStage(self.plan, number, device))))
+        plan = self.plan
+        shared = [private_peer_memory(plan, group) for group in range(len(plan.groups))]
+        for number, stage in enumerate(plan.stages):
+            device = self.manager.device(stage.device, plan.devices[stage.device].threads)
+            peers = peers_of(shared[number // plan.ranks], plan, number)
+            self.stages.append(self.memory.enter_context(closing(LoadedStage(plan, number, device, peers))))
         for loaded in self.stages:
             loaded.load(checkpoint, progress, compiling)
 

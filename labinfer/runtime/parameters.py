@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from labinfer.backends.base import Device, capabilities
-from labinfer.compiler.graph import Transform, Weight
+from labinfer.compiler.graph import Part, Transform, Weight
 from labinfer.errors import InvalidFile, WeightsError
 from labinfer.ops.formats import FORMATS
 from labinfer.runtime.variables import Parameter
@@ -63,31 +63,41 @@ def read_weight(parameter: Parameter, checkpoint: Checkpoint, device: Device, pr
     weight = parameter.weight
     for index, name in enumerate(weight.tensors()):
         info = checkpoint.tensors.get(name)
-        shape = weight.shape if weight.stack is None else weight.shape[1:]
-        stored = shape[::-1] if weight.transform.transpose else shape
+        shape, whole = (size if weight.stack is None else size[1:] for size in (weight.shape, weight.whole_shape))
+        stored = whole[::-1] if weight.transform.transpose else whole
         if info is None or info.shape != stored or info.format != weight.format:
             found = "is missing" if info is None else f"is {info.format}{list(info.shape)}"
             message = f"tensor '{name}' of {checkpoint.path} {found}, the plan says {weight.format}{list(stored)}"
             raise WeightsError("weights.changed", message, remedy="compile the plan again")
-        raw = transformed(checkpoint.raw(name), info.format, info.shape, weight.transform)
+        part = weight.part if weight.stack is None else None  # of a stack, a part is some of its tensors
+        raw = transformed(checkpoint.raw(name), info.format, info.shape, weight.transform, part)
         device.store(parameter.array, raw, info.format, shape, None if weight.stack is None else index)
         checkpoint.release(name)
-        progress(info.nbytes)
+        progress(raw.nbytes)
 
 
-def transformed(raw: np.ndarray, format: str, shape: tuple[int, ...], transform: Transform) -> np.ndarray:
-    """The stored bytes of a tensor of ``shape``, its rows regrouped and axes transposed as ``transform`` says.
+def transformed(
+    raw: np.ndarray, format: str, shape: tuple[int, ...], transform: Transform, part: Part | None = None
+) -> np.ndarray:
+    """The stored bytes of a tensor of ``shape``, its rows regrouped and axes transposed as ``transform`` says, or only
+    of a ``part`` of the result: no other byte is read.
 
     Rows of a block format keep their blocks; only plain numbers can be transposed.
     """
-    if not transform:
+    if not transform and part is None:
         return raw
-    rows = raw.reshape(shape[0], -1)
+    block = FORMATS[format]
+    if transform.transpose and block.block_size > 1:
+        raise WeightsError("weights.transpose", f"a tensor stored as {format} cannot be transposed")
+    rows = raw.reshape(shape[0], -1, block.block_bytes)
     if transform.transpose:
-        if FORMATS[format].block_size > 1:
-            raise WeightsError("weights.transpose", f"a tensor stored as {format} cannot be transposed")
-        rows = raw.reshape(*shape, FORMATS[format].block_bytes).swapaxes(0, 1).reshape(shape[1], -1)
+        rows = rows.swapaxes(0, 1)
     if transform.rows:
-        rows = rows.reshape(*transform.rows, -1)
-        rows = rows.transpose(*transform.order, len(transform.rows))
+        order = np.arange(len(rows)).reshape(transform.rows).transpose(transform.order).reshape(-1)
+        rows = rows[order] if part is None or part.axis else rows[order[part.indices()]]
+    elif part is not None and part.axis == 0:
+        rows = np.concatenate([rows[start:stop] for start, stop in part.runs])
+    if part is not None and part.axis:
+        size = block.block_size
+        rows = np.concatenate([rows[:, start // size : stop // size] for start, stop in part.runs], axis=1)
     return np.ascontiguousarray(rows).reshape(-1)

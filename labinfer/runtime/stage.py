@@ -13,14 +13,18 @@ from labinfer.compiler.plan import Plan, Stage
 from labinfer.runtime.interpreter import Interpreter, check_kernels
 from labinfer.runtime.kv_cache import KVCache
 from labinfer.runtime.parameters import Parameters, Progress
+from labinfer.runtime.peers import SharedPeers
 from labinfer.runtime.streamed_weights import StreamedWeights
 from labinfer.runtime.weights import Checkpoint
 
 
 class LoadedStage:
-    """Stage ``number`` of a plan on its device; ``load`` reads its weights, ``close`` gives all memory back."""
+    """Stage ``number`` of a plan on its device; ``load`` reads its weights, ``close`` gives all memory back.
 
-    def __init__(self, plan: Plan, number: int, device: Device) -> None:
+    ``peers`` are the other ranks that run it, if there are any.
+    """
+
+    def __init__(self, plan: Plan, number: int, device: Device, peers: SharedPeers | None = None) -> None:
         self.plan, self.stage, self.device = plan, plan.stages[number], device
         check_kernels(self.stage, device)
         ops = [part for op, _ in unfold_ops(self.stage) for part in op.primitives()]
@@ -37,7 +41,9 @@ class LoadedStage:
             states = dict.fromkeys(op.state for op in ops if op.state)
             self.cache = KVCache(device, unfold_states(plan), states, plan.limits)
             undo.callback(self.cache.close)
-            self.interpreter = Interpreter(self.stage, device, plan.limits, arrays, self.cache, options, self.streamed)
+            self.interpreter = Interpreter(
+                self.stage, device, plan.limits, arrays, self.cache, options, self.streamed, peers
+            )
             undo.callback(self.interpreter.close)
             self.memory = undo.pop_all()
 

@@ -97,7 +97,7 @@ def test_the_steps_of_a_moe(rng, tokens, function):
 
     bounds, rows, places = (np.full(n, -1, np.int32) for n in (experts + 1, tokens * k, tokens * k))
     addresses = (bounds.ctypes.data, rows.ctypes.data, places.ctypes.data)
-    cpu.group_by_expert(ids.ctypes.data, tokens * k, k, experts, *addresses)
+    cpu.group_by_expert(ids.ctypes.data, tokens * k, k, 0, experts, *addresses)
     gathered, results = np.empty((tokens * k, d), np.float32), np.empty((tokens * k, d), np.float32)
     elementwise.select_rows(x.ctypes.data, d, rows.ctypes.data, gathered.ctypes.data, d, d, 0, tokens * k)
     for e in range(experts):

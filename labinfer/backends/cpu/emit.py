@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from labinfer.backends.cpu.emitter import Emitter, address, cache_dtype, stride
 from labinfer.backends.cpu.layout import PANEL_ROWS, glu_chunk, product_kernel, scattered_form
 from labinfer.backends.cpu.tape import ACCUMULATE, ACTIVATION_CODES
@@ -24,7 +26,10 @@ from labinfer.ops.base import Call
 
 def _embedding(e: Emitter, call: Call) -> None:
     w, y, ids = call.weights["weight"], call.outputs[0], call.inputs[0]
-    e.add("embedding_step", e.count(y), address(ids), f"unpack/{w.format}", w.address, w.columns, address(y), stride(y))
+    e.add(
+        "embedding_step", e.count(y), address(ids), f"unpack/{w.format}", w.address, w.columns, address(y), stride(y),
+        call.attrs.first_id, w.rows,
+    )  # fmt: skip
 
 
 def _linear(e: Emitter, call: Call) -> None:
@@ -240,7 +245,7 @@ def _moe(e: Emitter, call: Call) -> None:
     bounds, order, places = (e.take(4 * n) for n in (attrs.num_experts + 1, pairs, pairs))
     gathered, results = e.take_array((pairs, x.shape[1])), e.take_array((pairs, y.shape[1]))
     count = e.count(gathered)
-    e.add("group_step", address(ids), count, top_k, attrs.num_experts, bounds, order, places)
+    e.add("group_step", address(ids), count, top_k, attrs.num_experts, bounds, order, places, attrs.first_expert)
     g, u = e.take_array((pairs, attrs.expert_size)), e.take_array((pairs, attrs.expert_size))
     e.add("select_rows_step", count, address(x), stride(x), order, address(gathered), x.shape[1], x.shape[1])
     gate_form, up_form, down_form = (scattered_form(w.format, e.options) for w in (gate, up, down))
@@ -254,6 +259,17 @@ def _moe(e: Emitter, call: Call) -> None:
         "combine_step", e.count(y), address(results), y.shape[1], address(weights), places, top_k, address(y),
         stride(y), y.shape[1],
     )  # fmt: skip
+
+
+def _all_reduce(e: Emitter, call: Call) -> None:
+    y, group = call.outputs[0], e.offer(call)
+    e.add("all_reduce_step", e.count(y), address(y), stride(y), y.shape[1], *group)
+
+
+def _all_gather(e: Emitter, call: Call) -> None:
+    y, group, sizes = call.outputs[0], e.offer(call), np.array(call.attrs.sizes, np.int64)
+    e.kept.append(sizes)
+    e.add("all_gather_step", e.count(y), address(y), stride(y), address(sizes), *group)
 
 
 EMITTERS: dict[str, Callable[[Emitter, Call], None]] = {
@@ -278,5 +294,7 @@ EMITTERS: dict[str, Callable[[Emitter, Call], None]] = {
     "rope_kv_write": _rope_kv_write,
     "linear_add": _linear_add,
     "lora_add": _lora_add,
+    "all_reduce": _all_reduce,
+    "all_gather": _all_gather,
 }
 """Every op this backend runs, and how."""

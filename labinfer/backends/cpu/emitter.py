@@ -122,6 +122,18 @@ class Emitter:
             x.nbytes, address(y), stride(y), bounds, experts, w.panels, w.rows, then_wait=then_wait,
         )  # fmt: skip
 
+    def offer(self, call: Call) -> tuple[int, ...]:
+        """Offer the input of a collective to the other ranks; what a ``Group`` is made of."""
+        x, peers = call.inputs[0], call.peers
+        if peers is None or len(peers.turns) < self.device.threads:
+            raise LabinferError("run.no-peers", "a collective needs the other ranks of its group")
+        group = (
+            peers.rank, peers.ranks, address(peers.flags), address(peers.parts), peers.parts.strides[1],
+            address(peers.turns),
+        )  # fmt: skip
+        self.add("offer_step", self.count(x), address(x), stride(x), x.shape[1], *group)
+        return group
+
     def linear(self, call: Call, x: Any, y: Any, mode: int = 0) -> None:
         """One linear op on float32 rows."""
         w = call.weights["weight"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from numba import types
 
-from labinfer.backends.cpu import driver, linear, lora, matrix_unit, panels, steps
+from labinfer.backends.cpu import driver, linear, lora, matrix_unit, panels, peers, steps
 
 _I = types.int64
 
@@ -27,6 +27,9 @@ _SINGLE: dict[str, tuple[Callable[..., Any], Any]] = {
     "call": (driver.call, _I(_I)),
     "lead": (driver.lead, types.void(_I, _I, _I, _I, _I, _I)),
     "announce": (driver.announce, types.void(_I)),
+    "offer_step": (peers.offer_step, STEP),
+    "all_reduce_step": (peers.all_reduce_step, STEP),
+    "all_gather_step": (peers.all_gather_step, STEP),
     "lora_down_step": (lora.lora_down_step, STEP),
     "lora_up_step": (lora.lora_up_step, STEP),
 }

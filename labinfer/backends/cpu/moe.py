@@ -117,23 +117,31 @@ def _keep_best_groups(routing: Routing, choice: int) -> None:
 
 
 @njit
-def group_by_expert(ids: int, pairs: int, top_k: int, num_experts: int, bounds: int, tokens: int, places: int) -> None:
+def group_by_expert(
+    ids: int, pairs: int, top_k: int, first: int, num_experts: int, bounds: int, tokens: int, places: int
+) -> None:
     """Sort the ``pairs`` (token, expert) of ``ids`` by expert, tokens in order (a counting sort). All int32.
 
-    Rows [bounds[e], bounds[e + 1]) belong to expert ``e``; ``tokens[row]`` is the row's token,
-    ``places[t * top_k + r]`` the row of a token's r-th expert.
+    Rows [bounds[e], bounds[e + 1]) belong to expert ``first + e``; ``tokens[row]`` is the row's token,
+    ``places[t * top_k + r]`` the row of a token's r-th expert, -1 where another rank has that expert. Rows that nobody
+    needs then come last; they are of token 0.
     """
     expert, bound, token, place = i32p(ids), i32p(bounds), i32p(tokens), i32p(places)
     for e in range(num_experts + 1):
         bound[e] = 0
     for i in range(pairs):
-        bound[expert[i] + 1] += 1
+        token[i] = 0
+        if 0 <= expert[i] - first < num_experts:
+            bound[expert[i] - first + 1] += 1
     for e in range(num_experts):
         bound[e + 1] += bound[e]
     for i in range(pairs):
-        row = bound[expert[i]]
-        bound[expert[i]] = row + 1
-        token[row], place[i] = i // top_k, row
+        e = expert[i] - first
+        if 0 <= e < num_experts:
+            token[bound[e]], place[i] = i // top_k, bound[e]
+            bound[e] += 1
+        else:
+            place[i] = -1
     for e in range(num_experts, 0, -1):  # every bound has moved to the next one's place
         bound[e] = bound[e - 1]
     bound[0] = 0
@@ -149,4 +157,5 @@ def combine(
         target = y + 4 * t * y_stride
         zero_row(target, n)
         for i in range(t * top_k, (t + 1) * top_k):
-            add_scaled_row(x + 4 * place[i] * x_stride, target, n, weight[i])
+            if place[i] >= 0:  # else another rank has the expert
+                add_scaled_row(x + 4 * place[i] * x_stride, target, n, weight[i])

@@ -33,12 +33,16 @@ def clock_step(a: int, sequences: int, worker: int, workers: int) -> None:
 
 
 def embedding_step(a: int, sequences: int, worker: int, workers: int) -> None:
-    """tokens, ids, format, table, columns, y, y_stride."""
+    """tokens, ids, format, table, columns, y, y_stride, first_id, rows of the table."""
     p = i64p(a)
     start, stop = share(p[0], worker, workers)
     ids = i32p(p[1])
     for t in range(start, stop):
-        unpack_row(p[2], p[3], p[4], ids[t], p[5] + 4 * t * p[6])
+        row = ids[t] - p[7]
+        if 0 <= row < p[8]:
+            unpack_row(p[2], p[3], p[4], row, p[5] + 4 * t * p[6])
+        else:
+            elementwise.zero_row(p[5] + 4 * t * p[6], p[4])
 
 
 def quantize_step(a: int, sequences: int, worker: int, workers: int) -> None:
@@ -212,10 +216,10 @@ def route_step(a: int, sequences: int, worker: int, workers: int) -> None:
 
 
 def group_step(a: int, sequences: int, worker: int, workers: int) -> None:
-    """ids, pairs, top_k, experts, bounds, tokens, places."""
+    """ids, pairs, top_k, experts, bounds, tokens, places, first_expert."""
     p = i64p(a)
     if worker == 0:
-        group_by_expert(p[0], p[1], p[2], p[3], p[4], p[5], p[6])
+        group_by_expert(p[0], p[1], p[2], p[7], p[3], p[4], p[5], p[6])
 
 
 def experts_step(a: int, sequences: int, worker: int, workers: int) -> None:

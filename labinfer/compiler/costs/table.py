@@ -144,7 +144,7 @@ class DeviceProfile(Record):
 
     def dump(self) -> str:
         """The profile as JSON text, an op and a phase a line."""
-        from labinfer.compiler.plan import compact_json
+        from labinfer.compiler.plan_json import compact_json
 
         return compact_json(self.model_dump(mode="json", exclude_defaults=True) | {"labinfer_profile": 1}) + "\n"
 

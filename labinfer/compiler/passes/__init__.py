@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from labinfer.compiler.graph import OpGraph
 from labinfer.compiler.passes.fuse import fuse
 from labinfer.compiler.passes.lora import insert_lora
 from labinfer.compiler.passes.prune import prune
+from labinfer.compiler.passes.shard import shard
 from labinfer.compiler.rules import verify_graph
 from labinfer.ops.fusions import Fusion
 
@@ -44,16 +45,25 @@ Pass = Callable[[OpGraph], str]
 
 
 def run_passes(
-    graph: OpGraph, fusions: Iterable[Fusion], tracer: Tracer, max_loras: int = 0, max_lora_rank: int = 0
+    graph: OpGraph,
+    fusions: Iterable[Fusion],
+    tracer: Tracer,
+    max_loras: int = 0,
+    max_lora_rank: int = 0,
+    split: Sequence[float] = (1.0,),
+    rank: int = 0,
 ) -> None:
     """Run the pipeline on ``graph``; a broken rule after a pass is an error that names the pass.
 
-    With ``max_loras`` the graph gets room for so many adapters of at most ``max_lora_rank``.
+    With ``max_loras`` the graph gets room for so many adapters of at most ``max_lora_rank``. With a ``split`` among
+    several ranks it becomes what ``rank`` runs.
     """
     chosen = tuple(fusions)
     pipeline: list[tuple[str, Pass]] = [("prune", prune), ("fuse", lambda graph: fuse(graph, chosen))]
     if max_loras:
         pipeline.insert(1, ("lora", lambda graph: insert_lora(graph, max_loras, max_lora_rank)))
+    if len(split) > 1:
+        pipeline.insert(1, ("shard", lambda graph: shard(graph, split, rank)))
     verify_graph(graph, "lower")
     tracer.done("verify lower", len(graph.ops), len(graph.ops), "all rules hold")
     for name, run in pipeline:

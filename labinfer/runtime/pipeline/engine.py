@@ -61,7 +61,7 @@ class PipelinedEngine(Engine):
     def new_scheduler(self, policy: Policy) -> Scheduler:
         """One group for each stage."""
         model = self.model
-        groups, limits = len(model.plan.stages), model.plan.limits
+        groups, limits = len(model.plan.groups), model.plan.limits
         return GroupScheduler(groups, self.batch, limits, policy, self.costs, None, model.adapters)
 
     # Requests

@@ -87,10 +87,11 @@ def max_words(limits: Limits) -> int:
 
 def crossing(plan: Plan) -> list[list[str]]:
     """For each stage, the values that arrive with a step: what it or a later one needs of earlier ones."""
-    needed = [list(stage.inputs) for stage in plan.stages]
+    leads = [ranks[0] for ranks in plan.groups]
+    needed = [list(stage.inputs) for stage in leads]
     made: set[str] = set()
     arriving = []
-    for number, stage in enumerate(plan.stages):
+    for number, stage in enumerate(leads):
         later = dict.fromkeys(name for names in needed[number:] for name in names)
         arriving.append([name for name in later if name in made])
         made.update(stage.outputs)
@@ -107,7 +108,7 @@ def frame_bytes(plan: Plan) -> int:
     }
     values = max(sum(sizes[name] for name in names) for names in crossing(plan))
     logits = 4 * limits.max_logits_rows * (plan.vocab_size + 1)
-    return max(4 * max_words(limits) + values, logits, 1 << 16) + 16 * len(plan.stages)
+    return max(4 * max_words(limits) + values, logits, 1 << 16) + 16 * len(plan.groups)
 
 
 def encode_error(error: LabinferError) -> bytes:

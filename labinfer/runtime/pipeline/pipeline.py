@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 
 from labinfer.compiler.plan import Plan
 from labinfer.errors import LabinferError, UsageError
+from labinfer.runtime.peers import shared_peer_memory
 from labinfer.runtime.pipeline.message import (
     FAILED,
     LOGITS,
@@ -44,7 +46,7 @@ class StageDied(LabinferError):
 @dataclass(slots=True)
 class StepResult:
     """What a step made: the likeliest token of each row of logits (int32, -1 where there is none), and float32 logits
-    [rows, vocab_size] if they were wanted. ``times`` [stages, 2] is when each stage began and ended,
+    [rows, vocab_size] if they were wanted. ``times`` [stages, 2] is when each stage (its first rank) began and ended,
     ``time.monotonic``.
     """
 
@@ -59,16 +61,19 @@ class Pipeline:
     def __init__(self, plan: Plan, transport: str) -> None:
         self.plan, self.transport = plan, transport
         self.limit = frame_bytes(plan)
-        capacity, count = 2 * self.limit, len(plan.stages)
-        chain = [open_channel(transport, capacity, self.limit) for _ in range(count + 1)]
-        tokens_out, tokens_in = open_channel(transport, TOKEN_RING_BYTES, self.limit)
-        self.sender, self.receiver = chain[0][0], chain[-1][1]
+        last, ranks = len(plan.groups) - 1, range(plan.ranks)
+        chain = [[open_channel(transport, 2 * self.limit, self.limit) for _ in ranks] for _ in plan.groups]
+        made, self.receiver = open_channel(transport, 2 * self.limit, self.limit)
+        tokens = [open_channel(transport, TOKEN_RING_BYTES, self.limit) for _ in ranks]
+        sending = [[sender for sender, _ in channels] for channels in (*chain, tokens)]
+        self.senders, onwards = sending[0], [*sending[1:-1], [made]]
         self.links = [
             Links(
-                chain[number][1], chain[number + 1][0],
-                tokens_in if number == 0 else None, tokens_out if number == count - 1 else None,
+                chain[group][rank][1], [] if rank else onwards[group],
+                tokens[rank][1] if group == 0 else None, sending[-1] if group == last and rank == 0 else [],
             )
-            for number in range(count)
+            for group in range(last + 1)
+            for rank in ranks
         ]  # fmt: skip
         self.threads: list[threading.Thread] = []
         self.stages: list[StageProcess] = []
@@ -101,17 +106,20 @@ class Pipeline:
             message = "adapters cannot be given to stages in other processes"
             raise UsageError("pipeline.adapters", message, remedy="run the plan with --transport local")
         plan = self.plan.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        files = [shared_peer_memory(self.plan, group) for group in range(len(self.plan.groups))]
         for number, (stage, links) in enumerate(zip(self.plan.stages, self.links, strict=True)):
-            named = {"inbound": links.inbound, "outbound": links.outbound}
-            named |= {"tokens_in": links.tokens_in} if links.tokens_in else {}
-            named |= {"tokens_out": links.tokens_out} if links.tokens_out else {}
+            named = {"inbound": [links.inbound], "outbound": links.outbound, "tokens_out": links.tokens_out}
+            named["tokens_in"] = [] if links.tokens_in is None else [links.tokens_in]
+            file = files[number // self.plan.ranks]
             start = {
                 "plan": plan, "stage": number, "checkpoint": str(checkpoint), "transport": self.transport,
-                "limit": self.limit, "cores": list(cores.get(stage.device, ())),
-                "links": {name: end.descriptors for name, end in named.items()},
+                "limit": self.limit, "cores": list(cores.get(stage.device, ())), "peers": file,
+                "links": {name: [end.descriptors for end in ends] for name, ends in named.items()},
             }  # fmt: skip
-            descriptors = [each for end in links.all() for each in end.descriptors]
+            descriptors = [file, *(each for end in links.all() for each in end.descriptors)]
             self.stages.append(StageProcess(f"stage {number} ({stage.device})", start, descriptors))
+        for file in files:
+            os.close(file)
         for links in self.links:
             for end in links.all():
                 end.release()
@@ -124,9 +132,10 @@ class Pipeline:
         if self.copies:
             message.copies, self.copies = np.array(self.copies, np.int32), []
         number = next(self.numbers)
-        times = np.zeros((len(self.plan.stages), 2))
+        sections = views([message.encode(), np.zeros((len(self.plan.groups), 2))])
         with contextlib.suppress(ChannelClosed):  # `wait` raises why
-            self.sender.send(STEP, number, views([message.encode(), times]))
+            for sender in self.senders:
+                sender.send(STEP, number, sections)
         return number
 
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
@@ -181,14 +190,14 @@ class Pipeline:
         with self.arrived:
             self.broken = self.broken or error
             self.arrived.notify_all()
-        for end in (self.sender, self.receiver):
+        for end in (*self.senders, self.receiver):
             end.close()
         for stage in self.stages:
             stage.process.kill()
 
     def close(self) -> None:
         """End threads and processes and give everything back."""
-        ends = [self.sender, self.receiver, *(end for links in self.links for end in links.all())]
+        ends = [*self.senders, self.receiver, *(end for links in self.links for end in links.all())]
         if self.watch is not None:
             self.watch.close()
         for stage in self.stages:

@@ -6,7 +6,7 @@ A value arrives straight in its place in the stage's arena, where the device's m
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,16 +39,20 @@ TAG_MASK = (1 << 31) - 1
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """The ends of channels that a stage has; tokens go back from the last stage to the first."""
+    """The ends of channels that a stage has; tokens go back from the last stage to the first.
+
+    Where several ranks run a stage, each receives all that it needs and the first sends to all ranks of the next.
+    """
 
     inbound: Channel
-    outbound: Channel
+    outbound: Sequence[Channel]
     tokens_in: Channel | None
-    tokens_out: Channel | None
+    tokens_out: Sequence[Channel]
 
     def all(self) -> list[Channel]:
         """Those that it has."""
-        return [each for each in (self.inbound, self.outbound, self.tokens_in, self.tokens_out) if each is not None]
+        tokens_in = [] if self.tokens_in is None else [self.tokens_in]
+        return [self.inbound, *self.outbound, *tokens_in, *self.tokens_out]
 
 
 class StageLoop:
@@ -56,12 +60,12 @@ class StageLoop:
 
     def __init__(self, plan: Plan, number: int, stage: LoadedStage, links: Links, cores: Sequence[int] = ()) -> None:
         self.cores = cores
-        self.number, self.stage, self.links, self.limits = number, stage, links, plan.limits
+        self.number, self.stage, self.links, self.limits = number // plan.ranks, stage, links, plan.limits
         arriving = [*crossing(plan), []]
-        self.arriving, self.leaving = arriving[number], arriving[number + 1]
-        self.last = number + 1 == len(plan.stages)
+        self.arriving, self.leaving = arriving[self.number], arriving[self.number + 1]
+        self.last = self.number + 1 == len(plan.groups)
         self.words = np.zeros(max_words(plan.limits), np.int32)
-        self.times = np.zeros((len(plan.stages), 2))
+        self.times = np.zeros((len(plan.groups), 2))
         self.tokens: dict[int, np.ndarray] = {}  # of recent steps, by number modulo 2^31
         self.message: StepMessage | None = None
         self.tape: Tape | None = None
@@ -86,6 +90,8 @@ class StageLoop:
                     self.fail(LabinferError("run.failed", f"{type(error).__name__}: {error}"))
         except ChannelClosed:
             pass
+        finally:
+            self.stage.interpreter.leave()
 
     def sections(self, header: Header) -> Iterator[memoryview]:
         """Where a frame goes; prepares the step as soon as its batch is there."""
@@ -151,7 +157,7 @@ class StageLoop:
             del self.tokens[next(iter(self.tokens))]
 
     def pass_on(self) -> None:
-        """Run the step that has arrived and send what it made to the next stage, or its tokens to where they go."""
+        """Run the step that has arrived, and send on what it made."""
         if self.header.kind == FAILED:
             self.send_failure(self.failure)
             return
@@ -159,22 +165,34 @@ class StageLoop:
         assert self.tape is not None
         batch = self.message.batch
         made = self.stage.interpreter.execute(self.tape, len(batch.token_ids), len(batch.logits_rows))
+        if self.links.outbound:
+            self.send(made)
+        if self.links.tokens_in is not None:
+            while self.links.tokens_in.ready():  # nobody may ever ask for them
+                self.take_tokens()
+
+    def send(self, made: Mapping[str, Any]) -> None:
+        """Send what the step has made to the next stage, or its tokens to where they go."""
+        assert self.message is not None
+        batch = self.message.batch
         host = {name: self.on_host(made[name]) for name in made if name in self.leaving or self.last}
         if not self.last:
             self.times[self.number, 1] = time.monotonic()
             values = [host[name] if name in host else self.passing.pop(name) for name in self.leaving]
             words = self.words[: self.header.sizes[0] // 4]
-            self.links.outbound.send(STEP, self.header.tag, views([words, self.times, *values]))
+            self.send_on(STEP, views([words, self.times, *values]))
         else:
             logits = host[self.stage.stage.outputs[-1]]
             tokens = likeliest(logits) if len(batch.logits_rows) else np.zeros(0, np.int32)
             self.times[self.number, 1] = time.monotonic()
             self.send_tokens(tokens)
             found = [tokens, self.times] + ([logits] if self.message.wants_logits else [])
-            self.links.outbound.send(LOGITS if self.message.wants_logits else TOKENS, self.header.tag, views(found))
-        if self.links.tokens_in is not None:
-            while self.links.tokens_in.ready():  # nobody may ever ask for them
-                self.take_tokens()
+            self.send_on(LOGITS if self.message.wants_logits else TOKENS, views(found))
+
+    def send_on(self, kind: int, sections: Sequence[memoryview]) -> None:
+        """Send a frame to whoever is next: all ranks of the next stage, or the engine; only a first rank sends."""
+        for channel in self.links.outbound:
+            channel.send(kind, self.header.tag, sections)
 
     def on_host(self, array: Any) -> np.ndarray:
         """A value as the host can read it: in place where it can."""
@@ -185,8 +203,8 @@ class StageLoop:
 
     def send_tokens(self, tokens: np.ndarray) -> None:
         """Close the ring: the first stage may go on with these."""
-        assert self.links.tokens_out is not None
-        self.links.tokens_out.send(TOKENS, self.header.tag, views([tokens]))
+        for channel in self.links.tokens_out:
+            channel.send(TOKENS, self.header.tag, views([tokens]))
 
     def fail(self, error: LabinferError) -> None:
         """Tell that the step failed; without a step that has begun to arrive, the channel is of no use any more."""
@@ -199,7 +217,7 @@ class StageLoop:
         """Send a failure on, and no tokens back."""
         if self.last:
             self.send_tokens(np.zeros(0, np.int32))
-        self.links.outbound.send(FAILED, self.header.tag, [memoryview(text)])
+        self.send_on(FAILED, [memoryview(text)])
 
 
 def likeliest(logits: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from labinfer.compiler.plan import Plan
 from labinfer.errors import LabinferError
 from labinfer.runtime.cores import stay_on
 from labinfer.runtime.manager import Manager
+from labinfer.runtime.peers import map_shared, peers_of
 from labinfer.runtime.pipeline.message import encode_error
 from labinfer.runtime.pipeline.process import BEAT
 from labinfer.runtime.pipeline.stage_loop import Links, StageLoop
@@ -70,16 +71,19 @@ def prepare(parent: Parent) -> StageLoop:
     plan, number = Plan.model_validate(start["plan"]), start["stage"]
     stay_on(start["cores"])
     links = {
-        name: attach(start["transport"], descriptors, start["limit"]) for name, descriptors in start["links"].items()
+        name: [attach(start["transport"], descriptors, start["limit"]) for descriptors in ends]
+        for name, ends in start["links"].items()
     }
-    name = plan.stages[number].device
-    stage = LoadedStage(plan, number, Manager().device(name, plan.devices[name].threads))
+    name, memory = plan.stages[number].device, map_shared(start["peers"])
+    device = Manager().device(name, plan.devices[name].threads)
+    stage = LoadedStage(plan, number, device, peers_of(memory, plan, number))
     stage.load(
         open_checkpoint(start["checkpoint"]),  # stays open: layers may be streamed from it
         lambda nbytes: parent.say(loaded=nbytes),
         lambda done, total: parent.say(compiling=[done, total]),
     )
-    ends = Links(links["inbound"], links["outbound"], links.get("tokens_in"), links.get("tokens_out"))
+    [inbound], tokens_in = links["inbound"], links["tokens_in"]
+    ends = Links(inbound, links["outbound"], tokens_in[0] if tokens_in else None, links["tokens_out"])
     return StageLoop(plan, number, stage, ends)
 
 
