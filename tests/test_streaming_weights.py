@@ -18,6 +18,7 @@ from labinfer.compiler.residency import spread
 from labinfer.compiler.verify_plan import verify_plan
 from labinfer.errors import InvalidFile, LabinferError, UsageError
 from labinfer.runtime.manager import Manager
+from labinfer.runtime.streamed_weights import Arrival
 
 from .test_pipeline import greedy, on_one_device, open_model, prompts
 from .tiny import GOLDEN, tiny_checkpoint, tiny_map, tiny_plan
@@ -70,20 +71,20 @@ def test_an_interrupted_wait_leaves_the_layers_in_order(tmp_path: Path, monkeypa
         expected = model.logits([1, 2, 3])
         streamed = model.stages[0].streamed
         assert streamed is not None
-        wait, waits, move_in = streamed.arrived.acquire, itertools.count(), streamed.device.move_in
+        wait, waits, bring = streamed.wait, itertools.count(), Arrival.bring
 
-        def slowly(host: np.ndarray, array: Any) -> None:
+        def slowly(arrival: Arrival) -> None:
             if threading.current_thread() is streamed.thread:
                 time.sleep(0.02)
-            move_in(host, array)
+            bring(arrival)
 
-        def interrupted() -> bool:
+        def interrupted() -> Arrival:
             if next(waits) == 1:  # for the second layer
                 raise KeyboardInterrupt
             return wait()
 
-        monkeypatch.setattr(streamed.device, "move_in", slowly)
-        monkeypatch.setattr(streamed.arrived, "acquire", interrupted)
+        monkeypatch.setattr(Arrival, "bring", slowly)
+        monkeypatch.setattr(streamed, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             model.logits([1, 2, 3])
         for _ in range(3):

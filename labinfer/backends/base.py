@@ -164,6 +164,8 @@ class Device(ABC):
     allocator: Allocator
     loaders = 1
     """Threads that store weights at the same time."""
+    copy_bytes: int | None = None
+    """Bytes to move in at a time where the host itself copies, so that several threads can share a copy."""
     overlaps = False
     """Whether the host has nothing to do while the device computes, and can prepare the next step."""
 

@@ -60,19 +60,26 @@ class Parameters:
 
 def read_weight(parameter: Parameter, checkpoint: Checkpoint, device: Device, progress: Progress) -> None:
     """Fill the array of ``parameter``; a tensor that differs from the plan is an error."""
-    weight = parameter.weight
-    for index, name in enumerate(weight.tensors()):
-        info = checkpoint.tensors.get(name)
-        shape = weight.shape if weight.stack is None else weight.shape[1:]
-        stored = shape[::-1] if weight.transform.transpose else shape
-        if info is None or info.shape != stored or info.format != weight.format:
-            found = "is missing" if info is None else f"is {info.format}{list(info.shape)}"
-            message = f"tensor '{name}' of {checkpoint.path} {found}, the plan says {weight.format}{list(stored)}"
-            raise WeightsError("weights.changed", message, remedy="compile the plan again")
-        raw = transformed(checkpoint.raw(name), info.format, info.shape, weight.transform)
-        device.store(parameter.array, raw, info.format, shape, None if weight.stack is None else index)
+    for index, name in enumerate(parameter.weight.tensors()):
+        store_tensor(parameter, index, checkpoint, checkpoint.raw, device)
         checkpoint.release(name)
-        progress(info.nbytes)
+        progress(checkpoint.tensors[name].nbytes)
+
+
+def store_tensor(
+    parameter: Parameter, index: int, checkpoint: Checkpoint, raw: Callable[[str], np.ndarray], device: Device
+) -> None:
+    """Fill ``parameter`` from its tensor number ``index``, whose stored bytes ``raw`` gives by its name."""
+    weight, name = parameter.weight, parameter.weight.tensors()[index]
+    info = checkpoint.tensors.get(name)
+    shape = weight.shape if weight.stack is None else weight.shape[1:]
+    stored = shape[::-1] if weight.transform.transpose else shape
+    if info is None or info.shape != stored or info.format != weight.format:
+        found = "is missing" if info is None else f"is {info.format}{list(info.shape)}"
+        message = f"tensor '{name}' of {checkpoint.path} {found}, the plan says {weight.format}{list(stored)}"
+        raise WeightsError("weights.changed", message, remedy="compile the plan again")
+    bytes_in_order = transformed(raw(name), info.format, info.shape, weight.transform)
+    device.store(parameter.array, bytes_in_order, info.format, shape, None if weight.stack is None else index)
 
 
 def transformed(raw: np.ndarray, format: str, shape: tuple[int, ...], transform: Transform) -> np.ndarray:
