@@ -3,7 +3,8 @@
 The window has two slots, and the streamed layers take them in turn: while one is computed, a thread copies the next
 one, and after the last of a step the first of the next step. A layer always lies in the same slot, so tapes are bound
 once. Layers come from host memory, in the device's own layout, or from the checkpoint on disk, packed anew each time.
-They come in pieces: whoever has to wait for a layer brings some of them itself.
+They come in pieces: whoever has to wait for a layer brings some of them itself. Where a device computes with all cores,
+nothing is copied meanwhile: its own threads copy each layer when it is reached.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ class StreamedWeights:
         self.free = [SimpleQueue[None]() for _ in range(SLOTS)]
         for each in self.free:
             each.put(None)
+        self.ahead = self.from_disk or not device.fills_host  # else copying takes the cores that compute
         self.closing = False
         self.thread: threading.Thread | None = None
 
@@ -105,8 +107,9 @@ class StreamedWeights:
             self.pieces = {layer: self.disk_pieces(layer, checkpoint, self.reader) for layer in self.layers}
         else:
             self.pieces = {layer: self.host_pieces(layer, checkpoint, progress) for layer in self.layers}
-        self.thread = threading.Thread(target=self.run, name="labinfer-weights", daemon=True)
-        self.thread.start()
+        if self.ahead:
+            self.thread = threading.Thread(target=self.run, name="labinfer-weights", daemon=True)
+            self.thread.start()
 
     def host_pieces(self, layer: int, checkpoint: Checkpoint, progress: Progress) -> list[Piece]:
         """Copies of a layer's bytes, which are read into host memory through its slot."""
@@ -115,9 +118,9 @@ class StreamedWeights:
         target = self.device.view(self.window, self.slot(layer) * self.slot_bytes, (self.sizes[layer] // 4,), "i32")
         copy = self.device.host_memory(self.sizes[layer]).view(np.int32)
         self.device.move_out(target, copy)
-        count = (self.device.copy_bytes or self.sizes[layer]) // 4
+        count = (self.ahead and self.device.copy_bytes or self.sizes[layer]) // 4
         starts = range(0, len(copy), count)
-        return [partial(self.device.move_in, copy[at : at + count], target[at : at + count]) for at in starts]
+        return [self.device.copier(copy[at : at + count], target[at : at + count]) for at in starts]
 
     def disk_pieces(self, layer: int, checkpoint: Checkpoint, reader: TensorReader) -> list[Piece]:
         """Reading and packing of a layer's tensors, the longest first, so that threads end at about the same time."""
@@ -143,12 +146,15 @@ class StreamedWeights:
         if layer == self.current:
             return
         self.end()
+        if layer in self.places and not self.ahead:
+            self.current = layer
+            self.bring(layer)
         while layer in self.places and layer != self.current:  # those that a step which failed did not reach go first
             self.end()
             arrival = self.wait()
             self.current = arrival.layer
             if layer == self.current and arrival.problem is not None:
-                self.bring_again(layer)
+                self.bring(layer)  # once more
 
     def wait(self) -> Arrival:
         """The layer that is next, once it has arrived; until then, pieces are brought here too."""
@@ -158,15 +164,15 @@ class StreamedWeights:
             self.coming.bring()
             return self.arrived.get()
 
-    def bring_again(self, layer: int) -> None:
-        """Bring the layer that was reached once more; only if that fails, too, the step does."""
-        again = Arrival(layer, iter(self.pieces[layer]))
-        again.bring()
-        if isinstance(again.problem, LabinferError):
-            raise again.problem
-        if again.problem is not None:
-            message = f"layer {layer} could not be streamed to '{self.device.name}': {again.problem}"
-            raise LabinferError("run.stream-failed", message) from again.problem
+    def bring(self, layer: int) -> None:
+        """Bring the layer that was reached; what is wrong ends the step."""
+        arrival = Arrival(layer, iter(self.pieces[layer]))
+        arrival.bring()
+        if isinstance(arrival.problem, LabinferError):
+            raise arrival.problem
+        if arrival.problem is not None:
+            message = f"layer {layer} could not be streamed to '{self.device.name}': {arrival.problem}"
+            raise LabinferError("run.stream-failed", message) from arrival.problem
 
     def end(self) -> None:
         """Let the layer that was reached be overwritten."""
