@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -49,6 +50,8 @@ class Arrival:
                 piece()
         except BaseException as error:
             self.problem = error
+            for _ in self.pieces:  # which would be brought later, over another layer
+                pass
             if not isinstance(error, Exception):
                 raise
 
@@ -88,7 +91,7 @@ class StreamedWeights:
         self.free = [SimpleQueue[None]() for _ in range(SLOTS)]
         for each in self.free:
             each.put(None)
-        self.ahead = self.from_disk or not device.fills_host  # else copying takes the cores that compute
+        self.ahead = self.from_disk or not device.fills_host  # else a thread would take the cores that compute
         self.closing = False
         self.thread: threading.Thread | None = None
 
@@ -118,18 +121,17 @@ class StreamedWeights:
         target = self.device.view(self.window, self.slot(layer) * self.slot_bytes, (self.sizes[layer] // 4,), "i32")
         copy = self.device.host_memory(self.sizes[layer]).view(np.int32)
         self.device.move_out(target, copy)
-        count = (self.ahead and self.device.copy_bytes or self.sizes[layer]) // 4
+        count = ((self.ahead and self.device.copy_bytes) or self.sizes[layer]) // 4
         starts = range(0, len(copy), count)
         return [self.device.copier(copy[at : at + count], target[at : at + count]) for at in starts]
 
     def disk_pieces(self, layer: int, checkpoint: Checkpoint, reader: TensorReader) -> list[Piece]:
         """Reading and packing of a layer's tensors, the longest first, so that threads end at about the same time."""
-        tensors = [
-            (checkpoint.tensors[name].nbytes, partial(store_tensor, each, index, checkpoint, reader.read, self.device))
-            for each in self.by_layer[layer]
-            for index, name in enumerate(each.weight.tensors())
+        return [
+            partial(store_tensor, each, index, checkpoint, reader.read, self.device)
+            for each in sorted(self.by_layer[layer], key=lambda each: -prod(each.weight.shape))
+            for index in range(len(each.weight.tensors()))
         ]
-        return [piece for _, piece in sorted(tensors, key=lambda tensor: -tensor[0])]
 
     def run(self) -> None:
         """Bring one layer after another as slots become free, until closed."""
@@ -178,7 +180,8 @@ class StreamedWeights:
         """Let the layer that was reached be overwritten."""
         if self.current is not None:
             layer, self.current = self.current, None
-            self.free[self.slot(layer)].put(None)
+            if self.ahead:
+                self.free[self.slot(layer)].put(None)
 
     def close(self) -> None:
         """End the thread and give the memory back."""

@@ -113,7 +113,7 @@ class CpuDevice(HostDevice):
             np.copyto(parameter, dequantize(raw, format, shape))
 
     def copier(self, host: Any, destination: Any) -> Callable[[], None]:
-        """A copy between arrays of four-byte numbers without gaps, by all workers if they would stand still meanwhile."""
+        """A copy of four-byte numbers without gaps; by all workers, where they would be disturbed by another thread."""
         if not self.fills_host:
             return super().copier(host, destination)
         count = gcd(host.size, 64)  # parts, which the workers share

@@ -21,6 +21,7 @@ class TensorReader:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.tensors = checkpoint.tensors
         self.descriptors: dict[Path, int] = {}
+        self.opening = threading.Lock()
         self.scratch = threading.local()
 
     def read(self, name: str) -> np.ndarray:
@@ -32,9 +33,7 @@ class TensorReader:
         place = Place(str(info.file))
         done = 0
         try:
-            descriptor = self.descriptors.get(info.file)
-            if descriptor is None:
-                descriptor = self.descriptors[info.file] = os.open(info.file, os.O_RDONLY)
+            descriptor = self.open(info.file)
             while done < info.nbytes:
                 count = os.preadv(descriptor, [memoryview(memory)[done : info.nbytes]], info.offset + done)
                 if count == 0:
@@ -45,6 +44,13 @@ class TensorReader:
             message = f"cannot read tensor '{name}': {error.strerror}"
             raise WeightsError("weights.unreadable", message, place=place, remedy="check the disk") from error
         return memory[: info.nbytes]
+
+    def open(self, file: Path) -> int:
+        """The descriptor of a file."""
+        with self.opening:
+            if file not in self.descriptors:
+                self.descriptors[file] = os.open(file, os.O_RDONLY)
+            return self.descriptors[file]
 
     def close(self) -> None:
         """Close the files."""
