@@ -35,7 +35,7 @@ class TensorReader:
         try:
             descriptor = self.open(info.file)
             while done < info.nbytes:
-                count = os.preadv(descriptor, [memoryview(memory)[done : info.nbytes]], info.offset + done)
+                count = os.preadv(descriptor, [memory.data[done : info.nbytes]], info.offset + done)
                 if count == 0:
                     message = f"the file ends within tensor '{name}', which it held when it was opened"
                     raise WeightsError("weights.truncated", message, place=place, remedy="restore the file")
