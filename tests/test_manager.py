@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,6 +64,24 @@ def test_devices_of_a_pipeline_get_cores_where_there_are_enough() -> None:
     assert manager.cores == {}
     manager.claim_cores({"cpu:0": len(CORES)})
     assert manager.cores == {"cpu:0": CORES}
+
+
+@pytest.mark.skipif(len(CORES) < 2, reason="needs two cores")
+@pytest.mark.parametrize("transport", ["local", "shm"])
+def test_cores_are_free_again_once_a_pipeline_is_closed(transport: str) -> None:
+    pytest.importorskip("numba", reason="the CPU backend needs numba")
+    options: dict[str, Any] = {"transport": transport, "threads": 1}
+    with closing(Manager()) as manager:
+        first = labinfer.load(FOLDER, devices="cpu:0,cpu:1", manager=manager, **options)
+        assert manager.cores == {"cpu:0": CORES[:1], "cpu:1": CORES[1:2]}
+        again = labinfer.load(FOLDER, devices="cpu:0,cpu:1", manager=manager, **options)
+        first.close()
+        assert set(manager.cores) == {"cpu:0", "cpu:1"}  # the other model is there still
+        assert len(again.generate([1, 2, 3], labinfer.SamplingParams(max_tokens=2))[0].token_ids) == 2
+        again.close()
+        assert manager.cores == manager.devices == {}
+        with labinfer.load(FOLDER, devices="cpu:2,cpu:3", manager=manager, **options):
+            assert manager.cores == {"cpu:2": CORES[:1], "cpu:3": CORES[1:2]}
 
 
 def test_grants_are_seen_by_other_processes_until_they_end(home: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -16,10 +18,13 @@ import pytest
 import labinfer
 from labinfer.compiler.residency import spread
 from labinfer.compiler.verify_plan import verify_plan
-from labinfer.errors import InvalidFile, LabinferError, UsageError
+from labinfer.errors import InvalidFile, LabinferError, UsageError, WeightsError
+from labinfer.runtime.cores import available_cores
 from labinfer.runtime.manager import Manager
+from labinfer.runtime.pipeline.transport import TRANSPORTS
+from labinfer.runtime.streamed_weights import Arrival
 
-from .test_pipeline import greedy, on_one_device, open_model, prompts
+from .test_pipeline import DEVICES, greedy, on_one_device, prompts
 from .tiny import GOLDEN, tiny_checkpoint, tiny_map, tiny_plan
 
 FAMILIES = ("llama-odd_heads_tied", "gemma3_text-linear_global", "mixtral-window", "deepseek_v2-group_limited")
@@ -33,11 +38,17 @@ def test_tokens_are_those_of_resident_weights(name: str, stream_from: str, layer
         assert greedy(model, prompts(name)) == on_one_device(name)
 
 
-@pytest.mark.parametrize("transport", ["local", "shm"])
-@pytest.mark.parametrize("stream_from", ["host", "disk"])
-def test_stages_of_a_pipeline_can_stream(transport: str, stream_from: str) -> None:
-    name = FAMILIES[0]
-    with open_model(name, transport, "reference,reference:1", streamed_layers=1, stream_from=stream_from) as model:
+@pytest.mark.parametrize("transport", [None, *TRANSPORTS])
+@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("streamed", [{}, {"stream_from": "host"}, {"stream_from": "disk"}], ids=str)
+def test_tokens_are_the_same_over_stages_transports_and_residencies(
+    transport: str | None, stages: int, streamed: dict[str, Any]
+) -> None:
+    name, devices = FAMILIES[0], DEVICES.split(",")[:stages]
+    options: dict[str, Any] = {"transport": transport, **(streamed and {"streamed_layers": 2, **streamed})}
+    with labinfer.load(GOLDEN / name, devices=",".join(devices), **options) as model:
+        assert len(model.plan.stages) == stages
+        assert all(bool(stage.streamed) == bool(streamed) for stage in model.plan.stages)
         assert greedy(model, prompts(name)) == on_one_device(name)
 
 
@@ -70,24 +81,57 @@ def test_an_interrupted_wait_leaves_the_layers_in_order(tmp_path: Path, monkeypa
         expected = model.logits([1, 2, 3])
         streamed = model.stages[0].streamed
         assert streamed is not None
-        wait, waits, move_in = streamed.arrived.acquire, itertools.count(), streamed.device.move_in
+        wait, waits, bring = streamed.wait, itertools.count(), Arrival.bring
 
-        def slowly(host: np.ndarray, array: Any) -> None:
+        def slowly(arrival: Arrival) -> None:
             if threading.current_thread() is streamed.thread:
                 time.sleep(0.02)
-            move_in(host, array)
+            bring(arrival)
 
-        def interrupted() -> bool:
+        def interrupted() -> Arrival:
             if next(waits) == 1:  # for the second layer
                 raise KeyboardInterrupt
             return wait()
 
-        monkeypatch.setattr(streamed.device, "move_in", slowly)
-        monkeypatch.setattr(streamed.arrived, "acquire", interrupted)
+        monkeypatch.setattr(Arrival, "bring", slowly)
+        monkeypatch.setattr(streamed, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             model.logits([1, 2, 3])
         for _ in range(3):
             np.testing.assert_array_equal(model.logits([1, 2, 3]), expected)
+
+
+def test_a_file_that_cannot_be_read_ends_steps_until_it_can_be_read_again(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(GOLDEN / FAMILIES[0], tmp_path / "model"))
+    file, prompt = folder / "model.safetensors", [1, 2, 3]
+    content = file.read_bytes()
+    with labinfer.load(folder, devices="reference", streamed_layers=100, stream_from="disk") as model:
+        expected = greedy(model, [prompt])
+        for _ in range(2):
+            os.truncate(file, len(content) // 2)
+            for _ in range(2):
+                with pytest.raises(WeightsError) as error:
+                    greedy(model, [prompt])
+                assert error.value.code == "weights.truncated"
+            file.write_bytes(content)
+            assert greedy(model, [prompt]) == expected
+        assert model.blocks.usage == 0
+
+
+@pytest.mark.skipif(len(available_cores()) < 2, reason="needs two cores")
+@pytest.mark.parametrize("threads", [1, len(available_cores())])
+@pytest.mark.parametrize("stream_from", ["host", "disk"])
+def test_layers_are_copied_ahead_unless_the_device_computes_with_all_cores(threads: int, stream_from: str) -> None:
+    pytest.importorskip("numba", reason="the CPU backend needs numba")
+    name = FAMILIES[0]
+    options: dict[str, Any] = {"devices": "cpu", "threads": threads, "max_model_len": 64}
+    with labinfer.load(GOLDEN / name, **options) as model:
+        expected = greedy(model, prompts(name))
+    with labinfer.load(GOLDEN / name, streamed_layers=100, stream_from=stream_from, **options) as model:
+        streamed = model.stages[0].streamed
+        assert streamed is not None
+        assert (streamed.thread is not None) == (threads == 1 or stream_from == "disk")
+        assert greedy(model, prompts(name)) == expected
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from labinfer import __version__
@@ -166,6 +167,10 @@ class Device(ABC):
     allocator: Allocator
     loaders = 1
     """Threads that store weights at the same time."""
+    copy_bytes: int | None = None
+    """Bytes to move in at a time where the host itself copies, so that several threads can share a copy."""
+    fills_host = False
+    """Whether it computes with all cores of the host, so that whoever copies meanwhile is in its way."""
     overlaps = False
     """Whether the host has nothing to do while the device computes, and can prepare the next step."""
 
@@ -189,6 +194,10 @@ class Device(ABC):
     @abstractmethod
     def move_in(self, host: Any, destination: Any) -> None:
         """Copy a numpy array into a device array of the same shape."""
+
+    def copier(self, host: Any, destination: Any) -> Callable[[], None]:
+        """A ``move_in`` that is done again and again, with all that the device computes with where that helps."""
+        return partial(self.move_in, host, destination)
 
     @abstractmethod
     def move_out(self, source: Any, out: Any = None) -> Any:

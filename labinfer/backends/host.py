@@ -31,6 +31,8 @@ class HostAllocator(Allocator):
 class HostDevice(Device):
     """A device whose memory numpy can see; what it computes with is left to the backend."""
 
+    copy_bytes = 512 << 10  # far more than what taking a piece costs, and little to wait for
+
     def __init__(self, name: str, memory_limit: int | None = None, threads: int | None = None) -> None:
         super().__init__(name, memory_limit, threads)
         self.allocator = HostAllocator(memory_limit)

@@ -25,7 +25,8 @@ class Manager:
     """Devices by name, each opened once and shared (a flyweight), and the bytes granted on each to every owner.
 
     ``quotas`` bound the bytes of a device. ``shares`` (0 to 1) grant CPU devices parts of the machine's compute: sets
-    of cores, in ``cores``, that no other device gets. What is granted can be seen by ``labinfer devices``.
+    of cores, in ``cores``, that no other device gets. ``claimed`` devices have theirs as long as something is granted
+    there. What is granted can be seen by ``labinfer devices``.
     """
 
     quotas: dict[str, int] = field(default_factory=dict)
@@ -33,6 +34,7 @@ class Manager:
     grants: Grants = field(default_factory=Grants)
     shares: dict[str, float] = field(default_factory=dict)
     cores: dict[str, list[int]] = field(default_factory=dict)
+    claimed: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         """Cut the machine into the shares."""
@@ -61,24 +63,27 @@ class Manager:
     def claim_cores(self, threads: Mapping[str, int | None]) -> None:
         """Give devices that are not open yet, and run so many threads at the same time, cores of their own.
 
-        Where there are too few cores for that, they share all of them.
+        Where there are too few cores for that, they share all of them. Once nothing is granted on such a device any
+        more it is closed, and others may have its cores.
         """
         wanted = {name: count for name, count in threads.items() if count and name not in self.cores | self.devices}
         left = self._free_cores()
         if sum(wanted.values()) <= len(left):
             for name, count in wanted.items():
                 self.cores[name], left = left[:count], left[count:]
+                self.claimed.add(name)
 
     def _free_cores(self) -> list[int]:
         taken = {core for cores in self.cores.values() for core in cores}
         return [core for core in available_cores() if core not in taken]
 
     def close(self) -> None:
-        """Close every device that was opened."""
+        """Close every device that was opened, and take back what was claimed and granted."""
         for device in self.devices.values():
             device.close()
         self.devices.clear()
         self.grants.close()
+        self._return_cores()
 
     def grant(self, owner: str, device: str, nbytes: int) -> None:
         """Promise ``owner`` so many bytes of ``device``; ``DoesNotFit`` beyond the device's quota."""
@@ -100,5 +105,14 @@ class Manager:
         return {device: Memory(nbytes, self.quotas.get(device)) for device, nbytes in found.items()}
 
     def release(self, owner: str) -> None:
-        """Take back everything granted to ``owner``."""
+        """Take back everything granted to ``owner``, and cores that were claimed for nobody else."""
         self.grants.remove(owner)
+        self._return_cores()
+
+    def _return_cores(self) -> None:
+        """Close the claimed devices that nothing is granted on; their cores are free again."""
+        for name in [name for name in self.claimed if not self.grants.on(name)]:
+            self.claimed.remove(name)
+            del self.cores[name]
+            if name in self.devices:
+                self.devices.pop(name).close()

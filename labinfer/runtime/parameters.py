@@ -60,20 +60,31 @@ class Parameters:
 
 def read_weight(parameter: Parameter, checkpoint: Checkpoint, device: Device, progress: Progress) -> None:
     """Fill the array of ``parameter``; a tensor that differs from the plan is an error."""
-    weight = parameter.weight
-    for index, name in enumerate(weight.tensors()):
-        info = checkpoint.tensors.get(name)
-        shape, whole = (size if weight.stack is None else size[1:] for size in (weight.shape, weight.whole_shape))
-        stored = whole[::-1] if weight.transform.transpose else whole
-        if info is None or info.shape != stored or info.format != weight.format:
-            found = "is missing" if info is None else f"is {info.format}{list(info.shape)}"
-            message = f"tensor '{name}' of {checkpoint.path} {found}, the plan says {weight.format}{list(stored)}"
-            raise WeightsError("weights.changed", message, remedy="compile the plan again")
-        part = weight.part if weight.stack is None else None  # of a stack, a part is some of its tensors
-        raw = transformed(checkpoint.raw(name), info.format, info.shape, weight.transform, part)
-        device.store(parameter.array, raw, info.format, shape, None if weight.stack is None else index)
+    for index, name in enumerate(parameter.weight.tensors()):
+        stored = store_tensor(parameter, index, checkpoint, checkpoint.raw, device)
         checkpoint.release(name)
-        progress(raw.nbytes)
+        progress(stored)
+
+
+def store_tensor(
+    parameter: Parameter, index: int, checkpoint: Checkpoint, raw: Callable[[str], np.ndarray], device: Device
+) -> int:
+    """Fill ``parameter`` from its tensor number ``index``, whose stored bytes ``raw`` gives by its name.
+
+    Returns how many bytes of it were used.
+    """
+    weight, name = parameter.weight, parameter.weight.tensors()[index]
+    info = checkpoint.tensors.get(name)
+    shape, whole = (size if weight.stack is None else size[1:] for size in (weight.shape, weight.whole_shape))
+    stored = whole[::-1] if weight.transform.transpose else whole
+    if info is None or info.shape != stored or info.format != weight.format:
+        found = "is missing" if info is None else f"is {info.format}{list(info.shape)}"
+        message = f"tensor '{name}' of {checkpoint.path} {found}, the plan says {weight.format}{list(stored)}"
+        raise WeightsError("weights.changed", message, remedy="compile the plan again")
+    part = weight.part if weight.stack is None else None  # of a stack, a part is some of its tensors
+    used = transformed(raw(name), info.format, info.shape, weight.transform, part)
+    device.store(parameter.array, used, info.format, shape, None if weight.stack is None else index)
+    return used.nbytes
 
 
 def transformed(

@@ -3,13 +3,19 @@
 The window has two slots, and the streamed layers take them in turn: while one is computed, a thread copies the next
 one, and after the last of a step the first of the next step. A layer always lies in the same slot, so tapes are bound
 once. Layers come from host memory, in the device's own layout, or from the checkpoint on disk, packed anew each time.
+They come in pieces: whoever has to wait for a layer brings some of them itself. Where a device computes with all cores,
+nothing is copied meanwhile: its own threads copy each layer when it is reached.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -17,12 +23,37 @@ import numpy as np
 from labinfer.backends.base import Device, capabilities
 from labinfer.compiler.graph import Weight
 from labinfer.compiler.plan import Stage
-from labinfer.errors import InvalidFile
-from labinfer.runtime.parameters import Progress, read_weight
+from labinfer.errors import InvalidFile, LabinferError
+from labinfer.runtime.parameters import Progress, read_weight, store_tensor
 from labinfer.runtime.variables import Parameter
 from labinfer.runtime.weights import Checkpoint
+from labinfer.runtime.weights.tensor_reader import TensorReader
 
 SLOTS = 2
+
+Piece = Callable[[], None]
+"""Brings a part of a layer."""
+
+
+@dataclass(slots=True)
+class Arrival:
+    """A layer on its way: threads that bring it take ``pieces`` in turn; one that fails spoils it."""
+
+    layer: int
+    pieces: Iterator[Piece]
+    problem: BaseException | None = None
+
+    def bring(self) -> None:
+        """Bring pieces until none is left. What is wrong with one is kept; an interrupt goes on."""
+        try:
+            for piece in self.pieces:
+                piece()
+        except BaseException as error:
+            self.problem = error
+            for _ in self.pieces:  # which would be brought later, over another layer
+                pass
+            if not isinstance(error, Exception):
+                raise
 
 
 class StreamedWeights:
@@ -52,13 +83,16 @@ class StreamedWeights:
                 array = device.parameter(self.window, offset, weight.format, weight.shape)
                 self.by_layer[layer].append(Parameter(weight.name, device.name, weight, array))
                 offset += weight_bytes(weight.format, weight.shape)
-        self.copies: dict[int, np.ndarray] = {}
+        self.pieces: dict[int, list[Piece]] = {}
+        self.reader: TensorReader | None = None
         self.current: int | None = None
-        self.next = 0  # place of the layer that arrives next
-        self.arrived = threading.Semaphore(0)
-        self.free = [threading.Semaphore(1) for _ in range(SLOTS)]
+        self.coming = Arrival(self.layers[0], iter(()))
+        self.arrived = SimpleQueue[Arrival]()
+        self.free = [SimpleQueue[None]() for _ in range(SLOTS)]
+        for each in self.free:
+            each.put(None)
+        self.ahead = self.from_disk or not device.fills_host  # else a thread would take the cores that compute
         self.closing = False
-        self.problem: BaseException | None = None
         self.thread: threading.Thread | None = None
 
     def slot(self, layer: int) -> int:
@@ -71,65 +105,93 @@ class StreamedWeights:
 
     def load(self, checkpoint: Checkpoint, progress: Progress) -> None:
         """Read all layers into host memory, if they come from there, and begin to stream."""
-        if not self.from_disk:
-            for layer in self.layers:
-                self.read(layer, checkpoint, progress)
-                copy = self.copies[layer] = self.device.host_memory(self.sizes[layer]).view(np.int32)
-                self.device.move_out(self.in_window(layer), copy)
-        bring = (lambda layer: self.read(layer, checkpoint, lambda nbytes: None)) if self.from_disk else self.copy
-        self.thread = threading.Thread(target=self.run, args=(bring,), name="labinfer-weights", daemon=True)
-        self.thread.start()
+        if self.from_disk:
+            self.reader = TensorReader(checkpoint)
+            self.pieces = {layer: self.disk_pieces(layer, checkpoint, self.reader) for layer in self.layers}
+        else:
+            self.pieces = {layer: self.host_pieces(layer, checkpoint, progress) for layer in self.layers}
+        if self.ahead:
+            self.thread = threading.Thread(target=self.run, name="labinfer-weights", daemon=True)
+            self.thread.start()
 
-    def read(self, layer: int, checkpoint: Checkpoint, progress: Progress) -> None:
-        """Fill a layer's slot from the checkpoint."""
+    def host_pieces(self, layer: int, checkpoint: Checkpoint, progress: Progress) -> list[Piece]:
+        """Copies of a layer's bytes, which are read into host memory through its slot."""
         for parameter in self.by_layer[layer]:
             read_weight(parameter, checkpoint, self.device, progress)
+        target = self.device.view(self.window, self.slot(layer) * self.slot_bytes, (self.sizes[layer] // 4,), "i32")
+        copy = self.device.host_memory(self.sizes[layer]).view(np.int32)
+        self.device.move_out(target, copy)
+        count = ((self.ahead and self.device.copy_bytes) or self.sizes[layer]) // 4
+        starts = range(0, len(copy), count)
+        return [self.device.copier(copy[at : at + count], target[at : at + count]) for at in starts]
 
-    def copy(self, layer: int) -> None:
-        """Fill a layer's slot from host memory."""
-        self.device.move_in(self.copies[layer], self.in_window(layer))
+    def disk_pieces(self, layer: int, checkpoint: Checkpoint, reader: TensorReader) -> list[Piece]:
+        """Reading and packing of a layer's tensors, the longest first, so that threads end at about the same time."""
+        return [
+            partial(store_tensor, each, index, checkpoint, reader.read, self.device)
+            for each in sorted(self.by_layer[layer], key=lambda each: -prod(each.weight.shape))
+            for index in range(len(each.weight.tensors()))
+        ]
 
-    def in_window(self, layer: int) -> Any:
-        """A layer's bytes in its slot, as int32."""
-        return self.device.view(self.window, self.slot(layer) * self.slot_bytes, (self.sizes[layer] // 4,), "i32")
-
-    def run(self, bring: Callable[[int], None]) -> None:
+    def run(self) -> None:
         """Bring one layer after another as slots become free, until closed."""
         for layer in itertools.cycle(self.layers):
-            self.free[self.slot(layer)].acquire()
+            self.free[self.slot(layer)].get()
             if self.closing:
                 return
-            try:
-                bring(layer)
-            except BaseException as error:  # told to whoever waits for the layer
-                self.problem = error
-            self.arrived.release()
+            self.coming = arrival = Arrival(layer, iter(self.pieces[layer]))
+            arrival.bring()
+            self.arrived.put(arrival)
 
     def reach(self, layer: int | None) -> None:
         """The ops that follow are those of ``layer``: wait for it, and let the one before be overwritten."""
         if layer == self.current:
             return
         self.end()
+        if layer in self.places and not self.ahead:
+            self.current = layer
+            self.bring(layer)
         while layer in self.places and layer != self.current:  # those that a step which failed did not reach go first
             self.end()
-            self.arrived.acquire()
-            self.current, self.next = self.layers[self.next], (self.next + 1) % len(self.layers)
-            if self.problem is not None:
-                raise self.problem
+            arrival = self.wait()
+            self.current = arrival.layer
+            if layer == self.current and arrival.problem is not None:
+                self.bring(layer)  # once more
+
+    def wait(self) -> Arrival:
+        """The layer that is next, once it has arrived; until then, pieces are brought here too."""
+        try:
+            return self.arrived.get_nowait()
+        except Empty:
+            self.coming.bring()
+            return self.arrived.get()
+
+    def bring(self, layer: int) -> None:
+        """Bring the layer that was reached; what is wrong ends the step."""
+        arrival = Arrival(layer, iter(self.pieces[layer]))
+        arrival.bring()
+        if isinstance(arrival.problem, LabinferError):
+            raise arrival.problem
+        if arrival.problem is not None:
+            message = f"layer {layer} could not be streamed to '{self.device.name}': {arrival.problem}"
+            raise LabinferError("run.stream-failed", message) from arrival.problem
 
     def end(self) -> None:
         """Let the layer that was reached be overwritten."""
         if self.current is not None:
             layer, self.current = self.current, None
-            self.free[self.slot(layer)].release()
+            if self.ahead:
+                self.free[self.slot(layer)].put(None)
 
     def close(self) -> None:
         """End the thread and give the memory back."""
         self.closing = True
         for each in self.free:
-            each.release()
+            each.put(None)
         if self.thread is not None:
             self.thread.join()
+        if self.reader is not None:
+            self.reader.close()
         self.by_layer.clear()
-        self.copies.clear()
+        self.pieces.clear()
         self.device.deallocate(self.window)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import numpy as np
@@ -85,6 +85,7 @@ class CpuDevice(HostDevice):
         super().__init__(name, memory_limit)
         self.threads = threads or default_threads()
         self.loaders = self.threads
+        self.fills_host = self.threads >= default_threads()
         self.workers = Workers(self.threads)
         self.rope_tables = RopeTables(self)
         self.latents: set[int] = set()
@@ -109,6 +110,20 @@ class CpuDevice(HostDevice):
                 pack(format, part, shape[-2], shape[-1], matrix)
         else:
             np.copyto(parameter, dequantize(raw, format, shape))
+
+    def copier(self, host: Any, destination: Any) -> Callable[[], None]:
+        """A copy of four-byte numbers without gaps; by all workers, where they would be disturbed by another thread."""
+        if not self.fills_host:
+            return super().copier(host, destination)
+        count = gcd(host.size, 64)  # parts, which the workers share
+        part = host.size // count
+        tape = Tape([Row("copy_step", (count, host.ctypes.data, part, destination.ctypes.data, part, part))])
+
+        def copy() -> None:
+            self.run_tape(tape, None)
+            _ = host, destination  # live as long as what copies them
+
+        return copy
 
     def rows(
         self, calls: Sequence[tuple[Kernel, Call]], clock: np.ndarray | None = None
