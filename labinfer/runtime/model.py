@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Listing
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from itertools import count
 from operator import index
 from typing import TYPE_CHECKING, Any, Self
@@ -24,6 +25,7 @@ from labinfer.runtime.parameters import Parameters, Progress
 from labinfer.runtime.pipeline.message import StepMessage
 from labinfer.runtime.pipeline.pipeline import Pipeline
 from labinfer.runtime.pipeline.transport import check_transport
+from labinfer.runtime.pipeline.workers import StageProcesses, StageThreads, Workers
 from labinfer.runtime.stage import LoadedStage
 from labinfer.runtime.step_memory import StepBatch
 from labinfer.runtime.variables import Tensor, Variable
@@ -74,6 +76,7 @@ class Model:
         transport = transport and check_transport(transport)
         self.stages: list[LoadedStage] = []  # those of this process
         self.pipeline: Pipeline | None = None
+        self.start_workers: Callable[[Plan], Workers] | None = None  # where they can be started again
         self.closed = False
         self.memory = ExitStack()
         self.adapters = Adapters(0, ())
@@ -90,13 +93,8 @@ class Model:
             self.memory.callback(self.cache.close)
             self.blocks = self.cache.blocks
             if transport is not None:
-                self.pipeline = self.memory.enter_context(closing(Pipeline(plan, transport)))
-                if self.stages:
-                    self.pipeline.start_threads(self.stages, self.manager.cores)
-                else:
-                    self.pipeline.start_processes(checkpoint.path, self.manager.cores, progress, compiling)
-            copy_blocks = self.pipeline.copy_blocks if self.pipeline else self.cache.copy_blocks
-            self.batch = Batch(plan.limits, self.blocks, copy_blocks)
+                self.start_pipeline(transport, checkpoint, progress, compiling)
+            self.batch = Batch(plan.limits, self.blocks, self.copy_blocks)
         except BaseException:
             self.close()
             raise
@@ -109,6 +107,42 @@ class Model:
             self.stages.append(self.memory.enter_context(closing(LoadedStage(self.plan, number, device))))
         for loaded in self.stages:
             loaded.load(checkpoint, progress, compiling)
+
+    def start_pipeline(
+        self, transport: str, checkpoint: Checkpoint, progress: Progress, compiling: Callable[[int, int], None]
+    ) -> None:
+        """Start threads for the stages that are loaded, or processes that load them."""
+        cores = self.manager.cores
+        if self.stages:
+            self.pipeline = Pipeline(self.plan, StageThreads(self.plan, self.stages, cores))
+        else:
+            self.start_workers = partial(
+                StageProcesses, transport=transport, checkpoint=checkpoint.path, cores=cores, progress=progress,
+                compiling=compiling,
+            )  # fmt: skip
+            self.pipeline = Pipeline(self.plan, self.start_workers(self.plan))
+        self.memory.callback(self.close_pipeline)
+
+    def close_pipeline(self) -> None:
+        """End the stages that run."""
+        assert self.pipeline is not None
+        self.pipeline.close()
+
+    def recover(self) -> None:
+        """Start the stages of a pipeline anew. What sessions have computed is computed again when they go on.
+
+        Raises what keeps them from starting: ``StageDied`` if another try may help.
+        """
+        assert self.start_workers is not None
+        with self.lock:
+            self.check_open()
+            self.close_pipeline()
+            self.batch.forget()
+            self.pipeline = Pipeline(self.plan, self.start_workers(self.plan))
+
+    def copy_blocks(self, copies: Listing[tuple[int, int, int]]) -> None:
+        """Copy cache blocks (group, source, target) in every stage, before the next step."""
+        (self.pipeline or self.cache).copy_blocks(copies)
 
     @property
     def parameters(self) -> list[Parameters]:
@@ -148,6 +182,8 @@ class Model:
         """One step through all stages: float32 logits [rows, vocab_size], which hold until the next step."""
         self.check_open()
         if self.pipeline is not None:
+            if self.pipeline.broken is not None:
+                self.engine.recover(self.pipeline.broken)
             result = self.pipeline.wait(self.pipeline.submit(StepMessage(batch, wants_logits=True)))
             assert result.logits is not None
             return result.logits

@@ -33,6 +33,10 @@ STOPPED_AFTER, STUCK_AFTER = 1.0, 10.0
 """Seconds without a beat after which a process that is stopped, and any process, counts as dead."""
 
 
+class StageDied(LabinferError):
+    """A stage's process is dead; whatever it held is lost."""
+
+
 class StageProcess:
     """The process of one stage; ``name`` says which in errors, ``start`` tells it what to run."""
 
@@ -52,7 +56,7 @@ class StageProcess:
         """Take the messages that have come, of which the last is that it is ready; raises what went wrong there."""
         lines = self.read()
         if lines is None:
-            raise LabinferError("pipeline.start", f"{self.name} ended while it was loaded: {self.cause()}")
+            raise StageDied("pipeline.start", f"{self.name} ended while it was loaded: {self.cause()}")
         for line in lines:
             if "error" in line:
                 raise decode_error(json.dumps(line["error"]).encode())

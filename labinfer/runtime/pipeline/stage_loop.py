@@ -46,9 +46,14 @@ class Links:
     tokens_in: Channel | None
     tokens_out: Channel | None
 
+    def named(self) -> dict[str, Channel]:
+        """Those that it has, by name."""
+        ends = {name: getattr(self, name) for name in self.__slots__}
+        return {name: end for name, end in ends.items() if end is not None}
+
     def all(self) -> list[Channel]:
         """Those that it has."""
-        return [each for each in (self.inbound, self.outbound, self.tokens_in, self.tokens_out) if each is not None]
+        return list(self.named().values())
 
 
 class StageLoop:

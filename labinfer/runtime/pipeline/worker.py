@@ -19,7 +19,7 @@ from labinfer.runtime.manager import Manager
 from labinfer.runtime.pipeline.message import encode_error
 from labinfer.runtime.pipeline.process import BEAT
 from labinfer.runtime.pipeline.stage_loop import Links, StageLoop
-from labinfer.runtime.pipeline.transport import attach
+from labinfer.runtime.pipeline.transport import Channel, Keys, attach
 from labinfer.runtime.stage import LoadedStage
 from labinfer.runtime.weights import open_checkpoint
 
@@ -69,9 +69,7 @@ def prepare(parent: Parent) -> StageLoop:
     start = parent.start
     plan, number = Plan.model_validate(start["plan"]), start["stage"]
     stay_on(start["cores"])
-    links = {
-        name: attach(start["transport"], descriptors, start["limit"]) for name, descriptors in start["links"].items()
-    }
+    links = {name: open_link(link, start["limit"]) for name, link in start["links"].items()}
     name = plan.stages[number].device
     stage = LoadedStage(plan, number, Manager().device(name, plan.devices[name].threads))
     stage.load(
@@ -81,6 +79,12 @@ def prepare(parent: Parent) -> StageLoop:
     )
     ends = Links(links["inbound"], links["outbound"], links.get("tokens_in"), links.get("tokens_out"))
     return StageLoop(plan, number, stage, ends)
+
+
+def open_link(link: dict[str, Any], limit: int) -> Channel:
+    """The end of a channel that the parent describes; one to another host has keys, as hexadecimal text."""
+    keys = Keys(*map(bytes.fromhex, link["keys"])) if "keys" in link else None
+    return attach(link["transport"], link["descriptors"], limit, keys)
 
 
 if __name__ == "__main__":

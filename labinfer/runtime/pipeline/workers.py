@@ -1,0 +1,170 @@
+"""Those who run the stages of a pipeline: threads of this process, or processes of this machine.
+
+All are wired alike: a chain of channels from the engine through the stages and back to it, and one on which the tokens
+go from the last stage to the first.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from labinfer.compiler.plan import Plan
+from labinfer.errors import UsageError
+from labinfer.runtime.pipeline.message import frame_bytes
+from labinfer.runtime.pipeline.process import StageProcess, Watch, wait_until_ready
+from labinfer.runtime.pipeline.stage_loop import Links, StageLoop
+from labinfer.runtime.pipeline.transport import Channel, open_channel
+from labinfer.runtime.stage import LoadedStage
+
+TOKEN_RING_BYTES = 1 << 16
+
+
+class Workers(ABC):
+    """Stages that run. Steps are sent to ``sender``, what they make is received from ``receiver``."""
+
+    sender: Channel
+    receiver: Channel
+
+    @abstractmethod
+    def watch(self, died: Callable[[str], None]) -> None:
+        """Call ``died`` from now on, once, with how the first of them died."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """End them at once, and wake whoever waits for them."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End them, and wake whoever waits for them."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Give back what is left; nobody waits any more."""
+
+
+class LocalWorkers(Workers):
+    """Those of this machine, wired by channels of one ``transport``."""
+
+    def __init__(self, plan: Plan, transport: str) -> None:
+        self.limit = frame_bytes(plan)
+        count = len(plan.stages)
+        chain = [open_channel(transport, 2 * self.limit, self.limit) for _ in range(count + 1)]
+        tokens_out, tokens_in = open_channel(transport, TOKEN_RING_BYTES, self.limit)
+        self.sender, self.receiver = chain[0][0], chain[-1][1]
+        self.links = [
+            Links(
+                chain[number][1], chain[number + 1][0],
+                tokens_in if number == 0 else None, tokens_out if number == count - 1 else None,
+            )
+            for number in range(count)
+        ]  # fmt: skip
+
+    @property
+    def ends(self) -> list[Channel]:
+        """All ends of channels that this process has."""
+        return [self.sender, self.receiver, *(end for links in self.links for end in links.all())]
+
+    def kill(self) -> None:
+        """See ``Workers.kill``."""
+        for end in (self.sender, self.receiver):
+            end.close()
+
+    def stop(self) -> None:
+        """See ``Workers.stop``."""
+        for end in self.ends:
+            end.close()
+
+    def release(self) -> None:
+        """See ``Workers.release``."""
+        for end in self.ends:
+            end.release()
+
+
+class StageThreads(LocalWorkers):
+    """Loaded stages in threads of this process, each on the cores of its device."""
+
+    def __init__(self, plan: Plan, stages: Sequence[LoadedStage], cores: Mapping[str, Sequence[int]]) -> None:
+        super().__init__(plan, "local")
+        self.threads: list[threading.Thread] = []
+        for number, (stage, links) in enumerate(zip(stages, self.links, strict=True)):
+            loop = StageLoop(plan, number, stage, links, cores.get(stage.device.name, ()))
+            self.threads.append(threading.Thread(target=loop.run, name=f"labinfer-stage-{number}", daemon=True))
+            self.threads[-1].start()
+
+    def watch(self, died: Callable[[str], None]) -> None:
+        """Threads die with all of us."""
+
+    def release(self) -> None:
+        """See ``Workers.release``."""
+        for thread in self.threads:
+            thread.join()
+        super().release()
+
+
+class StageProcesses(LocalWorkers):
+    """A process for each stage, which has loaded its own weights by the time this is made."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        transport: str,
+        checkpoint: Path,
+        cores: Mapping[str, Sequence[int]],
+        progress: Callable[[int], None],
+        compiling: Callable[[int, int], None],
+    ) -> None:
+        check_adapters(plan)
+        super().__init__(plan, transport)
+        self.stages: list[StageProcess] = []
+        self.watcher: Watch | None = None
+        written = plan.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        try:
+            for number, (stage, links) in enumerate(zip(plan.stages, self.links, strict=True)):
+                start = {
+                    "plan": written, "stage": number, "checkpoint": str(checkpoint), "limit": self.limit,
+                    "cores": list(cores.get(stage.device, ())),
+                    "links": {
+                        name: {"transport": transport, "descriptors": end.descriptors}
+                        for name, end in links.named().items()
+                    },
+                }  # fmt: skip
+                descriptors = [each for end in links.all() for each in end.descriptors]
+                self.stages.append(StageProcess(f"stage {number} ({stage.device})", start, descriptors))
+            for links in self.links:
+                for end in links.all():
+                    end.release()
+            self.links = []
+            wait_until_ready(self.stages, progress, compiling)
+        except BaseException:
+            self.stop()
+            self.release()
+            raise
+
+    def watch(self, died: Callable[[str], None]) -> None:
+        """See ``Workers.watch``."""
+        self.watcher = Watch(self.stages, died)
+
+    def kill(self) -> None:
+        """See ``Workers.kill``."""
+        super().kill()
+        for stage in self.stages:
+            stage.process.kill()
+
+    def stop(self) -> None:
+        """See ``Workers.stop``."""
+        if self.watcher is not None:
+            self.watcher.close()
+            self.watcher = None
+        for stage in self.stages:
+            stage.close()
+        super().stop()
+
+
+def check_adapters(plan: Plan) -> None:
+    """Raise ``UsageError`` for a plan with adapters, which are in the memory of the process that asks."""
+    if plan.limits.max_loras:
+        message = "adapters cannot be given to stages in other processes"
+        raise UsageError("pipeline.adapters", message, remedy="run the plan with --transport local")
