@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from labinfer.cli.options import COUNT, given, json_option, lora_request, plan_options
+from labinfer.cli.options import (
+    COUNT,
+    cluster_options,
+    given,
+    json_option,
+    load_over_cluster,
+    lora_request,
+    plan_options,
+)
 from labinfer.cli.output import current
 from labinfer.cli.sampling_options import sampling_options, take_params
 from labinfer.errors import UsageError
@@ -85,6 +93,7 @@ class Answering:
     type=click.Choice(["local", "shm", "tcp"]),
     help="Run the plan's stages at the same time: in threads (local), or in processes over shm or tcp.",
 )
+@cluster_options
 @click.option("--stats", is_flag=True, help="Show times, speed and memory on stderr.")
 @json_option
 def run(
@@ -201,7 +210,11 @@ def _load(
     from labinfer.runtime.speculation import SpeculativeConfig
 
     config = SpeculativeConfig(**guessing) if guessing else None
+    if "cluster" in options and (config or lora or transport):
+        raise UsageError("cli.usage", "over a cluster there is no speculation, no adapter and no other transport")
     with current().progress() as progress:
+        if "cluster" in options:
+            return load_over_cluster(model, weights, progress, {**ONE_SEQUENCE, **options})
         if model is not None and is_plan(model):
             # Errors name the file.
             return LLM(

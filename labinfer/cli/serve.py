@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from labinfer.cli.config_file import config_option
-from labinfer.cli.options import COUNT, given, json_option, lora_request, plan_options
+from labinfer.cli.options import (
+    COUNT,
+    cluster_options,
+    given,
+    json_option,
+    load_over_cluster,
+    lora_request,
+    plan_options,
+)
 from labinfer.cli.output import current
 from labinfer.errors import UsageError
 
@@ -47,6 +55,7 @@ CACHE_BYTES = 1 << 30
 @click.option(
     "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Of the log."
 )
+@cluster_options
 @plan_options
 @json_option
 def serve(
@@ -132,12 +141,17 @@ def _load(
             defaults = {"max_num_seqs": SEQUENCES, "max_logits_rows": SEQUENCES}
             if "num_blocks" not in options:
                 defaults["kv_memory"] = CACHE_BYTES
-            if adapters:
-                ranks = [adapter_rank(each.path) for each in adapters]
-                defaults |= {"max_loras": len(adapters), "max_lora_rank": max(ranks)}
-            plan = find_plan(model, weights=weights, progress=progress, defaults=defaults, **options)
-            phases["compile"], started = time.perf_counter() - started, time.perf_counter()
-            llm = LLM(plan, weights=weights, progress=progress)
+            if "cluster" in options:
+                if adapters:
+                    raise UsageError("cli.usage", "over a cluster there are no adapters")
+                llm = load_over_cluster(model, weights, progress, {**defaults, **options})
+            else:
+                if adapters:
+                    ranks = [adapter_rank(each.path) for each in adapters]
+                    defaults |= {"max_loras": len(adapters), "max_lora_rank": max(ranks)}
+                plan = find_plan(model, weights=weights, progress=progress, defaults=defaults, **options)
+                phases["compile"], started = time.perf_counter() - started, time.perf_counter()
+                llm = LLM(plan, weights=weights, progress=progress)
     phases["load"] = time.perf_counter() - started
     return llm
 

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Listing
 from contextlib import ExitStack, closing, contextmanager
-from functools import partial
 from itertools import count
 from operator import index
 from typing import TYPE_CHECKING, Any, Self
@@ -25,7 +24,7 @@ from labinfer.runtime.parameters import Parameters, Progress
 from labinfer.runtime.pipeline.message import StepMessage
 from labinfer.runtime.pipeline.pipeline import Pipeline
 from labinfer.runtime.pipeline.transport import check_transport
-from labinfer.runtime.pipeline.workers import StageProcesses, StageThreads, Workers
+from labinfer.runtime.pipeline.workers import Fleet, ProcessFleet, StageThreads
 from labinfer.runtime.stage import LoadedStage
 from labinfer.runtime.step_memory import StepBatch
 from labinfer.runtime.variables import Tensor, Variable
@@ -51,7 +50,7 @@ class Model:
     """Runs a plan. Use it as a context manager, or ``close`` it: weights, cache and arenas are given back at once.
 
     Without a ``transport`` its stages run one after another in the thread that asks; with one they are a pipeline, in
-    threads (``local``) or processes (``shm``, ``tcp``) of their own.
+    threads (``local``), processes (``shm``, ``tcp``) or wherever a ``Fleet`` runs them.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class Model:
         compiling: Callable[[int, int], None] = lambda done, total: None,
         cache: CacheOptions | None = None,
         seed: int | None = None,
-        transport: str | None = None,
+        transport: str | Fleet | None = None,
     ) -> None:
         self.seed = seed
         self.proposer: Proposer | None = None  # for speculation
@@ -73,27 +72,28 @@ class Model:
         self.owns_manager = manager is None
         self.owner = f"{plan.source.name} #{next(_numbers)}"
         self.lock = threading.RLock()  # held by whoever runs steps
-        transport = transport and check_transport(transport)
+        if isinstance(transport, str):
+            check_transport(transport)
         self.stages: list[LoadedStage] = []  # those of this process
         self.pipeline: Pipeline | None = None
-        self.start_workers: Callable[[Plan], Workers] | None = None  # where they can be started again
+        self.fleet: Fleet | None = None  # what stages run on that are not in this process
         self.closed = False
         self.memory = ExitStack()
         self.adapters = Adapters(0, ())
         try:
             check_devices(plan)
-            if transport is not None:
-                self.manager.claim_cores({stage.device: plan.devices[stage.device].threads for stage in plan.stages})
-            for stage in plan.stages:
-                self.manager.grant(self.owner, stage.device, stage.bytes.total)
+            if transport is None or isinstance(transport, str):
+                self.claim(plan, transport)
             if transport in (None, "local"):
                 self.load_stages(checkpoint, progress, compiling)
             caches = [stage.cache for stage in self.stages]
             self.cache = Cache(plan, caches, cache or CacheOptions(), swaps=transport is None)
             self.memory.callback(self.cache.close)
             self.blocks = self.cache.blocks
+            if isinstance(transport, str) and transport != "local":
+                transport = ProcessFleet(transport, checkpoint.path, self.manager.cores, progress, compiling)
             if transport is not None:
-                self.start_pipeline(transport, checkpoint, progress, compiling)
+                self.start_pipeline(transport)
             self.batch = Batch(plan.limits, self.blocks, self.copy_blocks)
         except BaseException:
             self.close()
@@ -108,19 +108,21 @@ class Model:
         for loaded in self.stages:
             loaded.load(checkpoint, progress, compiling)
 
-    def start_pipeline(
-        self, transport: str, checkpoint: Checkpoint, progress: Progress, compiling: Callable[[int, int], None]
-    ) -> None:
-        """Start threads for the stages that are loaded, or processes that load them."""
-        cores = self.manager.cores
-        if self.stages:
-            self.pipeline = Pipeline(self.plan, StageThreads(self.plan, self.stages, cores))
+    def claim(self, plan: Plan, transport: str | None) -> None:
+        """Ask the manager for memory, and for cores where stages run at the same time."""
+        if transport is not None:
+            self.manager.claim_cores({stage.device: plan.devices[stage.device].threads for stage in plan.stages})
+        for stage in plan.stages:
+            self.manager.grant(self.owner, stage.device, stage.bytes.total)
+
+    def start_pipeline(self, transport: str | Fleet) -> None:
+        """Start threads for the stages, which are loaded, or the processes of a fleet, which load them."""
+        if isinstance(transport, str):
+            self.pipeline = Pipeline(self.plan, StageThreads(self.plan, self.stages, self.manager.cores))
         else:
-            self.start_workers = partial(
-                StageProcesses, transport=transport, checkpoint=checkpoint.path, cores=cores, progress=progress,
-                compiling=compiling,
-            )  # fmt: skip
-            self.pipeline = Pipeline(self.plan, self.start_workers(self.plan))
+            self.fleet = transport
+            self.memory.callback(transport.close)
+            self.pipeline = Pipeline(self.plan, transport.start(self.plan))
         self.memory.callback(self.close_pipeline)
 
     def close_pipeline(self) -> None:
@@ -129,16 +131,17 @@ class Model:
         self.pipeline.close()
 
     def recover(self) -> None:
-        """Start the stages of a pipeline anew. What sessions have computed is computed again when they go on.
+        """Start the stages of a pipeline anew, on what there is now; sessions compute again what they had computed.
 
         Raises what keeps them from starting: ``StageDied`` if another try may help.
         """
-        assert self.start_workers is not None
+        assert self.fleet is not None
         with self.lock:
             self.check_open()
             self.close_pipeline()
             self.batch.forget()
-            self.pipeline = Pipeline(self.plan, self.start_workers(self.plan))
+            self.plan = self.fleet.replan(self.plan)
+            self.pipeline = Pipeline(self.plan, self.fleet.start(self.plan))
 
     def copy_blocks(self, copies: Listing[tuple[int, int, int]]) -> None:
         """Copy cache blocks (group, source, target) in every stage, before the next step."""

@@ -121,6 +121,8 @@ class PipelinedEngine(Engine):
         with self.model.lock:
             self.finished = []
             self.make_changes()
+            if self.model.fleet is not None and self.model.fleet.improved:
+                self.recover(StageDied("pipeline.stage-died", "the stages were started on more hosts"))
             self.fill()
             if self.flights:
                 self.settle()
@@ -260,6 +262,7 @@ class PipelinedEngine(Engine):
             self.restarts += 1
             try:
                 self.model.recover()
+                self.scheduler.groups, self.scheduler.turn = len(self.model.plan.stages), 0
                 return
             except StageDied as again:
                 error = again

@@ -12,6 +12,7 @@ import sys
 import threading
 from typing import Any
 
+from labinfer.backends.base import local_name
 from labinfer.compiler.plan import Plan
 from labinfer.errors import LabinferError
 from labinfer.runtime.cores import stay_on
@@ -71,7 +72,7 @@ def prepare(parent: Parent) -> StageLoop:
     stay_on(start["cores"])
     links = {name: open_link(link, start["limit"]) for name, link in start["links"].items()}
     name = plan.stages[number].device
-    stage = LoadedStage(plan, number, Manager().device(name, plan.devices[name].threads))
+    stage = LoadedStage(plan, number, Manager().device(local_name(name), plan.devices[name].threads))
     stage.load(
         open_checkpoint(start["checkpoint"]),  # stays open: layers may be streamed from it
         lambda nbytes: parent.say(loaded=nbytes),

@@ -9,7 +9,9 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from labinfer.compiler.plan import Plan
 from labinfer.errors import UsageError
@@ -43,6 +45,23 @@ class Workers(ABC):
     @abstractmethod
     def release(self) -> None:
         """Give back what is left; nobody waits any more."""
+
+
+class Fleet(Protocol):
+    """What can run the stages of a plan, again and again."""
+
+    def start(self, plan: Plan) -> Workers:
+        """Start the stages of ``plan``, and return once they are loaded; ``StageDied`` where another try may help."""
+
+    def replan(self, plan: Plan) -> Plan:
+        """``plan`` as it is now best run; with the same limits."""
+
+    @property
+    def improved(self) -> bool:
+        """Whether more is there by now than what runs the plan."""
+
+    def close(self) -> None:
+        """Nothing is started any more."""
 
 
 class LocalWorkers(Workers):
@@ -104,30 +123,45 @@ class StageThreads(LocalWorkers):
         super().release()
 
 
+@dataclass(slots=True)
+class ProcessFleet:
+    """Processes of this machine, each with the cores of its device; nothing else ever runs the plan."""
+
+    transport: str
+    checkpoint: Path
+    cores: Mapping[str, Sequence[int]]
+    progress: Callable[[int], None]
+    compiling: Callable[[int, int], None]
+    improved = False
+
+    def start(self, plan: Plan) -> StageProcesses:
+        """See ``Fleet.start``."""
+        return StageProcesses(plan, self)
+
+    def replan(self, plan: Plan) -> Plan:
+        """It stays as it is."""
+        return plan
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
 class StageProcesses(LocalWorkers):
     """A process for each stage, which has loaded its own weights by the time this is made."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        transport: str,
-        checkpoint: Path,
-        cores: Mapping[str, Sequence[int]],
-        progress: Callable[[int], None],
-        compiling: Callable[[int, int], None],
-    ) -> None:
+    def __init__(self, plan: Plan, fleet: ProcessFleet) -> None:
         check_adapters(plan)
-        super().__init__(plan, transport)
+        super().__init__(plan, fleet.transport)
         self.stages: list[StageProcess] = []
         self.watcher: Watch | None = None
         written = plan.model_dump(mode="json", by_alias=True, exclude_defaults=True)
         try:
             for number, (stage, links) in enumerate(zip(plan.stages, self.links, strict=True)):
                 start = {
-                    "plan": written, "stage": number, "checkpoint": str(checkpoint), "limit": self.limit,
-                    "cores": list(cores.get(stage.device, ())),
+                    "plan": written, "stage": number, "checkpoint": str(fleet.checkpoint), "limit": self.limit,
+                    "cores": list(fleet.cores.get(stage.device, ())),
                     "links": {
-                        name: {"transport": transport, "descriptors": end.descriptors}
+                        name: {"transport": fleet.transport, "descriptors": end.descriptors}
                         for name, end in links.named().items()
                     },
                 }  # fmt: skip
@@ -137,7 +171,7 @@ class StageProcesses(LocalWorkers):
                 for end in links.all():
                     end.release()
             self.links = []
-            wait_until_ready(self.stages, progress, compiling)
+            wait_until_ready(self.stages, fleet.progress, fleet.compiling)
         except BaseException:
             self.stop()
             self.release()

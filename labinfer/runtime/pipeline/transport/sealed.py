@@ -36,13 +36,15 @@ class Keys(NamedTuple):
     theirs: bytes
 
 
-def connect(address: tuple[str, int], token: bytes, purpose: bytes) -> tuple[socket.socket, Keys]:
+def connect(
+    address: tuple[str, int], token: bytes, purpose: bytes, seconds: float = HANDSHAKE_SECONDS
+) -> tuple[socket.socket, Keys]:
     """A connection to who listens at ``address`` and knows ``token``, for ``purpose`` (at most 16 bytes).
 
-    Raises ``ChannelClosed`` where nobody does.
+    Raises ``ChannelClosed`` where nobody does, or does not answer within ``seconds``.
     """
     try:
-        connection = socket.create_connection(address, HANDSHAKE_SECONDS)
+        connection = socket.create_connection(address, seconds)
     except OSError as error:
         raise ChannelClosed(f"{address[0]}:{address[1]} cannot be reached: {error}") from None
     try:
