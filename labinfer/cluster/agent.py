@@ -129,8 +129,7 @@ class HostedStage:
 
     def report(self) -> dict[str, Any]:
         """What it is and whether it runs."""
-        silent = time.monotonic() - self.process.heard
-        state = "loading" if not self.process.ready else "running" if silent < 4 * BEAT else "silent"
+        state = "loading" if not self.process.ready else "running" if self.process.missed < 4 else "silent"
         return {"stage": self.process.name, "pid": self.process.process.pid, "state": state}
 
 
@@ -226,8 +225,8 @@ class Session:
             while not self.closed:
                 time.sleep(BEAT)
                 for stage in list(self.stages):
-                    counts = stage.process.ready or stopped(stage.process.process.pid)
-                    if counts and (reason := stage.process.silent()) is not None:
+                    reason, pid = stage.process.silent(), stage.process.process.pid
+                    if reason is not None and (stage.process.ready or stopped(pid)):
                         self.control.say(stage=stage.number, died=f"{stage.process.name} died: {reason}")
                         stage.process.process.kill()
 

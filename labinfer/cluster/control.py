@@ -27,11 +27,14 @@ Address = tuple[str, int]
 
 
 class Control:
-    """One end; ``silence`` seconds without a word from the other close it. Say things from any thread, hear in one."""
+    """One end; ``silence`` seconds without a word from the other close it. Say things from any thread, hear in one.
+
+    Silence is counted in own beats, so that a machine that was asleep, or too busy for both ends, does not count.
+    """
 
     def __init__(self, connection: socket.socket, keys: Keys, silence: float) -> None:
-        connection.settimeout(silence)
         self.channel, self.saying = Sealed(connection, MESSAGE_BYTES, keys), threading.Lock()
+        self.most_missed, self.missed = round(silence / BEAT), 0
         self.closed = False
         self.beating = threading.Thread(target=self.beat, name="labinfer-beat", daemon=True)
         self.beating.start()
@@ -54,6 +57,7 @@ class Control:
 
             try:
                 header = self.channel.receive(place)
+                self.missed = 0
                 message = json.loads(sections[0])
             except (LabinferError, ValueError, IndexError) as error:  # who has the token should know better
                 raise ChannelClosed(f"no message: {error}") from None
@@ -71,11 +75,18 @@ class Control:
         return answer
 
     def beat(self) -> None:
-        """Until it is closed."""
+        """Until it is closed, or the other end is silent."""
+        beat = memoryview(json.dumps({"do": "beat"}).encode())
         with contextlib.suppress(ChannelClosed):
-            while not self.closed:
-                self.say(do="beat")
+            while not self.closed and self.missed < self.most_missed:
+                self.missed += 1
+                if self.saying.acquire(timeout=BEAT):  # not where something large is on its way to who does not read
+                    try:
+                        self.channel.send(CONTROL, 0, [beat])
+                    finally:
+                        self.saying.release()
                 time.sleep(BEAT)
+        self.close()
 
     def close(self) -> None:
         """Wake both ends."""
