@@ -2,8 +2,8 @@
 
     python benchmarks/transport.py [--json FILE]
 
-Bars: 60 microseconds over tcp (loopback), 25 over shm. The ceiling beside them is a pipe of the operating system with
-one byte in it: two system calls and a wake-up, with no frame and nothing copied.
+Bars: 60 microseconds over tcp and over sealed tcp (loopback), 25 over shm. The ceiling beside them is a pipe of the
+operating system with one byte in it: two system calls and a wake-up, with no frame and nothing copied.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from statistics import median
 
-from labinfer.runtime.pipeline.transport import TRANSPORTS, Channel, Header, attach, open_channel
+from labinfer.runtime.pipeline.transport import TRANSPORTS, Channel, Header, Keys, Sealed, attach, open_channel
+from labinfer.runtime.pipeline.transport.tcp import connected_sockets
 
-BARS = {"tcp": 60.0, "shm": 25.0}
+BARS = {"tcp": 60.0, "shm": 25.0, "sealed": 60.0}
+KEYS = Keys(bytes(32), bytes(32))
 SIZE, LIMIT = 16 << 10, 1 << 20
 
 
@@ -42,6 +44,14 @@ def echo(inbound: Channel, outbound: Channel, rounds: int) -> None:
         outbound.send(0, 0, [memory])
 
 
+def ends(transport: str) -> tuple[Channel, Channel]:
+    """The two ends of a channel."""
+    if transport == "sealed":
+        one, other = connected_sockets()
+        return Sealed(one, LIMIT, KEYS), Sealed(other, LIMIT, KEYS)
+    return open_channel(transport, 4 * SIZE, LIMIT)
+
+
 def half_rounds(there_and_back: Callable[[], None], rounds: int) -> list[float]:
     """Microseconds of half of each round."""
     times = []
@@ -54,7 +64,7 @@ def half_rounds(there_and_back: Callable[[], None], rounds: int) -> list[float]:
 
 def hop(transport: str, rounds: int) -> list[float]:
     """Microseconds of one hop, for each of ``rounds``."""
-    (out, their_in), (their_out, back) = (open_channel(transport, 4 * SIZE, LIMIT) for _ in range(2))
+    (out, their_in), (their_out, back) = (ends(transport) for _ in range(2))
     memory = memoryview(bytearray(SIZE))
 
     def there_and_back() -> None:
@@ -67,8 +77,8 @@ def hop(transport: str, rounds: int) -> list[float]:
             thread.start()
             stack.callback(thread.join)
         else:
-            ends = [json.dumps(end.descriptors) for end in (their_in, their_out)]
-            command = [sys.executable, __file__, "--echo", transport, *ends, str(rounds)]
+            named = [json.dumps(end.descriptors) for end in (their_in, their_out)]
+            command = [sys.executable, __file__, "--echo", transport, *named, str(rounds)]
             stack.enter_context(subprocess.Popen(command, pass_fds=their_in.descriptors + their_out.descriptors))
         times = half_rounds(there_and_back, rounds)
     for end in (out, their_in, their_out, back):
@@ -100,11 +110,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.echo:
         transport, inbound, outbound, rounds = options.echo
-        echo(*(attach(transport, json.loads(end), LIMIT) for end in (inbound, outbound)), rounds=int(rounds))
+        keys = KEYS if transport == "sealed" else None
+        echo(*(attach(transport, json.loads(end), LIMIT, keys) for end in (inbound, outbound)), rounds=int(rounds))
         return
     found = {"pipe": median(pipe(options.rounds))}
     print(f"ceiling  {found['pipe']:6.1f} µs  a byte through a pipe")
-    for transport in TRANSPORTS:
+    for transport in (*TRANSPORTS, "sealed"):
         times = sorted(hop(transport, options.rounds))
         found[transport] = median(times)
         bar = f"  bar {BARS[transport]:.0f} µs" if transport in BARS else ""

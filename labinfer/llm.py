@@ -19,6 +19,7 @@ from labinfer.runtime.cache import CacheOptions
 from labinfer.runtime.eviction import EvictionPolicy, LeastRecentlyUsed
 from labinfer.runtime.manager import Manager
 from labinfer.runtime.model import Model
+from labinfer.runtime.pipeline.workers import Fleet
 from labinfer.runtime.scheduler import Policy
 from labinfer.runtime.speculation import DraftModel, PromptLookup, Proposer, SpeculativeConfig
 from labinfer.runtime.tokenizer import Tokenizer
@@ -41,7 +42,8 @@ class LLM(Model):
     and are refused for a plan, which has decided them. ``progress`` shows the weights being loaded. ``seed`` makes
     requests without a seed of their own repeatable, in the order in which they come. The keywords from
     ``enable_prefix_caching`` to ``cold_bytes`` are those of ``labinfer.runtime.cache.CacheOptions``; ``transport``
-    makes the plan's stages a pipeline (``local``, ``shm``, ``tcp``); ``policy`` decides what each step computes.
+    makes the plan's stages a pipeline (``local``, ``shm``, ``tcp``, or the fleet of ``labinfer.cluster``); ``policy``
+    decides what each step computes.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class LLM(Model):
         cold_folder: str | Path | None = None,
         cold_bytes: int = 10 * 10**9,
         speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
-        transport: str | None = None,
+        transport: str | Fleet | None = None,
         policy: Policy | None = None,
         **options: Any,
     ) -> None:

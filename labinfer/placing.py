@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
-from labinfer.backends.base import BACKENDS, fingerprint
+from labinfer.backends.base import BACKENDS, fingerprint, local_name
 from labinfer.compiler.cluster import Cluster, ClusterDevice, read_cluster
 from labinfer.compiler.costs import Costs, DeviceProfile, LinkProfile, Measured, load_profile
 from labinfer.compiler.costs.roofline import Roofline, specification
@@ -46,7 +46,7 @@ def cluster_target(cluster: Cluster, name: str, device: ClusterDevice) -> Target
             ("f32", "bf16", "f16"), no_tables, None, memory=device.memory or spec.memory, declared=f"like {spec.name}",
         )  # fmt: skip
     profile = foreign_profile(cluster, name)
-    kind = profile.device.kind if profile else name.partition(":")[0]
+    kind = profile.device.kind if profile else local_name(name).partition(":")[0]
     if kind not in BACKENDS:
         remedy = did_you_mean(kind, BACKENDS) or f"real devices: {', '.join(BACKENDS)}; declare others with 'like'"
         raise InvalidFile("cluster.device", f"there is no device '{name}'", place=place, remedy=remedy)
@@ -110,11 +110,12 @@ def device_costs(cluster: Cluster, target: Target) -> Costs:
 def link_between(cluster: Cluster, source: str, target: str) -> LinkProfile:
     """The link that the file gives for two devices, or for their hosts; else what was measured, or an assumption."""
     one, other = cluster.devices[source], cluster.devices[target]
-    for ends in ({source, target}, {one.host, other.host}):
+    hosts = cluster.host_of(source), cluster.host_of(target)
+    for ends in ({source, target}, set(hosts)):
         for link in reversed(cluster.links):
             if set(link.between) == ends:
                 return LinkProfile(latency=link.latency, bandwidth=link.bandwidth, origin="derived")
-    if one.host != other.host:
+    if hosts[0] != hosts[1]:
         return REMOTE_LINK
     if one.declared or other.declared:
         return LOCAL_LINK

@@ -156,27 +156,34 @@ def test_streams_end_well_when_sigterm_comes_under_load(tiny_model: Path, home: 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_stage_that_dies_is_told_to_every_stream_and_ends_the_service(
-    tiny_model: Path, home: Path, number: int
-) -> None:
+def test_streams_go_on_after_a_stage_died(tiny_model: Path, home: Path, number: int) -> None:
     options = ("--devices", "reference,reference:1", "--transport", "shm")
     with serving(tiny_model, home, *options) as (process, client):
-        stages = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-        stages = [pid for pid in stages if b"pipeline" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        stages = stages_of(process.pid)
         assert len(stages) == 2
-        events: list[str] = []
+        asked = {**LONG, "max_tokens": 300, "temperature": 0}
+        expected = client.post("/v1/completions", json=asked).json()["choices"][0]["text"]
+        texts: list[str] = []
 
         def ask() -> None:
-            with client.stream("POST", "/v1/completions", json={**LONG, "max_tokens": 4000, "stream": True}) as answer:
-                events.extend(answer.iter_lines())
+            with client.stream("POST", "/v1/completions", json={**asked, "stream": True}) as answer:
+                for line in answer.iter_lines():
+                    if line.startswith("data: {"):
+                        texts.extend(choice["text"] for choice in json.loads(line[6:])["choices"])
 
         thread = threading.Thread(target=ask)
         thread.start()
-        wait_for(lambda: len(events) > 4, 20)
+        wait_for(lambda: len(texts) > 4, 20)
         os.kill(stages[1], number)
-        thread.join(20)
-        assert [line for line in events if '"pipeline.stage-died"' in line]
-        assert process.wait(20) == 1
-        log = log_of(process)
-    assert "error[pipeline.stage-died]" in log
+        assert len(texts) < 200
+        thread.join(40)
+        assert "".join(texts) == expected
+        assert len(stages_of(process.pid)) == 2
+        assert end(process) == 0
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in stages))
+
+
+def stages_of(server: int) -> list[int]:
+    """The processes that run stages for a server."""
+    children = [int(pid) for pid in Path(f"/proc/{server}/task/{server}/children").read_text().split()]
+    return [pid for pid in children if b"pipeline" in Path(f"/proc/{pid}/cmdline").read_bytes()]

@@ -290,9 +290,14 @@ class Device(ABC):
         """What it is, in a few words."""
 
 
+def local_name(name: str) -> str:
+    """``cuda:1`` for ``cuda:1@alpha``: what a device is called on its own host."""
+    return name.partition("@")[0]
+
+
 def device_kind(name: str) -> str:
     """``reference`` for ``reference:1``; an unknown kind or a bad number is a ``DoesNotFit`` or ``UsageError``."""
-    kind, colon, number = name.partition(":")
+    kind, colon, number = local_name(name).partition(":")
     if kind not in BACKENDS:
         remedy = did_you_mean(kind, BACKENDS) or f"known devices: {', '.join(BACKENDS)}"
         raise DoesNotFit("device.unknown", f"there is no device '{name}'", remedy=remedy)

@@ -46,6 +46,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "rm": ("labinfer.cli.models:rm", "Remove pulled models from the cache."),
     },
     "Machine": {
+        "cluster": ("labinfer.cli.cluster:cluster", "Start, show or end the agents of a cluster's hosts."),
         "config": ("labinfer.cli.config:config", "Show the options that `labinfer serve` would have."),
         "devices": ("labinfer.cli.devices:devices", "List the devices of this machine."),
         "doctor": ("labinfer.cli.doctor:doctor", "Check this installation and say how to fix it."),

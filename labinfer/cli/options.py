@@ -10,6 +10,8 @@ import click
 from labinfer.units import parse_bytes, parse_count
 
 if TYPE_CHECKING:
+    from labinfer.llm import LLM
+    from labinfer.progress import Progress
     from labinfer.runtime.lora import LoRARequest
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -93,6 +95,29 @@ def plan_options(function: Function) -> Function:
         flags = [f"--{name.replace('_', '-')}", *ALIASES.get(name, []), name]
         function = click.option(*flags, type=kind, metavar=metavar, help=text)(function)
     return click.option("--weights", metavar="PATH", help="Model directory or file to take the weights from.")(function)
+
+
+def cluster_options(function: Function) -> Function:
+    """Give a command ``--cluster`` and ``--token-file``."""
+    token = click.option("--token-file", metavar="FILE", help="With --cluster: its token (default: a kept one).")
+    text = "Hosts whose agents run the stages (see `labinfer cluster`)."
+    return click.option("--cluster", metavar="FILE", help=text)(token(function))
+
+
+def load_over_cluster(model: str | None, weights: str | None, progress: Progress, options: dict[str, Any]) -> LLM:
+    """The model over the hosts of ``options['cluster']``; what a cluster does not do is a usage error."""
+    from pathlib import Path
+
+    from labinfer.cluster.fleet import load
+    from labinfer.errors import UsageError
+
+    options = dict(options)
+    token_file = options.pop("token_file", None)
+    if "devices" in options:
+        raise UsageError("cli.usage", "the cluster file names the devices; give it or --devices, not both")
+    cluster = options.pop("cluster")
+    token = None if token_file is None else Path(token_file)
+    return load(model, cluster, weights=weights, token_file=token, progress=progress, **options)
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from labinfer.cli.options import COUNT, given, json_option, lora_request, plan_options, transport_option
+from labinfer.cli.options import (
+    COUNT,
+    cluster_options,
+    given,
+    json_option,
+    load_over_cluster,
+    lora_request,
+    plan_options,
+    transport_option,
+)
 from labinfer.cli.output import current
 from labinfer.cli.sampling_options import sampling_options, take_params
 from labinfer.errors import UsageError
@@ -81,6 +90,7 @@ class Answering:
     "--draft", metavar="MODEL", help="A smaller model of the same vocabulary, which guesses (default: 4 tokens a step)."
 )
 @transport_option
+@cluster_options
 @click.option("--stats", is_flag=True, help="Show times, speed and memory on stderr.")
 @json_option
 def run(
@@ -193,7 +203,11 @@ def _load(
     from labinfer.runtime.speculation import SpeculativeConfig
 
     config = SpeculativeConfig(**guessing) if guessing else None
+    if "cluster" in options and (config or lora or transport):
+        raise UsageError("cli.usage", "over a cluster there is no speculation, no adapter and no other transport")
     with current().progress() as progress:
+        if "cluster" in options:
+            return load_over_cluster(model, weights, progress, {**ONE_SEQUENCE, **options})
         if model is not None and is_plan(model):
             # Errors name the file.
             return LLM(

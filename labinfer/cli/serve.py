@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from labinfer.cli.config_file import config_option
-from labinfer.cli.options import COUNT, device_quota, given, json_option, lora_request, plan_options, transport_option
+from labinfer.cli.options import (
+    COUNT,
+    cluster_options,
+    device_quota,
+    given,
+    json_option,
+    load_over_cluster,
+    lora_request,
+    plan_options,
+    transport_option,
+)
 from labinfer.cli.output import current
 from labinfer.errors import UsageError
 
@@ -62,6 +72,7 @@ CACHE_BYTES = 1 << 30
 )
 @click.option("--otlp-traces-endpoint", metavar="URL", help="Where to send OpenTelemetry's spans of requests.")
 @transport_option
+@cluster_options
 @plan_options
 @json_option
 def serve(
@@ -170,12 +181,17 @@ def _load(
             defaults = {"max_num_seqs": SEQUENCES, "max_logits_rows": SEQUENCES}
             if "num_blocks" not in options:
                 defaults["kv_memory"] = CACHE_BYTES
-            if adapters:
-                ranks = [adapter_rank(each.path) for each in adapters]
-                defaults |= {"max_loras": len(adapters), "max_lora_rank": max(ranks)}
-            plan = find_plan(model, weights=weights, progress=progress, defaults=defaults, **options)
-            phases["compile"], started = time.perf_counter() - started, time.perf_counter()
-            llm = LLM(plan, weights=weights, manager=manager, progress=progress, transport=transport)
+            if "cluster" in options:
+                if adapters:
+                    raise UsageError("cli.usage", "over a cluster there are no adapters")
+                llm = load_over_cluster(model, weights, progress, {**defaults, **options})
+            else:
+                if adapters:
+                    ranks = [adapter_rank(each.path) for each in adapters]
+                    defaults |= {"max_loras": len(adapters), "max_lora_rank": max(ranks)}
+                plan = find_plan(model, weights=weights, progress=progress, defaults=defaults, **options)
+                phases["compile"], started = time.perf_counter() - started, time.perf_counter()
+                llm = LLM(plan, weights=weights, manager=manager, progress=progress, transport=transport)
     phases["load"] = time.perf_counter() - started
     return loaded.enter_context(llm), phases
 

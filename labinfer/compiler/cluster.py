@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -51,7 +52,7 @@ class ClusterModel(BaseModel):
 
 
 class ClusterDevice(ClusterModel):
-    """A device: a real one of this machine by its name (``cpu``, ``cpu:1``), or a declared one.
+    """A device: a real one by its name (``cpu``, ``cpu:1``, ``cpu@alpha`` of host alpha), or a declared one.
 
     A declared device is ``like`` one of the catalogue, or one whose ``profile`` was measured elsewhere. Plans for it
     can be compiled and explained, but not run here.
@@ -76,6 +77,31 @@ class ClusterDevice(ClusterModel):
         return self
 
 
+class ClusterHost(ClusterModel):
+    """A machine that runs an agent; see ``labinfer cluster up``."""
+
+    address: str = Field(
+        pattern=r"^[A-Za-z0-9_.\-]{1,253}:[0-9]{1,5}$", description="where its agent listens: 10.0.0.1:7700"
+    )
+    ssh: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.@\-]{0,252}$",
+        description="how ssh reaches it, as user@name; without it the agent runs on this machine",
+    )
+
+    python: str = Field(
+        default="python3",
+        pattern=r"^[A-Za-z0-9_./\-]{1,1024}$",
+        description="with ssh: the Python that has labinfer there",
+    )
+
+    @property
+    def endpoint(self) -> tuple[str, int]:
+        """Address and port."""
+        name, _, port = self.address.rpartition(":")
+        return name, int(port)
+
+
 class ClusterLink(ClusterModel):
     """A connection of two hosts or devices, in both directions."""
 
@@ -88,6 +114,9 @@ class Cluster(ClusterModel):
     """A whole cluster file."""
 
     devices: dict[str, ClusterDevice] = Field(min_length=1, max_length=4096, description="devices by name")
+    hosts: dict[str, ClusterHost] = Field(
+        default={}, max_length=4096, description="hosts whose devices run stages, by name"
+    )
     links: list[ClusterLink] = Field(default=[], description="the nearest one given counts: of devices, then of hosts")
     pins: dict[str, str] = Field(
         default={},
@@ -95,6 +124,16 @@ class Cluster(ClusterModel):
     )
     _node: Node
     _file: Path
+
+    def host_of(self, device: str) -> str:
+        """The host of ``device``: what stands behind the @ of its name, else what is said of it."""
+        return device.partition("@")[2] or self.devices[device].host
+
+    def over(self, hosts: Collection[str]) -> Cluster:
+        """As if there were no devices but those of ``hosts``."""
+        devices = {name: device for name, device in self.devices.items() if self.host_of(name) in hosts}
+        pins = {pattern: name for pattern, name in self.pins.items() if name in devices}
+        return self.model_copy(update={"devices": devices, "pins": pins})
 
     def place(self, *path: str | int) -> Place:
         """Where an element stands: ``place("devices", "gpu")``."""
@@ -126,7 +165,7 @@ def read_cluster(path: Path | str) -> Cluster:
 def _schema_error(node: Node, detail: Any) -> InvalidFile:
     place, where = place_of(node, detail["loc"]), ".".join(map(str, detail["loc"]))
     if detail["type"] == "extra_forbidden":
-        known = {name for each in (Cluster, ClusterDevice, ClusterLink) for name in each.model_fields}
+        known = {name for each in (Cluster, ClusterDevice, ClusterHost, ClusterLink) for name in each.model_fields}
         remedy = did_you_mean(str(detail["loc"][-1]), known)
         return InvalidFile("cluster.unknown-key", f"unknown key '{where}'", place=place, remedy=remedy)
     return InvalidFile("cluster.schema", f"{where or 'the file'}: {detail['msg']}", place=place)
@@ -134,11 +173,13 @@ def _schema_error(node: Node, detail: Any) -> InvalidFile:
 
 def _unknown_names(cluster: Cluster) -> list[InvalidFile]:
     """Links and pins that name nothing of the file."""
-    hosts = {device.host for device in cluster.devices.values()} | {HERE}
+    hosts = {*map(cluster.host_of, cluster.devices), HERE}
     known = {*cluster.devices, *hosts}
     named: list[tuple[tuple[str | int, ...], str, set[str]]] = []
     named += [(("links", n), end, known) for n, link in enumerate(cluster.links) for end in link.between]
     named += [(("pins", pattern), name, set(cluster.devices)) for pattern, name in cluster.pins.items()]
+    if cluster.hosts:
+        named += [(("devices", name), cluster.host_of(name), set(cluster.hosts)) for name in cluster.devices]
     return [
         InvalidFile(
             "cluster.unknown-name", f"there is no device or host '{name}'", place=cluster.place(*path),

@@ -96,6 +96,12 @@ class Batch:
         self.blocks.release(row)
         self.num_computed[row], self.total_len[row] = 0, self.num_tokens[row]
 
+    def forget(self) -> None:
+        """The cache has lost what it held: nothing is computed, and nothing can be reused."""
+        for row in self.blocks.open_rows:
+            self.clear(row)
+        self.blocks.forget()
+
     def start_anew(self, rows: np.ndarray) -> None:
         """Begin those of ``rows`` again that have just passed the length past which cached keys do not hold."""
         limit = self.blocks.recompute_after

@@ -111,12 +111,16 @@ class BlockGroup:
                 new.append(block)
         self.holds[new] = True
 
-    def _evict(self, count: int) -> None:
+    def forget(self) -> None:
+        """What is cached is lost; nobody owns any of it."""
+        self._evict(len(self.policy), keep=False)
+
+    def _evict(self, count: int, keep: bool = True) -> None:
         blocks = [self.policy.evict() for _ in range(count)]
         digests = [self.digests.pop(block) for block in blocks]
         for digest in digests:
             del self.cached[digest]
-        if self.tier is not None:
+        if self.tier is not None and keep:
             self.tier.keep(self.number, digests, blocks)
         self.holds[blocks] = False
         self.returned[self.num_returned : self.num_returned + count] = blocks

@@ -107,6 +107,16 @@ class BlockManager:
         self.closed.append(row)
 
     @property
+    def open_rows(self) -> list[int]:
+        """The rows that were opened and not closed."""
+        return sorted(set(range(len(self.counts))) - set(self.closed))
+
+    def forget(self) -> None:
+        """No block holds text that can be reused any more; the rows own none."""
+        for group in self.groups:
+            group.forget()
+
+    @property
     def num_free(self) -> int:
         """Blocks that nobody owns, in the group that has the fewest."""
         return min(group.num_free for group in self.groups)

@@ -368,6 +368,9 @@ class Engine:
             for sequence in self.scheduler.sequences:
                 self.fail(sequence, error)
 
+    def recover(self, error: LabinferError) -> None:
+        """The model cannot run since ``error``: make it run again, if it can."""
+
     def release(self) -> None:
         """Give back the rows of sequences that have ended."""
         if self.ending:

@@ -25,6 +25,7 @@ from labinfer.runtime.peers import peers_of, private_peer_memory
 from labinfer.runtime.pipeline.message import StepMessage
 from labinfer.runtime.pipeline.pipeline import Pipeline
 from labinfer.runtime.pipeline.transport import check_transport
+from labinfer.runtime.pipeline.workers import Fleet, ProcessFleet, StageThreads
 from labinfer.runtime.stage import LoadedStage
 from labinfer.runtime.step_memory import StepBatch
 from labinfer.runtime.variables import Tensor, Variable
@@ -51,7 +52,8 @@ class Model:
     """Runs a plan. Use it as a context manager, or ``close`` it: weights, cache and arenas are given back at once.
 
     Without a ``transport`` its stages run one after another in the thread that asks; with one they are a pipeline, in
-    threads (``local``, and where several ranks run a stage) or processes (``shm``, ``tcp``) of their own.
+    threads (``local``, and where several ranks run a stage), processes (``shm``, ``tcp``) or wherever a ``Fleet`` runs
+    them.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class Model:
         compiling: Callable[[int, int], None] = lambda done, total: None,
         cache: CacheOptions | None = None,
         seed: int | None = None,
-        transport: str | None = None,
+        transport: str | Fleet | None = None,
         policy: Policy | None = None,
     ) -> None:
         self.seed, self.policy = seed, policy
@@ -74,34 +76,31 @@ class Model:
         self.owns_manager = manager is None
         self.owner = f"{plan.source.name} #{next(_numbers)}"
         self.lock = threading.RLock()  # held by whoever runs steps
-        transport = transport and check_transport(transport)
+        if isinstance(transport, str):
+            check_transport(transport)
         if transport is None and plan.ranks > 1:
             transport = "local"
         self.stages: list[LoadedStage] = []  # those of this process
         self.pipeline: Pipeline | None = None
+        self.fleet: Fleet | None = None  # what stages run on that are not in this process
         self.closed = False
         self.memory = ExitStack()
         self.adapters = Adapters(0, ())
         try:
             check_devices(plan)
-            if transport is not None:
-                self.manager.claim_cores({stage.device: plan.devices[stage.device].threads for stage in plan.stages})
-            for stage in plan.stages:
-                self.manager.grant(self.owner, stage.device, stage.bytes.total)
+            if transport is None or isinstance(transport, str):
+                self.claim(plan, transport)
             if transport in (None, "local"):
                 self.load_stages(checkpoint, progress, compiling)
             caches = [stage.cache for stage in self.stages]
             self.cache = Cache(plan, caches, cache or CacheOptions(), swaps=transport is None)
             self.memory.callback(self.cache.close)
             self.blocks = self.cache.blocks
+            if isinstance(transport, str) and transport != "local":
+                transport = ProcessFleet(transport, checkpoint.path, self.manager.cores, progress, compiling)
             if transport is not None:
-                self.pipeline = self.memory.enter_context(closing(Pipeline(plan, transport)))
-                if self.stages:
-                    self.pipeline.start_threads(self.stages, self.manager.cores)
-                else:
-                    self.pipeline.start_processes(checkpoint.path, self.manager.cores, progress, compiling)
-            copy_blocks = self.pipeline.copy_blocks if self.pipeline else self.cache.copy_blocks
-            self.batch = Batch(plan.limits, self.blocks, copy_blocks)
+                self.start_pipeline(transport)
+            self.batch = Batch(plan.limits, self.blocks, self.copy_blocks)
         except BaseException:
             self.close()
             raise
@@ -117,6 +116,45 @@ class Model:
             self.stages.append(self.memory.enter_context(closing(LoadedStage(plan, number, device, peers))))
         for loaded in self.stages:
             loaded.load(checkpoint, progress, compiling)
+
+    def claim(self, plan: Plan, transport: str | None) -> None:
+        """Ask the manager for memory, and for cores where stages run at the same time."""
+        if transport is not None:
+            self.manager.claim_cores({stage.device: plan.devices[stage.device].threads for stage in plan.stages})
+        for stage in plan.stages:
+            self.manager.grant(self.owner, stage.device, stage.bytes.total)
+
+    def start_pipeline(self, transport: str | Fleet) -> None:
+        """Start threads for the stages, which are loaded, or the processes of a fleet, which load them."""
+        if isinstance(transport, str):
+            self.pipeline = Pipeline(self.plan, StageThreads(self.plan, self.stages, self.manager.cores))
+        else:
+            self.fleet = transport
+            self.memory.callback(transport.close)
+            self.pipeline = Pipeline(self.plan, transport.start(self.plan))
+        self.memory.callback(self.close_pipeline)
+
+    def close_pipeline(self) -> None:
+        """End the stages that run."""
+        assert self.pipeline is not None
+        self.pipeline.close()
+
+    def recover(self) -> None:
+        """Start the stages of a pipeline anew, on what there is now; sessions compute again what they had computed.
+
+        Raises what keeps them from starting: ``StageDied`` if another try may help.
+        """
+        assert self.fleet is not None
+        with self.lock:
+            self.check_open()
+            self.close_pipeline()
+            self.batch.forget()
+            self.plan = self.fleet.replan(self.plan)
+            self.pipeline = Pipeline(self.plan, self.fleet.start(self.plan))
+
+    def copy_blocks(self, copies: Listing[tuple[int, int, int]]) -> None:
+        """Copy cache blocks (group, source, target) in every stage, before the next step."""
+        (self.pipeline or self.cache).copy_blocks(copies)
 
     @property
     def parameters(self) -> list[Parameters]:
@@ -156,6 +194,8 @@ class Model:
         """One step through all stages: float32 logits [rows, vocab_size], which hold until the next step."""
         self.check_open()
         if self.pipeline is not None:
+            if self.pipeline.broken is not None:
+                self.engine.recover(self.pipeline.broken)
             result = self.pipeline.wait(self.pipeline.submit(StepMessage(batch, wants_logits=True)))
             assert result.logits is not None
             return result.logits

@@ -306,6 +306,14 @@ class Scheduler:
         self.num_preemptions += 1
         self.wait(sequence)
 
+    def restart(self) -> None:
+        """Let all running sequences wait again: what was computed of them is lost."""
+        for sequence in self.running:
+            self.leave(sequence)
+            sequence.request.metrics.num_preemptions += 1
+            self.wait(sequence)
+        self.update()
+
     def leave(self, sequence: Sequence) -> None:
         """Give the row and the adapter of a sequence back; it keeps its tokens. ``update`` afterwards."""
         self.refused = None

@@ -31,7 +31,7 @@ from labinfer.runtime.weights.tensor_reader import TensorReader
 
 SLOTS = 2
 
-Piece = Callable[[], None]
+Piece = Callable[[], object]
 """Brings a part of a layer."""
 
 

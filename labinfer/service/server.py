@@ -58,14 +58,11 @@ class Server:
         self.uvicorn.capture_signals = contextlib.nullcontext
         self.loop: asyncio.AbstractEventLoop | None = None
         self.config = config
-        self.failure: LabinferError | None = None
 
     def run(self, started: Callable[[], None] = lambda: None) -> None:
-        """Serve; ``started`` is called once requests are welcome. Raises the error of a stage that died."""
+        """Serve; ``started`` is called once requests are welcome."""
         with asyncio.Runner(loop_factory=self.config.get_loop_factory()) as runner:
             runner.run(self.main(started))
-        if self.failure is not None:
-            raise self.failure
 
     async def main(self, started: Callable[[], None]) -> None:
         """Serve, and look after the services meanwhile."""
@@ -114,19 +111,8 @@ class Server:
         watchdogs = [Watchdog(each) for each in self.services.all]
         while True:
             await asyncio.sleep(1)
-            self.look_at_pipelines()
             now = time.monotonic()
             for watchdog in watchdogs:
                 watchdog.look()
                 for call in list(watchdog.service.open_streams):
                     call.care(now)
-
-    def look_at_pipelines(self) -> None:
-        """End once a stage has died, which nothing here can replace: whoever supervises the process starts it anew."""
-        pipelines = [each.model.pipeline for each in self.services.all if each.model.pipeline is not None]
-        broken = [each.broken for each in pipelines if each.broken is not None]
-        if self.failure is None and broken:
-            self.failure = broken[0]
-            _log.error("%s", self.failure)
-            if not self.services.draining:
-                self.stop()

@@ -16,7 +16,8 @@ from labinfer.errors import LabinferError
 from labinfer.runtime.batch import Part
 from labinfer.runtime.engine import Engine
 from labinfer.runtime.pipeline.message import StepMessage
-from labinfer.runtime.pipeline.pipeline import Pipeline, StageDied, StepResult
+from labinfer.runtime.pipeline.pipeline import Pipeline, StepResult
+from labinfer.runtime.pipeline.process import StageDied
 from labinfer.runtime.pipeline.scheduler import GroupScheduler
 from labinfer.runtime.pipeline.stage_loop import TAG_MASK
 from labinfer.runtime.request import Request, Sequence
@@ -25,6 +26,10 @@ from labinfer.runtime.scheduler import Policy, Scheduler
 
 DEPTH = 2
 """Steps of a micro-batch on their way: one that is computed, and the next, which waits at the first stage."""
+
+
+MAX_RESTARTS = 5
+"""How often the stages are started before they complete a step."""
 
 
 @dataclass(slots=True, eq=False)
@@ -47,9 +52,8 @@ class PipelinedEngine(Engine):
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **options)  # type: ignore[arg-type]
-        assert self.model.pipeline is not None
         self.speculation = None  # a step is sent before the tokens are known that guesses would follow
-        self.pipeline: Pipeline = self.model.pipeline
+        self.restarts = 0  # of the stages, since a step was last completed
         self.depth = DEPTH if self.batch.blocks.recompute_after is None else 1
         self.flights: deque[Flight] = deque()
         rows = len(self.batch.num_tokens)
@@ -58,6 +62,12 @@ class PipelinedEngine(Engine):
             (rows, 2), np.int64
         )  # step that makes a row's newest token (0: known), and its row there
 
+    @property
+    def pipeline(self) -> Pipeline:
+        """That of the model: another one after its stages were started anew."""
+        assert self.model.pipeline is not None
+        return self.model.pipeline
+
     def new_scheduler(self, policy: Policy) -> Scheduler:
         """One group for each stage."""
         model = self.model
@@ -65,12 +75,6 @@ class PipelinedEngine(Engine):
         return GroupScheduler(groups, self.batch, limits, policy, self.costs, None, model.adapters)
 
     # Requests
-
-    def check(self, request: Request) -> None:
-        """See ``Engine.check``; raises what broke the pipeline, too."""
-        if self.pipeline.broken is not None:
-            raise self.pipeline.broken
-        super().check(request)
 
     def queue(self, request: Request) -> None:
         """Let a checked request wait; one that looks at values, which changes what stages run, lets them finish."""
@@ -117,6 +121,8 @@ class PipelinedEngine(Engine):
         with self.model.lock:
             self.finished = []
             self.make_changes()
+            if self.model.fleet is not None and self.model.fleet.improved:
+                self.recover(StageDied("pipeline.stage-died", "the stages were started on more hosts"))
             self.fill()
             if self.flights:
                 self.settle()
@@ -186,6 +192,9 @@ class PipelinedEngine(Engine):
         result: StepResult | LabinferError
         try:
             result = self.pipeline.wait(flight.number)
+        except StageDied as error:
+            self.recover(error)
+            return
         except LabinferError as error:
             result = error
         self.flights.popleft()
@@ -207,6 +216,7 @@ class PipelinedEngine(Engine):
 
     def accept(self, flight: Flight, result: StepResult) -> None:
         """Take over the tokens of a step for the sequences that still want them."""
+        self.restarts = 0
         part, alive, values = flight.part, flight.alive, result.logits
         if values is None:  # chosen already
             values = result.tokens[:, None]
@@ -229,14 +239,38 @@ class PipelinedEngine(Engine):
         return sampled
 
     def lose(self, flight: Flight, error: LabinferError) -> None:
-        """A step failed: so do the requests it computed, and with a stage that died, all that are running."""
+        """A step failed: so do the requests it computed."""
         self.forget_sources(flight)
         self.count(flight, -1)
-        rows = flight.part.rows[flight.alive].tolist()
-        for row in self.scheduler.owners.copy() if isinstance(error, StageDied) else rows:
+        for row in flight.part.rows[flight.alive].tolist():
             self.fail(self.scheduler.owners[row], error)
-        if isinstance(error, StageDied):
-            self.fail_all(error)
+
+    def recover(self, error: LabinferError) -> None:
+        """A stage died, and what is in its cache with it: start the stages anew and compute all of that again.
+
+        Every request goes on with the tokens it has. They end with an error where the stages cannot be started, or
+        die again and again before they have completed a step: with the one that they died of.
+        """
+        while self.flights:
+            flight = self.flights.pop()
+            if flight.counted:
+                self.count(flight, -1)
+        self.uses[:], self.source[:], self.scheduler.held[:] = 0, 0, False
+        self.release()
+        self.scheduler.restart()
+        while self.restarts < MAX_RESTARTS:
+            self.restarts += 1
+            try:
+                self.model.recover()
+                self.scheduler.groups, self.scheduler.turn = len(self.model.plan.groups), 0
+                return
+            except StageDied as again:
+                error = again
+            except LabinferError as other:
+                error = other
+                break
+        self.restarts = 0
+        self.fail_all(error)
 
     def forget_sources(self, flight: Flight) -> None:
         """The tokens of ``flight`` are known now."""

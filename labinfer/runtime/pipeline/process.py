@@ -30,7 +30,14 @@ BEAT = 0.25
 """Seconds between the beats of a child."""
 
 STOPPED_AFTER, STUCK_AFTER = 1.0, 10.0
-"""Seconds without a beat after which a process that is stopped, and any process, counts as dead."""
+"""Seconds without a beat after which a process that is stopped, and any process, counts as dead.
+
+They are counted in looks at it, one each ``BEAT``: a machine that was asleep, or too busy for both, does not count.
+"""
+
+
+class StageDied(LabinferError):
+    """A stage's process is dead; whatever it held is lost."""
 
 
 class StageProcess:
@@ -44,7 +51,7 @@ class StageProcess:
             self.process = subprocess.Popen(
                 command, pass_fds=[theirs.fileno(), *descriptors], stdin=subprocess.DEVNULL, stdout=STDERR
             )
-        self.heard, self.text, self.ready = time.monotonic(), b"", False
+        self.missed, self.text, self.ready = 0, b"", False
         with contextlib.suppress(OSError):  # `load` tells that it has ended
             self.control.sendall(json.dumps(start).encode() + b"\n")
 
@@ -52,7 +59,7 @@ class StageProcess:
         """Take the messages that have come, of which the last is that it is ready; raises what went wrong there."""
         lines = self.read()
         if lines is None:
-            raise LabinferError("pipeline.start", f"{self.name} ended while it was loaded: {self.cause()}")
+            raise StageDied("pipeline.start", f"{self.name} ended while it was loaded: {self.cause()}")
         for line in lines:
             if "error" in line:
                 raise decode_error(json.dumps(line["error"]).encode())
@@ -69,13 +76,14 @@ class StageProcess:
             received = b""
         if not received:
             return None
-        self.heard = time.monotonic()
+        self.missed = 0
         *lines, self.text = (self.text + received).split(b"\n")
         return [json.loads(line) for line in lines if line]
 
     def silent(self) -> str | None:
-        """Why it counts as dead although it has not ended, or None."""
-        seconds = time.monotonic() - self.heard
+        """Why it counts as dead although it has not ended, or None; asked once each ``BEAT``."""
+        self.missed += 1
+        seconds = self.missed * BEAT
         if seconds > STOPPED_AFTER and stopped(self.process.pid):
             return "it was stopped by a signal"
         return f"it has not answered for {seconds:.0f} seconds" if seconds > STUCK_AFTER else None
@@ -133,6 +141,7 @@ class Watch:
             selector.register(self.wake, selectors.EVENT_READ)
             for stage in self.stages:
                 selector.register(stage.control, selectors.EVENT_READ, stage)
+            looked = time.monotonic()
             while True:
                 for key, _ in selector.select(BEAT):
                     if key.data is None:
@@ -140,6 +149,9 @@ class Watch:
                     if key.data.read() is None:
                         self.died(f"{key.data.name} died: {key.data.cause()}")
                         return
+                if time.monotonic() - looked < BEAT:
+                    continue
+                looked = time.monotonic()
                 for stage in self.stages:
                     if (reason := stage.silent()) is not None:
                         self.died(f"{stage.name} died: {reason}")

@@ -49,10 +49,16 @@ class Links:
     tokens_in: Channel | None
     tokens_out: Sequence[Channel]
 
+    def named(self) -> dict[str, Sequence[Channel]]:
+        """Those that it has, by name."""
+        tokens_in = [] if self.tokens_in is None else [self.tokens_in]
+        return {
+            "inbound": [self.inbound], "outbound": self.outbound, "tokens_in": tokens_in, "tokens_out": self.tokens_out
+        }  # fmt: skip
+
     def all(self) -> list[Channel]:
         """Those that it has."""
-        tokens_in = [] if self.tokens_in is None else [self.tokens_in]
-        return [self.inbound, *self.outbound, *tokens_in, *self.tokens_out]
+        return [end for ends in self.named().values() for end in ends]
 
 
 class StageLoop:

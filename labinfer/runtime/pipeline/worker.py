@@ -12,6 +12,7 @@ import sys
 import threading
 from typing import Any
 
+from labinfer.backends.base import local_name
 from labinfer.compiler.plan import Plan
 from labinfer.errors import LabinferError
 from labinfer.runtime.cores import stay_on
@@ -20,7 +21,7 @@ from labinfer.runtime.peers import map_shared, peers_of
 from labinfer.runtime.pipeline.message import encode_error
 from labinfer.runtime.pipeline.process import BEAT
 from labinfer.runtime.pipeline.stage_loop import Links, StageLoop
-from labinfer.runtime.pipeline.transport import attach
+from labinfer.runtime.pipeline.transport import Channel, Keys, attach
 from labinfer.runtime.stage import LoadedStage
 from labinfer.runtime.weights import open_checkpoint
 
@@ -71,12 +72,13 @@ def prepare(parent: Parent) -> StageLoop:
     plan, number = Plan.model_validate(start["plan"]), start["stage"]
     stay_on(start["cores"])
     links = {
-        name: [attach(start["transport"], descriptors, start["limit"]) for descriptors in ends]
-        for name, ends in start["links"].items()
+        name: [open_link(link, start["limit"]) for link in start["links"].get(name, ())]
+        for name in ("inbound", "outbound", "tokens_in", "tokens_out")
     }
-    name, memory = plan.stages[number].device, map_shared(start["peers"])
-    device = Manager().device(name, plan.devices[name].threads)
-    stage = LoadedStage(plan, number, device, peers_of(memory, plan, number))
+    name = plan.stages[number].device
+    device = Manager().device(local_name(name), plan.devices[name].threads)
+    memory = map_shared(start["peers"]) if "peers" in start else None
+    stage = LoadedStage(plan, number, device, None if memory is None else peers_of(memory, plan, number))
     stage.load(
         open_checkpoint(start["checkpoint"]),  # stays open: layers may be streamed from it
         lambda nbytes: parent.say(loaded=nbytes),
@@ -85,6 +87,12 @@ def prepare(parent: Parent) -> StageLoop:
     [inbound], tokens_in = links["inbound"], links["tokens_in"]
     ends = Links(inbound, links["outbound"], tokens_in[0] if tokens_in else None, links["tokens_out"])
     return StageLoop(plan, number, stage, ends)
+
+
+def open_link(link: dict[str, Any], limit: int) -> Channel:
+    """The end of a channel that the parent describes; one to another host has keys, as hexadecimal text."""
+    keys = Keys(*map(bytes.fromhex, link["keys"])) if "keys" in link else None
+    return attach(link["transport"], link["descriptors"], limit, keys)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How frames get from one stage to the next: ``local`` between threads, ``shm`` and ``tcp`` between processes.
 
-``open_channel`` makes the two ends of a channel. An end says what a child process needs to ``attach`` to it.
+``open_channel`` makes the two ends of a channel. An end says what a child process needs to ``attach`` to it. Between
+hosts a channel is a TCP connection that is ``Sealed``.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ from collections.abc import Sequence
 from labinfer.errors import UsageError, did_you_mean
 from labinfer.runtime.pipeline.transport.channel import Channel, ChannelClosed, Header, Sections
 from labinfer.runtime.pipeline.transport.ring import Ring, Signal, private_memory, shared_memory
+from labinfer.runtime.pipeline.transport.sealed import Keys, Sealed
 from labinfer.runtime.pipeline.transport.tcp import Tcp, connected_sockets
 
 TRANSPORTS = ("local", "shm", "tcp")
 """``local`` keeps all stages in this process; the others give each a process of its own."""
 
-__all__ = ["TRANSPORTS", "Channel", "ChannelClosed", "Header", "Sections", "attach", "check_transport", "open_channel"]
+__all__ = [
+    "TRANSPORTS", "Channel", "ChannelClosed", "Header", "Keys", "Sealed", "Sections", "attach", "check_transport",
+    "open_channel",
+]  # fmt: skip
 
 
 def check_transport(name: str) -> str:
@@ -37,8 +42,10 @@ def open_channel(transport: str, capacity: int, limit: int) -> tuple[Channel, Ch
     return sender, sender.other_end()
 
 
-def attach(transport: str, descriptors: Sequence[int], limit: int) -> Channel:
-    """An end in a child process, from the ``descriptors`` that the parent's end names."""
+def attach(transport: str, descriptors: Sequence[int], limit: int, keys: Keys | None = None) -> Channel:
+    """An end in a child process, from the ``descriptors`` that the parent's end names, and ``keys`` if it is sealed."""
+    if keys is not None:
+        return Sealed(socket.socket(fileno=descriptors[0]), limit, keys)
     if transport == "tcp":
         return Tcp(socket.socket(fileno=descriptors[0]), limit)
     return Ring.attach(descriptors, limit)

@@ -52,7 +52,7 @@ class Channel(ABC):
             message = f"a frame of {len(sizes)} sections and {sum(sizes)} bytes is more than the {self.limit} allowed"
             raise LabinferError("transport.frame", message)
         head = _PREAMBLE.pack(MAGIC, VERSION, kind, tag, len(sizes), 0) + struct.pack(f"<{len(sizes)}Q", *sizes)
-        self.write([memoryview(head), *(section for section in sections if section.nbytes)])
+        self.write(self.sealed([memoryview(head), *(section for section in sections if section.nbytes)]))
 
     def receive(self, place: Sections) -> Header:
         """Wait for a frame and put its sections where ``place`` says. Raises ``ChannelClosed``.
@@ -67,11 +67,12 @@ class Channel(ABC):
                 if buffer.nbytes != size:
                     raise LabinferError("transport.frame", f"section {index} has {size} bytes, not {buffer.nbytes}")
             except Exception as error:
-                self._skip(sum(header.sizes[index:]))
+                self._skip(header.sizes[index:])
                 problem = error
                 break
             if size:
                 self.read(buffer)
+                self.check()
         self.done()
         if problem is None:
             next(buffers, None)  # lets the place finish
@@ -86,17 +87,25 @@ class Channel(ABC):
         table = memoryview(bytearray(8 * count))
         if count:
             self.read(table)
+        self.check()
         sizes = struct.unpack(f"<{count}Q", table)
         if sum(sizes) > self.limit:
             raise LabinferError("transport.frame", f"a frame of {sum(sizes)} bytes, at most {self.limit} are allowed")
         return Header(kind, tag, sizes)
 
-    def _skip(self, count: int) -> None:
-        scratch = memoryview(bytearray(min(count, 1 << 16)))
-        while count:
-            piece = scratch[: min(count, len(scratch))]
-            self.read(piece)
-            count -= len(piece)
+    def _skip(self, sizes: Sequence[int]) -> None:
+        scratch = memoryview(bytearray(min(max(sizes), 1 << 16)))
+        for size in filter(None, sizes):
+            for done in range(0, size, len(scratch)):
+                self.read(scratch[: size - done])
+            self.check()
+
+    def sealed(self, parts: list[memoryview]) -> list[memoryview]:
+        """``parts`` as they travel: the header, and each section that is not empty."""
+        return parts
+
+    def check(self) -> None:  # noqa: B027  only a sealed connection has to
+        """A header or a section was read: raise ``ChannelClosed`` if the other end did not write it."""
 
     @abstractmethod
     def write(self, parts: Sequence[memoryview]) -> None:

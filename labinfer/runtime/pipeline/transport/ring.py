@@ -170,9 +170,11 @@ class Ring(Channel):
             self.space.set()
 
     def release(self) -> None:
-        """Close the descriptors of this end; its memory goes with the object."""
-        self.data.release()
-        self.space.release()
+        """Close the descriptors of this end and let go of its memory."""
+        if self.data.descriptors:
+            self.data.release()
+            self.space.release()
+            del self.counts, self.ring, self.memory
         if self.file is not None:
             os.close(self.file)
             self.file = None

@@ -1,0 +1,125 @@
+"""Starting, asking and ending the agents of a cluster file, on this machine and over ssh."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from labinfer.cluster.stages import open_control
+from labinfer.cluster.token import kept_token, token_path
+from labinfer.compiler.cluster import Cluster, ClusterHost, read_cluster
+from labinfer.errors import InvalidFile, LabinferError
+from labinfer.home import cache_dir
+from labinfer.runtime.pipeline.transport import ChannelClosed
+
+START_SECONDS = 30.0
+
+REMOTE_TOKEN = "$HOME/.cache/labinfer/cluster/token"
+"""Where the token lies on a host that ssh reaches."""
+
+
+def hosts_of(path: Path | str) -> Cluster:
+    """The cluster file at ``path``, which names hosts."""
+    cluster = read_cluster(path)
+    if not cluster.hosts:
+        remedy = "name them under 'hosts:', with the addresses of their agents"
+        raise InvalidFile("cluster.no-hosts", "the cluster file names no hosts", place=cluster.place(), remedy=remedy)
+    return cluster
+
+
+def up(cluster: Cluster, token_file: Path | None = None) -> dict[str, str]:
+    """Start the agents that do not answer; what was done, by host. Raises what kept one from starting."""
+    token = kept_token(token_file)
+    file = token_file or token_path()
+
+    def start(name: str) -> str:
+        host = cluster.hosts[name]
+        if asked(host, token) is not None:
+            return "runs already"
+        (start_here if host.ssh is None else start_there)(name, host, file)
+        until = time.monotonic() + START_SECONDS
+        while asked(host, token) is None:
+            if time.monotonic() > until:
+                message = f"the agent of '{name}' does not answer at {host.address}"
+                raise LabinferError("cluster.agent", message, remedy=f"see {log_of(name)}, or the host's own")
+            time.sleep(0.1)
+        return "started"
+
+    with ThreadPoolExecutor(len(cluster.hosts)) as pool:
+        return dict(zip(cluster.hosts, pool.map(start, cluster.hosts), strict=True))
+
+
+def status(cluster: Cluster, token_file: Path | None = None) -> dict[str, dict[str, Any] | None]:
+    """What each host's agent reports; None of those that do not answer."""
+    token = kept_token(token_file)
+    with ThreadPoolExecutor(len(cluster.hosts)) as pool:
+        return dict(zip(cluster.hosts, pool.map(lambda host: asked(host, token), cluster.hosts.values()), strict=True))
+
+
+def down(cluster: Cluster, token_file: Path | None = None) -> dict[str, str]:
+    """End the agents, and with them all stages; what was done, by host."""
+    token, done = kept_token(token_file), {}
+    for name, host in cluster.hosts.items():
+        with contextlib.suppress(ChannelClosed, LabinferError):
+            done[name] = "did not run"
+            control = open_control(host.endpoint, token)
+            try:
+                control.ask(do="shutdown")
+                done[name] = "ended"
+            finally:
+                control.release()
+    return done
+
+
+def asked(host: ClusterHost, token: bytes) -> dict[str, Any] | None:
+    """The report of a host's agent; None if it does not answer. One with another token is told so."""
+    try:
+        control = open_control(host.endpoint, token)
+    except ChannelClosed as error:
+        if "another token" in str(error):
+            raise LabinferError("cluster.token", str(error), remedy="give the cluster's: --token-file FILE") from None
+        return None
+    try:
+        started = time.perf_counter()
+        control.ask(do="hello", owner="")
+        seconds = time.perf_counter() - started
+        return {**control.ask(do="hello", owner="", report=True), "round_trip_seconds": seconds}
+    except ChannelClosed:
+        return None
+    finally:
+        control.release()
+
+
+def log_of(name: str) -> Path:
+    """Where an agent of this machine writes."""
+    return cache_dir() / "cluster" / f"{name}.log"
+
+
+def start_here(name: str, host: ClusterHost, token_file: Path) -> None:
+    """Start an agent that outlives this process."""
+    command = [sys.executable, "-m", "labinfer.cluster.agent"]
+    command += ["--address", host.address, "--token-file", str(token_file)]
+    log_of(name).parent.mkdir(parents=True, exist_ok=True)
+    with log_of(name).open("ab") as log:
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+
+
+def start_there(name: str, host: ClusterHost, token_file: Path) -> None:
+    """Start an agent over ssh; the token goes through stdin, so that no list of processes shows it."""
+    log = '"$HOME/.cache/labinfer/cluster/agent.log"'
+    agent = shlex.join([host.python, "-m", "labinfer.cluster.agent", "--address", host.address, "--token-file"])
+    script = (
+        f'umask 077 && mkdir -p "$HOME/.cache/labinfer/cluster" && cat > "{REMOTE_TOKEN}" && '
+        f'(nohup setsid {agent} "{REMOTE_TOKEN}" > {log} 2>&1 < /dev/null &)'
+    )
+    command = ["ssh", "-o", "BatchMode=yes", str(host.ssh), script]
+    done = subprocess.run(command, input=token_file.read_bytes(), capture_output=True, timeout=60, check=False)
+    if done.returncode:
+        message = f"ssh to '{name}' ({host.ssh}) failed: {done.stderr.decode(errors='replace').strip()[:500]}"
+        raise LabinferError("cluster.ssh", message, remedy=f"try it by hand: ssh {host.ssh} true")

@@ -1,0 +1,101 @@
+"""What a head and an agent say to each other: JSON objects, some with bytes behind them, over a sealed connection.
+
+Both sides beat four times a second; one that hears nothing for a while takes the other for lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from labinfer.errors import LabinferError
+from labinfer.runtime.pipeline.process import BEAT
+from labinfer.runtime.pipeline.transport import ChannelClosed, Header, Keys, Sealed
+
+CONTROL = 16
+"""The kind of frames that hold a message."""
+
+MESSAGE_BYTES = 64 << 20
+"""The largest message: a plan, or a piece of a checkpoint."""
+
+Address = tuple[str, int]
+
+
+class Control:
+    """One end; ``silence`` seconds without a word from the other close it. Say things from any thread, hear in one.
+
+    Silence is counted in own beats, so that a machine that was asleep, or too busy for both ends, does not count.
+    """
+
+    def __init__(self, connection: socket.socket, keys: Keys, silence: float) -> None:
+        self.channel, self.saying = Sealed(connection, MESSAGE_BYTES, keys), threading.Lock()
+        self.most_missed, self.missed = round(silence / BEAT), 0
+        self.closed = False
+        self.beating = threading.Thread(target=self.beat, name="labinfer-beat", daemon=True)
+        self.beating.start()
+
+    def say(self, payload: bytes | memoryview = b"", **message: Any) -> None:
+        """Send a message; raises ``ChannelClosed``."""
+        with self.saying:
+            sections = [memoryview(json.dumps(message).encode()), memoryview(payload)]
+            self.channel.send(CONTROL, 0, sections)
+
+    def hear(self) -> tuple[dict[str, Any], bytes]:
+        """The next message that is no beat, and the bytes behind it; raises ``ChannelClosed``."""
+        while True:
+            sections: list[bytearray] = []
+
+            def place(header: Header, into: list[bytearray] = sections) -> Iterator[memoryview]:
+                for size in header.sizes:
+                    into.append(bytearray(size))
+                    yield memoryview(into[-1])
+
+            try:
+                header = self.channel.receive(place)
+                self.missed = 0
+                message = json.loads(sections[0])
+            except (LabinferError, ValueError, IndexError) as error:  # who has the token should know better
+                raise ChannelClosed(f"no message: {error}") from None
+            if header.kind != CONTROL or not isinstance(message, dict):
+                raise ChannelClosed("no message of the control connection")
+            if message.get("do") != "beat":
+                return message, bytes(sections[1]) if len(sections) > 1 else b""
+
+    def ask(self, payload: bytes | memoryview = b"", **message: Any) -> dict[str, Any]:
+        """Send a message and wait for the next that comes; an error that it tells of is raised."""
+        self.say(payload, **message)
+        answer, _ = self.hear()
+        if "error" in answer:
+            raise LabinferError("cluster.agent", str(answer["error"]))
+        return answer
+
+    def beat(self) -> None:
+        """Until it is closed, or the other end is silent."""
+        beat = memoryview(json.dumps({"do": "beat"}).encode())
+        with contextlib.suppress(ChannelClosed):
+            while not self.closed and self.missed < self.most_missed:
+                self.missed += 1
+                if self.saying.acquire(timeout=BEAT):  # not where something large is on its way to who does not read
+                    try:
+                        self.channel.send(CONTROL, 0, [beat])
+                    finally:
+                        self.saying.release()
+                time.sleep(BEAT)
+        self.close()
+
+    def close(self) -> None:
+        """Wake both ends."""
+        self.closed = True
+        self.channel.close()
+
+    def release(self) -> None:
+        """Give the connection back; nobody hears any more."""
+        self.close()
+        if self.beating is not threading.current_thread():
+            self.beating.join()
+        self.channel.release()

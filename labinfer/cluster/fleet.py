@@ -1,0 +1,176 @@
+"""A model over the hosts of a cluster file: planned over those that answer, planned anew when that changes."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+import time
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from labinfer.api import compile_options, is_plan, read_model
+from labinfer.catalogue import resolve
+from labinfer.cluster.agent import CONTROL_PURPOSE
+from labinfer.cluster.agents import hosts_of
+from labinfer.cluster.stages import HostedStages
+from labinfer.cluster.token import kept_token
+from labinfer.compiler.cluster import Cluster
+from labinfer.compiler.compile import compile_plan
+from labinfer.compiler.plan import Limits, Plan
+from labinfer.compiler.workload import parse_workload
+from labinfer.errors import DoesNotFit, UsageError
+from labinfer.llm import LLM, loading
+from labinfer.placing import cluster_target, goal_of
+from labinfer.progress import Progress, silent
+from labinfer.runtime.pipeline.transport import ChannelClosed
+from labinfer.runtime.pipeline.transport.sealed import connect
+
+PROBE_SECONDS = 0.7
+"""How long a host may take to answer before a plan is made without it."""
+
+REJOIN_SECONDS = 2.0
+"""How long a host that was lost must answer again before it is taken back in."""
+
+
+def load(
+    model: str | Path | None,
+    cluster: str | Path,
+    *,
+    weights: str | Path | None = None,
+    token_file: Path | None = None,
+    objective: str = "latency",
+    workload: str = "",
+    progress: Progress | None = None,
+    seed: int | None = None,
+    **options: Any,
+) -> LLM:
+    """The model over the hosts of the ``cluster`` file; ``options`` are the compiler's. Agents must run there.
+
+    Raises ``DoesNotFit`` where no host answers, or those that do cannot hold the model.
+    """
+    if model is not None and is_plan(model):
+        message = "a plan cannot be planned anew when a host is lost"
+        raise UsageError("cluster.plan", message, remedy="give the model that it was compiled from")
+    found = hosts_of(cluster)
+    planner = Planner(resolve(None, progress) if model is None else model, weights, found, objective, workload, options)
+    fleet = ClusterFleet(planner, kept_token(token_file))
+    plan = planner.plan(fleet.answering())
+    show = progress or silent
+    fleet.progress, fleet.compiling = loading(plan, show), partial(show, "preparing kernels")
+    return LLM(plan, weights=weights, progress=progress, seed=seed, transport=fleet)
+
+
+@dataclass(slots=True)
+class Planner:
+    """Makes plans for one model over some hosts of a cluster."""
+
+    model: str | Path
+    weights: str | Path | None
+    cluster: Cluster
+    objective: str
+    workload: str
+    options: dict[str, Any]
+
+    def plan(self, hosts: Collection[str], like: Limits | None = None) -> Plan:
+        """The plan over ``hosts``, by cost where it was measured, else evenly; with the limits ``like``, if given."""
+        if not hosts:
+            names = ", ".join(f"{name} ({host.address})" for name, host in self.cluster.hosts.items())
+            message = f"no host of the cluster answers: {names}"
+            raise DoesNotFit("cluster.no-hosts", message, remedy="start their agents: labinfer cluster up FILE")
+        cluster, workload = self.cluster.over(hosts), parse_workload(self.workload)
+        places = [cluster_target(cluster, name, device) for name, device in cluster.devices.items()]
+        blueprint, source, checkpoint = read_model(self.model, self.weights)
+        chosen = compile_options({"max_num_seqs": workload.concurrency, **self.options, **pinned(like)})
+        goal = goal_of(cluster, places, self.objective, workload)
+        try:
+            return compile_plan(blueprint, source, places, chosen, checkpoint, None, goal)
+        except DoesNotFit as error:
+            if error.code != "profile.unmeasured":
+                raise
+            return compile_plan(blueprint, source, places, chosen, checkpoint)
+
+
+def pinned(limits: Limits | None) -> dict[str, Any]:
+    """Options that give another plan the same limits, which the requests that run were admitted by."""
+    if limits is None:
+        return {}
+    names = ("max_num_batched_tokens", "max_num_seqs", "max_logits_rows", "max_model_len", "block_size", "kv_dtype")
+    blocks = max(group.num_blocks for group in limits.groups)
+    return {**{name: getattr(limits, name) for name in names}, "num_blocks": blocks, "kv_memory": None}
+
+
+@dataclass(slots=True)
+class ClusterFleet:
+    """The hosts of a cluster; see ``Fleet``."""
+
+    planner: Planner
+    token: bytes
+    progress: Callable[[int], None] = lambda nbytes: None
+    compiling: Callable[[int, int], None] = lambda done, total: None
+    owner: str = field(default_factory=lambda: secrets.token_hex(8))
+    used: frozenset[str] = frozenset()
+    plans: dict[frozenset[str], Plan] = field(default_factory=dict)
+    back_since: dict[str, float] = field(default_factory=dict)
+    closing: threading.Event = field(default_factory=threading.Event)
+    prober: threading.Thread | None = None
+
+    def start(self, plan: Plan) -> HostedStages:
+        """See ``Fleet.start``."""
+        self.used = self.used or self.answering()
+        cluster = self.planner.cluster
+        hosts = [cluster.host_of(stage.device) for stage in plan.stages]
+        addresses = {name: cluster.hosts[name].endpoint for name in cluster.hosts}
+        path = Path(plan.source.checkpoint or "")
+        if self.prober is None:
+            self.plans[self.used] = plan
+            self.prober = threading.Thread(target=self.probe, name="labinfer-hosts", daemon=True)
+            self.prober.start()
+        return HostedStages(plan, hosts, addresses, self.token, self.owner, path, self.progress, self.compiling)
+
+    def replan(self, plan: Plan) -> Plan:
+        """The plan over the hosts that answer now; each set of hosts is planned for once."""
+        self.used = self.answering()
+        self.back_since.clear()
+        if self.used not in self.plans:
+            self.plans[self.used] = self.planner.plan(self.used, plan.limits)
+        return self.plans[self.used]
+
+    @property
+    def improved(self) -> bool:
+        """Whether a host that the plan does without has answered for a while."""
+        now = time.monotonic()
+        return any(now - since > REJOIN_SECONDS for since in list(self.back_since.values()))
+
+    def answering(self) -> frozenset[str]:
+        """The hosts whose agents answer."""
+        names = list(self.planner.cluster.hosts)
+        with ThreadPoolExecutor(len(names)) as pool:
+            return frozenset(name for name, there in zip(names, pool.map(self.answers, names), strict=True) if there)
+
+    def answers(self, name: str) -> bool:
+        """Whether the agent of a host answers."""
+        with contextlib.suppress(ChannelClosed):
+            endpoint = self.planner.cluster.hosts[name].endpoint
+            connect(endpoint, self.token, CONTROL_PURPOSE, PROBE_SECONDS)[0].close()
+            return True
+        return False
+
+    def probe(self) -> None:
+        """Look for hosts that have come back, once a second."""
+        while not self.closing.wait(1):
+            for name in set(self.planner.cluster.hosts) - self.used:
+                if self.answers(name):
+                    self.back_since.setdefault(name, time.monotonic())
+                else:
+                    self.back_since.pop(name, None)
+
+    def close(self) -> None:
+        """End the thread."""
+        self.closing.set()
+        if self.prober is not None:
+            self.prober.join()

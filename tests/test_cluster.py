@@ -1,0 +1,303 @@
+"""Stages on hosts: the tokens of one device, whatever dies, stops, comes back or speaks to the agents' ports."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import labinfer
+from labinfer.cli.main import main
+from labinfer.cluster import agents
+from labinfer.cluster.checkpoints import PIECE_BYTES, Store, file_digest, manifest, provide
+from labinfer.cluster.fleet import load
+from labinfer.cluster.stages import open_control
+from labinfer.cluster.token import kept_token, read_token, token_path
+from labinfer.compiler.cluster import read_cluster
+from labinfer.errors import DoesNotFit, InvalidFile, LabinferError, UsageError
+from labinfer.llm import LLM
+from labinfer.runtime.request import Request
+
+from .hosts import Hosts
+from .tiny import GOLDEN
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+
+FOLDER = GOLDEN / "gemma3_text-linear_global"
+LIMITS = {"max_model_len": 256, "max_num_seqs": 4}
+PROMPTS = [[5], [1, 2, 3]]
+LONG = labinfer.SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+
+
+@cache
+def answers() -> list[list[int]]:
+    """What one device answers to ``PROMPTS``."""
+    with labinfer.load(FOLDER, devices="reference", **LIMITS) as model:
+        return [list(answer.token_ids) for answer in model.generate(PROMPTS, LONG)]
+
+
+@pytest.fixture
+def hosts(home: Path, tmp_path: Path) -> Iterator[Hosts]:
+    hosts = Hosts(tmp_path, ["alpha", "beta", "gamma"])
+    yield hosts
+    hosts.close()
+
+
+def used(model: LLM) -> list[str]:
+    return [stage.device.partition("@")[2] for stage in model.plan.stages]
+
+
+def begun(model: LLM) -> list[Request]:
+    """Requests that have some of their tokens."""
+    requests = [model.engine.add(Request(prompt, LONG)) for prompt in PROMPTS]
+    for _ in range(20):
+        model.engine.step()
+    return requests
+
+
+def finish(model: LLM, requests: list[Request]) -> None:
+    model.engine.finish(requests)
+    assert [request.error for request in requests] == [None, None]
+    assert [request.generated for request in requests] == answers()
+
+
+def kill_host(hosts: Hosts) -> None:
+    hosts.kill("beta")
+
+
+def stop_host(hosts: Hosts) -> None:
+    for pid in [*hosts.stages("beta"), hosts.agents["beta"].pid]:
+        os.kill(pid, signal.SIGSTOP)
+
+
+def kill_stage(hosts: Hosts) -> None:
+    os.kill(hosts.stages("beta")[0], signal.SIGKILL)
+
+
+def stop_stage(hosts: Hosts) -> None:
+    os.kill(hosts.stages("beta")[0], signal.SIGSTOP)
+
+
+@pytest.mark.parametrize(
+    ("fault", "left"),
+    [(kill_host, 2), (stop_host, 2), (kill_stage, 3), (stop_stage, 3)],
+    ids=["host killed", "host stopped", "stage killed", "stage stopped"],
+)
+def test_requests_survive(fault: Callable[[Hosts], None], left: int, hosts: Hosts) -> None:
+    with load(FOLDER, hosts.file, **LIMITS) as model:
+        assert used(model) == ["alpha", "beta", "gamma"]
+        requests = begun(model)
+        fault(hosts)
+        finish(model, requests)
+        assert len(used(model)) == left
+
+
+def test_a_host_that_returns_is_taken_back_in(hosts: Hosts) -> None:
+    with load(FOLDER, hosts.file, **LIMITS) as model:
+        requests = begun(model)
+        hosts.kill("beta")
+        finish(model, requests)
+        assert used(model) == ["alpha", "gamma"]
+        hosts.start("beta")
+        until = time.monotonic() + 30
+        while used(model) != ["alpha", "beta", "gamma"]:
+            assert time.monotonic() < until
+            finish(model, begun(model))
+
+
+def test_what_the_survivors_cannot_hold_is_one_clear_error_until_hosts_return(home: Path, tmp_path: Path) -> None:
+    hosts = Hosts(tmp_path, ["alpha", "beta"], memory="600kB")
+    try:
+        with load(FOLDER, hosts.file, **LIMITS) as model:
+            requests = begun(model)
+            hosts.kill("beta")
+            model.engine.finish(requests)
+            for request in requests:
+                assert isinstance(request.error, DoesNotFit)
+            hosts.kill("alpha")
+            [lost] = [model.engine.add(Request(PROMPTS[0], LONG))]
+            model.engine.finish([lost])
+            assert lost.error is not None
+            assert lost.error.code == "cluster.no-hosts"
+            hosts.start("alpha")
+            hosts.start("beta")
+            finish(model, begun(model))
+    finally:
+        hosts.close()
+
+
+def test_a_head_that_dies_leaves_no_stage(hosts: Hosts) -> None:
+    script = "import sys, time; from labinfer.cluster.fleet import load\n"
+    script += "model = load(sys.argv[1], sys.argv[2]); print('ready', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", script, str(FOLDER), str(hosts.file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as head:
+        assert head.stdout is not None
+        assert head.stdout.readline() == "ready\n"
+        assert all(len(hosts.stages(name)) == 1 for name in hosts.agents)
+        head.kill()
+    until = time.monotonic() + 10
+    while any(hosts.stages(name) for name in hosts.agents):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def one_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hosts, LLM]]:
+    """A host whose stages run while strangers knock."""
+    folder = tmp_path_factory.mktemp("hosts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LABINFER_HOME", str(folder / "home"))
+        hosts = Hosts(folder, ["alpha"])
+        with load(FOLDER, hosts.file, **LIMITS) as model:
+            yield hosts, model
+        hosts.close()
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(garbage=st.binary(min_size=1, max_size=300))
+def test_garbage_on_the_port_is_hung_up_on_and_stages_live(one_host: tuple[Hosts, LLM], garbage: bytes) -> None:
+    hosts, model = one_host
+    with socket.create_connection(("127.0.0.1", hosts.ports["alpha"])) as stranger:
+        stranger.sendall(garbage)
+        stranger.shutdown(socket.SHUT_WR)
+        stranger.settimeout(5)
+        assert stranger.recv(1) == b""
+    assert model.generate([PROMPTS[0]], labinfer.SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
+    assert len(hosts.stages("alpha")) == 1
+
+
+def test_another_token_is_refused_and_told(one_host: tuple[Hosts, LLM], tmp_path: Path) -> None:
+    hosts, _ = one_host
+    other = tmp_path / "token"
+    kept_token(other)
+    with pytest.raises(LabinferError, match="another token"):
+        agents.status(read_cluster(hosts.file), other)
+    with pytest.raises(DoesNotFit, match="no host of the cluster answers"):
+        load(FOLDER, hosts.file, token_file=other)
+
+
+def test_what_an_agent_cannot_do_is_told_and_harms_nobody(one_host: tuple[Hosts, LLM]) -> None:
+    hosts, model = one_host
+    control = open_control(("127.0.0.1", hosts.ports["alpha"]), read_token(token_path()))
+    for message in ({"do": "dance"}, {"do": "hello"}, {"do": "checkpoint", "files": 3}, {}):
+        with pytest.raises(LabinferError):
+            control.ask(**message)
+    control.release()
+    assert model.generate([PROMPTS[0]], LONG)[0].token_ids == answers()[0]
+
+
+def test_a_host_without_the_checkpoint_gets_a_copy_in_pieces(home: Path, tmp_path: Path) -> None:
+    content = os.urandom(PIECE_BYTES + 1000)
+    (tmp_path / "model.gguf").write_bytes(content)
+    here = Path("/proc/self/cwd/model.gguf")  # another file in the agent's process
+    hosts, before = Hosts(tmp_path, ["alpha"]), os.getcwd()
+    try:
+        control = open_control(("127.0.0.1", hosts.ports["alpha"]), read_token(token_path()))
+        os.chdir(tmp_path)
+        copy = Path(provide(control, here))
+        assert copy.read_bytes() == content
+        assert home in copy.parents
+        assert provide(control, here) == str(copy)
+        assert provide(control, tmp_path / "model.gguf") == str(tmp_path / "model.gguf")
+        control.release()
+    finally:
+        os.chdir(before)
+        hosts.close()
+
+
+def test_a_damaged_piece_is_noticed_and_an_interrupted_copy_goes_on(home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"abcdef")
+    wanted, store = {**manifest(path, digests=True), "path": "/nowhere/model.gguf"}, Store()
+    assert wanted["files"][0]["sha256"] == file_digest(path)
+    assert store.find(wanted) == {"file": 0, "offset": 0}
+    assert store.add({**wanted, "file": 0, "offset": 0}, b"abc") == {"file": 0, "offset": 3}
+    with pytest.raises(LabinferError, match="not asked for"):
+        store.add({**wanted, "file": 0, "offset": 0}, b"abc")
+    with pytest.raises(LabinferError, match="arrived damaged"):
+        store.add({**wanted, "file": 0, "offset": 3}, b"xyz")
+    assert store.find(wanted) == {"file": 0, "offset": 0}
+    assert "path" in store.add({**wanted, "file": 0, "offset": 0}, b"abcdef")
+    with pytest.raises(LabinferError, match="plain names"):
+        store.find({**wanted, "files": [{"name": "../model.gguf", "size": 6, "sha256": ""}]})
+
+
+def test_tokens_are_for_their_owner_only(home: Path) -> None:
+    token = kept_token()
+    assert len(token) == 32
+    assert kept_token() == token
+    assert stat.S_IMODE(token_path().stat().st_mode) == 0o600
+    token_path().chmod(0o644)
+    with pytest.raises(LabinferError, match="others can read"):
+        kept_token()
+    token_path().chmod(0o600)
+    token_path().write_text("short")
+    with pytest.raises(LabinferError, match="64 hexadecimal digits"):
+        kept_token()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+FAKE_SSH = """#!/bin/sh
+shift 3
+exec env HOME={home} sh -c "$1"
+"""
+
+
+@pytest.mark.parametrize("ssh", [False, True])
+def test_up_status_and_down(ssh: bool, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                            capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    file, port = tmp_path / "cluster.yaml", free_port()
+    how = f", ssh: me@alpha, python: {sys.executable}" if ssh else ""
+    file.write_text(f"hosts:\n  alpha: {{address: '127.0.0.1:{port}'{how}}}\ndevices:\n  reference@alpha: {{}}\n")
+    if ssh:
+        script = tmp_path / "bin" / "ssh"
+        script.parent.mkdir()
+        script.write_text(FAKE_SSH.format(home=tmp_path))
+        script.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+    assert main(["cluster", "status", str(file)]) == 1
+    assert "no answer from alpha" in capsys.readouterr().err
+    for told in ("started", "runs already"):
+        assert main(["cluster", "up", str(file)]) == 0
+        assert capsys.readouterr().out == f"alpha (127.0.0.1:{port}): {told}\n"
+    assert main(["cluster", "status", str(file)]) == 0
+    assert "reference" in capsys.readouterr().out
+    arguments = ["run", str(FOLDER), "--cluster", str(file), "--token-ids", "5", "--temperature", "0"]
+    assert main([*arguments, "--max-new-tokens", "3", "--ignore-eos"]) == 0
+    assert capsys.readouterr().out == ",".join(map(str, answers()[0][:3])) + "\n"
+    assert main([*arguments, "--devices", "reference"]) == 2
+    assert main([*arguments, "--transport", "shm"]) == 2
+    for told in ("ended", "did not run"):
+        assert main(["cluster", "down", str(file)]) == 0
+        assert capsys.readouterr().out == f"alpha (127.0.0.1:{port}): {told}\n"
+
+
+def test_cluster_files_for_hosts(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("devices: {reference: {}}")
+    with pytest.raises(InvalidFile, match="names no hosts"):
+        load(FOLDER, file)
+    file.write_text("hosts: {alpha: {address: 'alpha:1'}}\ndevices: {reference@alhpa: {}, reference: {}}")
+    with pytest.raises(LabinferError, match="no device or host 'alhpa'"):
+        read_cluster(file)
+    file.write_text("hosts: {alpha: {address: 'alpha:1', ssh: -oProxyCommand=x}}\ndevices: {reference@alpha: {}}")
+    with pytest.raises(LabinferError, match="ssh"):
+        read_cluster(file)
+    with pytest.raises(UsageError, match="cannot be planned anew"):
+        load("plan.json", file)

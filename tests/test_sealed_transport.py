@@ -1,0 +1,200 @@
+"""Connections between hosts: only who knows the token speaks, and nothing is changed, repeated or said by others."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from labinfer.errors import LabinferError
+from labinfer.runtime.pipeline.transport import ChannelClosed, Header, Keys, Sealed
+from labinfer.runtime.pipeline.transport import sealed as module
+from labinfer.runtime.pipeline.transport.sealed import accept, connect
+
+from .test_transport import Inbox
+
+TOKEN = bytes(range(32))
+LIMIT = 1 << 20
+KEYS = Keys(b"a" * 32, b"b" * 32)
+
+
+def pair() -> tuple[Sealed, Sealed]:
+    """Two ends with the keys of each other, over a connection that a test can listen to."""
+    one, other = connected()
+    return Sealed(one, LIMIT, KEYS), Sealed(other, LIMIT, Keys(*reversed(KEYS)))
+
+
+def connected() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        one = socket.create_connection(listener.getsockname())
+        return one, listener.accept()[0]
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Sealed, Sealed]]:
+    sender, receiver = pair()
+    yield sender, receiver
+    sender.release()
+    receiver.release()
+
+
+class Listener:
+    """Accepts callers with ``TOKEN``; what they wanted and their keys, or why they were refused."""
+
+    def __init__(self) -> None:
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.address = self.socket.getsockname()
+        self.heard: list[Any] = []
+        self.thread = threading.Thread(target=self.serve)
+        self.thread.start()
+
+    def serve(self) -> None:
+        with self.socket, self.socket.accept()[0] as connection:
+            try:
+                self.heard += accept(connection, TOKEN)
+            except ChannelClosed as error:
+                self.heard.append(str(error))
+
+    def close(self) -> None:
+        self.thread.join()
+
+
+def test_both_ends_have_the_same_keys_crosswise() -> None:
+    with closing(Listener()) as listener:
+        connection, keys = connect(listener.address, TOKEN, b"stage 3")
+        connection.close()
+    assert listener.heard == [b"stage 3", Keys(keys.theirs, keys.mine)]
+    assert keys.mine != keys.theirs
+
+
+def test_a_caller_with_another_token_is_told_so_and_refused() -> None:
+    with closing(Listener()) as listener, pytest.raises(ChannelClosed, match="another token"):
+        connect(listener.address, bytes(32), b"")
+    assert listener.heard == ["the other end hung up"]
+
+
+def test_a_listener_does_not_believe_a_wrong_proof() -> None:
+    with closing(Listener()) as listener, socket.create_connection(listener.address) as caller:
+        caller.sendall(struct.pack("<4sH16s16s", b"LABS", module.VERSION, bytes(16), b"") + bytes(32))
+        assert len(caller.recv(100, socket.MSG_WAITALL)) < 100
+    assert listener.heard == ["the caller has another token"]
+
+
+def test_versions_must_be_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(Listener()) as listener, socket.create_connection(listener.address) as caller:
+        caller.sendall(struct.pack("<4sH16s16s", b"LABS", module.VERSION + 1, bytes(16), b""))
+        assert caller.recv(1) == b""
+    assert "does not speak version" in listener.heard[0]
+
+
+def test_who_says_nothing_is_not_listened_to_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HANDSHAKE_SECONDS", 0.05)
+    with closing(Listener()) as listener, socket.create_connection(listener.address):
+        listener.thread.join(10)
+        assert listener.heard == ["timed out"]
+
+
+@settings(max_examples=50, deadline=None)
+@given(garbage=st.binary(max_size=200))
+def test_garbage_instead_of_a_handshake_is_refused(garbage: bytes) -> None:
+    with closing(Listener()) as listener, socket.create_connection(listener.address) as caller:
+        caller.sendall(garbage)
+        caller.shutdown(socket.SHUT_WR)
+    assert len(listener.heard) == 1
+    assert isinstance(listener.heard[0], str)
+
+
+def record(sections: list[bytes], tag: int = 7) -> bytes:
+    """A frame as it travels."""
+    sender, receiver = pair()
+    with closing(receiver.connection):
+        sender.send(1, tag, [memoryview(each) for each in sections])
+        sender.release()
+        heard = b""
+        while received := receiver.connection.recv(1 << 16):
+            heard += received
+    return heard
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_a_frame_that_was_changed_is_never_taken_for_one(data: st.DataObject) -> None:
+    sections = [b"first section", b"", b"second"]
+    heard = bytearray(record(sections))
+    at = data.draw(st.integers(0, len(heard) - 1))
+    heard[at] ^= data.draw(st.integers(1, 255))
+    one, other = connected()
+    receiver, seen = Sealed(other, LIMIT, Keys(*reversed(KEYS))), list[bytes]()
+
+    def place(header: Header) -> Iterator[memoryview]:
+        for size in header.sizes:
+            buffer = bytearray(size)
+            yield memoryview(buffer)
+            seen.append(bytes(buffer))
+
+    with closing(one), closing(other):
+        one.sendall(heard)
+        one.shutdown(socket.SHUT_WR)
+        with pytest.raises((ChannelClosed, LabinferError)):
+            receiver.receive(place)
+    assert seen == sections[: len(seen)]  # what was acted on is what was sent
+
+
+@pytest.mark.parametrize("order", [[0, 0], [1], [0, 2]])
+def test_a_frame_cannot_be_repeated_left_out_or_put_before_another(order: list[int]) -> None:
+    sender, receiver = pair()
+    with ExitStack() as stack:
+        stack.callback(receiver.release)
+        for tag in range(3):
+            sender.send(1, tag, [memoryview(b"text")])
+        sender.release()
+        size = len(record([b"text"]))
+        stream = receiver.connection.recv(3 * size, socket.MSG_WAITALL)
+        frames = [stream[start : start + size] for start in range(0, len(stream), size)]
+        one, other = connected()
+        stack.callback(one.close)
+        late = Sealed(other, LIMIT, Keys(*reversed(KEYS)))
+        stack.callback(late.release)
+        one.sendall(b"".join(frames[number] for number in order))
+        inbox = Inbox(late)
+        if order[0] == 0:
+            assert inbox.receive() == (1, 0, [b"text"])
+        with pytest.raises(ChannelClosed, match="forged or repeated"):
+            inbox.receive()
+
+
+def test_frames_go_both_ways_whole_and_in_order(ends: tuple[Sealed, Sealed]) -> None:
+    sent = [(kind, 9, [bytes([kind]) * size for size in (0, 70_000, 3)]) for kind in range(3)]
+    for here, there in (ends, reversed(ends)):
+        inbox = Inbox(there)
+        for kind, tag, sections in sent:
+            here.send(kind, tag, [memoryview(each) for each in sections])
+            assert inbox.receive() == (kind, tag, sections)
+
+
+def test_a_frame_beyond_the_limit_is_refused_before_its_memory_is_taken(ends: tuple[Sealed, Sealed]) -> None:
+    sender, receiver = ends
+    sender.limit *= 1 << 30
+    sender.write(sender.sealed([memoryview(struct.pack("<4sHHQIIQ", b"LABI", module.VERSION, 1, 0, 1, 0, 1 << 40))]))
+    with pytest.raises(LabinferError, match="at most 1048576 are allowed"):
+        Inbox(receiver).receive()
+
+
+def test_a_refused_place_leaves_the_connection_usable(ends: tuple[Sealed, Sealed]) -> None:
+    def refuse(header: Header) -> Iterator[memoryview]:
+        raise LabinferError("test.refused", "no")
+        yield memoryview(b"")
+
+    sender, receiver = ends
+    sender.send(1, 1, [memoryview(bytes(100_000)), memoryview(b"more")])
+    sender.send(2, 2, [memoryview(b"next")])
+    with pytest.raises(LabinferError, match="no"):
+        receiver.receive(refuse)
+    assert Inbox(receiver).receive() == (2, 2, [b"next"])
