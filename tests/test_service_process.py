@@ -185,5 +185,7 @@ def test_streams_go_on_after_a_stage_died(tiny_model: Path, home: Path, number: 
 
 def stages_of(server: int) -> list[int]:
     """The processes that run stages for a server."""
-    children = [int(pid) for pid in Path(f"/proc/{server}/task/{server}/children").read_text().split()]
+    children = [
+        int(pid) for each in Path(f"/proc/{server}/task").glob("*/children") for pid in each.read_text().split()
+    ]
     return [pid for pid in children if b"pipeline" in Path(f"/proc/{pid}/cmdline").read_bytes()]
