@@ -182,8 +182,8 @@ def _load(
             if "num_blocks" not in options:
                 defaults["kv_memory"] = CACHE_BYTES
             if "cluster" in options:
-                if adapters:
-                    raise UsageError("cli.usage", "over a cluster there are no adapters")
+                if adapters or transport:
+                    raise UsageError("cli.usage", "over a cluster there are no adapters and no other transport")
                 llm = load_over_cluster(model, weights, progress, {**defaults, **options})
             else:
                 if adapters:
