@@ -49,9 +49,9 @@ class Bench:
         self.model, self.threads, self.options = options.model, options.threads, options
         self.passed, self.found, self.random = True, dict[str, Any](), np.random.default_rng(0)
 
-    def service(self, slots: int = 64) -> Service:
+    def service(self, slots: int = 64, *flags: str) -> Service:
         """Ours, warm: steps of most sizes have run."""
-        service = labinfer_service(self.model, self.threads, slots, LENGTH)
+        service = labinfer_service(self.model, self.threads, slots, LENGTH, *flags)
         for _ in range(2):
             self.ask(service, self.bodies(slots, made=24), slots)
         return service
@@ -240,8 +240,11 @@ class Bench:
         self.found["peer"] = {"ours": ours, "peer": theirs}
 
     def soak(self) -> None:
-        """Random load of all kinds for minutes: memory stays what it was, and nothing is left."""
-        service, memory = self.service(16), list[int]()
+        """Random load of all kinds for minutes: memory stays what it was, and nothing is left.
+
+        The cache is a small one, since a block's memory counts from its first use on: all are used soon.
+        """
+        service, memory = self.service(16, "--kv-memory", "128MB"), list[int]()
         before = service.counts
         counts = asyncio.run(
             random_load(service.target(), self.random, 60 * self.options.minutes, lambda: memory.append(service.memory))

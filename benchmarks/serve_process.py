@@ -84,14 +84,14 @@ class Service:
         return self.process.wait(60)
 
 
-def labinfer_service(model: str, threads: int, slots: int, length: int, port: int = 8311) -> Service:
-    """``labinfer serve``, with room for ``slots`` sequences of ``length`` tokens in a step."""
+def labinfer_service(model: str, threads: int, slots: int, length: int, *flags: str, port: int = 8311) -> Service:
+    """``labinfer serve``, with room for ``slots`` sequences of ``length`` tokens in a step, and further ``flags``."""
     options = {
         "port": port, "threads": threads, "max-num-seqs": slots, "max-logits-rows": slots, "max-model-len": length,
         "max-num-batched-tokens": 512, "kv-dtype": "f16", "devices": "cpu",
     }  # fmt: skip
-    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    return Service([sys.executable, "-m", "labinfer", "-q", "serve", str(Path(model).resolve()), *flags], port)
+    given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    return Service([sys.executable, "-m", "labinfer", "-q", "serve", str(Path(model).resolve()), *given, *flags], port)
 
 
 def llama_service(program: str, model: str, threads: int, slots: int, length: int, port: int = 8312) -> Service:
