@@ -137,6 +137,14 @@ def test_what_the_survivors_cannot_hold_is_one_clear_error_until_hosts_return(ho
         hosts.close()
 
 
+def test_ranks_that_would_share_memory_over_hosts_are_refused(one_host: tuple[Hosts, LLM]) -> None:
+    hosts, _ = one_host
+    path = hosts.folder / "two.yaml"
+    path.write_text(f"{hosts.file.read_text()}\n  reference:1@alpha: {{}}\n")
+    with pytest.raises(UsageError, match="on one host"):
+        load(FOLDER, path, tensor_parallel_size=2, **LIMITS)
+
+
 def test_a_head_that_dies_leaves_no_stage(hosts: Hosts) -> None:
     script = "import sys, time; from labinfer.cluster.fleet import load\n"
     script += "model = load(sys.argv[1], sys.argv[2]); print('ready', flush=True); time.sleep(60)"

@@ -15,7 +15,7 @@ from labinfer.cluster.agent import CONTROL_PURPOSE, notice_cuts
 from labinfer.cluster.checkpoints import provide
 from labinfer.cluster.control import Address, Control
 from labinfer.compiler.plan import Plan
-from labinfer.errors import LabinferError
+from labinfer.errors import LabinferError, UsageError
 from labinfer.runtime.pipeline.message import decode_error, frame_bytes
 from labinfer.runtime.pipeline.process import StageDied
 from labinfer.runtime.pipeline.transport import Channel, ChannelClosed, Sealed
@@ -50,6 +50,9 @@ class HostedStages(Workers):
         compiling: Callable[[int, int], None],
     ) -> None:
         check_adapters(plan)
+        if plan.ranks > 1:
+            message = "several ranks of a stage must be on one host, which shares their memory"
+            raise UsageError("cluster.ranks", message, remedy="leave --tensor-parallel-size out")
         self.plan, self.hosts, self.addresses, self.token = plan, hosts, addresses, token
         self.progress, self.compiling = progress, compiling
         self.limit = frame_bytes(plan)
