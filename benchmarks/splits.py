@@ -126,7 +126,7 @@ def tokens_per_second(plan: Plan, slow: dict[str, SlowGroup], rounds: int) -> fl
     rates = []
     with labinfer.load(plan, transport="shm", enable_prefix_caching=False) as model:
         assert model.pipeline is not None
-        for stage, process in zip(plan.stages, model.pipeline.stages, strict=True):
+        for stage, process in zip(plan.stages, model.pipeline.workers.stages, strict=True):
             if stage.device in slow:
                 slow[stage.device].take(process.process.pid)
         model.generate(prompts, params)
