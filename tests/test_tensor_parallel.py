@@ -30,6 +30,7 @@ from .tiny import GOLDEN
 FAMILIES = sorted(expected.parent.name for expected in GOLDEN.glob("*/expected.npz"))
 CANNOT = {("phi3-longrope_attention_factor", "1,1,1"), ("phi3-longrope_crossed", "1,1,1")}
 """Models of two heads do not go to three ranks."""
+GREEDY = labinfer.SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 UNEQUAL = ("llama-odd_heads_tied", "mixtral-window", "deepseek_v2-group_limited", "gpt2-untied_inner", "qwen3-bias")
 LLAMA = GOLDEN / "llama-llama3"
 
@@ -190,11 +191,9 @@ def test_a_rank_that_fails_ends_the_step_for_all() -> None:
 def test_ranks_are_started_anew_once_one_has_died(rank: int) -> None:
     with labinfer.load(LLAMA, devices=devices(2), tensor_parallel_size=2, transport="shm") as model:
         assert model.pipeline is not None
-        before = model.generate([[1, 2, 3]], labinfer.SamplingParams(max_tokens=20, ignore_eos=True))[0].token_ids
+        before = model.generate([[1, 2, 3]], GREEDY)[0].token_ids
         os.kill(model.pipeline.workers.stages[rank].process.pid, signal.SIGKILL)
-        assert (
-            model.generate([[1, 2, 3]], labinfer.SamplingParams(max_tokens=20, ignore_eos=True))[0].token_ids == before
-        )
+        assert model.generate([[1, 2, 3]], GREEDY)[0].token_ids == before
 
 
 def edited(tmp_path: Path, **changes: Any) -> Path:
