@@ -15,11 +15,13 @@ from labinfer.errors import StalePlan, UsageError, WeightsError
 from labinfer.home import graphs_dir
 from labinfer.ops.formats import stored_bytes
 from labinfer.progress import Progress, silent
+from labinfer.replanning import check_movable, with_layers
 from labinfer.runtime.cache import CacheOptions
 from labinfer.runtime.eviction import EvictionPolicy, LeastRecentlyUsed
 from labinfer.runtime.manager import Manager
 from labinfer.runtime.model import Model
-from labinfer.runtime.pipeline.workers import Fleet
+from labinfer.runtime.pipeline.balance import BalancedFleet
+from labinfer.runtime.pipeline.workers import Fleet, ProcessFleet
 from labinfer.runtime.scheduler import Policy
 from labinfer.runtime.speculation import DraftModel, PromptLookup, Proposer, SpeculativeConfig
 from labinfer.runtime.tokenizer import Tokenizer
@@ -43,7 +45,8 @@ class LLM(Model):
     requests without a seed of their own repeatable, in the order in which they come. The keywords from
     ``enable_prefix_caching`` to ``cold_bytes`` are those of ``labinfer.runtime.cache.CacheOptions``; ``transport``
     makes the plan's stages a pipeline (``local``, ``shm``, ``tcp``, or the fleet of ``labinfer.cluster``); ``policy``
-    decides what each step computes.
+    decides what each step computes. With ``rebalance`` layers move between processes (``shm``, ``tcp``) that take
+    unequal times.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class LLM(Model):
         speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
         transport: str | Fleet | None = None,
         policy: Policy | None = None,
+        rebalance: bool = False,
         **options: Any,
     ) -> None:
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
@@ -80,9 +84,11 @@ class LLM(Model):
             show = progress or silent
             compiling = partial(show, "preparing kernels")
             cache = CacheOptions(enable_prefix_caching, eviction_policy, cold_folder, cold_bytes)
+            processes = self.balanced(plan, transport) if rebalance else ProcessFleet
             super().__init__(
-                plan, checkpoint, tokenizer, manager, loading(plan, show), compiling, cache, seed, transport, policy
-            )
+                plan, checkpoint, tokenizer, manager, loading(plan, show), compiling, cache, seed, transport, policy,
+                processes,
+            )  # fmt: skip
         except BaseException:
             checkpoint.close()
             raise
@@ -92,6 +98,20 @@ class LLM(Model):
             except BaseException:
                 self.close()
                 raise
+
+    def balanced(self, plan: Plan, transport: str | Fleet | None) -> Callable[..., Fleet]:
+        """What starts processes whose layers move; ``UsageError`` where they cannot."""
+        if transport not in ("shm", "tcp"):
+            message = "layers are moved between the processes of a pipeline only"
+            raise UsageError("rebalance.transport", message, remedy="run it with --transport shm")
+        check_movable(plan, self.checkpoint.path)
+        return partial(BalancedFleet, move=self.moved)
+
+    def moved(self, plan: Plan, counts: Sequence[int]) -> Plan:
+        """``plan`` with so many layers in each stage, for which memory is granted; ``DoesNotFit`` where it is not."""
+        found = with_layers(plan, counts, self.checkpoint.path)
+        self.manager.regrant(self.owner, {stage.device: stage.bytes.total for stage in found.stages})
+        return found
 
     def open_proposer(self, config: SpeculativeConfig, progress: Progress | None) -> Proposer:
         """Where the guesses of speculation come from; a draft model is opened on the devices of this one."""

@@ -149,7 +149,9 @@ def device_quota(text: str) -> tuple[str, int]:
 
 
 def transport_option(function: Function) -> Function:
-    """Give a command ``--transport``."""
+    """Give a command ``--transport``, and ``--rebalance``, which arrives as None where it is not given."""
+    text = "Move layers between processes that were measured to take unequal times."
+    function = click.option("--rebalance", is_flag=True, default=None, help=text)(function)
     return click.option(
         "--transport",
         type=click.Choice(["local", "shm", "tcp"]),

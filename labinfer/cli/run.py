@@ -203,22 +203,22 @@ def _load(
     from labinfer.runtime.speculation import SpeculativeConfig
 
     config = SpeculativeConfig(**guessing) if guessing else None
-    if "cluster" in options and (config or lora or transport):
-        raise UsageError("cli.usage", "over a cluster there is no speculation, no adapter and no other transport")
+    if "cluster" in options and (config or lora or transport or "rebalance" in options):
+        message = "over a cluster there is no speculation, no adapter, no other transport and no --rebalance"
+        raise UsageError("cli.usage", message)
+    running: dict[str, Any] = {"transport": transport, "speculative_config": config}
+    running["rebalance"] = options.pop("rebalance", False)
     with current().progress() as progress:
         if "cluster" in options:
             return load_over_cluster(model, weights, progress, {**ONE_SEQUENCE, **options})
         if model is not None and is_plan(model):
-            # Errors name the file.
-            return LLM(
-                model, weights=weights, progress=progress, speculative_config=config, transport=transport, **options
-            )
+            return LLM(model, weights=weights, progress=progress, **running, **options)  # errors name the file
         room = {"max_loras": 1, "max_lora_rank": adapter_rank(lora.path)} if lora else {}
         defaults = {**ONE_SEQUENCE, **room}
         if config is not None:
             defaults["max_logits_rows"] += config.num_speculative_tokens
         plan = find_plan(model, weights=weights, progress=progress, defaults=defaults, **options)
-        return LLM(plan, weights=weights, progress=progress, speculative_config=config, transport=transport)
+        return LLM(plan, weights=weights, progress=progress, **running)
 
 
 def show(index: int, text: str) -> None:

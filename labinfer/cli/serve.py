@@ -172,18 +172,20 @@ def _load(
     from labinfer.llm import LLM
     from labinfer.runtime.lora import adapter_rank
 
-    phases, started = {}, time.perf_counter()
+    phases, started, options = {}, time.perf_counter(), dict(options)
+    running: dict[str, Any] = {"weights": weights, "transport": transport, "manager": manager}
+    running["rebalance"] = options.pop("rebalance", False)
     with current().progress() as progress:
         if model is not None and is_plan(model):
-            options |= {"weights": weights, "transport": transport}
-            llm = LLM(model, manager=manager, progress=progress, **options)  # errors name the file
+            llm = LLM(model, progress=progress, **running, **options)  # errors name the file
         else:
             defaults = {"max_num_seqs": SEQUENCES, "max_logits_rows": SEQUENCES}
             if "num_blocks" not in options:
                 defaults["kv_memory"] = CACHE_BYTES
             if "cluster" in options:
-                if adapters or transport:
-                    raise UsageError("cli.usage", "over a cluster there are no adapters and no other transport")
+                if adapters or transport or running["rebalance"]:
+                    message = "over a cluster there are no adapters, no other transport and no --rebalance"
+                    raise UsageError("cli.usage", message)
                 llm = load_over_cluster(model, weights, progress, {**defaults, **options})
             else:
                 if adapters:
@@ -191,7 +193,7 @@ def _load(
                     defaults |= {"max_loras": len(adapters), "max_lora_rank": max(ranks)}
                 plan = find_plan(model, weights=weights, progress=progress, defaults=defaults, **options)
                 phases["compile"], started = time.perf_counter() - started, time.perf_counter()
-                llm = LLM(plan, weights=weights, manager=manager, progress=progress, transport=transport)
+                llm = LLM(plan, progress=progress, **running)
     phases["load"] = time.perf_counter() - started
     return loaded.enter_context(llm), phases
 

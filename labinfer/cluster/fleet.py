@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from labinfer.api import compile_options, is_plan, read_model
 from labinfer.catalogue import resolve
 from labinfer.cluster.agent import CONTROL_PURPOSE
@@ -27,6 +29,7 @@ from labinfer.errors import DoesNotFit, UsageError
 from labinfer.llm import LLM, loading
 from labinfer.placing import cluster_target, goal_of
 from labinfer.progress import Progress, silent
+from labinfer.replanning import pinned
 from labinfer.runtime.pipeline.transport import ChannelClosed
 from labinfer.runtime.pipeline.transport.sealed import connect
 
@@ -95,15 +98,6 @@ class Planner:
             return compile_plan(blueprint, source, places, chosen, checkpoint)
 
 
-def pinned(limits: Limits | None) -> dict[str, Any]:
-    """Options that give another plan the same limits, which the requests that run were admitted by."""
-    if limits is None:
-        return {}
-    names = ("max_num_batched_tokens", "max_num_seqs", "max_logits_rows", "max_model_len", "block_size", "kv_dtype")
-    blocks = max(group.num_blocks for group in limits.groups)
-    return {**{name: getattr(limits, name) for name in names}, "num_blocks": blocks, "kv_memory": None}
-
-
 @dataclass(slots=True)
 class ClusterFleet:
     """The hosts of a cluster; see ``Fleet``."""
@@ -145,6 +139,9 @@ class ClusterFleet:
         """Whether a host that the plan does without has answered for a while."""
         now = time.monotonic()
         return any(now - since > REJOIN_SECONDS for since in list(self.back_since.values()))
+
+    def observe(self, times: np.ndarray) -> None:
+        """Steps may take as long as they take."""
 
     def answering(self) -> frozenset[str]:
         """The hosts whose agents answer."""

@@ -229,6 +229,12 @@ class Stage(PlanModel):
     arena: Arena = Field(description="the arena and how good its packing is")
     bytes: StageBytes = Field(description="memory")
 
+    @property
+    def layers(self) -> set[int]:
+        """The layers that it runs."""
+        spans = [entry.layers for entry in self.schedule if entry.layers is not None]
+        return {layer for first, last in spans for layer in range(first, last + 1)}
+
 
 class PlanPart(PlanModel):
     """What a rank has of a weight; see ``labinfer.compiler.graph.Part``."""

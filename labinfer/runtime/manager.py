@@ -96,6 +96,18 @@ class Manager:
             raise DoesNotFit("device.quota", message, remedy="grant more, or close what else runs there")
         self.grants.add(owner, device, nbytes, self.cores.get(device, []))
 
+    def regrant(self, owner: str, wanted: Mapping[str, int]) -> None:
+        """Promise ``owner`` these bytes by device instead of what it has, which it keeps if they are beyond a quota."""
+        before = self.grants.given
+        self.grants.given = [grant for grant in before if grant.owner != owner]
+        try:
+            for device, nbytes in wanted.items():
+                self.grant(owner, device, nbytes)
+        except DoesNotFit:
+            self.grants.given = before
+            self.grants.tell()
+            raise
+
     def memory_of(self, owner: str) -> dict[str, Memory]:
         """What ``owner`` has, by device."""
         found: dict[str, int] = {}

@@ -68,6 +68,7 @@ class Model:
         seed: int | None = None,
         transport: str | Fleet | None = None,
         policy: Policy | None = None,
+        processes: Callable[..., Fleet] = ProcessFleet,
     ) -> None:
         self.seed, self.policy = seed, policy
         self.proposer: Proposer | None = None  # for speculation
@@ -97,7 +98,7 @@ class Model:
             self.memory.callback(self.cache.close)
             self.blocks = self.cache.blocks
             if isinstance(transport, str) and transport != "local":
-                transport = ProcessFleet(transport, checkpoint.path, self.manager.cores, progress, compiling)
+                transport = processes(transport, checkpoint.path, self.manager.cores, progress, compiling)
             if transport is not None:
                 self.start_pipeline(transport)
             self.batch = Batch(plan.limits, self.blocks, self.copy_blocks)

@@ -122,7 +122,7 @@ class PipelinedEngine(Engine):
             self.finished = []
             self.make_changes()
             if self.model.fleet is not None and self.model.fleet.improved:
-                self.recover(StageDied("pipeline.stage-died", "the stages were started on more hosts"))
+                self.recover(StageDied("pipeline.stage-died", "the stages were placed anew"))
             self.fill()
             if self.flights:
                 self.settle()
@@ -217,6 +217,8 @@ class PipelinedEngine(Engine):
     def accept(self, flight: Flight, result: StepResult) -> None:
         """Take over the tokens of a step for the sequences that still want them."""
         self.restarts = 0
+        if self.model.fleet is not None:
+            self.model.fleet.observe(result.times)
         part, alive, values = flight.part, flight.alive, result.logits
         if values is None:  # chosen already
             values = result.tokens[:, None]

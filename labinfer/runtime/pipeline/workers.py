@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from labinfer.compiler.plan import Plan
 from labinfer.errors import UsageError
 from labinfer.runtime.peers import shared_peer_memory
@@ -60,7 +62,10 @@ class Fleet(Protocol):
 
     @property
     def improved(self) -> bool:
-        """Whether more is there by now than what runs the plan."""
+        """Whether there is a better plan by now than the one that runs."""
+
+    def observe(self, times: np.ndarray) -> None:
+        """A step is done, whose stages began and ended at ``times``; see ``StepResult``."""
 
     def close(self) -> None:
         """Nothing is started any more."""
@@ -130,14 +135,13 @@ class StageThreads(LocalWorkers):
 
 @dataclass(slots=True)
 class ProcessFleet:
-    """Processes of this machine, each with the cores of its device; nothing else ever runs the plan."""
+    """Processes of this machine, each with the cores of its device; layers stay where they are."""
 
     transport: str
     checkpoint: Path
     cores: Mapping[str, Sequence[int]]
     progress: Callable[[int], None]
     compiling: Callable[[int, int], None]
-    improved = False
 
     def start(self, plan: Plan) -> StageProcesses:
         """See ``Fleet.start``."""
@@ -146,6 +150,14 @@ class ProcessFleet:
     def replan(self, plan: Plan) -> Plan:
         """It stays as it is."""
         return plan
+
+    @property
+    def improved(self) -> bool:
+        """Never."""
+        return False
+
+    def observe(self, times: np.ndarray) -> None:
+        """Steps may take as long as they take."""
 
     def close(self) -> None:
         """Nothing to do."""
