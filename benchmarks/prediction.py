@@ -1,10 +1,12 @@
 """How well predicted times of plans match measured ones, and how good the plan is that costs choose.
 
     python benchmarks/prediction.py MODEL.gguf ...             # each model on 1 thread, on 2, and split over both
+    python benchmarks/prediction.py --pipeline MODEL.gguf ...  # two stages of a thread each, by shm
     python benchmarks/prediction.py --choose MODEL.gguf        # the chosen plan beside others, where memory is capped
 
-Devices are CPUs of unequal threads in one process. Profiles are measured first where they are missing (--quick: at few
-sizes of steps). Steps run on made-up weights, on a machine as quiet as LABINFER_PATIENCE seconds of waiting make it.
+Devices are CPUs of unequal threads in one process, those of a pipeline in a process each. Profiles are measured first
+where they are missing (--quick: at few sizes of steps). Steps run on made-up weights, those of a pipeline on the
+model's, on a machine as quiet as LABINFER_PATIENCE seconds of waiting make it.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
@@ -20,12 +23,12 @@ from typing import Any
 
 import labinfer
 from labinfer.compiler.costs import Costs, LinkProfile, Measured, StepShape
-from labinfer.compiler.costs.plans import predict_plan, stage_ops
+from labinfer.compiler.costs.plans import pipeline_seconds, predict_plan, stage_ops
 from labinfer.compiler.plan import Plan
 from labinfer.errors import DoesNotFit
-from labinfer.profile.measure import measure_step, warm_up
+from labinfer.profile.measure import measure_step, prepared_step, warm_up
 from labinfer.profile.quiet import Patience
-from labinfer.profile.session import profile_device, profile_links
+from labinfer.profile.session import profile_device, profile_hops, profile_links
 from labinfer.profile.synthetic import SyntheticCheckpoint
 from labinfer.profile.validate import validate_step
 from labinfer.progress import silent
@@ -42,18 +45,20 @@ STEPS = (
 )  # fmt: skip
 LIMITS: dict[str, Any] = {"max_num_seqs": 8, "max_model_len": 1024, "num_blocks": 256}
 PROMPT, OUTPUT, ROUNDS = 512, 128, 2
+TRANSPORT, SHARES, RUNS = "shm", (1 / 3, 1 / 2, 2 / 3), 25
+"""Of the pipelines: how stages talk, which parts of the layers the first has, and how often each step is run."""
 
 
 class Room:
     """What is known of the devices for one model."""
 
-    def __init__(self, model: str, patience: Patience, **how: bool) -> None:
+    def __init__(self, model: str, patience: Patience, devices: Mapping[str, int] = DEVICES, **how: bool) -> None:
         self.model, self.patience = model, patience
         self.costs: dict[str, Costs] = {
             name: Measured(profile_device(model, name, threads, silent, patience, **how))
-            for name, threads in DEVICES.items()
+            for name, threads in devices.items()
         }
-        self.links: dict[tuple[str, str], LinkProfile] = profile_links(dict(DEVICES))
+        self.links: dict[tuple[str, str], LinkProfile] = profile_links(devices)
         layers = {
             op.layer for op in stage_ops(labinfer.compile(model, devices="cpu").stages[0]) if op.layer is not None
         }
@@ -99,6 +104,39 @@ def accuracy(models: list[str], patience: Patience, **how: bool) -> list[dict[st
                     found += [{**each, "of": what, **milliseconds(*both)} for what, both in times.items()]
                     print(f"{each['model']:16} {name:14} {line(checked)}", flush=True)
     return found
+
+
+def pipelines(models: list[str], patience: Patience, **how: bool) -> list[dict[str, Any]]:
+    """Predicted and measured milliseconds of single steps of two stages, which run in a process and on a core each."""
+    found, hop = [], profile_hops()[TRANSPORT]
+    for path in models:
+        room = Room(path, patience, dict.fromkeys(DEVICES, 1), **how)
+        devices = ", ".join(f"'{name}': {{threads: 1}}" for name in DEVICES)
+        for share in SHARES:
+            cut = round(share * len(room.units))
+            pins = [f"{unit}: 'cpu:{int(number >= cut)}'" for number, unit in enumerate(room.units)]
+            plan = room.compile(devices, ", ".join(pins))
+            with labinfer.LLM(plan, transport=TRANSPORT, enable_prefix_caching=False) as model:
+                for step in reversed(STEPS):  # long ones first: memory is then as it is in a service
+                    stages = predict_plan(plan, room.costs, room.links, step)
+                    predicted = sum(stage.total for stage in stages) + pipeline_seconds(stages, hop)
+                    row = milliseconds(predicted, seconds_of_step(model, step, patience))
+                    what = f"{step.phase} {step.tokens} tokens after {step.past}"
+                    found += [{"model": Path(path).stem, "plan": f"{cut} units first", "step": what, **row}]
+                    print(" ".join(f"{value:>16}" for value in found[-1].values()), flush=True)
+    return found
+
+
+def seconds_of_step(model: Model, step: StepShape, patience: Patience) -> float:
+    """The median of some runs of a step."""
+    patience.wait()
+    with prepared_step(model, step) as batch:
+        seconds = []
+        for _ in range(RUNS):
+            started = time.perf_counter()
+            model.run(batch)
+            seconds.append(time.perf_counter() - started)
+    return median(seconds)
 
 
 def milliseconds(predicted: float, measured: float) -> dict[str, float]:
@@ -156,7 +194,9 @@ def seconds_of(room: Room, name: str, plan: Plan) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+")
-    parser.add_argument("--choose", action="store_true", help="compare the chosen plan with others")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--choose", action="store_true", help="compare the chosen plan with others")
+    what.add_argument("--pipeline", action="store_true", help="run plans as pipelines of two processes")
     parser.add_argument("--quick", action="store_true", help="measure few sizes of steps for the profiles")
     parser.add_argument("--again", action="store_true", help="measure profiles that are known, too")
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
@@ -166,6 +206,10 @@ def main() -> None:
         found = [{"model": path, **row} for path in options.models for row in choice(path, patience, **how)]
         for row in found:
             print(f"{row['measured_ms']:10.2f} ms, predicted {row['predicted_ms']:10.2f}  {row['plan']}")
+    elif options.pipeline:
+        found = pipelines(options.models, patience, **how)
+        errors = [abs(row["error"]) for row in found]
+        print(f"median error of {len(errors)} steps: {100 * median(errors):.1f} %, worst {100 * max(errors):.1f} %")
     else:
         found = accuracy(options.models, patience, **how)
         whole = [row for row in found if row["of"] == "whole"]

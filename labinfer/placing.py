@@ -11,7 +11,7 @@ from labinfer.backends.base import BACKENDS, fingerprint, local_name
 from labinfer.compiler.cluster import Cluster, ClusterDevice, read_cluster
 from labinfer.compiler.costs import Costs, DeviceProfile, LinkProfile, Measured, load_profile
 from labinfer.compiler.costs.roofline import Roofline, specification
-from labinfer.compiler.costs.store import stored_link, stored_profile
+from labinfer.compiler.costs.store import stored_link, stored_links, stored_profile
 from labinfer.compiler.partition import Objective
 from labinfer.compiler.place_by_cost import Goal, Pin
 from labinfer.compiler.target import Target
@@ -93,7 +93,13 @@ def goal_of(cluster: Cluster, targets: Sequence[Target], objective: str, workloa
         costs={target.name: device_costs(cluster, target) for target in targets},
         links={pair: link_between(cluster, *pair) for pair in permutations(cluster.devices, 2)},
         pins=[Pin(pattern, name, cluster.place("pins", pattern)) for pattern, name in cluster.pins.items()],
+        transports={} if any(target.declared for target in targets) else transports_of(cluster),
     )
+
+
+def transports_of(cluster: Cluster) -> dict[str, LinkProfile]:
+    """Hops of a pipeline by transport as measured here; none where ``cluster`` has devices of several hosts."""
+    return stored_links().transports if len({cluster.host_of(name) for name in cluster.devices}) == 1 else {}
 
 
 def device_costs(cluster: Cluster, target: Target) -> Costs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -17,26 +18,29 @@ from labinfer.compiler.costs import (
     CostTable,
     DeviceProfile,
     Fingerprint,
+    LinkProfile,
     Measured,
     StepShape,
     StreamProfile,
     load_profile,
 )
-from labinfer.compiler.costs.plans import predict_plan, stage_ops, stage_signer
-from labinfer.compiler.costs.store import profile_path, store_profile
+from labinfer.compiler.costs.plans import pipeline_seconds, predict_plan, stage_ops, stage_signer
+from labinfer.compiler.costs.store import profile_path, store_link, store_profile, stored_links
 from labinfer.compiler.costs.table import interpolate
 from labinfer.errors import LabinferError, UsageError
 from labinfer.ops.dequantization import dequantize
 from labinfer.profile import measure
 from labinfer.profile.grid import MOST_CACHED_TOKENS, grid_for
+from labinfer.profile.hops import measure_hop
 from labinfer.profile.measure import StepTimes
 from labinfer.profile.quiet import Foreign, Patience
 from labinfer.profile.sample import layer_ops, sampled
-from labinfer.profile.session import profile_device, profile_links
+from labinfer.profile.session import profile_device, profile_hops, profile_links
 from labinfer.profile.synthetic import BYTES, SyntheticCheckpoint
 from labinfer.profile.validate import validate_plan
 from labinfer.progress import silent
 from labinfer.runtime.model import Model
+from labinfer.runtime.pipeline.transport import TRANSPORTS
 
 _GOLDEN = Path(__file__).parent / "golden"
 _MODEL = _GOLDEN / "llama-llama3"
@@ -120,6 +124,28 @@ def test_predictions_add_up_the_ops_of_each_stage() -> None:
     assert sum(seconds for _, seconds in one.ops) + one.overhead == one.seconds
     more = predict_plan(plan, costs, links, StepShape.prefill(16, 10))
     assert sum(stage.total for stage in more) > one.total + two.total
+
+
+@pytest.mark.usefixtures("home")
+def test_the_hops_of_every_transport_are_measured_once_and_count_in_a_pipeline() -> None:
+    hops = profile_hops()
+    assert set(hops) == set(TRANSPORTS)
+    assert all(hop.latency < hop.seconds(1 << 20) < 1 for hop in hops.values())
+    assert profile_hops() == stored_links().transports == hops  # nothing is measured again
+    store_link("cpu", "cpu", hops["shm"])
+    assert stored_links().transports == hops
+    plan = labinfer.compile(_MODEL, devices="reference:0=0-0,reference:1=1-2", **_SMALL)
+    costs, links = dict.fromkeys(plan.devices, Measured(_profile(_MODEL))), profile_links(dict.fromkeys(plan.devices))
+    stages = predict_plan(plan, costs, links, StepShape.prefill(16))
+    hop = LinkProfile(latency=1.0, bandwidth=4.0)
+    assert pipeline_seconds(stages, hop) == 3 + 16 * 24 + plan.vocab_size  # float32: hidden states, then logits
+
+
+def test_a_hop_whose_other_end_dies_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "false")
+    for transport in ("shm", "tcp"):
+        with pytest.raises(LabinferError, match="other end of a hop"):
+            measure_hop(transport)
 
 
 @pytest.mark.usefixtures("home")

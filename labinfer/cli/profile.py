@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from labinfer.render.measured import MeasuredStep, OpTimes
 
 COLUMNS = ("OP", "1 TOKEN µs", "±", "MOST SEQUENCES µs", "LARGEST STEP µs", "± µs")
+LINK_COLUMNS = ("LINK", "LATENCY µs", "GB/s")
 
 
 @click.command()
@@ -66,6 +67,8 @@ def profile(
     else:
         for name, each in profiles.items():
             show_profile(name, each)
+        if cluster is not None:
+            show_links()
 
 
 def measure_cluster(model: str, cluster: str, options: dict[str, Any], **how: bool) -> dict[str, DeviceProfile]:
@@ -123,6 +126,17 @@ def show_profile(name: str, profile: DeviceProfile) -> None:
         rows.append((decode[0][2], [signature, *_times(decode[0]), _microseconds(largest[2]), *_times(large)]))
     rows.sort(key=lambda row: -row[0])
     out.table(COLUMNS, [row for _, row in rows], right=COLUMNS[1:])
+
+
+def show_links() -> None:
+    """The links between devices of this machine, and the hops of its pipelines."""
+    from labinfer.compiler.costs.store import links_path, stored_links
+
+    out, known = current(), stored_links()
+    out.data(f"links in {links_path()}")
+    named = known.links | {f"hop by {name}": hop for name, hop in known.transports.items()}
+    rows = [[name, _microseconds(link.latency), f"{link.bandwidth / 1e9:.2f}"] for name, link in named.items()]
+    out.table(LINK_COLUMNS, rows, right=LINK_COLUMNS[1:])
 
 
 def _times(point: Sequence[float]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
 
-from labinfer.compiler.costs.plans import StageCost, predict_plan
+from labinfer.compiler.costs.plans import StageCost, pipeline_seconds, predict_plan
 from labinfer.compiler.costs.predict import StepShape
 from labinfer.compiler.partition import Partition
 from labinfer.compiler.partition.solve import objective_value
@@ -44,6 +44,7 @@ def record_placement(plan: Plan, placed: PlacedByCost, goal: Goal) -> None:
         served=rounded(placed.served.units_per_second * decode.sequences),
         stages=predictions(placed, *costs),
         origins=origins(placed, goal),
+        transports=transports(goal, *costs) if len(plan.stages) > 1 else {},
         reasons=placed.told.reasons,
         runner_ups=[other_placement(placed, each) for each in placed.told.runner_ups],
         changes=[Change(what=each.what, value=rounded(each.value)) for each in placed.told.changes],
@@ -115,3 +116,11 @@ def origins(placed: PlacedByCost, goal: Goal) -> dict[str, str]:
     for pair in pairwise(used):
         found[" to ".join(pair)] = goal.links[pair].origin
     return found
+
+
+def transports(goal: Goal, decode: Sequence[StageCost], prefill: Sequence[StageCost]) -> dict[str, tuple[float, float]]:
+    """What the hops of a pipeline add to both steps, by each transport that was measured."""
+    return {
+        name: (rounded(pipeline_seconds(decode, link)), rounded(pipeline_seconds(prefill, link)))
+        for name, link in goal.transports.items()
+    }

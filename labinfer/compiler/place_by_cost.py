@@ -64,6 +64,8 @@ class Goal:
     costs: Mapping[str, Costs]
     links: Mapping[tuple[str, str], LinkProfile]
     pins: Sequence[Pin] = field(default=())
+    transports: Mapping[str, LinkProfile] = field(default_factory=dict)
+    """Hops of a pipeline by transport, where all devices are here and hops were measured."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,9 @@ class PlanPlacement(PlanModel):
     served: NonNegativeFloat = Field(description="sequences per second in a simulation of the service")
     stages: list[StagePrediction] = Field(description="predictions by stage")
     origins: dict[str, str] = Field(description="devices and links: whether numbers are measured, borrowed or derived")
+    transports: dict[str, tuple[NonNegativeFloat, NonNegativeFloat]] = Field(
+        default={}, description="what the hops of a pipeline add to a decode and to a prefill step, by transport"
+    )
     reasons: dict[str, str] = Field(default={}, description="why each device is used or not")
     runner_ups: list[OtherPlacement] = Field(default=[], description="the best other placements")
     changes: list[Change] = Field(default=[], description="what other hardware would buy, the best first")

@@ -19,18 +19,19 @@ RUNS = 9
 def measure_out(device: Device) -> LinkProfile:
     """The way from a device's memory to the host's."""
     small, large = (_seconds(device, device, count) for count in (SMALL, LARGE))
-    return _link(small, large)
+    return link_of(4 * SMALL, small, 4 * LARGE, large)
 
 
 def measure_link(source: Device, target: Device) -> LinkProfile:
     """The way from one device to another in this process: out to the host, and in again."""
     small, large = (_seconds(source, target, count, both=True) for count in (SMALL, LARGE))
-    return _link(small, large)
+    return link_of(4 * SMALL, small, 4 * LARGE, large)
 
 
-def _link(small: float, large: float) -> LinkProfile:
-    rate = (LARGE - SMALL) * 4 / max(large - small, 1e-9)
-    return LinkProfile(latency=round(max(small - 4 * SMALL / rate, 0.0), 9), bandwidth=round(rate))
+def link_of(few: int, few_seconds: float, many: int, many_seconds: float) -> LinkProfile:
+    """The line through what ``few`` and ``many`` bytes took."""
+    rate = (many - few) / max(many_seconds - few_seconds, 1e-9)
+    return LinkProfile(latency=round(max(few_seconds - few / rate, 0.0), 9), bandwidth=round(rate))
 
 
 def _seconds(source: Device, target: Device, count: int, both: bool = False) -> float:

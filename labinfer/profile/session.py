@@ -13,12 +13,20 @@ from labinfer.backends.base import fingerprint
 from labinfer.compiler.compile import compile_plan
 from labinfer.compiler.costs import DeviceProfile, LinkProfile
 from labinfer.compiler.costs.plans import stage_ops, stage_signer
-from labinfer.compiler.costs.store import store_link, store_profile, stored_link, stored_profile
+from labinfer.compiler.costs.store import (
+    store_link,
+    store_links,
+    store_profile,
+    stored_link,
+    stored_links,
+    stored_profile,
+)
 from labinfer.compiler.fold import layer_matrices, unfold_weights
 from labinfer.compiler.plan import Plan
 from labinfer.errors import DoesNotFit
 from labinfer.placing import cluster_goal
 from labinfer.profile.grid import Grid, grid_for
+from labinfer.profile.hops import measure_hop
 from labinfer.profile.links import measure_link
 from labinfer.profile.measure import measure_device
 from labinfer.profile.quiet import Patience
@@ -26,6 +34,7 @@ from labinfer.profile.sample import sampled
 from labinfer.profile.streaming import measure_streaming
 from labinfer.progress import Progress
 from labinfer.runtime.manager import Manager
+from labinfer.runtime.pipeline.transport import TRANSPORTS
 from labinfer.targets import real_target
 from labinfer.units import human_bytes
 
@@ -115,6 +124,7 @@ def profile_cluster(
     }
     if again or any(stored_link(*pair) is None for pair in permutations(real, 2)):
         profile_links(real)
+    profile_hops(again)
     return found
 
 
@@ -161,6 +171,17 @@ def profile_links(devices: Mapping[str, int | None]) -> dict[tuple[str, str], Li
     for pair, link in found.items():
         store_link(*pair, link)
     return found
+
+
+def profile_hops(again: bool = False) -> dict[str, LinkProfile]:
+    """Hops between stages of a pipeline on this machine, by transport; those that are not known (all with ``again``)
+    are measured and kept."""
+    found = stored_links()
+    missing = [transport for transport in TRANSPORTS if again or transport not in found.transports]
+    if missing:
+        found.transports |= {transport: measure_hop(transport) for transport in missing}
+        store_links(found)
+    return found.transports
 
 
 def profile_plan(

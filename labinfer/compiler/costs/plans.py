@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from labinfer.compiler.costs.predict import Costs, StepShape
@@ -18,11 +18,12 @@ from labinfer.ops.fusions import is_view
 @dataclass(frozen=True, slots=True)
 class StageCost:
     """Seconds of a stage in a step: of each op that runs, of what is beside them, of waiting for streamed layers, of
-    handing on what it made."""
+    handing on the ``nbytes`` that it made."""
 
     ops: tuple[tuple[Op, float], ...]
     overhead: float
     hop: float
+    nbytes: int
     streaming: float = 0.0
 
     @property
@@ -65,5 +66,10 @@ def predict_plan(
         hop, overhead = link.seconds(nbytes) if link else 0.0, known.overhead_seconds(step)
         computing = sum(seconds for _, seconds in ops) + overhead
         streaming = known.stream.added(computing, stage.bytes.host) if known.stream else 0.0
-        found.append(StageCost(ops, overhead, hop, streaming))
+        found.append(StageCost(ops, overhead, hop, nbytes, streaming))
     return found
+
+
+def pipeline_seconds(stages: Sequence[StageCost], transport: LinkProfile) -> float:
+    """What the hops of a pipeline add to a step: to its first stage, on from each, and with the logits back."""
+    return transport.latency + sum(transport.seconds(stage.nbytes) for stage in stages)

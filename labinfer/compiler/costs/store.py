@@ -57,6 +57,11 @@ def store_link(source: str, target: str, link: LinkProfile) -> None:
     """Keep what was measured between two devices."""
     found = stored_links()
     found.links[link_name(source, target)] = link
+    store_links(found)
+
+
+def store_links(found: Links) -> None:
+    """Keep all that is known of links."""
     links_path().parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(links_path()) as stream:
         stream.write((found.model_dump_json(indent=1, exclude_defaults=True) + "\n").encode())

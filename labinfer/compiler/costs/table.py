@@ -112,10 +112,12 @@ class StreamProfile(Record):
 
 
 class Links(Record):
-    """A file of links between the devices of a machine, by the kinds at both ends: ``cpu to cpu``."""
+    """A file of links between the devices of a machine, by the kinds at both ends: ``cpu to cpu``; and of the hops of
+    its pipelines by transport."""
 
     labinfer_links: Literal[1] = Field(default=1, description="version of this format")
     links: dict[str, LinkProfile] = Field(default={}, description="links by name")
+    transports: dict[str, LinkProfile] = Field(default={}, description="hops between stages by transport")
 
 
 class Fingerprint(Record):
