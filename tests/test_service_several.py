@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import labinfer
 from labinfer import SamplingParams
+from labinfer.cli.serve import _load
+from labinfer.runtime.manager import Manager
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -112,6 +115,16 @@ def test_measurements_of_all_are_one_text(http: httpx.Client) -> None:
     counts = {each.labels["model_name"]: each.value for each in made if each.name.endswith("_total")}
     assert counts.keys() == PROMPTS.keys()
     assert min(counts.values()) >= 8
+
+
+def test_a_plan_is_served_beside_another_model(tiny_model: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(labinfer.compile(tiny_model, kv_memory=10**6).dump())
+    with ExitStack() as loaded, closing(Manager()) as manager:
+        options: dict[str, Any] = {}
+        for model in (plan, tiny_model):
+            llm, _ = _load(loaded, str(model), None, None, options, [], manager)
+            assert llm.plan.source.name == tiny_model.name
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def _load(
     running: dict[str, Any] = {"weights": weights, "transport": transport, "manager": manager}
     running["rebalance"] = options.pop("rebalance", False)
     with current().progress() as progress:
-        if model is not None and is_plan(model):
+        if model is not None and is_plan(model) and "cluster" not in options:
             llm = LLM(model, progress=progress, **running, **options)  # errors name the file
         else:
             defaults = {"max_num_seqs": SEQUENCES, "max_logits_rows": SEQUENCES}
