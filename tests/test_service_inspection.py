@@ -85,6 +85,13 @@ def test_devices_tell_where_the_layers_are(api: Served) -> None:
     assert group["free_blocks"] == group["num_blocks"]
 
 
+def test_devices_tell_of_stages_in_other_processes(tiny_model: Path) -> None:
+    with served(tiny_model, {"devices": "reference,reference:1", "transport": "shm"}) as api:
+        stages = api.http.get("/labinfer/v1/devices").json()["stages"]
+    assert [(stage["device"], stage["layers"]) for stage in stages] == [("reference", [0, 0]), ("reference:1", [1, 1])]
+    assert {stage["description"] for stage in stages} == {"in another process"}
+
+
 def test_the_trace_gives_each_step_once(api: Served) -> None:
     first = api.http.get("/labinfer/v1/trace").json()
     api.http.post("/v1/completions", json=BODY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import zip_longest
 from math import isfinite
 from typing import Any
 
@@ -30,15 +31,14 @@ async def devices(call: Call) -> Any:
     """Where the model lies: devices, layers, memory, and how full the cache is."""
     model, scheduler = call.service.model, call.service.engine.scheduler
     stages = []
-    for stage, interpreter in zip(model.plan.stages, model.interpreters, strict=True):
+    for stage, here in zip_longest(model.plan.stages, model.interpreters):  # none is here if others run the stages
         ranges = [entry.layers for entry in stage.schedule if entry.layers is not None]
         layers = [min(first for first, _ in ranges), max(last for _, last in ranges)] if ranges else None
-        device = interpreter.device
         stages.append(
             {
                 "device": stage.device,
-                "description": device.describe(),
-                "compute_share": device.compute_share,
+                "description": here.device.describe() if here else "in another process",
+                "compute_share": here.device.compute_share if here else None,
                 "layers": layers,
                 "bytes": stage.bytes.model_dump(),
                 "arena": {
