@@ -18,9 +18,10 @@ import pytest
 import labinfer
 from labinfer.errors import LabinferError, WeightsError
 from labinfer.llm import LLM
-from labinfer.runtime.pipeline.workers import StageProcesses
+from labinfer.runtime.pipeline.workers import ProcessFleet, StageProcesses
 from labinfer.runtime.request import Request
 
+from .service import wait_for
 from .tiny import GOLDEN, tiny_plan
 
 FOLDER = GOLDEN / "llama-llama3"
@@ -87,6 +88,26 @@ def test_a_session_that_notices_starts_the_stages_again() -> None:
         with pytest.raises(LabinferError, match="stage 0"):
             model.logits([1, 2])
         np.testing.assert_array_equal(model.logits([1, 2]), expected)
+
+
+def test_a_session_goes_on_where_it_was_when_the_stages_died() -> None:
+    with labinfer.load(FOLDER, devices=DEVICES, transport="shm") as model, model.session() as session:
+        expected = model.logits([1, 2, 3, 4])
+        session.append([1, 2, 3])
+        os.kill(pids_of(model)[1], signal.SIGKILL)
+        wait_for(lambda: model.pipeline is not None and model.pipeline.broken is not None)
+        np.testing.assert_allclose(session.append([4]), expected[3:], atol=1e-4)
+
+
+def test_stages_that_were_ended_for_better_ones_are_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with labinfer.load(FOLDER, devices=DEVICES, transport="shm", max_model_len=256) as model:
+        with monkeypatch.context() as broken:
+            broken.setattr(sys, "executable", "/bin/false")
+            broken.setattr(ProcessFleet, "improved", True)
+            request = model.engine.add(Request(PROMPTS[0], LONG))
+            model.engine.finish([request])
+        assert request.error is not None
+        assert model.generate([PROMPTS[0]], LONG)[0].token_ids == answers()[0]
 
 
 def test_stages_that_cannot_be_started_again_fail_their_requests_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,6 +221,7 @@ def run(model: Model, searches: list[Beams]) -> None:
 
 def last_logits(model: Model, rows: Listing[int]) -> np.ndarray:
     """Compute what is not computed of ``rows``, in as many steps as it takes: logits after the last token of each."""
+    model.mend()
     batch, limits, index = model.batch, model.plan.limits, np.array(rows)
     logits = np.empty((len(rows), model.vocab_size), np.float32)
     while len(behind := (batch.num_tokens[index] > batch.num_computed[index]).nonzero()[0]):

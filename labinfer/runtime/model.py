@@ -24,6 +24,7 @@ from labinfer.runtime.parameters import Parameters, Progress
 from labinfer.runtime.peers import peers_of, private_peer_memory
 from labinfer.runtime.pipeline.message import StepMessage
 from labinfer.runtime.pipeline.pipeline import Pipeline
+from labinfer.runtime.pipeline.process import StageDied
 from labinfer.runtime.pipeline.transport import check_transport
 from labinfer.runtime.pipeline.workers import Fleet, ProcessFleet, StageThreads
 from labinfer.runtime.stage import LoadedStage
@@ -146,12 +147,20 @@ class Model:
         Raises what keeps them from starting: ``StageDied`` if another try may help.
         """
         assert self.fleet is not None
+        assert self.pipeline is not None
         with self.lock:
             self.check_open()
+            # So that whoever uses it before there is another one tries this again.
+            self.pipeline.fail(StageDied("pipeline.stage-died", "the stages were ended and could not be started anew"))
             self.close_pipeline()
             self.batch.forget()
             self.plan = self.fleet.replan(self.plan)
             self.pipeline = Pipeline(self.plan, self.fleet.start(self.plan))
+
+    def mend(self) -> None:
+        """Recover if the stages are known to be dead; asked before it is decided what a step computes."""
+        if self.pipeline is not None and isinstance(self.pipeline.broken, StageDied):
+            self.engine.recover(self.pipeline.broken)
 
     def copy_blocks(self, copies: Listing[tuple[int, int, int]]) -> None:
         """Copy cache blocks (group, source, target) in every stage, before the next step."""
@@ -195,8 +204,6 @@ class Model:
         """One step through all stages: float32 logits [rows, vocab_size], which hold until the next step."""
         self.check_open()
         if self.pipeline is not None:
-            if self.pipeline.broken is not None:
-                self.engine.recover(self.pipeline.broken)
             result = self.pipeline.wait(self.pipeline.submit(StepMessage(batch, wants_logits=True)))
             assert result.logits is not None
             return result.logits
@@ -381,6 +388,7 @@ class Session:
         tokens, limits = model.check_tokens(token_ids), model.plan.limits
         result = np.empty((len(tokens), model.vocab_size), np.float32)
         with model.lock:
+            model.mend()
             before = int(batch.num_tokens[row])
             length = before + len(tokens)
             if length > model.max_len:
