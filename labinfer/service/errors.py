@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from labinfer.errors import LabinferError, UsageError
+from labinfer.errors import DoesNotFit, LabinferError, UsageError
+from labinfer.runtime.pipeline.process import StageDied
 
 KINDS = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
@@ -64,8 +65,8 @@ def of_engine(error: LabinferError) -> ApiError:
         return ApiError(400, error.message, code=code)
     if error.code in ("sampling.no-token", "sampling.grammar-failed"):
         return ApiError(400, error.message, code=error.code)
-    if error.code == "pipeline.stage-died":
-        return ApiError(503, "a part of the model's pipeline died", code=error.code, retry_after=5)
+    if isinstance(error, StageDied | DoesNotFit):  # what is left of hosts or processes cannot run the model
+        return ApiError(503, "a part of the model's pipeline is lost", code=error.code, retry_after=5)
     if error.code in ("run.not-a-number", "run.cache-full"):
         return ApiError(500, error.message, code=error.code, final=True)
     return ApiError(500, "the server failed; its log has the details", code=error.code, final=True)
