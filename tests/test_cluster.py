@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 
@@ -21,15 +22,19 @@ import labinfer
 from labinfer.cli.main import main
 from labinfer.cluster import agents
 from labinfer.cluster.checkpoints import PIECE_BYTES, Store, file_digest, manifest, provide
+from labinfer.cluster.control import Control
 from labinfer.cluster.fleet import load
 from labinfer.cluster.stages import open_control
 from labinfer.cluster.token import kept_token, read_token, token_path
 from labinfer.compiler.cluster import read_cluster
 from labinfer.errors import DoesNotFit, InvalidFile, LabinferError, UsageError
 from labinfer.llm import LLM
+from labinfer.runtime.pipeline.transport import Keys
+from labinfer.runtime.pipeline.transport.tcp import connected_sockets
 from labinfer.runtime.request import Request
 
 from .hosts import Hosts
+from .service import Served
 from .tiny import GOLDEN
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
@@ -137,6 +142,23 @@ def test_what_the_survivors_cannot_hold_is_one_clear_error_until_hosts_return(ho
         hosts.close()
 
 
+def test_a_service_whose_hosts_are_lost_says_so_until_they_return(home: Path, tmp_path: Path) -> None:
+    hosts = Hosts(tmp_path, ["alpha"])
+    try:
+        with load(FOLDER, hosts.file, **LIMITS) as model, closing(Served(model)) as api:
+            body = {"prompt": PROMPTS[0], "max_tokens": 3, "ignore_eos": True}
+            assert api.http.post("/v1/completions", json=body).status_code == 200
+            hosts.kill("alpha")
+            for _ in range(2):
+                answer = api.http.post("/v1/completions", json=body)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "cluster.no-hosts")
+                assert answer.headers["retry-after"] == "5"
+            hosts.start("alpha")
+            assert api.http.post("/v1/completions", json=body).status_code == 200
+    finally:
+        hosts.close()
+
+
 def test_ranks_that_would_share_memory_over_hosts_are_refused(one_host: tuple[Hosts, LLM]) -> None:
     hosts, _ = one_host
     path = hosts.folder / "two.yaml"
@@ -198,11 +220,32 @@ def test_another_token_is_refused_and_told(one_host: tuple[Hosts, LLM], tmp_path
 def test_what_an_agent_cannot_do_is_told_and_harms_nobody(one_host: tuple[Hosts, LLM]) -> None:
     hosts, model = one_host
     control = open_control(("127.0.0.1", hosts.ports["alpha"]), read_token(token_path()))
-    for message in ({"do": "dance"}, {"do": "hello"}, {"do": "checkpoint", "files": 3}, {}):
+    wrong = ({"do": "checkpoint", "files": files, "path": "/", "folder": True} for files in (3, []))
+    for message in ({"do": "dance"}, {"do": "hello"}, *wrong, {"do": "piece", "files": [], "file": 1}, {}):
         with pytest.raises(LabinferError):
             control.ask(**message)
     control.release()
     assert model.generate([PROMPTS[0]], LONG)[0].token_ids == answers()[0]
+
+
+def test_who_hears_nothing_for_long_takes_nobody_for_silent() -> None:
+    mine, theirs = connected_sockets()
+    head, agent = Control(mine, Keys(b"h" * 32, b"a" * 32), 0.5), Control(theirs, Keys(b"a" * 32, b"h" * 32), 0.5)
+    time.sleep(1.5)
+    head.say(do="hello")
+    assert agent.hear() == ({"do": "hello"}, b"")
+    agent.say(done=True)
+    assert head.hear() == ({"done": True}, b"")
+    for each in (head, agent):
+        each.release()
+
+
+def test_whoever_asks_for_the_status_ends_nobody_elses_connection(one_host: tuple[Hosts, LLM]) -> None:
+    hosts, _ = one_host
+    new = open_control(("127.0.0.1", hosts.ports["alpha"]), read_token(token_path()))
+    assert agents.status(read_cluster(hosts.file))["alpha"] is not None
+    assert new.ask(do="hello", owner="a head that took its time") == {}
+    new.release()
 
 
 def test_a_host_without_the_checkpoint_gets_a_copy_in_pieces(home: Path, tmp_path: Path) -> None:
@@ -239,6 +282,10 @@ def test_a_damaged_piece_is_noticed_and_an_interrupted_copy_goes_on(home: Path, 
     assert "path" in store.add({**wanted, "file": 0, "offset": 0}, b"abcdef")
     with pytest.raises(LabinferError, match="plain names"):
         store.find({**wanted, "files": [{"name": "../model.gguf", "size": 6, "sha256": ""}]})
+    outside = {"name": str(tmp_path / "outside"), "size": 6, "sha256": wanted["files"][0]["sha256"]}
+    with pytest.raises(LabinferError, match="plain names"):
+        store.add({**wanted, "files": [outside], "file": 0, "offset": 0}, b"abcdef")
+    assert not (tmp_path / "outside").exists()
 
 
 def test_tokens_are_for_their_owner_only(home: Path) -> None:

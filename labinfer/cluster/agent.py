@@ -70,8 +70,10 @@ class Agent:
         if purpose == CONTROL_PURPOSE:
             session = Session(self, Control(connection, keys, HEAD_SILENCE))
             self.sessions.append(session)
-            session.run()
-            self.sessions.remove(session)
+            try:
+                session.run()
+            finally:
+                self.sessions.remove(session)
             return
         with self.arrived:
             self.channels[purpose] = connection, keys, time.monotonic()
@@ -175,14 +177,17 @@ class Session:
                     os.kill(os.getpid(), signal.SIGTERM)
                 case unknown:
                     self.control.say(error=f"this agent cannot do {unknown!r:.60}")
-        except (KeyError, TypeError, ValueError, OSError, LabinferError) as error:
+        except (LookupError, TypeError, ValueError, OSError, LabinferError) as error:
             self.control.say(error=f"{type(error).__name__}: {error}")
 
     def take_over(self, owner: str) -> None:
-        """End what an earlier connection of the same head has left, so that its memory is free."""
+        """End what an earlier connection of the same head has left, so that its memory is free.
+
+        Whoever only asks has no name, nor has a head that has not said its own yet: nobody takes over from those.
+        """
         self.owner = owner
         for session in list(self.agent.sessions):
-            if session is not self and session.owner == owner:
+            if owner and session is not self and session.owner == owner:
                 session.close()
 
     def start(self, message: dict[str, Any]) -> None:

@@ -56,9 +56,7 @@ class Store:
 
         That is ``digests`` first, of which the name of the copy is made, then bytes of a file: ``file``, ``offset``.
         """
-        files = wanted["files"]
-        if len(files) > MAX_FILES or any(Path(each["name"]).name != each["name"] for each in files):
-            raise LabinferError("cluster.checkpoint", "a checkpoint's files have plain names")
+        files = listed(wanted)
         there = Path(wanted["path"])
         if self.is_whole(there if wanted["folder"] else there.parent, files):
             return {"path": str(there)}
@@ -71,10 +69,10 @@ class Store:
 
     def add(self, wanted: dict[str, Any], piece: bytes) -> dict[str, Any]:
         """Append a piece to the file it belongs to; the same answer as ``find``."""
-        files, each = wanted["files"], wanted["files"][wanted["file"]]
-        folder = self.folder(files)
+        files = listed(wanted)
+        each, folder = files[wanted["file"]], self.folder(files)
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{Path(each['name']).name}.part"
+        part = folder / f".{each['name']}.part"
         with part.open("ab") as file:
             if file.tell() != wanted["offset"] or file.tell() + len(piece) > each["size"]:
                 raise LabinferError("cluster.checkpoint", "a piece came that was not asked for")
@@ -103,6 +101,15 @@ class Store:
             if not (folder / each["name"]).is_file():
                 return {"file": number, "offset": part.stat().st_size if part.is_file() else 0}
         raise LabinferError("cluster.checkpoint", f"files in {folder} have other sizes: remove them")
+
+
+def listed(wanted: dict[str, Any]) -> list[dict[str, Any]]:
+    """The files of a manifest that another host has sent: their names must not lead out of a folder."""
+    files: list[dict[str, Any]] = wanted["files"]
+    names = [each["name"] for each in files]
+    if not 0 < len(files) <= MAX_FILES or any(Path(name).name != name or name == ".." for name in names):
+        raise LabinferError("cluster.checkpoint", "a checkpoint has files, which have plain names")
+    return files
 
 
 def provide(control: Control, checkpoint: Path) -> str:

@@ -79,7 +79,8 @@ class Control:
         beat = memoryview(json.dumps({"do": "beat"}).encode())
         with contextlib.suppress(ChannelClosed):
             while not self.closed and self.missed < self.most_missed:
-                self.missed += 1
+                # Who does not hear, since it reads a checkpoint, say, takes nobody for silent who has said something.
+                self.missed = 0 if self.channel.ready() else self.missed + 1
                 if self.saying.acquire(timeout=BEAT):  # not where something large is on its way to who does not read
                     try:
                         self.channel.send(CONTROL, 0, [beat])

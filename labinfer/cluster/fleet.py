@@ -62,7 +62,8 @@ def load(
     found = hosts_of(cluster)
     planner = Planner(resolve(None, progress) if model is None else model, weights, found, objective, workload, options)
     fleet = ClusterFleet(planner, kept_token(token_file))
-    plan = planner.plan(fleet.answering())
+    fleet.used = fleet.answering()
+    plan = planner.plan(fleet.used)
     show = progress or silent
     fleet.progress, fleet.compiling = loading(plan, show), partial(show, "preparing kernels")
     return LLM(plan, weights=weights, progress=progress, seed=seed, transport=fleet)
@@ -115,7 +116,6 @@ class ClusterFleet:
 
     def start(self, plan: Plan) -> HostedStages:
         """See ``Fleet.start``."""
-        self.used = self.used or self.answering()
         cluster = self.planner.cluster
         hosts = [cluster.host_of(stage.device) for stage in plan.stages]
         addresses = {name: cluster.hosts[name].endpoint for name in cluster.hosts}
@@ -138,7 +138,8 @@ class ClusterFleet:
     def improved(self) -> bool:
         """Whether a host that the plan does without has answered for a while."""
         now = time.monotonic()
-        return any(now - since > REJOIN_SECONDS for since in list(self.back_since.values()))
+        back = list(self.back_since.items())  # perhaps with one that was asked while the plan was made that uses it
+        return any(name not in self.used and now - since > REJOIN_SECONDS for name, since in back)
 
     def observe(self, times: np.ndarray) -> None:
         """Steps may take as long as they take."""
