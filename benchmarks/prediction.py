@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,8 +46,8 @@ STEPS = (
 )  # fmt: skip
 LIMITS: dict[str, Any] = {"max_num_seqs": 8, "max_model_len": 1024, "num_blocks": 256}
 PROMPT, OUTPUT, ROUNDS = 512, 128, 2
-TRANSPORT, SHARES, RUNS = "shm", (1 / 3, 1 / 2, 2 / 3), 25
-"""Of the pipelines: how stages talk, which parts of the layers the first has, and how often each step is run."""
+TRANSPORT, RUNS = "shm", 9
+"""How the stages of a pipeline talk, and how often each of its steps is run."""
 
 
 class Room:
@@ -107,24 +108,30 @@ def accuracy(models: list[str], patience: Patience, **how: bool) -> list[dict[st
 
 
 def pipelines(models: list[str], patience: Patience, **how: bool) -> list[dict[str, Any]]:
-    """Predicted and measured milliseconds of single steps of two stages, which run in a process and on a core each."""
+    """Predicted and measured milliseconds of single steps of two stages with a thread each, first one after another in
+    this process, then in a process and on a core each."""
     found, hop = [], profile_hops()[TRANSPORT]
     for path in models:
         room = Room(path, patience, dict.fromkeys(DEVICES, 1), **how)
-        devices = ", ".join(f"'{name}': {{threads: 1}}" for name in DEVICES)
-        for share in SHARES:
-            cut = round(share * len(room.units))
-            pins = [f"{unit}: 'cpu:{int(number >= cut)}'" for number, unit in enumerate(room.units)]
-            plan = room.compile(devices, ", ".join(pins))
-            with labinfer.LLM(plan, transport=TRANSPORT, enable_prefix_caching=False) as model:
+        for transport, (name, plan) in product((None, TRANSPORT), two_stages(room)):
+            with labinfer.LLM(plan, transport=transport, enable_prefix_caching=False) as model:
                 for step in reversed(STEPS):  # long ones first: memory is then as it is in a service
                     stages = predict_plan(plan, room.costs, room.links, step)
-                    predicted = sum(stage.total for stage in stages) + pipeline_seconds(stages, hop)
-                    row = milliseconds(predicted, seconds_of_step(model, step, patience))
+                    predicted = sum(stage.total for stage in stages)
+                    predicted += pipeline_seconds(stages, hop) if transport else 0.0
                     what = f"{step.phase} {step.tokens} tokens after {step.past}"
-                    found += [{"model": Path(path).stem, "plan": f"{cut} units first", "step": what, **row}]
-                    print(" ".join(f"{value:>16}" for value in found[-1].values()), flush=True)
+                    each = {"model": Path(path).stem, "plan": name, "transport": str(transport), "step": what}
+                    found.append({**each, **milliseconds(predicted, seconds_of_step(model, step, patience))})
+                    print("  ".join(map(str, found[-1].values())), flush=True)
     return found
+
+
+def two_stages(room: Room) -> Iterator[tuple[str, Plan]]:
+    """A third, and two thirds, of the layers on the first of two devices that are alike."""
+    devices = ", ".join(f"'{name}': {{threads: 1}}" for name in DEVICES)
+    for cut in (len(room.units) // 3, 2 * len(room.units) // 3):
+        pins = [f"{unit}: 'cpu:{int(number >= cut)}'" for number, unit in enumerate(room.units)]
+        yield f"{cut} + {len(room.units) - cut} units", room.compile(devices, ", ".join(pins))
 
 
 def seconds_of_step(model: Model, step: StepShape, patience: Patience) -> float:
@@ -208,8 +215,9 @@ def main() -> None:
             print(f"{row['measured_ms']:10.2f} ms, predicted {row['predicted_ms']:10.2f}  {row['plan']}")
     elif options.pipeline:
         found = pipelines(options.models, patience, **how)
-        errors = [abs(row["error"]) for row in found]
-        print(f"median error of {len(errors)} steps: {100 * median(errors):.1f} %, worst {100 * max(errors):.1f} %")
+        for transport in ("None", TRANSPORT):
+            errors = [abs(row["error"]) for row in found if row["transport"] == transport]
+            print(f"median error of {len(errors)} steps, transport {transport}: {100 * median(errors):.1f} %")
     else:
         found = accuracy(options.models, patience, **how)
         whole = [row for row in found if row["of"] == "whole"]

@@ -130,7 +130,6 @@ def test_predictions_add_up_the_ops_of_each_stage() -> None:
 def test_the_hops_of_every_transport_are_measured_once_and_count_in_a_pipeline() -> None:
     hops = profile_hops()
     assert set(hops) == set(TRANSPORTS)
-    assert all(hop.latency < hop.seconds(1 << 20) < 1 for hop in hops.values())
     assert profile_hops() == stored_links().transports == hops  # nothing is measured again
     store_link("cpu", "cpu", hops["shm"])
     assert stored_links().transports == hops
