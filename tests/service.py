@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 import labinfer
 from labinfer import LoRARequest
@@ -71,3 +72,14 @@ def served(model: Path, limits: dict[str, Any] | None = None, **options: Any) ->
             running.close()
             assert llm.blocks.usage == 0
             llm.blocks.check_integrity()
+
+
+def api_fixture(model: str, **limits: Any) -> Any:
+    """The fixture ``api`` of a module: one service, for all its tests, of the model that another fixture names."""
+
+    @pytest.fixture(scope="module", name="api")
+    def api(request: pytest.FixtureRequest) -> Iterator[Served]:
+        with served(request.getfixturevalue(model), limits) as running:
+            yield running
+
+    return api

@@ -36,11 +36,13 @@ class Text:
 
     def __init__(self, tokens: list[int], salt: tuple[str, ...], num_computed: int = 0) -> None:
         self.tokens, self.salt, self.num_computed = tokens, salt, num_computed
+        self.sums = [zlib.crc32(repr(salt).encode())]
 
-    def value(self, position: int) -> float:
-        """What the token at ``position`` leaves in the cache."""
-        text = repr((self.salt, self.tokens[: position + 1]))
-        return float(zlib.crc32(text.encode()) % (1 << 24))
+    def values(self, positions: range) -> list[float]:
+        """What the tokens at ``positions`` leave in the cache: a checksum of the text up to each."""
+        while len(self.sums) <= positions.stop:
+            self.sums.append(zlib.crc32(bytes([self.tokens[len(self.sums) - 1]]), self.sums[-1]))
+        return [float(self.sums[position + 1] % (1 << 24)) for position in positions]
 
 
 class CacheEvents(RuleBasedStateMachine):
@@ -116,8 +118,7 @@ class CacheEvents(RuleBasedStateMachine):
                 continue
             self.cache.copy_blocks(copies)
             ready.append((row, stop))
-            positions = np.arange(start, stop)
-            values = [self.rows[row].value(p) for p in positions]
+            positions, values = np.arange(start, stop), self.rows[row].values(range(start, stop))
             for group in range(len(self.limits.groups)):
                 slots = self.slots(group, row, positions)
                 self.cache.parts[str(group)]["k"][slots, 0] = values
@@ -217,9 +218,8 @@ class CacheEvents(RuleBasedStateMachine):
         for row, text in getattr(self, "rows", {}).items():
             for number, group in enumerate(self.limits.groups):
                 first = max(0, text.num_computed - (group.window or LONGEST) + 1)
-                positions = np.arange(first, text.num_computed)
-                slots, parts = self.slots(number, row, positions), self.cache.parts[str(number)]
-                values = [text.value(position) for position in positions]
+                slots = self.slots(number, row, np.arange(first, text.num_computed))
+                values, parts = text.values(range(first, text.num_computed)), self.cache.parts[str(number)]
                 assert parts["k"][slots, 0].tolist() == values
                 assert parts["v"][slots, 1].tolist() == [value + 2 for value in values]
 

@@ -44,6 +44,12 @@ def _greedy(folder: Path, prompts: list[list[int]], **engine: Any) -> list[list[
     return [list(result.token_ids) for result in results]
 
 
+@cache
+def _alone(folder: Path) -> list[list[int]]:
+    """What each of ``_others`` gets from a model of its own."""
+    return [_greedy(folder, [other])[0] for other in _others(folder)]
+
+
 def _others(folder: Path) -> list[list[int]]:
     """Seven other prompts of unequal lengths, one as short as a token."""
     rng = np.random.default_rng(7)
@@ -61,8 +67,7 @@ def test_chunked_prefill(folder: Path, chunk: int) -> None:
 @pytest.mark.parametrize("folder", _MIXED, ids=lambda folder: folder.name)
 def test_beside_seven_others(folder: Path, chunk: int) -> None:
     prompt, generated = _expected(folder)
-    others = _others(folder)
-    alone = [_greedy(folder, [other])[0] for other in others]
+    others, alone = _others(folder), _alone(folder)
     together = _greedy(folder, [*others[:3], prompt, *others[3:]], max_num_batched_tokens=chunk)
     assert together == [*alone[:3], generated, *alone[3:]]
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -16,16 +14,13 @@ import pytest
 from labinfer import SamplingParams
 from labinfer.service.app import OPERATIONS
 
-from .service import Served, served
+from .service import Served, api_fixture
 
 GREEDY = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
 CHAT = {"messages": [{"role": "user", "content": "w5 w6"}], **GREEDY}
 
 
-@pytest.fixture(scope="module")
-def api(tiny_model: Path) -> Iterator[Served]:
-    with served(tiny_model) as running:
-        yield running
+api = api_fixture("tiny_model")
 
 
 def post(api: Served, path: str, **body: Any) -> Any:

@@ -5,25 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import labinfer.service
 
-from .service import Served, served
+from .service import Served, api_fixture
 
 BODY = {"prompt": [5, 6, 7], "max_tokens": 4, "ignore_eos": True, "temperature": 0}
 
 
-@pytest.fixture(scope="module")
-def api(tiny_model: Path) -> Iterator[Served]:
-    with served(tiny_model) as running:
-        yield running
+api = api_fixture("tiny_model")
 
 
 def test_biases_of_all_tokens_are_taken_and_unknown_or_infinite_ones_refused(api: Served) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-from .service import KEY, Served, served
+from .service import KEY, Served, api_fixture
 
 TOOL = {
     "type": "object",
@@ -22,10 +20,7 @@ TOOL = {
 RESULT = {"type": "tool_result", "content": [{}]}
 
 
-@pytest.fixture(scope="module")
-def api(byte_model: Path) -> Iterator[Served]:
-    with served(byte_model, {"max_model_len": 2048, "max_num_batched_tokens": 256}) as running:
-        yield running
+api = api_fixture("byte_model", max_model_len=2048, max_num_batched_tokens=256)
 
 
 def named_events(api: Served, path: str, **body: Any) -> list[tuple[str, dict[str, Any]]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,12 @@ from labinfer.compiler.plan import Plan
 from labinfer.service.metrics import COUNTERS, HISTOGRAMS
 from labinfer.service.watchdog import Watchdog
 
-from .service import KEY, Served, served
+from .service import KEY, Served, api_fixture, served
 
 BODY = {"prompt": [5, 6, 7], "max_tokens": 4, "ignore_eos": True}
 
 
-@pytest.fixture(scope="module")
-def api(tiny_model: Path) -> Iterator[Served]:
-    with served(tiny_model) as running:
-        yield running
+api = api_fixture("tiny_model")
 
 
 def scraped(api: Served) -> dict[str, float]:

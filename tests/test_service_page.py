@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
 
 from .browser import Browser, find_browser
-from .service import KEY, Served, served, wait_for
+from .service import KEY, Served, api_fixture, wait_for
 
 needs_browser = pytest.mark.skipif(find_browser() is None, reason="no Chromium here")
 
 IDLE = "running === null"
 
 
-@pytest.fixture(scope="module")
-def api(tiny_model: Path) -> Iterator[Served]:
-    with served(tiny_model) as running:
-        yield running
+api = api_fixture("tiny_model")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from labinfer.service.literal_text import hide
 from labinfer.service.tools.formats import HERMES, LLAMA, MISTRAL, ToolFormat, detect_format
 from labinfer.service.tools.reader import CallReader, MessageBuilder
 
-from .service import Served, served
+from .service import Served, api_fixture
 
 WEATHER = {
     "type": "function",
@@ -96,10 +95,7 @@ def test_the_form_is_told_by_the_marks_of_the_template() -> None:
     assert folder.is_dir()
 
 
-@pytest.fixture(scope="module")
-def api(byte_model: Path) -> Iterator[Served]:
-    with served(byte_model, {"max_model_len": 2048, "max_num_batched_tokens": 256}) as running:
-        yield running
+api = api_fixture("byte_model", max_model_len=2048, max_num_batched_tokens=256)
 
 
 def asked(api: Served) -> dict[str, Any]:
