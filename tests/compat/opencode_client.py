@@ -14,8 +14,9 @@ with tempfile.TemporaryDirectory() as folder:
     config = {"autoupdate": False, "share": "disabled", "provider": {"here": provider}}
     (Path(folder) / "opencode.json").write_text(json.dumps(config))
     homes = dict.fromkeys(("HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME"), folder)
+    # It looks for its configuration in the folder that PWD names.
     done = subprocess.run(
         ["opencode", "run", "-m", f"here/{model}", "Say hi."], check=True, cwd=folder, text=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=os.environ | homes,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=os.environ | homes | {"PWD": folder},
     )  # fmt: skip
 assert done.stdout.strip()
