@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from labinfer.service.call import Call
+from labinfer.service.services import Services
 
 from .service import Served, served, wait_for
 
@@ -22,7 +23,7 @@ def silent_stream(api: Served, sent: list[dict[str, Any]], reads: bool) -> Call:
     async def receive() -> Any:
         raise AssertionError
 
-    call = Call(api.service, {"headers": [], "labinfer.request_id": "req-1"}, receive, send)
+    call = Call(Services(api.service), {"headers": [], "labinfer.request_id": "req-1"}, receive, send)
     api.service.open_streams.add(call)
     return call
 
