@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Run": {
         "run": ("labinfer.cli.run:run", "Answer a prompt, or chat."),
-        "serve": ("labinfer.cli.serve:serve", "Serve a model to every client of OpenAI's API."),
+        "serve": ("labinfer.cli.serve:serve", "Serve models to every client of OpenAI's API."),
         "bench": ("labinfer.cli.bench:bench", "Measure a model, beside what the machine can do."),
     },
     "Maps and plans": {
