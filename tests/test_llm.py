@@ -17,6 +17,7 @@ from labinfer.compiler.options import CompileOptions
 from labinfer.errors import UsageError
 from labinfer.runtime.eviction import LeastRecentlyUsed
 from labinfer.runtime.manager import Manager
+from labinfer.runtime.pipeline.workers import StageThreads
 from labinfer.runtime.scheduler import Policy
 
 from .tiny import GOLDEN, tiny_checkpoint, tiny_map
@@ -68,11 +69,17 @@ KEYWORDS: dict[str, tuple[Any, Callable[[LLM, Any], bool]]] = {
     "max_lora_rank": (3, limit("max_lora_rank")),
     "streamed_layers": (1, lambda llm, value: len(llm.plan.stages[0].streamed) == value),
     "stream_from": ("disk", lambda llm, value: llm.plan.stages[0].streamed_from == value),
-    "transport": ("local", lambda llm, value: llm.pipeline is not None and llm.pipeline.transport == value),
+    "transport": (
+        "local",
+        lambda llm, value: llm.pipeline is not None and isinstance(llm.pipeline.workers, StageThreads),
+    ),
     "arena_effort_seconds": (0.0, lambda llm, value: llm.plan.stages[0].arena.size > 0),
 }
 ON_THE_CPU = {"threads", "activations", "fuse", "kv_dtype"}
-TESTED_ALONE = {"model", "weights", "manager", "progress", "cold_folder", "cold_bytes", "options", "batch_invariant"}
+TESTED_ALONE = {
+    "model", "weights", "manager", "progress", "cold_folder", "cold_bytes", "options", "batch_invariant",
+    "tensor_parallel_size", "tensor_split", "rebalance",
+}  # fmt: skip
 
 
 def test_every_keyword_is_tested() -> None:
