@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -150,7 +151,7 @@ def disagreements(seed: int) -> list[str]:
     return wrong
 
 
-def main() -> None:
+def main(disagreements: Callable[[int], list[str]] = disagreements) -> None:
     """Compare many random problems: ``python -m tests.brute_chains 5000``."""
     count = int(sys.argv[1])
     wrong = [message for seed in range(count) for message in disagreements(seed)]

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from itertools import permutations
 
 import numpy as np
@@ -16,7 +15,7 @@ from scipy.sparse import coo_array
 from labinfer.compiler.partition import Objective, Problem, partition
 from labinfer.errors import DoesNotFit
 
-from .brute_chains import random_problem, stage_times
+from .brute_chains import main, random_problem, stage_times
 
 
 def steps_of(problem: Problem) -> tuple[list[tuple[int, int, int, float]], list[tuple[int, int, int, float]]]:
@@ -95,13 +94,5 @@ def disagreements(seed: int) -> list[str]:
     return wrong
 
 
-def main() -> None:
-    """Compare many random problems."""
-    count = int(sys.argv[1])
-    wrong = [message for seed in range(count) for message in disagreements(seed)]
-    print("\n".join([*wrong, f"{count} problems, {len(wrong)} disagreements"]))
-    sys.exit(bool(wrong))
-
-
 if __name__ == "__main__":
-    main()
+    main(disagreements)
