@@ -16,8 +16,8 @@ import labinfer
 from labinfer import LoRARequest, SamplingParams
 from labinfer.errors import UsageError
 from labinfer.runtime.engine import Engine
-from labinfer.runtime.model import Session
 from labinfer.runtime.request import Request
+from labinfer.runtime.session import Session
 
 from .adapters import save_adapter
 from .tiny import GOLDEN
