@@ -9,7 +9,7 @@ import pytest
 
 from labinfer.backends.cuda import compile, nvrtc
 from labinfer.backends.cuda.compile import Source
-from labinfer.backends.cuda.layout import FORMATS
+from labinfer.backends.cuda.layout import EIGHT_BLOCKS, FORMATS, stream_blocks
 from labinfer.errors import LabinferError
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -18,6 +18,12 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 def product(file: str, format: str, *defines: str) -> Source:
     half = ("HALF",) * (format != "bf16")
     return Source(file, (f"FORMAT={FORMATS.index(format)}", *half, *defines))
+
+
+def stream(format: str, tokens: int, cluster: int, *defines: str) -> Source:
+    form = product("stream", format, "STAGED").defines if format in EIGHT_BLOCKS else ()
+    shape = (f"TOKENS={tokens}", f"CLUSTER={cluster}", f"BLOCKS={stream_blocks(format, tokens, cluster)}")
+    return Source("stream", (*form, *shape, *defines))
 
 
 def attention(head_dim: int, value_dim: int, lanes: int, cache: int) -> Source:
@@ -36,11 +42,15 @@ SOURCES = {
     "greedy": (Source("greedy"), 64),
     **{f"rope-{turn}": (Source("rope", (f"TURN={turn}", "CACHE=2")), 72) for turn in range(3)},
     **{f"attention-{cache}": (attention(64, 64, 8, cache), 168) for cache in range(3)},
-    "attention-cluster": (Source("attention", (*attention(64, 64, 8, 2).defines, "CLUSTER=8", "TURN=0")), 168),
+    "attention-cluster": (Source("attention", (*attention(64, 64, 8, 2).defines, "CLUSTER=8", "TURN=0")), 216),
+    "attention-turn": (Source("attention", (*attention(64, 64, 8, 2).defines, "TURN=0")), 168),
     **{f"prefill-{dim}": (Source("prefill", (f"HEAD_DIM={dim}", f"VALUE_DIM={dim}")), 255) for dim in (64, 128, 256)},
     "prefill-half": (Source("prefill", ("HEAD_DIM=64", "VALUE_DIM=64", "HALF", "SOFTCAP")), 168),
-    **{f"stream-{n}": (Source("stream", (f"TOKENS={n}", "CLUSTER=1", "NORM", "GLU")), 128) for n in (1, 2, 4, 8)},
-    "stream-cluster": (Source("stream", ("TOKENS=1", "CLUSTER=2", "ADD")), 128),
+    **{f"stream-{n}": (stream("bf16", n, 1, "NORM", "GLU"), 128) for n in (1, 2, 4, 8)},
+    **{f"stream-{format}": (stream(format, 1, 1, "NORM", "GLU"), 128) for format in FORMATS[3:]},
+    **{f"stream-q4_0-{n}": (stream("q4_0", n, 1, "NORM", "GLU"), 128) for n in (2, 4, 8)},
+    **{f"stream-{format}-8": (stream(format, 8, 1, "ADD"), 128) for format in ("q8_0", "q6_k")},
+    **{f"stream-{format}-cluster": (stream(format, 1, 2, "ADD"), 128) for format in ("bf16", "q4_0", "q5_k")},
     "attention-wide": (attention(256, 256, 32, 2), 168),
     "attention-odd": (attention(20, 12, 4, 0), 168),
     **{f"mla-{format}": (product("mla", format, "CACHE=2"), 64) for format in ("f32", "bf16", "q4_k")},

@@ -74,9 +74,11 @@ def check(
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize(("tokens", "rows"), [(1, 5), (1, 300), (2, 48), (3, 77), (8, 130), (9, 64), (70, 200)])
+@pytest.mark.parametrize(
+    ("tokens", "rows"), [(1, 5), (1, 304), (2, 48), (3, 77), (4, 32), (8, 130), (8, 64), (9, 64), (70, 200)]
+)
 def test_linear(gpu: Any, rng: np.random.Generator, format: str, tokens: int, rows: int) -> None:
-    for columns in (256, 1280) if format in EIGHT_BLOCKS else (33, 576, 2048):
+    for columns in (256, 1280, 6144) if format in EIGHT_BLOCKS else (33, 576, 4160):
         weights = {"weight": weight(gpu, format, (rows, columns)), "bias": vector(gpu, normal(rng, rows))}
         check(
             gpu, "linear", {"out_features": rows}, normal(rng, tokens, columns), weights=weights,

@@ -111,7 +111,7 @@ def rope_attention(e: Emitter, call: Call) -> None:
     q, k, v, y = rope_q.inputs[0], rope_k.inputs[0], write.inputs[-1], call.outputs[0]
     if len(q) == e.sequences:
         turn, k_turn, define = turns(e, rope_q, rope_k)
-        if bytes(turn) == bytes(k_turn) and turns_in_eighths(turn, attend.attrs):
+        if bytes(turn) == bytes(k_turn) and turns_in_eighths(turn, attend.attrs, q, k, v):
             fresh = Fresh(address(k), address(v), stride(k), stride(v), turn)
             decode(e, call, attend.attrs, q, y, (fresh,), (define,))
             return
@@ -120,10 +120,11 @@ def rope_attention(e: Emitter, call: Call) -> None:
     attend_cached(e, call, attend.attrs, turned, y)
 
 
-def turns_in_eighths(turn: Turn, attrs: Any) -> bool:
-    """Whether eight neighbouring features of a head always turn alike, as ``attention.cu`` takes them."""
+def turns_in_eighths(turn: Turn, attrs: Any, *arrays: Any) -> bool:
+    """Whether eight neighbouring features of a head always turn alike and can be loaded as ``attention.cu`` does."""
     sizes = turn.start, turn.half, attrs.head_dim, attrs.v_head_dim or attrs.head_dim
-    return not turn.interleaved and not any(size % 8 for size in sizes)
+    aligned = not any(address(each) % 16 or stride(each) % 4 for each in arrays)
+    return aligned and not turn.interleaved and not any(size % 8 for size in sizes)
 
 
 def attention(e: Emitter, call: Call) -> None:

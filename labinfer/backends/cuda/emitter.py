@@ -15,14 +15,15 @@ from labinfer.backends.cuda.layout import (
     ACTIVATION_CODES,
     CACHE_CODES,
     CUBLAS_BYTES,
-    FEW_TOKENS,
     STREAM_CHUNK,
     few_row_bytes,
     few_tokens,
     fits_few,
+    fits_stream,
     number_of,
     pitch,
     rounded,
+    stream_blocks,
     stream_shared_bytes,
 )
 from labinfer.backends.cuda.tape import Row, Runnable
@@ -178,9 +179,8 @@ class Emitter:
     def is_streamed(self, products: Sequence[Linear], x: Any, width: int) -> bool:
         """Whether that is the kernel whose weights come by bulk copies."""
         weight = products[0].weight
-        whole = weight.columns % 64 == 0 and not any(each.weight.rows % width for each in products)
-        possible = self.device.bulk_copies and weight.format in ("f16", "bf16") and len(x) <= FEW_TOKENS
-        return possible and whole and stride(x) % 2 == 0 and address(x) % 8 == 0
+        whole = fits_stream(weight.format, len(x), weight.columns) and not any(p.weight.rows % width for p in products)
+        return self.device.bulk_copies and whole and stride(x) % 4 == 0 and address(x) % 16 == 0
 
     def few(
         self, x: Any, products: Sequence[Linear], norm: Call | None, residual: Any, function: str | None = None
@@ -221,14 +221,16 @@ class Emitter:
         arguments: Sequence[Any],
     ) -> None:
         """The same with weights that come by bulk copies; a cluster shares a tile where there are too few of them."""
-        processors = self.device.multiprocessors
+        processors, plain = self.device.multiprocessors, weight.format in ("f16", "bf16")
         cluster = 2 if tiles <= processors and weight.columns > STREAM_CHUNK and not normed else 1
-        per_processor = 4 if tiles <= 8 * processors else 3
-        blocks = cluster * tiles if cluster > 1 else min(tiles, per_processor * processors)
-        half = ["HALF"] * (weight.format == "f16")
+        resident = stream_blocks(weight.format, tokens, cluster)
+        waves = 4 if plain and tiles <= 8 * processors else resident  # measured: a fourth block that waits is worth it
+        blocks = cluster * tiles if cluster > 1 else min(tiles, waves * processors)
+        form = ("HALF",) * (weight.format == "f16") if plain else (*format_defines(weight.format), "STAGED")
         self.add(
-            "stream", "stream", (blocks, 1, 1), 256, *arguments, defines=(*defines, f"CLUSTER={cluster}", *half),
-            shared=stream_shared_bytes(tokens, weight.columns), cluster=(cluster, 1, 1),
+            "stream", "stream", (blocks, 1, 1), 256, *arguments, cluster=(cluster, 1, 1),
+            defines=(*form, *defines, f"CLUSTER={cluster}", f"BLOCKS={resident}"),
+            shared=stream_shared_bytes(weight.format, tokens, weight.columns),
         )  # fmt: skip
 
     def large(self, x: Any, format: str, products: Sequence[Linear], norm: Call | None, residual: Any) -> None:

@@ -94,6 +94,24 @@ def few_row_bytes(columns: int) -> int:
     return (-(-columns // 128) * 32 + 1) * 8
 
 
-def stream_shared_bytes(tokens: int, columns: int) -> int:
-    """Bytes of shared memory for a tile of 16 rows and the activations it meets."""
-    return 2 * (16 * min(STREAM_CHUNK, columns) + tokens * (STREAM_CHUNK + 32))
+def fits_stream(format: str, tokens: int, columns: int) -> bool:
+    """Whether a product with ``tokens`` rows can have its weights come by bulk copies, of 16 bytes or a multiple."""
+    if format == "f32" or tokens > FEW_TOKENS or columns % 64:
+        return False
+    return format not in EIGHT_BLOCKS or columns <= STREAM_CHUNK or columns % STREAM_CHUNK == 0
+
+
+def stream_blocks(format: str, tokens: int, cluster: int) -> int:
+    """Blocks of such a product that have registers and shared memory on one multiprocessor."""
+    if tokens > 2:
+        return 2
+    if format == "q4_0" and tokens == 1:
+        return 4
+    return 3 if format in EIGHT_BLOCKS or cluster == 1 else 2
+
+
+def stream_shared_bytes(format: str, tokens: int, columns: int) -> int:
+    """Bytes of shared memory for tiles of 16 rows under way and the activations they meet."""
+    slots, eight = (2, EIGHT_BLOCKS[format]) if format in EIGHT_BLOCKS else (1, 512)
+    tile = min(STREAM_CHUNK, columns) // 32 * 2 * eight
+    return slots * (-(-tile // 128) * 128) + 2 * tokens * (STREAM_CHUNK + 32)

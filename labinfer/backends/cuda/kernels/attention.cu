@@ -7,11 +7,13 @@
 // sequence has one token then.
 #define WARPS 4
 #define GROUPS (32 / LANES)  // keys that a warp takes at once
+#ifdef CLUSTER  // few blocks: what counts is that all their keys are under way at once
+#define UNROLL 4
+#define BLOCKS 1
+#define OWN ((HEADS * VALUE_DIM + CLUSTER - 1) / CLUSTER)  // results that each block of a cluster finishes
+#else  // many: as many on a multiprocessor as have registers without spilling
 #define UNROLL 2
-#if CACHE == 0 || __CUDA_ARCH__ != 900  // blocks on a multiprocessor, as many as have registers without spilling
-#define BLOCKS 3
-#else
-#define BLOCKS 4
+#define BLOCKS (CACHE == 0 || TURN == 2 || __CUDA_ARCH__ != 900 ? 3 : 4)
 #endif
 struct Parameters {
     const float *q;
@@ -38,14 +40,6 @@ struct Fresh {  // the step's keys and values
 struct State {
     float max, sum, out[8];
 };
-DEV void join(State &a, float max, float sum, const float (&out)[8]) {
-    float top = fmaxf(a.max, max), mine = weight_of(a.max, top), other = weight_of(max, top);
-    a.sum = a.sum * mine + sum * other;
-    #pragma unroll
-    for (int i = 0; i < 8; i++) a.out[i] = a.out[i] * mine + out[i] * other;
-    a.max = top;
-}
-
 DEV float score_of(const Parameters &p, const float (&q)[8], const Eight &k) {
     float s = 0.f;
     #pragma unroll
@@ -58,49 +52,39 @@ DEV float score_of(const Parameters &p, const float (&q)[8], const Eight &k) {
     return s * 1.44269504f;
 }
 
-// This lane's eight numbers of the queries, turned and scaled.
-DEV void load_queries(float (&q)[HEADS][8], const Parameters &p, const float *from, int heads, int d
 #ifdef TURN
-                      , const Eighth &e
-#endif
-) {
-    #pragma unroll
-    for (int h = 0; h < HEADS; h++) {
-        const float *head = from + min(h, heads - 1) * HEAD_DIM;
-        #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            q[h][i] = d + i < HEAD_DIM ? get(head + d + i) * p.scale : 0.f;
-#ifdef TURN
-            if (d < HEAD_DIM) q[h][i] = q[h][i] * e.cosine[i] + get(head + e.other + i) * p.scale * e.sine[i];
-#endif
-        }
-    }
+// Eight numbers of a row and the eight that they turn with; rows are aligned, and of a multiple of eight numbers.
+struct Pairs {
+    float own[8], other[8];
+};
+DEV void load_floats(float (&r)[8], const float *p) {
+    float4 a = get((const float4 *)p), b = get((const float4 *)p + 1);
+    r[0] = a.x, r[1] = a.y, r[2] = a.z, r[3] = a.w, r[4] = b.x, r[5] = b.y, r[6] = b.z, r[7] = b.w;
 }
+DEV void load_pairs(Pairs &r, const float *row, int d, int other) {
+    load_floats(r.own, row + min(d, HEAD_DIM - 8));
+    load_floats(r.other, row + min(other, HEAD_DIM - 8));
+}
+DEV float turned(const Pairs &r, const Eighth &e, int i) { return r.own[i] * e.cosine[i] + r.other[i] * e.sine[i]; }
 
-#ifdef TURN
-// The token's own key and value, as the cache will hold them; `write` puts them there.
-DEV void bring_fresh(const Parameters &p, const Fresh &fresh, const Eighth &e, int token, int kv_head, int d, size_t row,
-                     bool write, Eight &k, Eight &v) {
-    const float *k_from = fresh.k + (size_t)token * fresh.k_row + kv_head * HEAD_DIM;
-    const float *v_from = fresh.v + (size_t)token * fresh.v_row + kv_head * VALUE_DIM;
-    Cached *k_to = (Cached *)&k, *v_to = (Cached *)&v;
+// Eight numbers as the cache holds them, zero unless `inside`, written there too where `to` is given.
+template <class Number> DEV Eight bring(bool inside, Cached *to, Number number) {
+    Eight r;
+    Cached *cells = (Cached *)&r;
     #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        k_to[i] = cached(d < HEAD_DIM ? get(k_from + d + i) * e.cosine[i] + get(k_from + e.other + i) * e.sine[i] : 0.f);
-        v_to[i] = cached(d < VALUE_DIM ? get(v_from + d + i) : 0.f);
-    }
+    for (int i = 0; i < 8; i++) cells[i] = cached(inside ? number(i) : 0.f);
     #pragma unroll
-    for (int i = 0; i < (int)(sizeof(k) / 16); i++) {
-        if (write && d < HEAD_DIM) ((uint4 *)(p.k + row * HEAD_DIM + d))[i] = k.v[i];
-        if (write && d < VALUE_DIM) ((uint4 *)(p.v + row * VALUE_DIM + d))[i] = v.v[i];
-    }
+    for (int i = 0; i < (int)(sizeof(r) / 16); i++)
+        if (to && inside) ((uint4 *)to)[i] = r.v[i];
+    return r;
 }
 #endif
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention(const __grid_constant__ Parameters p FRESH) {
-    __shared__ float shared[WARPS][HEADS][LANES][10];
+    __shared__ __align__(16) float out[WARPS][HEADS][8 * LANES];
+    __shared__ float2 ends[WARPS][HEADS];  // greatest score and sum of weights
 #ifdef CLUSTER
-    __shared__ float gathered[CLUSTER][(HEADS + CLUSTER - 1) / CLUSTER][VALUE_DIM + 2];
+    __shared__ float4 gathered[CLUSTER][OWN];  // result, greatest score, sum of weights
     cluster_arrive();
 #endif
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, d = 8 * (lane % LANES);
@@ -150,21 +134,45 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention(const
     #pragma unroll
     for (int h = 0; h < HEADS; h++) state[h] = {-INFINITY, 0.f, {}};
 #ifdef TURN
-    load_queries(q, p, queries, p.group - head0, d, e);
-    if (has_fresh) {
-        Eight own_k, own_v;
-        bring_fresh(p, fresh, e, token, kv_head, d, fresh_row, head0 == 0 && lane < LANES, own_k, own_v);
+    Pairs own;
+    float own_v[8];
+    auto load_fresh = [&] {
+        load_pairs(own, fresh.k + (size_t)token * fresh.k_row + kv_head * HEAD_DIM, d, e.other);
+        load_floats(own_v, fresh.v + (size_t)token * fresh.v_row + kv_head * VALUE_DIM + min(d, VALUE_DIM - 8));
+    };
+#ifdef CLUSTER  // has registers to spare
+    if (has_fresh) load_fresh();
+#endif
+    #pragma unroll
+    for (int h = 0; h < HEADS; h++) {
+        Pairs pairs;
+        load_pairs(pairs, queries + min(h, p.group - head0 - 1) * HEAD_DIM, d, e.other);
+        #pragma unroll
+        for (int i = 0; i < 8; i++) q[h][i] = d < HEAD_DIM ? turned(pairs, e, i) * p.scale : 0.f;
+    }
+    if (has_fresh) {  // the token's own key and value
+#ifndef CLUSTER
+        load_fresh();
+#endif
+        bool write = head0 == 0 && lane < LANES;
+        Cached *k_to = write ? p.k + fresh_row * HEAD_DIM + d : nullptr, *v_to = write ? p.v + fresh_row * VALUE_DIM + d : nullptr;
+        Eight own_key = bring(d < HEAD_DIM, k_to, [&](int i) { return turned(own, e, i); });
+        Eight own_value = bring(d < VALUE_DIM, v_to, [&](int i) { return own_v[i]; });
         #pragma unroll
         for (int h = 0; h < HEADS; h++) {
-            float score = score_of(p, q[h], own_k);
+            float score = score_of(p, q[h], own_key);
             if (lane >= LANES) continue;  // the others have other keys
             state[h].max = score, state[h].sum = 1.f;
             #pragma unroll
-            for (int i = 0; i < 8; i++) state[h].out[i] = at(own_v, i);
+            for (int i = 0; i < 8; i++) state[h].out[i] = at(own_value, i);
         }
     }
 #else
-    load_queries(q, p, queries, p.group - head0, d);
+    #pragma unroll
+    for (int h = 0; h < HEADS; h++)
+        #pragma unroll
+        for (int i = 0; i < 8; i++)
+            q[h][i] = d + i < HEAD_DIM ? get(queries + min(h, p.group - head0 - 1) * HEAD_DIM + d + i) * p.scale : 0.f;
 #endif
     #pragma unroll 1
     for (; key0 < end; key0 += WARPS * GROUPS * UNROLL) {
@@ -193,72 +201,72 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention(const
         load_keys(key0 + WARPS * GROUPS * UNROLL, end);
     }
     #pragma unroll
-    for (int h = 0; h < HEADS; h++) {
+    for (int h = 0; h < HEADS; h++) {  // a warp's groups of lanes, joined
+        float top = state[h].max, sum = state[h].sum, mine[8];
+        #pragma unroll
+        for (int o = LANES; o < 32; o <<= 1) top = fmaxf(top, __shfl_xor_sync(FULL, top, o));
+        float by = weight_of(state[h].max, top);
+        sum *= by;
+        #pragma unroll
+        for (int i = 0; i < 8; i++) mine[i] = state[h].out[i] * by;
         #pragma unroll
         for (int o = LANES; o < 32; o <<= 1) {
-            float out[8], max = __shfl_xor_sync(FULL, state[h].max, o), sum = __shfl_xor_sync(FULL, state[h].sum, o);
+            sum += __shfl_xor_sync(FULL, sum, o);
             #pragma unroll
-            for (int i = 0; i < 8; i++) out[i] = __shfl_xor_sync(FULL, state[h].out[i], o);
-            join(state[h], max, sum, out);
+            for (int i = 0; i < 8; i++) mine[i] += __shfl_xor_sync(FULL, mine[i], o);
         }
-        if (lane < LANES) {
-            float *to = shared[warp][h][lane];
-            to[0] = state[h].max, to[1] = state[h].sum;
-            #pragma unroll
-            for (int i = 0; i < 8; i++) to[2 + i] = state[h].out[i];
-        }
+        if (lane == 0) ends[warp][h] = make_float2(top, sum);
+        if (lane >= LANES) continue;
+        float4 *to = (float4 *)&out[warp][h][d];
+        to[0] = make_float4(mine[0], mine[1], mine[2], mine[3]), to[1] = make_float4(mine[4], mine[5], mine[6], mine[7]);
     }
     __syncthreads();
 #ifdef CLUSTER
     cluster_wait();  // the others have begun
 #endif
     #pragma unroll 1
-    for (int e = threadIdx.x; e < HEADS * LANES; e += WARPS * 32) {  // the warps' states, joined
-        int h = e / LANES, d = 8 * (e % LANES), head = kv_head * p.group + head0 + h;
-        if (head0 + h >= p.group) continue;
-        State all = {-INFINITY, 0.f, {}};
-        #pragma unroll 1
+    for (int n = threadIdx.x; n < HEADS * VALUE_DIM; n += WARPS * 32) {  // the warps, joined
+        int h = n / VALUE_DIM, i = n % VALUE_DIM, head = kv_head * p.group + head0 + h;
+        if (head0 + h >= p.group) break;
+        float top = -INFINITY, sum = 0.f, v = 0.f;
+        #pragma unroll
+        for (int w = 0; w < WARPS; w++) top = fmaxf(top, ends[w][h].x);
+        #pragma unroll
         for (int w = 0; w < WARPS; w++) {
-            const float *from = shared[w][h][e % LANES];
-            float out[8];
-            #pragma unroll
-            for (int i = 0; i < 8; i++) out[i] = from[2 + i];
-            join(all, from[0], from[1], out);
+            float by = weight_of(ends[w][h].x, top);
+            sum += by * ends[w][h].y, v += by * out[w][h][i];
         }
 #ifdef CLUSTER
-        float *to = gathered[split][h / CLUSTER];  // of the block that finishes this head
-        #pragma unroll
-        for (int i = 0; i < 8; i++)
-            if (d + i < VALUE_DIM) store_remote(to + d + i, h % CLUSTER, all.out[i]);
-        if (d == 0) store_remote(to + VALUE_DIM, h % CLUSTER, all.max), store_remote(to + VALUE_DIM + 1, h % CLUSTER, all.sum);
+        store_remote(&gathered[split][n % OWN], n / OWN, make_float4(v, top, sum, 0.f));
 #else
         size_t row = (size_t)token * p.group * p.kv_heads + head;
-        float *to = p.splits > 1 ? p.partials + (row * p.splits + split) * (VALUE_DIM + 2)
-                                 : p.y + (size_t)token * p.y_row + head * VALUE_DIM;
-        float scale = p.splits > 1 ? 1.f : 1.f / all.sum;
-        #pragma unroll
-        for (int i = 0; i < 8; i++)
-            if (d + i < VALUE_DIM) to[d + i] = all.out[i] * scale;
-        if (p.splits > 1 && d == 0) to[VALUE_DIM] = all.max, to[VALUE_DIM + 1] = all.sum;
+        if (p.splits == 1) {
+            p.y[(size_t)token * p.y_row + head * VALUE_DIM + i] = v / sum;
+            continue;
+        }
+        float *to = p.partials + (row * p.splits + split) * (VALUE_DIM + 2);
+        to[i] = v;
+        if (i == 0) to[VALUE_DIM] = top, to[VALUE_DIM + 1] = sum;
 #endif
     }
 #ifdef CLUSTER
     cluster_arrive();
     cluster_wait();
     #pragma unroll 1
-    for (int h = split; h < HEADS && head0 + h < p.group; h += CLUSTER)
-        #pragma unroll 1
-        for (int i = threadIdx.x; i < VALUE_DIM; i += WARPS * 32) {
-            float top = -INFINITY, sum = 0.f, out = 0.f;
-            for (int r = 0; r < CLUSTER; r++) top = fmaxf(top, gathered[r][h / CLUSTER][VALUE_DIM]);
-            for (int r = 0; r < CLUSTER; r++) {
-                const float *from = gathered[r][h / CLUSTER];
-                float scale = weight_of(from[VALUE_DIM], top);
-                sum += scale * from[VALUE_DIM + 1];
-                out += scale * from[i];
-            }
-            p.y[(size_t)token * p.y_row + (kv_head * p.group + head0 + h) * VALUE_DIM + i] = out / sum;
+    for (int n = threadIdx.x; n < OWN; n += WARPS * 32) {  // the cluster's blocks, joined
+        int all = split * OWN + n, h = all / VALUE_DIM;
+        if (h >= HEADS || head0 + h >= p.group) break;
+        float top = -INFINITY, sum = 0.f, v = 0.f;
+        #pragma unroll
+        for (int r = 0; r < CLUSTER; r++) top = fmaxf(top, gathered[r][n].y);
+        #pragma unroll
+        for (int r = 0; r < CLUSTER; r++) {
+            float4 part = gathered[r][n];
+            float by = weight_of(part.y, top);
+            sum += by * part.z, v += by * part.x;
         }
+        p.y[(size_t)token * p.y_row + (kv_head * p.group + head0 + h) * VALUE_DIM + all % VALUE_DIM] = v / sum;
+    }
 #endif
 }
 

@@ -23,20 +23,45 @@ DEV Matrix matrix(const u8 *at, int rows, int columns) { return {at, rows, colum
 // Where a plane begins that follows `before` bytes for every block.
 DEV const u8 *plane(const Matrix &w, int before) { return w.at + (size_t)w.rows * w.blocks * before; }
 
+#ifdef STAGED  // in shared memory
+template <class T> DEV T stored(const T *p) { return *p; }
+#else
+template <class T> DEV T stored(const T *p) { return __ldg(p); }
+#endif
+
 // A number is code * d + m, with other d and m for the first and last 16 columns of a block.
 struct Scales {
     float d0, m0, d1, m1;
 };
 #if !(FORMAT <= BF16)
+// Bytes of eight blocks in each plane.
 #if FORMAT == Q8_0
-#define CODE_BYTES 32
-#elif FORMAT == Q5_0 || FORMAT == Q5_1 || FORMAT == Q5_K
-#define CODE_BYTES 20
-#elif FORMAT == Q6_K
-#define CODE_BYTES 24
+#define PLANES {256, 16}
+#define EIGHT_BLOCKS 272
+#elif FORMAT == Q4_0
+#define PLANES {128, 16}
+#define EIGHT_BLOCKS 144
+#elif FORMAT == Q4_1
+#define PLANES {128, 32}
+#define EIGHT_BLOCKS 160
+#elif FORMAT == Q5_0
+#define PLANES {128, 32, 16}
+#define EIGHT_BLOCKS 176
+#elif FORMAT == Q5_1
+#define PLANES {128, 32, 32}
+#define EIGHT_BLOCKS 192
+#elif FORMAT == Q4_K
+#define PLANES {128, 16, 4}
+#define EIGHT_BLOCKS 148
+#elif FORMAT == Q5_K
+#define PLANES {128, 32, 16, 4}
+#define EIGHT_BLOCKS 180
 #else
-#define CODE_BYTES 16
+#define PLANES {128, 64, 16, 2}
+#define EIGHT_BLOCKS 210
 #endif
+// Bytes of a block's codes, their further bits included.
+#define CODE_BYTES (FORMAT == Q8_0 ? 32 : FORMAT == Q5_0 || FORMAT == Q5_1 || FORMAT == Q5_K ? 20 : FORMAT == Q6_K ? 24 : 16)
 // What is taken off a code: codes are then signed.
 #define ZERO (FORMAT == Q4_0 ? 8 : FORMAT == Q5_0 ? 16 : FORMAT == Q6_K ? 32 : 0)
 
@@ -45,13 +70,13 @@ DEV uint2 load_scales(const Matrix &w, size_t row, int block) {
     size_t b = row * w.blocks + block;
     const u8 *p = plane(w, CODE_BYTES);
 #if FORMAT == Q4_1 || FORMAT == Q5_1
-    return make_uint2(__ldg((const u32 *)p + b), 0);
+    return make_uint2(stored((const u32 *)p + b), 0);
 #elif FORMAT == Q6_K
-    return make_uint2(__ldg((const u16 *)p + b), __ldg((const u16 *)plane(w, CODE_BYTES + 2) + b / 8));
+    return make_uint2(stored((const u16 *)p + b), stored((const u16 *)plane(w, CODE_BYTES + 2) + b / 8));
 #elif FORMAT == Q4_K || FORMAT == Q5_K
-    return make_uint2(__ldg((const u16 *)p + b), __ldg((const u32 *)plane(w, CODE_BYTES + 2) + b / 8));
+    return make_uint2(stored((const u16 *)p + b), stored((const u32 *)plane(w, CODE_BYTES + 2) + b / 8));
 #else
-    return make_uint2(__ldg((const u16 *)p + b), 0);
+    return make_uint2(stored((const u16 *)p + b), 0);
 #endif
 }
 DEV Scales scales_of(uint2 stored) {
@@ -124,17 +149,17 @@ DEV Raw load_block(const Matrix &w, size_t row, int block) {
     size_t b = row * w.blocks + block;
 #if PLAIN
     #pragma unroll
-    for (int i = 0; i < 4; i++) r.v[i] = __ldg((const uint4 *)w.at + b * 4 + i);
+    for (int i = 0; i < 4; i++) r.v[i] = stored((const uint4 *)w.at + b * 4 + i);
 #elif FORMAT == Q8_0
-    r.codes = __ldg((const uint4 *)w.at + b * 2);
-    r.more = __ldg((const uint4 *)w.at + b * 2 + 1);
+    r.codes = stored((const uint4 *)w.at + b * 2);
+    r.more = stored((const uint4 *)w.at + b * 2 + 1);
     r.scales = load_scales(w, row, block);
 #else
-    r.codes = __ldg((const uint4 *)w.at + b);
+    r.codes = stored((const uint4 *)w.at + b);
 #if CODE_BYTES == 20
-    r.more = __ldg((const u32 *)plane(w, 16) + b);
+    r.more = stored((const u32 *)plane(w, 16) + b);
 #elif CODE_BYTES == 24
-    r.more = __ldg((const uint2 *)plane(w, 16) + b);
+    r.more = stored((const uint2 *)plane(w, 16) + b);
 #endif
     r.scales = load_scales(w, row, block);
 #endif
