@@ -14,9 +14,9 @@ from typing import Any
 from labinfer.errors import DoesNotFit, LabinferError
 
 PROGRAMMATIC_LAUNCH, CLUSTER = 6, 4
-MAX_SHARED, CARVEOUT = 8, 9
-STATIC_SHARED = 48 << 10
-"""Bytes of shared memory that a kernel gets without asking."""
+STATIC_SHARED, MAX_SHARED, CARVEOUT = 1, 8, 9
+UNASKED_SHARED = 48 << 10
+"""Bytes of shared memory that a kernel gets without asking, its own variables included."""
 
 
 class Attribute(Structure):
@@ -57,8 +57,10 @@ class Function:
     """A kernel on one device, from the machine code of its file."""
 
     def __init__(self, module: c_void_p, name: str) -> None:
-        self.name, self.handle, self.shared = name, c_void_p(), STATIC_SHARED
+        self.name, self.handle, own = name, c_void_p(), c_int()
         check(library().cuModuleGetFunction(byref(self.handle), module, name.encode()))
+        check(library().cuFuncGetAttribute(byref(own), STATIC_SHARED, self.handle))
+        self.shared = UNASKED_SHARED - own.value
         check(library().cuFuncSetAttribute(self.handle, CARVEOUT, 100))  # a change between kernels would drain the SMs
 
     def allow_shared(self, nbytes: int) -> None:

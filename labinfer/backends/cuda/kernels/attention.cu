@@ -13,7 +13,11 @@
 #define OWN ((HEADS * VALUE_DIM + CLUSTER - 1) / CLUSTER)  // results that each block of a cluster finishes
 #else  // many: as many on a multiprocessor as have registers without spilling
 #define UNROLL 2
-#define BLOCKS (CACHE == 0 || TURN == 2 || __CUDA_ARCH__ != 900 ? 3 : 4)
+#if CACHE == 0 || TURN == 2 || __CUDA_ARCH__ != 900
+#define BLOCKS 3
+#else
+#define BLOCKS 4
+#endif
 #endif
 struct Parameters {
     const float *q;
