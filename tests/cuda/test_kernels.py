@@ -9,6 +9,7 @@ import pytest
 
 from labinfer.backends.cuda import compile, nvrtc
 from labinfer.backends.cuda.compile import Source
+from labinfer.backends.cuda.emit_attention import prefill_tile
 from labinfer.backends.cuda.layout import EIGHT_BLOCKS, FORMATS, stream_blocks
 from labinfer.errors import LabinferError
 
@@ -26,6 +27,12 @@ def stream(format: str, tokens: int, cluster: int, *defines: str) -> Source:
     return Source("stream", (*form, *shape, *defines))
 
 
+def prefill(dim: int, *defines: str) -> Source:
+    rows, keys, blocks = prefill_tile(dim, "SOFTCAP" in defines)
+    tile = (f"ROWS={rows}", f"KEYS={keys}", f"BLOCKS={blocks}")
+    return Source("prefill", (f"HEAD_DIM={dim}", f"VALUE_DIM={dim}", *tile, *defines))
+
+
 def attention(head_dim: int, value_dim: int, lanes: int, cache: int) -> Source:
     shape = (f"HEAD_DIM={head_dim}", f"VALUE_DIM={value_dim}", f"LANES={lanes}", "HEADS=4", f"CACHE={cache}")
     return Source("attention", shape)
@@ -34,8 +41,9 @@ def attention(head_dim: int, value_dim: int, lanes: int, cache: int) -> Source:
 SOURCES = {
     "elementwise": (Source("elementwise"), 32),
     "narrow": (Source("elementwise", ("HALF",)), 32),
-    "norm": (Source("norm"), 32),
-    "norm-narrow": (Source("norm", ("NARROW",)), 32),
+    "narrow-glu": (Source("elementwise", ("NARROW=2",)), 40),
+    "norm": (Source("norm"), 72),
+    "norm-narrow": (Source("norm", ("NARROW=2",)), 72),
     "plain": (Source("plain"), 64),
     "plain-experts": (Source("plain", ("EXPERTS",)), 64),
     "moe": (Source("moe"), 64),
@@ -44,8 +52,8 @@ SOURCES = {
     **{f"attention-{cache}": (attention(64, 64, 8, cache), 168) for cache in range(3)},
     "attention-cluster": (Source("attention", (*attention(64, 64, 8, 2).defines, "CLUSTER=8", "TURN=0")), 216),
     "attention-turn": (Source("attention", (*attention(64, 64, 8, 2).defines, "TURN=0")), 168),
-    **{f"prefill-{dim}": (Source("prefill", (f"HEAD_DIM={dim}", f"VALUE_DIM={dim}")), 255) for dim in (64, 128, 256)},
-    "prefill-half": (Source("prefill", ("HEAD_DIM=64", "VALUE_DIM=64", "HALF", "SOFTCAP")), 168),
+    **{f"prefill-{dim}": (prefill(dim), 255) for dim in (64, 128, 256)},
+    "prefill-half": (prefill(64, "HALF", "SOFTCAP", "NARROW=1"), 255),
     **{f"stream-{n}": (stream("bf16", n, 1, "NORM", "GLU"), 128) for n in (1, 2, 4, 8)},
     **{f"stream-{format}": (stream(format, 1, 1, "NORM", "GLU"), 128) for format in FORMATS[3:]},
     **{f"stream-q4_0-{n}": (stream("q4_0", n, 1, "NORM", "GLU"), 128) for n in (2, 4, 8)},

@@ -21,7 +21,7 @@ except ModuleNotFoundError:
 from labinfer.backends.base import Buffer, Device, FunctionTable, Kernel, Program
 from labinfer.backends.cuda import compile, cublas, driver, nvrtc
 from labinfer.backends.cuda.emit import EMITTERS
-from labinfer.backends.cuda.emitter import Emitter
+from labinfer.backends.cuda.emitter import Emitter, address
 from labinfer.backends.cuda.layout import matrix_bytes
 from labinfer.backends.cuda.memory import CudaAllocator, PinnedRing
 from labinfer.backends.cuda.tape import Row, Runnable, Tape
@@ -55,6 +55,11 @@ class CudaKernel:
             call = replace(call, workspace=cupy.empty(scratch_bytes(bounds) // 4, np.int32))
             self.device.program([(self, call)])(0, 0)
             self.device.synchronize()
+
+
+def is_product(kernel: Kernel) -> bool:
+    """Whether a kernel is one product and no more than an addition."""
+    return isinstance(kernel, CudaKernel) and kernel.kind in ("linear", "linear_add")
 
 
 def sequences_of(step: Step | None) -> int:
@@ -167,14 +172,30 @@ class CudaDevice(Device):
 
     def rows(self, calls: Sequence[tuple[Kernel, Call]], sequences: int) -> tuple[list[Row | Runnable], list[Any]]:
         """The rows of the tape for ``calls``, and the arrays they point to that nothing else keeps."""
-        rows, kept = list[Row | Runnable](), list[Any]([call for _, call in calls])
-        for kernel, call in calls:
+        rows, kept, narrow = list[Row | Runnable](), list[Any]([call for _, call in calls]), False
+        for number, (kernel, call) in enumerate(calls):
             assert isinstance(kernel, CudaKernel)
-            emitter = Emitter(self, call, sequences)
+            emitter = Emitter(self, call, sequences, narrow, self.narrow_output(calls, number, sequences))
             EMITTERS[kernel.kind](emitter, call)
             rows += emitter.rows
             kept += emitter.kept
+            narrow = emitter.leaves_narrow
         return rows, kept
+
+    def narrow_output(self, calls: Sequence[tuple[Kernel, Call]], number: int, sequences: int) -> str | None:
+        """The format of 16 bits in which call ``number`` can leave its result: only the next call reads it, so."""
+        (_, call), *later = calls[number:]
+        if not later or len(call.outputs) != 1 or not is_product(later[0][0]):
+            return None
+        y, readers = call.outputs[0], 0
+        for _, each in later:
+            readers += sum(address(x) == address(y) for x in each.inputs)
+            if any(address(made) == address(y) for made in each.outputs):
+                break
+        next_reads = any(address(x) == address(y) for x in later[0][1].inputs)
+        if readers != 1 or not next_reads or y.ndim != 2 or y.shape[1] % 32:
+            return None
+        return Emitter(self, later[0][1], sequences).takes_narrow()
 
     def prepare(self, calls: Sequence[tuple[Kernel, Call]], progress: Callable[[int, int], None]) -> None:
         """Compile what is missing of the kernels that ``calls`` need."""

@@ -10,9 +10,6 @@ from labinfer.backends.cuda.workspace import SPLIT_BLOCKS, SPLIT_HEADS, partials
 from labinfer.errors import LabinferError
 from labinfer.ops.base import Call
 
-PREFILL_ROWS = 64
-"""Tokens of a block of ``prefill.cu``."""
-
 MAX_CLUSTER = 8
 """Blocks of a cluster that every GPU with clusters can run."""
 
@@ -49,6 +46,7 @@ class PrefillParameters(Structure):
         *((name, c_int) for name in ("q_row", "y_row", "table_row", "sequences", "group", "kv_heads", "block_size")),
         ("window", c_int),
         *((name, c_float) for name in ("scale", "softcap")),
+        ("reciprocal", c_uint),
     )
 
 
@@ -147,15 +145,32 @@ def prefill(e: Emitter, call: Call, attrs: Any, q: Any, y: Any) -> None:
     step, value_dim = e.step, attrs.v_head_dim or attrs.head_dim
     parameters = PrefillParameters(
         address(q), address(y), address(call.cache["k"]), address(call.cache["v"]), address(step.positions),
-        address(step.query_start), address(step.block_table), stride(q), stride(y), stride(step.block_table),
+        address(step.query_start), address(step.block_table), stride(q), e.row_of(y), stride(step.block_table),
         e.sequences, attrs.num_heads // attrs.num_kv_heads, attrs.num_kv_heads, step.block_size, attrs.window or 0,
-        attrs.scale, attrs.softcap or 0.0,
+        attrs.scale, attrs.softcap or 0.0, reciprocal(step.block_size),
     )  # fmt: skip
+    rows, keys, blocks = prefill_tile(max(attrs.head_dim, value_dim), bool(attrs.softcap))
     half = str(call.cache["k"].dtype) == "float16"
-    defines = (f"HEAD_DIM={attrs.head_dim}", f"VALUE_DIM={value_dim}", *["HALF"] * half, *softcap(attrs))
-    tiles = min(len(q), len(q) // PREFILL_ROWS + e.sequences)
-    shared = 2 * PREFILL_ROWS * (3 * (attrs.head_dim + 8) + 2 * (value_dim + 8))
-    e.add("prefill", "prefill", (tiles, attrs.num_heads, 1), 128, parameters, defines=defines, shared=shared)
+    dims = (f"HEAD_DIM={attrs.head_dim}", f"VALUE_DIM={value_dim}", f"ROWS={rows}", f"KEYS={keys}", f"BLOCKS={blocks}")
+    defines = (*dims, *["HALF"] * half, *softcap(attrs), *e.result_defines())
+    shared = 2 * ((rows + 2 * keys) * (attrs.head_dim + 8) + 2 * keys * (value_dim + 8))
+    tiles = min(len(q), len(q) // rows + e.sequences)
+    e.add("prefill", "prefill", (tiles, attrs.num_heads, 1), 2 * rows, parameters, defines=defines, shared=shared)
+
+
+def prefill_tile(dim: int, capped: bool = False) -> tuple[int, int, int]:
+    """For heads of ``dim``: queries of a block of ``prefill.cu``, keys brought at once, blocks on a multiprocessor.
+
+    Scores that are ``capped`` need registers that two blocks do not leave.
+    """
+    if dim > 128:
+        return 64, 32, 1
+    return 128, 64, 2 if dim <= 64 and not capped else 1
+
+
+def reciprocal(block_size: int) -> int:
+    """2^32 / block_size, rounded up: what kernels multiply by to divide."""
+    return -(-(1 << 32) // block_size) & 0xFFFFFFFF
 
 
 def decode(
@@ -176,12 +191,13 @@ def decode(
     parameters = DecodeParameters(
         address(q), address(y), e.scratch(partials_bytes(value_dim)) if merged else 0, address(call.cache["k"]),
         address(call.cache["v"]), address(step.positions), address(step.query_start), address(step.block_table),
-        stride(q), stride(y), stride(step.block_table), e.sequences, group, attrs.num_kv_heads, step.block_size,
-        attrs.window or 0, splits, attrs.scale, attrs.softcap or 0.0, -(-(1 << 32) // step.block_size) & 0xFFFFFFFF,
+        stride(q), e.row_of(y), stride(step.block_table), e.sequences, group, attrs.num_kv_heads, step.block_size,
+        attrs.window or 0, splits, attrs.scale, attrs.softcap or 0.0, reciprocal(step.block_size),
     )  # fmt: skip
     shape = (f"HEADS={heads}", f"LANES={lanes}", f"HEAD_DIM={attrs.head_dim}", f"VALUE_DIM={value_dim}")
     together = splits > 1 and clusters
     defines = (cache_define(call), *shape, *turn, *[f"CLUSTER={splits}"] * together, *softcap(attrs))
+    defines += e.result_defines()
     grid, cluster = (items // len(y), len(y), splits), (1, 1, splits) if together else (1, 1, 1)
     e.add("attention", "attention", grid, 128, parameters, *fresh, defines=defines, cluster=cluster)
     if merged:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import Structure, c_float, c_int, c_uint64
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,10 @@ from labinfer.ops.base import Call, Step
 
 if TYPE_CHECKING:
     from labinfer.backends.cuda.device import CudaDevice
+
+
+MAX_NORM = 32 << 10
+"""Numbers that a block of ``norm.cu`` keeps at most."""
 
 
 def address(array: Any) -> int:
@@ -78,10 +82,22 @@ class Linear:
 
 
 class Emitter:
-    """Writes the rows of one op; ``take`` hands out its scratch memory."""
+    """Writes the rows of one op; ``take`` hands out its scratch memory.
 
-    def __init__(self, device: CudaDevice, call: Call, sequences: int) -> None:
+    ``narrow_output``: the format, of 16 bits, in which the op is to leave its result, where it can (then
+    ``leaves_narrow``); the rows lie together in the result's memory. ``narrow_input``: its input lies so.
+    """
+
+    def __init__(
+        self,
+        device: CudaDevice,
+        call: Call,
+        sequences: int,
+        narrow_input: bool = False,
+        narrow_output: str | None = None,
+    ) -> None:
         self.device, self.call, self.sequences = device, call, sequences
+        self.narrow_input, self.narrow_output, self.leaves_narrow = narrow_input, narrow_output, False
         self.rows: list[Row | Runnable] = []
         self.kept: list[Any] = []
         self.offset = 0
@@ -141,7 +157,9 @@ class Emitter:
         """``rms_norm`` of rows of ``x`` to ``y``."""
         width, attrs = x.shape[1], call.attrs
         n = attrs.group or width
-        threads = min(512, -(-n // 128) * 32)
+        if n > MAX_NORM:
+            raise LabinferError("cuda.norm", f"rms_norm of {n} numbers: the kernel takes {MAX_NORM}")
+        threads = min(512 if n <= MAX_NORM // 2 else 1024, -(-n // 128) * 32)
         grid = (len(x), width // n, 1)
         arguments = (x, stride(x), call.weights.get("weight"), y, y_row, n, float(attrs.eps), float(attrs.offset))
         self.add("norm", "rms_norm", grid, threads, *arguments, defines=defines)
@@ -234,27 +252,39 @@ class Emitter:
         )  # fmt: skip
 
     def large(self, x: Any, format: str, products: Sequence[Linear], norm: Call | None, residual: Any) -> None:
-        """Products by cuBLAS, from activations in 16 bits."""
-        at, workspace = self.narrowed(x, format, norm), self.blas_scratch
-        for each in products:
+        """Products by cuBLAS, from activations in 16 bits; two of one shape at once."""
+        at, workspace, left = self.narrowed(x, format, norm), self.blas_scratch, list(products)
+        while left:
+            each = left.pop(0)
             w, y = each.weight, each.y
             if residual is not None:
                 self.copy(residual, y)
             product = Product(len(x), w.rows, pitch(w.columns), format, accumulate=residual is not None)
+            biased = [each]
+            if left and (steps := steps_between(each, left[0])):
+                biased.append(left.pop(0))
+                product = replace(product, count=2, w_step=steps[0], y_step=steps[1])
             self.rows.append(self.blas.bind(product, at, w.address, address(y), stride(y), workspace))
-            if each.bias is not None:
-                self.each("elementwise", "add_bias", len(x), w.rows, y, stride(y), each.bias, w.rows)
+            for made in biased:
+                if made.bias is not None:
+                    arguments = (made.y, stride(made.y), made.bias, w.rows)
+                    self.each("elementwise", "add_bias", len(x), w.rows, *arguments)
 
     def large_glu(self, x: Any, gate: CudaWeight, up: CudaWeight, norm: Call, function: str, y: Any) -> None:
         """A gated unit by cuBLAS; between its two products and the activation, numbers have 16 bits."""
-        at, workspace = self.narrowed(x, gate.format, norm), self.blas_scratch
-        product = Product(len(x), gate.rows, pitch(gate.columns), gate.format, out=gate.format)
+        at, workspace, format = self.narrowed(x, gate.format, norm), self.blas_scratch, gate.format
         made = [self.scratch(2 * len(x) * gate.rows) for _ in range(2)]
-        for weight, to in zip((gate, up), made, strict=True):
-            self.rows.append(self.blas.bind(product, at, weight.address, to, gate.rows, workspace))
-        arguments = (*map(c_uint64, made), y, stride(y), gate.rows, ACTIVATION_CODES[function])
-        half = ["HALF"] * (gate.format == "f16")
-        self.each("elementwise", "narrow_glu", len(x), gate.rows, *arguments, defines=half)
+        product = Product(len(x), gate.rows, pitch(gate.columns), format, out=format)
+        if up.address > gate.address:
+            steps = (up.address - gate.address) // 2, (made[1] - made[0]) // 2
+            both = replace(product, count=2, w_step=steps[0], y_step=steps[1])
+            self.rows.append(self.blas.bind(both, at, gate.address, made[0], gate.rows, workspace))
+        else:
+            for weight, to in zip((gate, up), made, strict=True):
+                self.rows.append(self.blas.bind(product, at, weight.address, to, gate.rows, workspace))
+        half = ["HALF"] * (format == "f16")
+        arguments = (*map(c_uint64, made), y, self.row_of(y), gate.rows, ACTIVATION_CODES[function])
+        self.each("elementwise", "narrow_glu", len(x), gate.rows, *arguments, defines=(*half, *self.result_defines()))
 
     @cached_property
     def blas_scratch(self) -> int:
@@ -273,13 +303,33 @@ class Emitter:
 
     def narrowed(self, x: Any, format: str, norm: Call | None) -> int:
         """The address of rows of ``x``, normed, in 16 bits."""
+        if self.narrow_input:
+            return address(x)
         tokens, columns = x.shape
-        at, row, half = self.scratch(narrow_bytes(tokens, columns)), pitch(columns), ["HALF"] * (format == "f16")
+        at, row = self.scratch(narrow_bytes(tokens, columns)), pitch(columns)
         if norm:
-            self.rms_norm(norm, x, c_uint64(at), row, ("NARROW", *half))
+            self.rms_norm(norm, x, c_uint64(at), row, (narrow_define(format),))
         else:
+            half = ["HALF"] * (format == "f16")
             self.each("elementwise", "narrow", tokens, row, x, stride(x), c_uint64(at), columns, row, defines=half)
         return at
+
+    def takes_narrow(self) -> str | None:
+        """The 16-bit format in which the op's product, one by cuBLAS, could take its input; else None."""
+        product = self.call.parts[0] if self.call.parts else self.call
+        weight, x = product.weights["weight"], product.inputs[0]
+        once = len(self.call.inputs) == 1 or address(self.call.inputs[-1]) != address(x)  # not the residual as well
+        few = self.is_few([Linear(weight, None, None)], x)
+        return weight.format if once and not few and self.is_large(weight.format) else None
+
+    def result_defines(self) -> tuple[str, ...]:
+        """The macro of a kernel that leaves the result as it is asked for."""
+        self.leaves_narrow = self.narrow_output is not None
+        return (narrow_define(self.narrow_output),) if self.narrow_output else ()
+
+    def row_of(self, y: Any) -> int:
+        """Numbers from row to row of the result."""
+        return int(y.shape[1]) if self.narrow_output else stride(y)
 
     def tiles(
         self,
@@ -325,6 +375,19 @@ class Emitter:
         self.kept.append(table)
         turn.table, turn.length, turn.trained = address(table), length, attrs.recompute_after or 0
         return turn, int(bool(attrs.recompute_after))
+
+
+def steps_between(first: Linear, second: Linear) -> tuple[int, int] | None:
+    """Numbers from one product's weight and result to the other's, where they are alike and in the same order."""
+    w, v, y, z = first.weight, second.weight, first.y, second.y
+    alike = w.rows == v.rows and w.columns == v.columns and stride(y) == stride(z)
+    w_step, y_step = (v.address - w.address) // 2, (address(z) - address(y)) // 4
+    return (w_step, y_step) if alike and w_step > 0 and y_step > 0 else None
+
+
+def narrow_define(format: str) -> str:
+    """The macro for results in this format of 16 bits."""
+    return f"NARROW={number_of(format)}"
 
 
 def format_defines(format: str) -> tuple[str, ...]:

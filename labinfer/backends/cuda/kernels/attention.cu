@@ -21,7 +21,8 @@
 #endif
 struct Parameters {
     const float *q;
-    float *y, *partials;
+    Out *y;
+    float *partials;
     Cached *k, *v;
     const int *positions, *query_start, *block_table;
     int q_row, y_row, table_row, sequences, group, kv_heads, block_size, window, splits;
@@ -245,7 +246,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention(const
 #else
         size_t row = (size_t)token * p.group * p.kv_heads + head;
         if (p.splits == 1) {
-            p.y[(size_t)token * p.y_row + head * VALUE_DIM + i] = v / sum;
+            p.y[(size_t)token * p.y_row + head * VALUE_DIM + i] = out_of(v / sum);
             continue;
         }
         float *to = p.partials + (row * p.splits + split) * (VALUE_DIM + 2);
@@ -269,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention(const
             float by = weight_of(part.y, top);
             sum += by * part.z, v += by * part.x;
         }
-        p.y[(size_t)token * p.y_row + (kv_head * p.group + head0 + h) * VALUE_DIM + all % VALUE_DIM] = v / sum;
+        p.y[(size_t)token * p.y_row + (kv_head * p.group + head0 + h) * VALUE_DIM + all % VALUE_DIM] = out_of(v / sum);
     }
 #endif
 }
@@ -292,7 +293,7 @@ extern "C" __global__ void merge(const __grid_constant__ Parameters p) {
             const float *part = from + s * (VALUE_DIM + 2);
             v += weight_of(get(part + VALUE_DIM), top) * get(part + d);
         }
-        p.y[(size_t)token * p.y_row + head * VALUE_DIM + d] = v / sum;
+        p.y[(size_t)token * p.y_row + head * VALUE_DIM + d] = out_of(v / sum);
     }
 }
 #endif

@@ -1,28 +1,13 @@
 // Kernels that work on each number by itself. Rows of x, z and y are `*_row` floats apart; a thread takes four numbers.
-DEV bool whole(const void *p, int left) { return left >= 4 && (u64)p % 16 == 0; }
-DEV float4 load(const float *p, int left) {
-    if (whole(p, left)) return get((const float4 *)p);
-    return make_float4(get(p), left > 1 ? get(p + 1) : 0.f, left > 2 ? get(p + 2) : 0.f, left > 3 ? get(p + 3) : 0.f);
-}
-DEV void store(float *p, int left, float a, float b, float c, float d) {
-    if (whole(p, left)) {
-        *(float4 *)p = make_float4(a, b, c, d);
-        return;
-    }
-    p[0] = a;
-    if (left > 1) p[1] = b;
-    if (left > 2) p[2] = c;
-    if (left > 3) p[3] = d;
-}
 // y = f(x), number by number, and y = f(x, z).
-template <class F> DEV void each(const float *x, int x_row, float *y, int y_row, int n, F f) {
+template <class F> DEV void each(const float *x, int x_row, Out *y, int y_row, int n, F f) {
     int i = 4 * (blockIdx.x * blockDim.x + threadIdx.x), t = blockIdx.y;
     begin();
     if (i >= n) return;
     float4 a = load(x + (size_t)t * x_row + i, n - i);
     store(y + (size_t)t * y_row + i, n - i, f(a.x), f(a.y), f(a.z), f(a.w));
 }
-template <class F> DEV void pairs(const float *x, int x_row, const float *z, int z_row, float *y, int y_row, int n, F f) {
+template <class F> DEV void pairs(const float *x, int x_row, const float *z, int z_row, Out *y, int y_row, int n, F f) {
     int i = 4 * (blockIdx.x * blockDim.x + threadIdx.x), t = blockIdx.y;
     begin();
     if (i >= n) return;
@@ -30,24 +15,24 @@ template <class F> DEV void pairs(const float *x, int x_row, const float *z, int
     store(y + (size_t)t * y_row + i, n - i, f(a.x, b.x), f(a.y, b.y), f(a.z, b.z), f(a.w, b.w));
 }
 
-extern "C" __global__ void add(const float *x, int x_row, const float *z, int z_row, float *y, int y_row, int n) {
+extern "C" __global__ void add(const float *x, int x_row, const float *z, int z_row, Out *y, int y_row, int n) {
     pairs(x, x_row, z, z_row, y, y_row, n, [](float a, float b) { return a + b; });
 }
-extern "C" __global__ void scale(const float *x, int x_row, float *y, int y_row, int n, float by) {
+extern "C" __global__ void scale(const float *x, int x_row, Out *y, int y_row, int n, float by) {
     each(x, x_row, y, y_row, n, [=](float a) { return a * by; });
 }
-extern "C" __global__ void softcap(const float *x, int x_row, float *y, int y_row, int n, float cap) {
+extern "C" __global__ void softcap(const float *x, int x_row, Out *y, int y_row, int n, float cap) {
     each(x, x_row, y, y_row, n, [=](float a) { return cap * tanhf(a / cap); });
 }
-extern "C" __global__ void activation(const float *x, int x_row, float *y, int y_row, int n, int function) {
+extern "C" __global__ void activation(const float *x, int x_row, Out *y, int y_row, int n, int function) {
     each(x, x_row, y, y_row, n, [=](float a) { return activate(function, a); });
 }
 extern "C" __global__ void glu(
-    const float *gate, int gate_row, const float *up, int up_row, float *y, int y_row, int n, int function) {
+    const float *gate, int gate_row, const float *up, int up_row, Out *y, int y_row, int n, int function) {
     pairs(gate, gate_row, up, up_row, y, y_row, n, [=](float a, float b) { return activate(function, a) * b; });
 }
 // Rows `rows[t]` of x.
-extern "C" __global__ void select_rows(const float *x, int x_row, const int *rows, float *y, int y_row, int n) {
+extern "C" __global__ void select_rows(const float *x, int x_row, const int *rows, Out *y, int y_row, int n) {
     int i = 4 * (blockIdx.x * blockDim.x + threadIdx.x), t = blockIdx.y;
     begin();
     if (i >= n) return;
@@ -55,11 +40,11 @@ extern "C" __global__ void select_rows(const float *x, int x_row, const int *row
     store(y + (size_t)t * y_row + i, n - i, a.x, a.y, a.z, a.w);
 }
 // y[t] += bias
-extern "C" __global__ void add_bias(float *y, int y_row, const float *bias, int n) {
-    pairs(y, y_row, bias, 0, y, y_row, n, [](float a, float b) { return a + b; });
+extern "C" __global__ void add_bias(Out *y, int y_row, const float *bias, int n) {
+    pairs((const float *)y, y_row, bias, 0, y, y_row, n, [](float a, float b) { return a + b; });
 }
 
-// The same with rows in the number type of products: `pitch` numbers, a multiple of 32, from row to row.
+// Rows of x in the number type of products: `pitch` numbers, a multiple of 32, from row to row.
 extern "C" __global__ void narrow(const float *x, int x_row, uint2 *y, int n, int pitch) {
     int i = 4 * (blockIdx.x * blockDim.x + threadIdx.x), t = blockIdx.y;
     begin();
@@ -67,7 +52,8 @@ extern "C" __global__ void narrow(const float *x, int x_row, uint2 *y, int n, in
     float4 a = i < n ? load(x + (size_t)t * x_row + i, n - i) : make_float4(0.f, 0.f, 0.f, 0.f);
     y[((size_t)t * pitch + i) / 4] = make_uint2(two(a.x, a.y), two(a.z, a.w));
 }
-extern "C" __global__ void narrow_glu(const u16 *gate, const u16 *up, float *y, int y_row, int n, int function) {
+// A gated unit from halves in that type.
+extern "C" __global__ void narrow_glu(const u16 *gate, const u16 *up, Out *y, int y_row, int n, int function) {
     int i = 4 * (blockIdx.x * blockDim.x + threadIdx.x), t = blockIdx.y;
     begin();
     if (i >= n) return;

@@ -1,27 +1,33 @@
 // Normalisation: one block for each group of a row (block y) of a token (block x).
-// NARROW writes the number type of products, for the product that follows.
-#ifdef NARROW
-typedef u16 Out;
-DEV Out out(float v) { return (u16)two(v, 0.f); }
-#else
-typedef float Out;
-DEV Out out(float v) { return v; }
-#endif
 #define EACH(i) _Pragma("unroll 8") for (int i = threadIdx.x; i < n; i += blockDim.x)
 
+#define FOURS 8  // a thread keeps up to so many times four numbers
 extern "C" __global__ void rms_norm(
     const float *x, int x_row, const float *weight, Out *y, int y_row, int n, float eps, float offset) {
     __shared__ float scratch[32];
     begin();
     x += (size_t)blockIdx.x * x_row + blockIdx.y * n;
     y += (size_t)blockIdx.x * y_row + blockIdx.y * n;
+    float4 v[FOURS];
     float squares = 0.f;
-    EACH(i) {
-        float v = get(x + i);
-        squares += v * v;
+    #pragma unroll
+    for (int k = 0; k < FOURS; k++) {
+        int i = 4 * (k * blockDim.x + threadIdx.x);
+        v[k] = i < n ? load(x + i, n - i) : make_float4(0.f, 0.f, 0.f, 0.f);
+        squares += v[k].x * v[k].x + v[k].y * v[k].y + v[k].z * v[k].z + v[k].w * v[k].w;
     }
     float scale = rsqrtf(block_sum(squares, scratch) / n + eps);
-    EACH(i) y[i] = out(get(x + i) * scale * (weight ? weight[i] + offset : 1.f));
+    #pragma unroll
+    for (int k = 0; k < FOURS; k++) {
+        int i = 4 * (k * blockDim.x + threadIdx.x);
+        if (i >= n) break;
+        float4 by = make_float4(1.f, 1.f, 1.f, 1.f);
+        if (weight) {
+            by = load(weight + i, n - i);
+            by = make_float4(by.x + offset, by.y + offset, by.z + offset, by.w + offset);
+        }
+        store(y + i, n - i, v[k].x * scale * by.x, v[k].y * scale * by.y, v[k].z * scale * by.z, v[k].w * scale * by.w);
+    }
 #ifdef NARROW  // products read rows padded with zeros
     for (int i = n + threadIdx.x; i < y_row; i += blockDim.x) y[i] = 0;
 #endif

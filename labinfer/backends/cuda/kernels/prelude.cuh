@@ -26,6 +26,22 @@ DEV float one(u16 v) { return from_bf16(v); }
 #define MMA_TYPE "bf16"
 #endif
 
+// What a kernel leaves: float32, or with NARROW, for the product that follows, f16 (1) or bf16 (2) as the weights there.
+#ifdef NARROW
+typedef u16 Out;
+DEV u32 out_two(float a, float b) {
+    return NARROW == 2 ? two_bf16(a, b) : two_f16(fminf(fmaxf(a, -65504.f), 65504.f), fminf(fmaxf(b, -65504.f), 65504.f));
+}
+DEV Out out_of(float v) { return (u16)out_two(v, 0.f); }
+DEV void store_two(Out *p, float a, float b) { *(u32 *)p = out_two(a, b); }
+DEV void store_four(Out *p, float a, float b, float c, float d) { *(uint2 *)p = make_uint2(out_two(a, b), out_two(c, d)); }
+#else
+typedef float Out;
+DEV Out out_of(float v) { return v; }
+DEV void store_two(Out *p, float a, float b) { *(float2 *)p = make_float2(a, b); }
+DEV void store_four(Out *p, float a, float b, float c, float d) { *(float4 *)p = make_float4(a, b, c, d); }
+#endif
+
 // d += a b: a is 16 rows x 16, b is 16 x 8. Lane 4 g + t holds of a: rows g, g + 8 (a0, a1) at columns 2t, 2t + 1 and the
 // same rows (a2, a3) at 2t + 8, 2t + 9; of b those columns' numbers for column g; of d rows g, g + 8 at columns 2t, 2t + 1.
 DEV void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -77,12 +93,25 @@ DEV float4 get(const float4 *p) {
     return r;
 }
 
-// 2 to the score less the greatest score so far; 0 for minus infinity, whatever the greatest is.
-DEV float weight_of(float score, float max) {
-    float r;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(score == -INFINITY ? score : score - max));
-    return r;
+// Four numbers, of which `left` are there; at once where they are and lie aligned.
+DEV float4 load(const float *p, int left) {
+    if (left >= 4 && (u64)p % 16 == 0) return get((const float4 *)p);
+    return make_float4(get(p), left > 1 ? get(p + 1) : 0.f, left > 2 ? get(p + 2) : 0.f, left > 3 ? get(p + 3) : 0.f);
 }
+DEV void store(Out *p, int left, float a, float b, float c, float d) {
+    if (left >= 4 && (u64)p % (4 * sizeof(Out)) == 0) {
+        store_four(p, a, b, c, d);
+        return;
+    }
+    p[0] = out_of(a);
+    if (left > 1) p[1] = out_of(b);
+    if (left > 2) p[2] = out_of(c);
+    if (left > 3) p[3] = out_of(d);
+}
+
+DEV float two_to(float v) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }
+// 2 to the score less the greatest score so far; 0 for minus infinity, whatever the greatest is.
+DEV float weight_of(float score, float max) { return two_to(score == -INFINITY ? score : score - max); }
 
 DEV float warp_sum(float v) {
     #pragma unroll
