@@ -85,40 +85,30 @@ class Bench:
         return text if reached else f"{text} **(bar {bar})**"
 
     def overhead(self) -> None:
-        """Tokens per second of the engine alone, where somebody waits for each token, and of clients over HTTP.
-
-        Where nobody waits the engine lets prompts take whole steps: that is told too.
-        """
-        columns = [
-            "nobody waits",
-            "engine alone",
-            "served",
-            "served less (range)",
-            "loop, us a token",
-            "clients",
-            "load",
-        ]
-        print(f"\n| streams | {' | '.join(columns)} |\n|---|---|---|---|---|---|---|---|")
+        """Tokens per second of the engine alone, for which nobody waits, and of clients over HTTP, in turn."""
+        columns = ["engine alone", "served", "served less (range)", "loop, us a token", "clients", "load"]
+        print(f"\n| streams | {' | '.join(columns)} |\n|---|---|---|---|---|---|---|")
         for slots in self.options.streams:
             service, pairs, costs = self.service(slots), [], []
             for _ in range(self.options.pairs):
                 bodies = self.bodies(2 * slots)
                 made = sum(body["max_tokens"] for body in bodies)
-                unwatched, alone = (
-                    made / engine_seconds(self.model, self.threads, slots, bodies, watched) for watched in (False, True)
-                )
+                alone = made / engine_seconds(self.model, self.threads, slots, bodies)
                 before, own = service.seconds(), time.process_time()
                 served = self.speed(service, bodies, slots)
                 after = service.seconds()
                 costs.append([1e6 * (after[0] - before[0]) / made, 1e6 * (time.process_time() - own) / made])
-                pairs.append((unwatched, alone, served))
+                pairs.append((alone, served))
             service.close()
-            less = [1 - served / alone for _, alone, served in pairs]
+            less = [1 - served / alone for alone, served in pairs]
             text = f"{100 * median(less):.1f} % ({100 * min(less):.1f} - {100 * max(less):.1f})"
             text = self.bar(text, median(less) <= BARS["overhead"], BARS["overhead"])
             cells = [f"{median(column):.0f}" for column in zip(*pairs, strict=True)]
             loop, clients = (median(column) for column in zip(*costs, strict=True))
-            print(f"| {slots} | {' | '.join(cells)} | {text} | {loop:.0f} | {clients:.0f} | {load_average()} |")
+            print(
+                f"| {slots} | {' | '.join(cells)} | {text} | {loop:.0f} | {clients:.0f} | {load_average()} |",
+                flush=True,
+            )
             self.found[f"overhead {slots}"] = pairs
 
     def streams(self) -> None:
@@ -268,10 +258,10 @@ class Bench:
         self.found["soak"] = {"counts": counts, "left": left, "memory": memory}
 
 
-def engine_seconds(model: str, threads: int, slots: int, bodies: list[Body], watched: bool) -> float:
+def engine_seconds(model: str, threads: int, slots: int, bodies: list[Body]) -> float:
     """Seconds that the engine takes for the same requests, in a process of its own."""
     task = {
-        "model": model, "threads": threads, "slots": slots, "temperature": 0.0, "watched": watched,
+        "model": model, "threads": threads, "slots": slots, "temperature": 0.0,
         "requests": [[body["prompt"], body["max_tokens"]] for body in bodies],
     }  # fmt: skip
     program = [sys.executable, str(FOLDER / "engine_labinfer.py")]
