@@ -100,9 +100,11 @@ def test_the_trace_gives_each_step_once(api: Served) -> None:
         assert api.http.get("/labinfer/v1/trace", params={"after": wrong}).status_code == 400
 
 
-def test_a_request_whose_logits_are_no_numbers_fails_alone(tiny_model: Path) -> None:
+def test_a_request_whose_logits_are_no_numbers_fails_alone(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    steps = iter(range(100))
+
     def spoil(logits: np.ndarray) -> np.ndarray | None:
-        if len(logits) != 2:
+        if len(logits) != 2 or next(steps) < 4:
             return None
         logits[0] = np.nan
         return logits
@@ -111,10 +113,10 @@ def test_a_request_whose_logits_are_no_numbers_fails_alone(tiny_model: Path) -> 
         failing = {**BODY, "prompt": [[5, 6], [7, 8]], "stream": True, "max_tokens": 30}
         name = api.model.plan.stages[-1].outputs[-1]
         with api.model.listen(name, spoil):
-            answer = api.http.post("/v1/completions", json=failing)
+            answer = api.http.post("/v1/completions", json=failing, headers={"x-request-id": "spoilt"})
         told = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
-        errors = [each["error"] for each in told if "error" in each] or [answer.json()["error"]]
-        assert errors[0]["code"] == "run.not-a-number"
+        assert told[-1]["error"]["code"] == "run.not-a-number"
+        assert "request spoilt failed after its answer began" in caplog.text
         assert scraped(api)["vllm:corrupted_requests_total"] >= 1
         assert api.http.post("/v1/completions", json=BODY).status_code == 200
 
