@@ -1,6 +1,6 @@
 """What the service adds to the engine, and what it goes through: load, slow and leaving clients, minutes of all of it.
 
-    python benchmarks/serve.py MODEL.gguf overhead streams connections slow queue cancel start
+    python benchmarks/serve.py MODEL.gguf overhead streams connections slow slowloris queue cancel start
     python benchmarks/serve.py MODEL.gguf peer --llama-server BUILD/bin/llama-server
     python benchmarks/serve.py MODEL.gguf soak --minutes 30
 
@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from serve_clients import leave_at_random, random_load, slow_readers
+from serve_clients import beside_drips, leave_at_random, random_load, slow_readers
 from serve_process import Service, labinfer_service, llama_service
 
 from labinfer.backends.cpu.machine import default_threads
@@ -79,7 +79,7 @@ class Bench:
             raise SystemExit(f"{found['failed']} requests failed: {next(each.error for each in samples if each.error)}")
         return float(found["output_throughput"])
 
-    def bar(self, text: str, reached: bool, bar: float) -> str:
+    def bar(self, text: str, reached: bool, bar: float | str) -> str:
         """``text``, marked where the bar is missed."""
         self.passed = self.passed and reached
         return text if reached else f"{text} **(bar {bar})**"
@@ -155,6 +155,24 @@ class Bench:
         print(f"| median | | | {text} | |")
         service.close()
         self.found["slow"] = ratios
+
+    def slowloris(self) -> None:
+        """1,000 connections that send a byte of their header a second, beside 16 streams: all are told to go."""
+        service, slots = self.service(16), 16
+        before, bodies = service.counts[1], self.bodies(slots, made=300)
+        alone, _ = self.ask(service, bodies, slots)
+        samples, drips = asyncio.run(beside_drips(service.target(), bodies, 1000))
+        told, last = sum(b" 408 " in said for _, said in drips), max(seconds for seconds, _ in drips)
+        time.sleep(1)
+        left, failed = service.counts[1] - before, sum(each.error is not None for each in samples)
+        tails = [percentile([1000 * gap for each in of for gap in each.gaps], 99) for of in (alone, samples)]
+        good = told == len(drips) and last < 15 and left <= 0 and not failed
+        text = self.bar(f"{told}, after {last:.1f} s at most", good, "all, 15 s")
+        print("\n| connections told to go | streams failed, files left | p99 ITL without, with, ms | load |")
+        print("|---|---|---|---|")
+        print(f"| {text} | {failed}, {left} | {tails[0]:.1f}, {tails[1]:.1f} | {load_average()} |")
+        service.close()
+        self.found["slowloris"] = {"told": told, "last": last, "left": left, "failed": failed, "tails": tails}
 
     def queue(self) -> None:
         """Times to the first token at 80 % of what can be served, beside a queue with exponential waits."""
@@ -277,7 +295,7 @@ def load_average() -> str:
 def main() -> int:
     """Run the chosen measurements; 1 when a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ["overhead", "streams", "connections", "slow", "queue", "cancel", "start", "peer", "soak"]
+    names = ["overhead", "streams", "connections", "slow", "queue", "slowloris", "cancel", "start", "peer", "soak"]
     parser.add_argument("model")
     parser.add_argument("measurements", nargs="+", choices=names)
     parser.add_argument("--threads", type=int, default=default_threads())
