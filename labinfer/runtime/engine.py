@@ -66,6 +66,7 @@ class Engine:
         self.delivery = Delivery(model.tokenizer, self.end, self.done)
         self.finished: list[Request] = []
         self.stats: deque[StepStats] = deque(maxlen=1024)
+        self.num_tokens = 0  # computed by all steps
 
     def new_scheduler(self, policy: Policy) -> Scheduler:
         """What decides who runs."""
@@ -389,6 +390,7 @@ class Engine:
         accepted = self.speculation.accepted if self.speculation and part.proposed is not None else 0
         stats = step_stats(part, seconds, len(self.scheduler.waiting), accepted)
         self.stats.append(stats)
+        self.num_tokens += stats.num_tokens
         if self.speculation is not None:
             self.speculation.observe(stats)
         if stats.num_prompt_tokens or not stats.num_proposed:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Listing
 from contextlib import ExitStack, closing, contextmanager
@@ -78,6 +80,7 @@ class Model:
         self.owns_manager = manager is None
         self.owner = f"{plan.source.name} #{next(_numbers)}"
         self.lock = threading.RLock()  # held by whoever runs steps
+        self.device_seconds: dict[str, float] = defaultdict(float)  # that steps kept each device busy
         if isinstance(transport, str):
             check_transport(transport)
         if transport is None and plan.ranks > 1:
@@ -209,9 +212,11 @@ class Model:
             return result.logits
         values: dict[str, Any] = {}
         for interpreter in self.interpreters:
+            began = time.perf_counter()
             received = {name: values[name] for name in interpreter.stage.inputs}
             made = interpreter.run(batch, received)
             values.update({name: interpreter.device.host_array(array) for name, array in made.items()})
+            self.device_seconds[interpreter.stage.device] += time.perf_counter() - began
         logits: np.ndarray = values[self.plan.stages[-1].outputs[-1]]
         return logits
 

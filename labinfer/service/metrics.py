@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from labinfer.errors import LabinferError
 from labinfer.runtime.request import Request
+from labinfer.service.plan_metrics import plan_families
 
 if TYPE_CHECKING:
     from labinfer.service.service import Service
@@ -133,7 +134,7 @@ class State:
     def collect(self) -> Iterator[Any]:
         """The families that Prometheus reads."""
         service = self.service
-        engine, counters, plan = service.engine, service.model.blocks.counters, service.model.plan
+        engine, counters = service.engine, service.model.blocks.counters
         own, scheduler = [service.name, "0"], engine.scheduler
         gauges = {
             "vllm:num_requests_running": ("sequences in a step", len(scheduler.running)),
@@ -159,8 +160,4 @@ class State:
         for reason, count in service.admission.refusals.items():
             refused.add_metric([*own, reason], count)
         yield refused
-        memory = GaugeMetricFamily("labinfer:device_bytes", "memory of a device", labels=(*LABELS, "device", "use"))
-        for stage in plan.stages:
-            for use, nbytes in stage.bytes.model_dump().items():
-                memory.add_metric([*own, stage.device, use], nbytes)
-        yield memory
+        yield from plan_families(service.model, LABELS, own)

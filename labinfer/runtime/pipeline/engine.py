@@ -219,6 +219,9 @@ class PipelinedEngine(Engine):
         self.restarts = 0
         if self.model.fleet is not None:
             self.model.fleet.observe(result.times)
+        for ranks, (began, ended) in zip(self.model.plan.groups, result.times.tolist(), strict=True):
+            for stage in ranks:
+                self.model.device_seconds[stage.device] += ended - began
         part, alive, values = flight.part, flight.alive, result.logits
         if values is None:  # chosen already
             values = result.tokens[:, None]
