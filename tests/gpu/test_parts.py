@@ -12,6 +12,9 @@ import pytest
 
 import labinfer
 from labinfer.errors import DoesNotFit, LabinferError
+from labinfer.profile.quiet import Patience
+from labinfer.profile.session import profile_cluster
+from labinfer.progress import silent
 from labinfer.runtime.grants import all_grants
 from labinfer.runtime.manager import Manager
 from tests.tiny import GOLDEN
@@ -116,9 +119,11 @@ def test_a_quota_bounds_a_part(gpu: Any) -> None:
         labinfer.load(FOLDER, devices="cuda:0.1", manager=manager, max_model_len=64).close()
 
 
-def test_a_share_of_a_cluster_file_is_granted(gpu: Any, tmp_path: Any) -> None:
+@pytest.mark.usefixtures("home")
+def test_a_share_of_a_cluster_file_is_measured_and_granted(gpu: Any, tmp_path: Any) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text("devices:\n  cuda:0:\n    share: 0.25\n")
+    profile_cluster(FOLDER, file, silent, Patience(0), quick=True)
     plan = labinfer.compile(FOLDER, cluster=file, max_model_len=64)
     assert plan.devices["cuda:0"].threads == round(gpu.multiprocessors / 4)
     with closing(Manager()) as manager, labinfer.load(plan, manager=manager) as model:
