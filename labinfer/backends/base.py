@@ -60,6 +60,8 @@ class Capabilities:
     multiply, and ``matrix_unit(activations)`` the fewest tokens, by weight format, for which its matrix unit pays;
     ``batch_invariant`` are the weight formats whose products, without that unit, no other token of the step changes.
     ``machine`` says what it runs on, and ``kernels`` which version of its kernels: measured times depend on both.
+    ``processors(name)`` are those of a device that has its own, of which it can be opened with some (as its
+    ``threads``); None for one that computes with the machine's cores.
     """
 
     parameters: str
@@ -75,6 +77,7 @@ class Capabilities:
     batch_invariant: tuple[str, ...] = ()
     machine: Callable[[], str] = processor
     kernels: Callable[[], str] = lambda: __version__
+    processors: Callable[[str], int | None] = lambda name: None
 
 
 @dataclass(eq=False, slots=True)
@@ -116,6 +119,18 @@ class Allocator(ABC):
         self.buffers.remove(buffer)
         self.allocated -= buffer.nbytes
         buffer.memory = None
+
+
+class Lane(ABC):
+    """Copies to a device beside its computing, one after another; the host only asks for them."""
+
+    @abstractmethod
+    def send(self, host: Any, destination: Any) -> Any:
+        """Copy ``host``, in ``host_memory``, once all that the device was asked to compute is done; its ticket."""
+
+    @abstractmethod
+    def hold(self, ticket: Any) -> None:
+        """Let what the device is asked to compute from now on wait for that copy."""
 
 
 class KernelFailure(Exception):
@@ -202,6 +217,31 @@ class Device(ABC):
     @abstractmethod
     def move_out(self, source: Any, out: Any = None) -> Any:
         """A numpy copy of a device array, written to ``out`` where that is given."""
+
+    def move_from(self, device: Device, source: Any, destination: Any) -> None:
+        """Copy an array of ``device``, as it is once that has computed what it was asked for, to one of the same shape.
+
+        ``device`` may be asked to write to ``source`` again at once.
+        """
+        self.move_in(device.host_array(source), destination)
+
+    def copy(self, source: Any, destination: Any) -> None:
+        """Copy one of its arrays to another."""
+        destination[...] = source
+
+    def move_all_in(self, pairs: Iterable[tuple[Any, Any]]) -> None:
+        """``move_in`` of (host, destination) pairs, host in ``host_memory``, which can change when it returns."""
+        for host, destination in pairs:
+            self.move_in(host, destination)
+
+    def move_all_out(self, pairs: Iterable[tuple[Any, Any]]) -> None:
+        """``move_out`` of (source, out) pairs, out in ``host_memory``."""
+        for source, out in pairs:
+            self.move_out(source, out)
+
+    def lane(self) -> Lane | None:
+        """A lane of its own; None where the host copies, or copying and computing cannot overlap."""
+        return None
 
     def host_array(self, source: Any) -> Any:
         """A device array as a numpy array that holds until the device runs again; its memory, where numpy sees that."""
@@ -296,13 +336,16 @@ def local_name(name: str) -> str:
 
 
 def device_kind(name: str) -> str:
-    """``reference`` for ``reference:1``; an unknown kind or a bad number is a ``DoesNotFit`` or ``UsageError``."""
+    """``reference`` for ``reference:1``; an unknown kind or a bad number is a ``DoesNotFit`` or ``UsageError``.
+
+    ``cuda:0.1`` is a part of ``cuda:0``.
+    """
     kind, colon, number = local_name(name).partition(":")
     if kind not in BACKENDS:
         remedy = did_you_mean(kind, BACKENDS) or f"known devices: {', '.join(BACKENDS)}"
         raise DoesNotFit("device.unknown", f"there is no device '{name}'", remedy=remedy)
-    if colon and not re.fullmatch(r"[0-9]{1,4}", number):
-        raise UsageError("device.name", f"'{name}' should be '{kind}' or '{kind}:NUMBER'")
+    if colon and not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,4})?", number):
+        raise UsageError("device.name", f"'{name}' should be '{kind}', '{kind}:NUMBER' or '{kind}:NUMBER.PART'")
     return kind
 
 

@@ -98,6 +98,7 @@ def compile_for(
     """The plan for the whole model on one device, with no other ``fusions`` than these, if any are given."""
     blueprint, source, checkpoint = read_model(model, weights, config)
     target = real_target(name)
+    target = replace(target, threads=target.threads or options.get("threads"))  # some of a GPU's processors
     if fusions is not None:
         target = replace(target, fusions=tuple(kind for kind in target.fusions if kind in fusions))
     return compile_plan(blueprint, source, [target], compile_options(options), checkpoint)

@@ -24,7 +24,7 @@ from labinfer.runtime.kv_cache import KVCache
 from labinfer.runtime.peers import SharedPeers
 from labinfer.runtime.poison import Poison
 from labinfer.runtime.step_memory import StepBatch, StepMemory
-from labinfer.runtime.streamed_weights import StreamedWeights
+from labinfer.runtime.streamed_window import StreamedWindow
 
 MAX_TAPES = 64
 
@@ -84,7 +84,7 @@ class Interpreter:
         parameters: Mapping[str, Any],
         cache: KVCache,
         options: KernelOptions = DEFAULT_OPTIONS,
-        streamed: StreamedWeights | None = None,
+        streamed: StreamedWindow | None = None,
         peers: SharedPeers | None = None,
     ) -> None:
         self.stage, self.device, self.limits = stage, device, limits
@@ -109,15 +109,16 @@ class Interpreter:
         self.listeners: list[Listener] = []
         self.poison()
 
-    def run(self, batch: StepBatch, received: Mapping[str, Any]) -> dict[str, Any]:
-        """Run ``batch`` on ``received`` (host arrays of the stage's inputs); the stage's outputs as device arrays.
+    def run(self, batch: StepBatch, received: Mapping[str, tuple[Device, Any]]) -> dict[str, Any]:
+        """Run ``batch`` on ``received`` (the stage's inputs, with the devices whose arrays they are); the stage's
+        outputs as device arrays.
 
         The outputs are windows of the arena: they hold until the next step.
         """
         tokens, rows = len(batch.token_ids), len(batch.logits_rows)
         tape = self.prepare(batch)
-        for name, array in received.items():
-            self.device.move_in(array, tape.values[name][: len(array)])
+        for name, (device, array) in received.items():
+            self.device.move_from(device, array, tape.values[name][: len(array)])
         return self.execute(tape, tokens, rows)
 
     def execute(self, tape: Tape, tokens: int, rows: int) -> dict[str, Any]:
@@ -203,9 +204,11 @@ class Interpreter:
             return Tape(self.in_pieces(bound, self.streamed), bound, values)
         return Tape(self.device.program(calls_of(bound)), bound, values)
 
-    def in_pieces(self, bound: Sequence[Bound], streamed: StreamedWeights) -> Callable[..., None]:
-        """One program for each layer, run once the layer has arrived."""
-        runs = [(layer, calls_of(run)) for layer, run in groupby(bound, key=lambda each: each.op.layer)]
+    def in_pieces(self, bound: Sequence[Bound], streamed: StreamedWindow) -> Callable[..., None]:
+        """One program for each streamed layer, run once that has arrived, and for what lies between two of them."""
+        places = streamed.places
+        layers = groupby(bound, key=lambda each: each.op.layer if each.op.layer in places else None)
+        runs = [(layer, calls_of(run)) for layer, run in layers]
         programs = [(layer, self.device.program(calls)) for layer, calls in runs if calls]
 
         def run(*size: int) -> None:

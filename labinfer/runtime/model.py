@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from labinfer.backends.base import Device
 from labinfer.compiler.plan import Plan
 from labinfer.errors import DoesNotFit, LabinferError, UsageError, did_you_mean
 from labinfer.runtime.batch import Batch, Part
@@ -210,14 +211,17 @@ class Model:
             result = self.pipeline.wait(self.pipeline.submit(StepMessage(batch, wants_logits=True)))
             assert result.logits is not None
             return result.logits
-        values: dict[str, Any] = {}
+        values: dict[str, tuple[Device, Any]] = {}
         for interpreter in self.interpreters:
             began = time.perf_counter()
             received = {name: values[name] for name in interpreter.stage.inputs}
             made = interpreter.run(batch, received)
-            values.update({name: interpreter.device.host_array(array) for name, array in made.items()})
+            values.update({name: (interpreter.device, array) for name, array in made.items()})
             self.device_seconds[interpreter.stage.device] += time.perf_counter() - began
-        logits: np.ndarray = values[self.plan.stages[-1].outputs[-1]]
+        began = time.perf_counter()
+        device, made_last = values[self.plan.stages[-1].outputs[-1]]
+        logits: np.ndarray = device.host_array(made_last)
+        self.device_seconds[self.plan.stages[-1].device] += time.perf_counter() - began
         return logits
 
     def check_open(self) -> None:

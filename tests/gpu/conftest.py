@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from labinfer.errors import LabinferError
 
@@ -31,3 +34,19 @@ def gpu() -> Iterator[Any]:
         pytest.skip(f"no CUDA device: {error.message}")
     yield device
     manager.close()
+
+
+@pytest.fixture(scope="session")
+def in_float32(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """A golden model with its weights widened to float32: with the checkpoints' own f16, activations are f16 too."""
+    made: dict[Path, Path] = {}
+
+    def widen(folder: Path) -> Path:
+        if folder not in made:
+            made[folder] = tmp_path_factory.mktemp("float32") / folder.name
+            shutil.copytree(folder, made[folder])
+            for file in made[folder].glob("*.safetensors"):
+                save_file({name: tensor.astype(np.float32) for name, tensor in load_file(file).items()}, file)
+        return made[folder]
+
+    return widen

@@ -201,11 +201,8 @@ class StageLoop:
             channel.send(kind, self.header.tag, sections)
 
     def on_host(self, array: Any) -> np.ndarray:
-        """A value as the host can read it: in place where it can."""
-        if isinstance(array, np.ndarray) and array.flags.c_contiguous:
-            return array
-        copy: np.ndarray = self.stage.device.move_out(array)
-        return copy
+        """A value as the host can read it, without gaps: in place where it can."""
+        return np.ascontiguousarray(self.stage.device.host_array(array))
 
     def send_tokens(self, tokens: np.ndarray) -> None:
         """Close the ring: the first stage may go on with these."""
