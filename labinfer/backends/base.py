@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from labinfer import __version__
 from labinfer.errors import DoesNotFit, UsageError, did_you_mean
 from labinfer.ops.base import OPS, Call, KernelBounds, KernelOptions, TensorType
+
+if TYPE_CHECKING:
+    from labinfer.backends.sampling import TokenSampler
 
 Kernel = Callable[[Call], None]
 """Runs one op: reads ``call.inputs``, ``weights``, ``cache`` and ``step``, writes ``call.outputs``."""
@@ -228,6 +231,13 @@ class Device(ABC):
         """For how many tokens or logit rows, at most ``limit``, a program is bound that serves ``count`` of them."""
         return count
 
+    def decodes_for(self, count: int, limit: int) -> int:
+        """To how many sequences, at most ``limit``, a decode step of ``count`` is filled up.
+
+        For devices whose programs take long to make and serve one size only: few sizes are then enough.
+        """
+        return count
+
     def program(self, calls: Sequence[tuple[Kernel, Call]]) -> Program:
         """One callable that runs ``calls`` in order; a failing kernel is a ``KernelFailure``.
 
@@ -266,6 +276,10 @@ class Device(ABC):
     @abstractmethod
     def fill(self, buffer: Buffer, byte: int) -> None:
         """Set every byte of ``buffer``."""
+
+    def sampler(self, rows: int, vocab_size: int) -> TokenSampler | None:
+        """What chooses the tokens of up to ``rows`` rows of logits on the device; None where only the host can."""
+        return None
 
     def tune(self, formats: Iterable[str]) -> None:  # noqa: B027  most devices have nothing to choose
         """Measure what later plans choose by, for weights in ``formats``, and keep the results on this machine."""
