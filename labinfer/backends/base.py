@@ -58,7 +58,8 @@ class Capabilities:
     ``parameters`` names the layout weights take there and ``weight_bytes(format, shape)`` gives its size; ``fusions``
     are the fused ops it has kernels for; ``workspace`` gives the scratch bytes that a kernel needs at its bounds;
     ``kv_dtypes`` are the formats it can keep keys and values in; ``tables(attrs, max_model_len)`` gives the bytes of
-    constants it keeps for all ops with these attributes; ``threads`` how many it uses unless told otherwise;
+    constants it keeps for all ops with these attributes, and ``sampling(rows)`` those it takes to choose tokens of so
+    many rows of logits; ``threads`` how many it uses unless told otherwise;
     ``block_multiple`` is what the cache's block size must be a multiple of; ``activations`` says how exactly it can
     multiply, and ``matrix_unit(activations)`` the fewest tokens, by weight format, for which its matrix unit pays;
     ``batch_invariant`` are the weight formats whose products, without that unit, no other token of the step changes.
@@ -71,6 +72,7 @@ class Capabilities:
     workspace: Callable[[KernelBounds], int] = no_workspace
     kv_dtypes: tuple[str, ...] = ("f32",)
     tables: Callable[[Any, int], int] = lambda attrs, max_model_len: 0
+    sampling: Callable[[int], int] = lambda rows: 0
     threads: Callable[[], int | None] = lambda: None
     block_multiple: int = 1
     activations: tuple[str, ...] = ("exact",)

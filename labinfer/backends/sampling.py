@@ -54,7 +54,7 @@ class TokenSampler(ABC):
 
     @abstractmethod
     def feed(self, token_ids: Any) -> None:
-        """Put tokens of the last step where ``token_ids``, int32 on the device, are negative: -1 - its row there."""
+        """Put tokens of the last step where ``token_ids``, all a step can have, are negative: -1 - its row there."""
 
     @abstractmethod
     def choose(self, logits: Any, choices: Choices) -> Callable[[], np.ndarray]:

@@ -98,7 +98,7 @@ class Interpreter:
             self.ops.extend(steps(op, made))
             for name, slot in made.items():
                 (self.slots if slot.placed else self.inner)[name] = slot
-        self.max_decodes = min(limits.max_num_seqs, limits.max_logits_rows, limits.max_num_batched_tokens)
+        self.max_decodes = min(limits.max_chosen, limits.max_num_batched_tokens)
         self.step_memory = StepMemory(device, limits)
         try:
             self.arena = device.allocate(stage.arena.size, "arena")

@@ -1,7 +1,7 @@
 """The CUDA backend: small CUDA C kernels, compiled when they are first needed, and steps replayed as CUDA graphs."""
 
 from labinfer.backends.base import Capabilities
-from labinfer.backends.cuda.layout import weight_bytes
+from labinfer.backends.cuda.layout import sampling_bytes, weight_bytes
 from labinfer.backends.cuda.workspace import scratch_bytes
 from labinfer.backends.rope_tables import table_bytes
 
@@ -12,4 +12,5 @@ CAPABILITIES = Capabilities(
     workspace=scratch_bytes,
     kv_dtypes=("f32", "bf16", "f16"),
     tables=table_bytes,
+    sampling=sampling_bytes,
 )

@@ -115,3 +115,8 @@ def sampling_words(rows: int) -> dict[str, int]:
     words = {"rules": 16 * rows, "spans": 3 * rows, "tokens": listed, "numbers": listed, "best": 2 * parts}
     words |= {"least": parts, "sums": 2 * bins, "counts": bins, "made": rows}
     return {name: -(-size // 64) * 64 for name, size in words.items()}
+
+
+def sampling_bytes(rows: int) -> int:
+    """Bytes of all that."""
+    return 4 * sum(sampling_words(rows).values())

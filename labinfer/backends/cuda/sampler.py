@@ -13,7 +13,7 @@ from cupy.cuda import runtime
 from labinfer.backends.cuda.compile import Source
 from labinfer.backends.cuda.driver import Launch
 from labinfer.backends.cuda.emitter import address, stride
-from labinfer.backends.cuda.layout import SAMPLE_BINS, SAMPLE_PARTS, sampling_words
+from labinfer.backends.cuda.layout import SAMPLE_BINS, SAMPLE_PARTS, sampling_bytes, sampling_words
 from labinfer.backends.cuda.tape import Row, Runnable, Tape
 from labinfer.backends.sampling import RULE, Choices, TokenSampler
 
@@ -33,7 +33,7 @@ class CudaSampler(TokenSampler):
     def __init__(self, device: CudaDevice, rows: int, vocab_size: int) -> None:
         self.device, self.vocab_size, self.source = device, vocab_size, Source("sample")
         words = sampling_words(rows)
-        self.buffer, self.capacity = device.allocate(4 * sum(words.values()), "sampling"), words["tokens"]
+        self.buffer, self.capacity = device.allocate(sampling_bytes(rows), "sampling"), words["tokens"]
         self.memory: dict[str, Any] = {}
         offset = 0
         for name, size in words.items():
@@ -43,16 +43,15 @@ class CudaSampler(TokenSampler):
         self.events = [cupy.cuda.Event(block=False, disable_timing=True) for _ in range(SLOTS)]
         self.slot = 0
         self.tapes: dict[tuple[int, int, bool, bool], Tape] = {}
-        self.feeds: dict[tuple[int, int], Launch] = {}
+        self.fed: tuple[int, Launch] | None = None
 
     def feed(self, token_ids: Any) -> None:
-        """Fill in tokens of the last step."""
-        key = address(token_ids), len(token_ids)
-        if key not in self.feeds:
-            blocks = -(-len(token_ids) // 256)
-            row = Row(self.source, "feed", (blocks, 1, 1), 256, (token_ids, len(token_ids), self.memory["made"]))
-            self.feeds[key] = self.device.launch(row, overlap=False)
-        self.feeds[key](self.device.stream.ptr)
+        """Fill in tokens of the last step; ``token_ids`` is the same array each time."""
+        if self.fed is None or self.fed[0] != address(token_ids):
+            blocks, arguments = -(-len(token_ids) // 256), (token_ids, len(token_ids), self.memory["made"])
+            row = Row(self.source, "feed", (blocks, 1, 1), 256, arguments)
+            self.fed = address(token_ids), self.device.launch(row, overlap=False)
+        self.fed[1](self.device.stream.ptr)
 
     def choose(self, logits: Any, choices: Choices) -> Callable[[], np.ndarray]:
         """Queue the choice, and the tokens' way to pinned memory."""

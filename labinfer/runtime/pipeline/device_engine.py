@@ -191,5 +191,4 @@ def sampler_of(model: Model) -> TokenSampler | None:
     [interpreter] = model.interpreters
     if interpreter.streamed is not None or interpreter.peers is not None:
         return None
-    limits = model.plan.limits
-    return interpreter.device.sampler(min(limits.max_num_seqs, limits.max_logits_rows), model.vocab_size)
+    return interpreter.device.sampler(model.plan.limits.max_chosen, model.vocab_size)

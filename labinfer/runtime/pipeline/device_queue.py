@@ -74,7 +74,7 @@ class DeviceQueue:
         batch.token_ids[message.pending[:, 0]] = -1 - message.pending[:, 2]
         tape = interpreter.prepare(batch)
         if len(message.pending):
-            self.sampler.feed(tape.values["token_ids"])
+            self.sampler.feed(interpreter.step_memory.arrays["token_ids"])
         rows = len(batch.logits_rows)
         logits = interpreter.execute(tape, len(batch.token_ids), rows)[self.output]
         seen = None
