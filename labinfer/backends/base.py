@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from labinfer import __version__
 from labinfer.errors import DoesNotFit, UsageError, did_you_mean
 from labinfer.ops.base import OPS, Call, KernelBounds, KernelOptions, TensorType
+
+if TYPE_CHECKING:
+    from labinfer.backends.sampling import TokenSampler
 
 Kernel = Callable[[Call], None]
 """Runs one op: reads ``call.inputs``, ``weights``, ``cache`` and ``step``, writes ``call.outputs``."""
@@ -55,7 +58,8 @@ class Capabilities:
     ``parameters`` names the layout weights take there and ``weight_bytes(format, shape)`` gives its size; ``fusions``
     are the fused ops it has kernels for; ``workspace`` gives the scratch bytes that a kernel needs at its bounds;
     ``kv_dtypes`` are the formats it can keep keys and values in; ``tables(attrs, max_model_len)`` gives the bytes of
-    constants it keeps for all ops with these attributes; ``threads`` how many it uses unless told otherwise;
+    constants it keeps for all ops with these attributes, and ``sampling(rows)`` those it takes to choose tokens of so
+    many rows of logits; ``threads`` how many it uses unless told otherwise;
     ``block_multiple`` is what the cache's block size must be a multiple of; ``activations`` says how exactly it can
     multiply, and ``matrix_unit(activations)`` the fewest tokens, by weight format, for which its matrix unit pays;
     ``batch_invariant`` are the weight formats whose products, without that unit, no other token of the step changes.
@@ -70,6 +74,7 @@ class Capabilities:
     workspace: Callable[[KernelBounds], int] = no_workspace
     kv_dtypes: tuple[str, ...] = ("f32",)
     tables: Callable[[Any, int], int] = lambda attrs, max_model_len: 0
+    sampling: Callable[[int], int] = lambda rows: 0
     threads: Callable[[], int | None] = lambda: None
     block_multiple: int = 1
     activations: tuple[str, ...] = ("exact",)
@@ -268,6 +273,13 @@ class Device(ABC):
         """For how many tokens or logit rows, at most ``limit``, a program is bound that serves ``count`` of them."""
         return count
 
+    def decodes_for(self, count: int, limit: int) -> int:
+        """To how many sequences, at most ``limit``, a decode step of ``count`` is filled up.
+
+        For devices whose programs take long to make and serve one size only: few sizes are then enough.
+        """
+        return count
+
     def program(self, calls: Sequence[tuple[Kernel, Call]]) -> Program:
         """One callable that runs ``calls`` in order; a failing kernel is a ``KernelFailure``.
 
@@ -306,6 +318,10 @@ class Device(ABC):
     @abstractmethod
     def fill(self, buffer: Buffer, byte: int) -> None:
         """Set every byte of ``buffer``."""
+
+    def sampler(self, rows: int, vocab_size: int) -> TokenSampler | None:
+        """What chooses the tokens of up to ``rows`` rows of logits on the device; None where only the host can."""
+        return None
 
     def tune(self, formats: Iterable[str]) -> None:  # noqa: B027  most devices have nothing to choose
         """Measure what later plans choose by, for weights in ``formats``, and keep the results on this machine."""

@@ -299,11 +299,12 @@ class Engine:
 
     def choose(self, rows: np.ndarray, logits: np.ndarray) -> Sampled:
         """A token for each of ``rows`` from float32 ``logits`` [rows, vocab]."""
-        states, owners = {}, self.scheduler.owners
-        for index in (~self.batch.plain[rows]).nonzero()[0].tolist():
-            if (state := owners[int(rows[index])].state) is not None:
-                states[index] = state
-        return sample(logits, states)
+        return sample(logits, self.states(rows))
+
+    def states(self, rows: np.ndarray) -> dict[int, SamplingState]:
+        """The sampling states of those of ``rows`` that have one, by their place there."""
+        owners, drawn = self.scheduler.owners, (~self.batch.plain[rows]).nonzero()[0].tolist()
+        return {index: state for index in drawn if (state := owners[int(rows[index])].state) is not None}
 
     def look(self, sequence: Sequence, index: int, sampled: Sampled, logits: np.ndarray) -> None:
         """See to a sequence whose token is that of row ``index``: it may be its first, its last, or waited for."""

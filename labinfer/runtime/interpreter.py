@@ -23,7 +23,7 @@ from labinfer.ops.fusions import is_view
 from labinfer.runtime.kv_cache import KVCache
 from labinfer.runtime.peers import SharedPeers
 from labinfer.runtime.poison import Poison
-from labinfer.runtime.step_memory import StepBatch, StepMemory
+from labinfer.runtime.step_memory import StepBatch, StepMemory, filled_up, is_decode
 from labinfer.runtime.streamed_window import StreamedWindow
 
 MAX_TAPES = 64
@@ -98,6 +98,7 @@ class Interpreter:
             self.ops.extend(steps(op, made))
             for name, slot in made.items():
                 (self.slots if slot.placed else self.inner)[name] = slot
+        self.max_decodes = min(limits.max_chosen, limits.max_num_batched_tokens)
         self.step_memory = StepMemory(device, limits)
         try:
             self.arena = device.allocate(stage.arena.size, "arena")
@@ -165,9 +166,12 @@ class Interpreter:
 
     def prepare(self, batch: StepBatch) -> Tape:
         """The tape for a batch of this size, with its arrays in place."""
+        reuses = self.reuses_tapes and not self.listeners  # which see arrays of just this size
+        if reuses and is_decode(batch):
+            batch = filled_up(batch, self.device.decodes_for(len(batch.token_ids), self.max_decodes))
         self.step_memory.load(batch)
         size = len(batch.token_ids), len(batch.logits_rows)
-        if self.reuses_tapes and not self.listeners:  # which see arrays of just this size
+        if reuses:
             size = self.bound_for(*size)
         tape = self.tapes.get(size)
         if tape is None:

@@ -179,14 +179,13 @@ class Model:
     def engine(self) -> Engine:
         """Runs requests on this model, of all threads; made by the first that asks."""
         if self._engine is None:
-            from labinfer.runtime.engine import Engine
-            from labinfer.runtime.pipeline.engine import PipelinedEngine
+            from labinfer.runtime.pipeline.device_engine import engine_of
 
             with self.lock:
                 self.check_open()
                 if self._engine is None:
-                    kind = PipelinedEngine if self.pipeline else Engine
-                    self._engine = kind(self, self.tokenizer.eos_ids if self.tokenizer else (), self.policy, self.seed)
+                    eos_ids = self.tokenizer.eos_ids if self.tokenizer else ()
+                    self._engine = engine_of(self, eos_ids, self.policy, self.seed)
         return self._engine
 
     @property

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from labinfer.errors import LabinferError
+from labinfer.runtime.manager import Manager
 
 HERE = Path(__file__).parent
 
@@ -25,8 +26,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def gpu() -> Iterator[Any]:
     """The device ``cuda``."""
-    from labinfer.runtime.manager import Manager
-
     manager = Manager()
     try:
         device = manager.device("cuda")
@@ -34,6 +33,12 @@ def gpu() -> Iterator[Any]:
         pytest.skip(f"no CUDA device: {error.message}")
     yield device
     manager.close()
+
+
+@pytest.fixture
+def manager(gpu: Any) -> Manager:
+    """A manager that has the session's device open."""
+    return Manager(devices={"cuda": gpu})
 
 
 @pytest.fixture(scope="session")

@@ -26,12 +26,6 @@ WAYS = [
 ]
 
 
-@pytest.fixture
-def manager(gpu: Any) -> Manager:
-    """A manager that has the session's device open."""
-    return Manager(devices={"cuda": gpu})
-
-
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(str, way.values())))
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_golden(manager: Manager, in_float32: Callable[[Path], Path], folder: Path, way: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from labinfer.backends.base import Capabilities, local_name
 from labinfer.backends.cuda import driver
-from labinfer.backends.cuda.layout import weight_bytes
+from labinfer.backends.cuda.layout import sampling_bytes, weight_bytes
 from labinfer.backends.cuda.workspace import scratch_bytes
 from labinfer.backends.rope_tables import table_bytes
 from labinfer.errors import DoesNotFit
@@ -35,4 +35,5 @@ CAPABILITIES = Capabilities(
     tables=table_bytes,
     machine=machine,
     processors=processors,
+    sampling=sampling_bytes,
 )

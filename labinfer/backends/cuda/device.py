@@ -22,9 +22,10 @@ from labinfer.backends.base import Buffer, Device, FunctionTable, Kernel, Lane, 
 from labinfer.backends.cuda import compile, cublas, driver, gpu_number, nvrtc
 from labinfer.backends.cuda.emit import EMITTERS
 from labinfer.backends.cuda.emitter import Emitter
-from labinfer.backends.cuda.layout import matrix_bytes
+from labinfer.backends.cuda.layout import FEW_TOKENS, matrix_bytes
 from labinfer.backends.cuda.memory import CopyLane, CudaAllocator, PinnedRing, mark
 from labinfer.backends.cuda.partition import partition_of
+from labinfer.backends.cuda.sampler import CudaSampler
 from labinfer.backends.cuda.tape import Row, Runnable, Tape
 from labinfer.backends.cuda.timing import TimedCalls
 from labinfer.backends.cuda.weights import CudaWeight, pack
@@ -35,6 +36,9 @@ from labinfer.ops.base import Call, KernelBounds, Step, TensorType
 from labinfer.ops.dequantization import dequantize
 
 DTYPES = {"f32": np.float32, "i32": np.int32, "f16": np.float16, "bf16": np.uint16}
+
+MAX_SAMPLED_TOKENS = 1 << 19
+"""Of a vocabulary that ``sample.cu`` chooses from: weights are up to 2^44."""
 
 OLDEST = 80
 """The first compute capability whose tensor cores take bf16, times ten."""
@@ -263,6 +267,11 @@ class CudaDevice(Device):
         rows, _ = self.rows(calls, 1)
         compile.build([row.source for row in rows if isinstance(row, Row)], self.arch, progress)
 
+    def decodes_for(self, count: int, limit: int) -> int:
+        """The next multiple of 8, of 16 from 64 on; the kernels for few tokens are not given more."""
+        multiple = 1 if count <= FEW_TOKENS else 8 if count <= 64 else 16
+        return min(-(-count // multiple) * multiple, limit)
+
     def program(self, calls: Sequence[tuple[Kernel, Call]]) -> Program:
         """The calls as one tape for each number of sequences, made when it first runs."""
         step = next((call.step for _, call in calls if call.step is not None), None)
@@ -282,6 +291,10 @@ class CudaDevice(Device):
         """Events between the calls, in one graph, and the time of the whole without them."""
         self.use()
         return TimedCalls(self, [self.rows([each], sequences_of(each[1].step)) for each in calls]).run
+
+    def sampler(self, rows: int, vocab_size: int) -> CudaSampler | None:
+        """What chooses tokens here, if their ids leave room for sums of their weights in 63 bits."""
+        return CudaSampler(self, rows, vocab_size) if vocab_size < MAX_SAMPLED_TOKENS else None
 
     def launch(self, row: Row, overlap: bool) -> driver.Launch:
         """A row with its kernel, compiled and loaded when it is the first; ``overlap``: with the kernel before it."""

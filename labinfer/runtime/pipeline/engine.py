@@ -14,9 +14,9 @@ import numpy as np
 
 from labinfer.errors import LabinferError
 from labinfer.runtime.batch import Part
-from labinfer.runtime.engine import Engine
+from labinfer.runtime.engine import Engine, Scheduled
 from labinfer.runtime.pipeline.message import StepMessage
-from labinfer.runtime.pipeline.pipeline import Pipeline, StepResult
+from labinfer.runtime.pipeline.pipeline import StepResult, Steps
 from labinfer.runtime.pipeline.process import StageDied
 from labinfer.runtime.pipeline.scheduler import GroupScheduler
 from labinfer.runtime.pipeline.stage_loop import TAG_MASK
@@ -63,7 +63,7 @@ class PipelinedEngine(Engine):
         )  # step that makes a row's newest token (0: known), and its row there
 
     @property
-    def pipeline(self) -> Pipeline:
+    def pipeline(self) -> Steps:
         """That of the model: another one after its stages were started anew."""
         assert self.model.pipeline is not None
         return self.model.pipeline
@@ -145,8 +145,7 @@ class PipelinedEngine(Engine):
         scheduled = self.schedule(ahead=bool(self.flights))
         if scheduled is None:
             return False
-        part, wants_logits = scheduled.part, self.wants_logits(scheduled.part)
-        message = StepMessage(scheduled.batch, wants_logits, self.pending(part))
+        part, message = scheduled.part, self.message(scheduled)
         self.begin(part)
         self.stepping = False
         number = self.pipeline.submit(message)
@@ -157,6 +156,10 @@ class PipelinedEngine(Engine):
         self.uses[part.rows] += 1
         self.flights.append(Flight(number, group, part, np.ones(len(part.rows), np.bool_)))
         return True
+
+    def message(self, scheduled: Scheduled) -> StepMessage:
+        """The step as it is sent."""
+        return StepMessage(scheduled.batch, self.wants_logits(scheduled.part), self.pending(scheduled.part))
 
     def wants_logits(self, part: Part) -> bool:
         """Whether the engine has to see logits of ``part``; holds the rows whose next token it must choose itself."""
@@ -222,11 +225,10 @@ class PipelinedEngine(Engine):
         for ranks, (began, ended) in zip(self.model.plan.groups, result.times.tolist(), strict=True):
             for stage in ranks:
                 self.model.device_seconds[stage.device] += ended - began
-        part, alive, values = flight.part, flight.alive, result.logits
-        if values is None:  # chosen already
-            values = result.tokens[:, None]
+        part, alive, values = flight.part, flight.alive, self.values_of(result)
         self.forget_sources(flight)
-        self.scheduler.held[part.rows[alive & (part.new > 0)]] = False
+        made = part.rows[alive & (part.new > 0)]
+        self.scheduler.held[made[self.source[made, 0] == 0]] = False  # unless a later step makes one more
         if not alive.all():
             values = values[np.repeat(alive, part.wanted)]
             part = Part(part.rows[alive], part.counts[alive], part.wanted[alive], part.new[alive])
@@ -234,8 +236,12 @@ class PipelinedEngine(Engine):
             self.postprocess(part, values)
         self.observe(flight.part, float((result.times[:, 1] - result.times[:, 0]).max()))
 
+    def values_of(self, result: StepResult) -> np.ndarray:
+        """What ``choose`` gets: logits, or tokens that are chosen already."""
+        return result.tokens[:, None] if result.logits is None else result.logits
+
     def choose(self, rows: np.ndarray, logits: np.ndarray) -> Sampled:
-        """A token for each of ``rows``: from float32 logits [rows, vocab], or chosen already, int32 [rows, 1]."""
+        """A token for each of ``rows``: from float32 logits [rows, vocab], or chosen already, in int32 column 0."""
         if logits.dtype != np.int32:
             return super().choose(rows, logits)
         sampled = Sampled(logits[:, 0].astype(np.int64))

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -43,6 +44,16 @@ class StepResult:
     tokens: np.ndarray
     times: np.ndarray
     logits: np.ndarray | None = None
+
+
+class Steps(Protocol):
+    """Where steps are sent, and what they make comes from, in order."""
+
+    def submit(self, message: Any) -> int:
+        """Send a step; the number to ``wait`` for."""
+
+    def wait(self, number: int) -> StepResult:
+        """The result of step ``number``, once; raises what went wrong with it."""
 
 
 class Pipeline:
