@@ -24,14 +24,12 @@ class Inbox:
         self.channel, self.sections = channel, list[bytearray]()
 
     def receive(self) -> tuple[int, int, list[bytes]]:
-        self.sections = []
         header = self.channel.receive(self.place)
         return header.kind, header.tag, [bytes(each) for each in self.sections]
 
-    def place(self, header: Header) -> Iterator[memoryview]:
-        for size in header.sizes:
-            self.sections.append(bytearray(size))
-            yield memoryview(self.sections[-1])
+    def place(self, header: Header) -> list[memoryview]:
+        self.sections = [bytearray(size) for size in header.sizes]
+        return [memoryview(section) for section in self.sections]
 
 
 @pytest.fixture(params=TRANSPORTS)
@@ -80,7 +78,7 @@ def test_an_end_can_be_attached_by_its_descriptors() -> None:
 def test_what_is_no_frame_is_refused(ends: tuple[Channel, Channel]) -> None:
     sender, receiver = ends
     sender.write([memoryview(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")])
-    with pytest.raises(LabinferError, match="no frame of version 1"):
+    with pytest.raises(LabinferError, match="no frame of version 2"):
         Inbox(receiver).receive()
 
 
@@ -106,14 +104,16 @@ def test_frames_beyond_the_limit_are_refused_at_both_ends(ends: tuple[Channel, C
 def test_a_refused_place_leaves_the_channel_usable(ends: tuple[Channel, Channel]) -> None:
     sender, receiver = ends
 
-    def refuse(header: Header) -> Iterator[memoryview]:
-        yield memoryview(bytearray(4))
+    def refuse(header: Header) -> list[memoryview]:
         raise LabinferError("test.refused", "no")
 
-    sender.send(1, 1, [memoryview(b"four"), memoryview(b"more")])
+    for _ in range(2):
+        sender.send(1, 1, [memoryview(b"four"), memoryview(b"more")])
     sender.send(2, 2, [memoryview(b"next")])
     with pytest.raises(LabinferError, match="no"):
         receiver.receive(refuse)
+    with pytest.raises(LabinferError, match=r"sections of \(4, 4\) bytes came, not of \(8,\)"):
+        receiver.receive(lambda header: [memoryview(bytearray(8))])
     assert Inbox(receiver).receive() == (2, 2, [b"next"])
 
 

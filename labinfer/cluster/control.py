@@ -10,7 +10,6 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from labinfer.errors import LabinferError
@@ -50,10 +49,9 @@ class Control:
         while True:
             sections: list[bytearray] = []
 
-            def place(header: Header, into: list[bytearray] = sections) -> Iterator[memoryview]:
-                for size in header.sizes:
-                    into.append(bytearray(size))
-                    yield memoryview(into[-1])
+            def place(header: Header, into: list[bytearray] = sections) -> list[memoryview]:
+                into += [bytearray(size) for size in header.sizes]
+                return [memoryview(each) for each in into]
 
             try:
                 header = self.channel.receive(place)

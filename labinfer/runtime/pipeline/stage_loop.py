@@ -1,12 +1,13 @@
 """The loop of one stage: receive a step, run it, pass it on; the last stage sends its tokens back to the first.
 
-A value arrives straight in its place in the stage's arena, where the device's memory can be written by the host.
+The batch comes ahead of the values, so that a stage prepares the step while others compute it. A value arrives straight
+in its place in the stage's arena, where the device's memory can be written by the host.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,11 @@ from labinfer.runtime.pipeline.message import (
     LOGITS,
     STEP,
     TOKENS,
+    VALUES,
     StepMessage,
     crossing,
     decode,
+    decode_error,
     encode_error,
     max_words,
     view,
@@ -76,72 +79,85 @@ class StageLoop:
         self.message: StepMessage | None = None
         self.tape: Tape | None = None
         self.header = Header(STEP, 0, ())
-        self.passing: dict[str, np.ndarray] = {}  # values that later stages need as they arrived
-        self.failure = b""
+        self.places: dict[str, memoryview] = {}  # where values arrive in the arena
+        self.held: dict[str, np.ndarray] = {}  # those that arrive elsewhere
+        self.failure = bytearray()
 
     def run(self) -> None:
         """Run steps until the channels are closed. What goes wrong in a step is told to whoever waits for it."""
         stay_on(self.cores)
         try:
             while True:
-                self.tape, self.header = None, Header(STEP, 0, ())
-                try:
-                    self.links.inbound.receive(self.sections)
-                    self.pass_on()
-                except LabinferError as error:
-                    self.fail(error)
-                except ChannelClosed:
-                    raise
-                except BaseException as error:  # a listener may raise anything, and somebody waits
-                    self.fail(LabinferError("run.failed", f"{type(error).__name__}: {error}"))
-        except ChannelClosed:
+                self.take_batch()
+                unprepared = caught(self.prepare)
+                lost = caught(self.take_values) if self.number else None  # they come whether they are wanted or not
+                failure = unprepared or lost or caught(self.compute)
+                if failure is not None:
+                    self.send_failure(failure)
+        except (ChannelClosed, LabinferError):  # the latter of a channel that brings what is no step
             pass
         finally:
             self.stage.interpreter.leave()
 
-    def sections(self, header: Header) -> Iterator[memoryview]:
-        """Where a frame goes; prepares the step as soon as its batch is there."""
-        self.header = header
-        if header.kind == FAILED:
-            text = bytearray(header.sizes[0])
-            yield memoryview(text)
-            self.failure = bytes(text)
-            return
-        words = self.words[: header.sizes[0] // 4]
-        yield view(words)
-        yield view(self.times)
-        message = self.message = decode(words, self.limits)
+    def take_batch(self) -> None:
+        """Receive the batch of a step, and let the next stage have it at once."""
+        self.header = self.links.inbound.receive(lambda header: [view(self.words[: header.sizes[0] // 4])])
+        if not self.last:
+            self.send_on(STEP, [view(self.batch_words)])
+
+    @property
+    def batch_words(self) -> np.ndarray:
+        """The batch as it came."""
+        return self.words[: self.header.sizes[0] // 4]
+
+    def prepare(self) -> None:
+        """Get ready for the step, so that nothing is left to do but compute when its values, or tokens, come."""
+        self.places, self.held = {}, {}
+        message = self.message = decode(self.batch_words, self.limits)
+        interpreter, batch = self.stage.interpreter, message.batch
+        self.stage.cache.copy_blocks(message.copies.tolist())
+        self.tape = interpreter.prepare(batch)
+        for name in self.arriving:
+            place = self.place(name)
+            if name not in self.leaving and isinstance(place, np.ndarray) and place.flags.c_contiguous:
+                self.places[name] = view(place)
         if self.links.tokens_in is not None and len(message.pending):
             self.fill_in(message)
-        self.times[self.number, 0] = time.monotonic()
-        self.stage.cache.copy_blocks(message.copies.tolist())
-        tape = self.tape = self.stage.interpreter.prepare(message.batch)
-        yield from self.values(tape, header)
+            interpreter.step_memory.load_token_ids(batch)
 
-    def values(self, tape: Tape, header: Header) -> Iterator[memoryview]:
-        """Where the values go: into the arena, or into host memory where that cannot be or others want them too."""
+    def place(self, name: str) -> Any:
+        """Where a value that arrives belongs, as much of it as the step has; None where only later stages need it."""
         slots = self.stage.interpreter.slots
-        for name, size in zip(self.arriving, header.sizes[2:], strict=True):
-            place = self.rows(tape.values[name], name) if name in slots else None
-            if name not in self.leaving and isinstance(place, np.ndarray) and place.flags.c_contiguous:
-                yield view(place)
-                continue
-            held = self.passing[name] = np.empty(size, np.uint8)
-            yield view(held)
+        if name not in slots:
+            return None
+        assert self.message is not None
+        assert self.tape is not None
+        batch = self.message.batch
+        rows = dim(slots[name].type.shape[0], len(batch.token_ids), len(batch.logits_rows))
+        return self.tape.values[name][:rows]
+
+    def take_values(self) -> None:
+        """Receive what the stages before have made, or raise what went wrong there."""
+        if self.links.inbound.receive(self.sections).kind == FAILED:
+            raise decode_error(self.failure)
+        for name, held in self.held.items():
+            place = self.place(name)
             if place is not None:
                 self.stage.device.move_in(held.view(place.dtype).reshape(place.shape), place)
 
-    def rows(self, array: Any, name: str) -> Any:
-        """As much of a value's array as the step has."""
-        assert self.message is not None
-        batch = self.message.batch
-        first = self.stage.interpreter.slots[name].type.shape[0]
-        return array[: dim(first, len(batch.token_ids), len(batch.logits_rows))]
+    def sections(self, header: Header) -> list[memoryview]:
+        """Where values go: into the arena, or into host memory where that cannot be or others want them too."""
+        if header.kind == FAILED:
+            self.failure = bytearray(header.sizes[0])
+            return [memoryview(self.failure)]
+        for name, size in zip(self.arriving, header.sizes[1:], strict=True):
+            if name not in self.places:
+                self.held[name] = np.empty(size, np.uint8)
+        return [view(self.times), *(self.places.get(name) or view(self.held[name]) for name in self.arriving)]
 
     def fill_in(self, message: StepMessage) -> None:
         """Put the pending tokens in, which come from the last stage; waits for them."""
-        assert self.links.tokens_in is not None
-        for step in np.unique(message.pending[:, 1]).tolist():
+        for step in set(message.pending[:, 1].tolist()):
             while step not in self.tokens:
                 self.take_tokens()
             mine = message.pending[message.pending[:, 1] == step]
@@ -153,47 +169,42 @@ class StageLoop:
     def take_tokens(self) -> None:
         """Receive the tokens of one step, and forget those of old ones."""
 
-        def place(header: Header) -> Iterator[memoryview]:
+        def place(header: Header) -> list[memoryview]:
             made = self.tokens[header.tag & TAG_MASK] = np.empty(header.sizes[0] // 4, np.int32)
-            yield view(made)
+            return [view(made)]
 
         assert self.links.tokens_in is not None
         self.links.tokens_in.receive(place)
         if len(self.tokens) > 256:
             del self.tokens[next(iter(self.tokens))]
 
-    def pass_on(self) -> None:
-        """Run the step that has arrived, and send on what it made."""
-        if self.header.kind == FAILED:
-            self.send_failure(self.failure)
-            return
+    def compute(self) -> None:
+        """Run the step, and send on what it made."""
         assert self.message is not None
         assert self.tape is not None
         batch = self.message.batch
+        self.times[self.number, 0] = time.monotonic()
         made = self.stage.interpreter.execute(self.tape, len(batch.token_ids), len(batch.logits_rows))
         if self.links.outbound:
-            self.send(made)
+            self.send(made, self.message)
         if self.links.tokens_in is not None:
             while self.links.tokens_in.ready():  # nobody may ever ask for them
                 self.take_tokens()
 
-    def send(self, made: Mapping[str, Any]) -> None:
+    def send(self, made: Mapping[str, Any], message: StepMessage) -> None:
         """Send what the step has made to the next stage, or its tokens to where they go."""
-        assert self.message is not None
-        batch = self.message.batch
         host = {name: self.on_host(made[name]) for name in made if name in self.leaving or self.last}
         if not self.last:
             self.times[self.number, 1] = time.monotonic()
-            values = [host[name] if name in host else self.passing.pop(name) for name in self.leaving]
-            words = self.words[: self.header.sizes[0] // 4]
-            self.send_on(STEP, views([words, self.times, *values]))
+            values = [host[name] if name in host else self.held[name] for name in self.leaving]
+            self.send_on(VALUES, views([self.times, *values]))
         else:
             logits = host[self.stage.stage.outputs[-1]]
-            tokens = likeliest(logits) if len(batch.logits_rows) else np.zeros(0, np.int32)
+            tokens = likeliest(logits) if len(logits) else np.zeros(0, np.int32)
             self.times[self.number, 1] = time.monotonic()
             self.send_tokens(tokens)
-            found = [tokens, self.times] + ([logits] if self.message.wants_logits else [])
-            self.send_on(LOGITS if self.message.wants_logits else TOKENS, views(found))
+            found = [tokens, self.times] + ([logits] if message.wants_logits else [])
+            self.send_on(LOGITS if message.wants_logits else TOKENS, views(found))
 
     def send_on(self, kind: int, sections: Sequence[memoryview]) -> None:
         """Send a frame to whoever is next: all ranks of the next stage, or the engine; only a first rank sends."""
@@ -212,18 +223,24 @@ class StageLoop:
         for channel in self.links.tokens_out:
             channel.send(TOKENS, self.header.tag, views([tokens]))
 
-    def fail(self, error: LabinferError) -> None:
-        """Tell that the step failed; without a step that has begun to arrive, the channel is of no use any more."""
-        if not self.header.sizes:
-            raise ChannelClosed
-        self.passing.clear()
-        self.send_failure(encode_error(error))
-
-    def send_failure(self, text: bytes) -> None:
-        """Send a failure on, and no tokens back."""
+    def send_failure(self, error: LabinferError) -> None:
+        """Tell that the step failed, and send no tokens back."""
         if self.last:
             self.send_tokens(np.zeros(0, np.int32))
-        self.send_on(FAILED, [memoryview(text)])
+        self.send_on(FAILED, [memoryview(encode_error(error))])
+
+
+def caught(part: Callable[[], None]) -> LabinferError | None:
+    """What goes wrong in a part of a step, but for a channel that was closed."""
+    try:
+        part()
+    except ChannelClosed:
+        raise
+    except LabinferError as error:
+        return error
+    except BaseException as error:  # a listener may raise anything, and somebody waits
+        return LabinferError("run.failed", f"{type(error).__name__}: {error}")
+    return None
 
 
 def likeliest(logits: np.ndarray) -> np.ndarray:

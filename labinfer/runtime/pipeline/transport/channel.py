@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from labinfer.errors import LabinferError
 
-VERSION = 1
+VERSION = 2
 MAGIC = b"LABI"
 MAX_SECTIONS = 256
 _PREAMBLE = struct.Struct("<4sHHQII")
@@ -27,10 +27,10 @@ class Header(NamedTuple):
     sizes: tuple[int, ...]
 
 
-Sections = Callable[[Header], Iterator[memoryview]]
-"""Called with a frame's header: yields a writable buffer for each section, of its size.
+Sections = Callable[[Header], Sequence[memoryview]]
+"""Called with a frame's header: a writable buffer for each section, of its size.
 
-It is asked for the next buffer when the one before is filled, so it may look at what has come.
+What is in them may be looked at once the whole frame was received.
 """
 
 
@@ -60,24 +60,22 @@ class Channel(ABC):
         What ``place`` raises is raised after the rest of the frame was read, so the next frame can be received.
         """
         header = self._header()
-        buffers, problem = place(header), None
-        for index, size in enumerate(header.sizes):
-            try:
-                buffer = next(buffers)
-                if buffer.nbytes != size:
-                    raise LabinferError("transport.frame", f"section {index} has {size} bytes, not {buffer.nbytes}")
-            except Exception as error:
-                self._skip(header.sizes[index:])
-                problem = error
-                break
-            if size:
+        problem: Exception | None = None
+        try:
+            buffers = place(header)
+            sizes = tuple(buffer.nbytes for buffer in buffers)
+            if sizes != header.sizes:
+                raise LabinferError("transport.frame", f"sections of {header.sizes} bytes came, not of {sizes}")
+        except Exception as error:
+            problem = error
+            self._skip(sum(header.sizes))
+        else:
+            for buffer in buffers:
                 self.read(buffer)
-                self.check()
         self.done()
-        if problem is None:
-            next(buffers, None)  # lets the place finish
-            return header
-        raise problem
+        if problem is not None:
+            raise problem
+        return header
 
     def _header(self) -> Header:
         self.read(self._preamble)
@@ -85,27 +83,20 @@ class Channel(ABC):
         if magic != MAGIC or version != VERSION or count > MAX_SECTIONS:
             raise LabinferError("transport.frame", f"this is no frame of version {VERSION}")
         table = memoryview(bytearray(8 * count))
-        if count:
-            self.read(table)
-        self.check()
+        self.read(table)
         sizes = struct.unpack(f"<{count}Q", table)
         if sum(sizes) > self.limit:
             raise LabinferError("transport.frame", f"a frame of {sum(sizes)} bytes, at most {self.limit} are allowed")
         return Header(kind, tag, sizes)
 
-    def _skip(self, sizes: Sequence[int]) -> None:
-        scratch = memoryview(bytearray(min(max(sizes), 1 << 16)))
-        for size in filter(None, sizes):
-            for done in range(0, size, len(scratch)):
-                self.read(scratch[: size - done])
-            self.check()
+    def _skip(self, nbytes: int) -> None:
+        scratch = memoryview(bytearray(min(nbytes, 1 << 16)))
+        for done in range(0, nbytes, len(scratch) or 1):
+            self.read(scratch[: nbytes - done])
 
     def sealed(self, parts: list[memoryview]) -> list[memoryview]:
-        """``parts`` as they travel: the header, and each section that is not empty."""
+        """A frame as it travels: its header and each section that is not empty, and what vouches for them."""
         return parts
-
-    def check(self) -> None:  # noqa: B027  only a sealed connection has to
-        """A header or a section was read: raise ``ChannelClosed`` if the other end did not write it."""
 
     @abstractmethod
     def write(self, parts: Sequence[memoryview]) -> None:
@@ -124,8 +115,8 @@ class Channel(ABC):
     def descriptors(self) -> tuple[int, ...]:
         """The file descriptors that a child process inherits to ``attach`` to this end."""
 
-    def done(self) -> None:  # noqa: B027  only a ring has to be told
-        """The whole frame was read."""
+    def done(self) -> None:  # noqa: B027  a ring has to be told, and a sealed connection has to check
+        """The whole frame was read: raises ``ChannelClosed`` if the other end did not write it."""
 
     @abstractmethod
     def close(self) -> None:

@@ -2,9 +2,9 @@
 
 Both ends prove that they know the cluster's token before anything else is read: the one that connects sends a nonce and
 what the connection is for, the other a nonce of its own and an HMAC over all that, the first an HMAC in return. From
-the token and the nonces each direction gets a key of its own. The header of a frame and each of its sections are
-followed by an HMAC over them and a count, so a part that was changed, left out, repeated or recorded elsewhere closes
-the connection before anybody acts on it. What is sent can be read on the way: it is authenticated, not encrypted.
+the token and the nonces each direction gets a key of its own. A frame is followed by an HMAC over it and a count, so
+one that was changed, left out, repeated or recorded elsewhere closes the connection before anybody acts on it; until
+then its sizes only say how much is read. What is sent can be read on the way: it is authenticated, not encrypted.
 HMAC-SHA-256 (RFC 2104), cut to 128 bits (RFC 4868); processors that compute SHA-256 are quicker at it than at BLAKE2.
 """
 
@@ -92,32 +92,29 @@ class Sealed(Tcp):
         self.keys = keys
         self._mine, self._theirs = (hmac.new(key, digestmod="sha256") for key in keys)
         self._sent = self._checked = 0
-        self._seal = self._theirs.copy()  # of what is read now
         self._begin()
         self._found = memoryview(bytearray(_SEAL_BYTES))
 
     def _begin(self) -> None:
-        self._seal = self._theirs.copy()
+        self._seal = self._theirs.copy()  # of the frame that is read now
         self._seal.update(self._checked.to_bytes(8, "little"))
 
     def sealed(self, parts: list[memoryview]) -> list[memoryview]:
-        """Each part, and its seal behind it."""
-        travelling = []
+        """The frame, and its seal behind it."""
+        seal = self._mine.copy()
+        seal.update(self._sent.to_bytes(8, "little"))
         for part in parts:
-            seal = self._mine.copy()
-            seal.update(self._sent.to_bytes(8, "little"))
             seal.update(part)
-            self._sent += 1
-            travelling += [part, memoryview(seal.digest())[:_SEAL_BYTES]]
-        return travelling
+        self._sent += 1
+        return [*parts, memoryview(seal.digest())[:_SEAL_BYTES]]
 
     def read(self, into: memoryview) -> None:
-        """Receive until ``into`` is full; ``check`` says whether it can be trusted."""
+        """Receive until ``into`` is full; ``done`` says whether it can be trusted."""
         super().read(into)
         self._seal.update(into)
 
-    def check(self) -> None:
-        """Close the connection if what was read since the last check is not what the other end sent."""
+    def done(self) -> None:
+        """Close the connection if the frame that was read is not what the other end sent."""
         super().read(self._found)
         if not hmac.compare_digest(self._seal.digest()[:_SEAL_BYTES], self._found):
             self.close()
