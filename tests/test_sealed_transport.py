@@ -173,7 +173,7 @@ def test_frames_go_both_ways_whole_and_in_order(ends: tuple[Sealed, Sealed]) -> 
 def test_a_frame_beyond_the_limit_is_refused_before_its_memory_is_taken(ends: tuple[Sealed, Sealed]) -> None:
     sender, receiver = ends
     sender.limit *= 1 << 30
-    sender.write(sender.sealed([memoryview(struct.pack("<4sHHQIIQ", b"LABI", module.VERSION, 1, 0, 1, 0, 1 << 40))]))
+    sender.write([memoryview(struct.pack("<4sHHQIIQ", b"LABI", module.VERSION, 1, 0, 1, 0, 1 << 40))])
     with pytest.raises(LabinferError, match="at most 1048576 are allowed"):
         Inbox(receiver).receive()
 

@@ -19,6 +19,7 @@ import numpy as np
 from labinfer.compiler.fold import unfold_inputs
 from labinfer.compiler.plan import Limits, Plan
 from labinfer.errors import DoesNotFit, InvalidFile, LabinferError, StalePlan, UsageError, WeightsError
+from labinfer.ops.base import TensorType
 from labinfer.runtime.step_memory import StepBatch
 
 STEP, VALUES, TOKENS, LOGITS, FAILED = range(5)
@@ -99,14 +100,16 @@ def crossing(plan: Plan) -> list[list[str]]:
     return arriving
 
 
+def crossing_types(plan: Plan) -> dict[str, TensorType]:
+    """The types of all values that stages need of others."""
+    return {name: slot.type for stage in plan.stages for name, slot in unfold_inputs(stage).items()}
+
+
 def frame_bytes(plan: Plan) -> int:
     """Bytes of the largest frame: a batch, all values that cross between stages, or a step's logits."""
     limits = plan.limits
-    sizes = {
-        name: slot.type.nbytes(limits.max_num_batched_tokens, limits.max_logits_rows)
-        for stage in plan.stages
-        for name, slot in unfold_inputs(stage).items()
-    }
+    tokens, rows = limits.max_num_batched_tokens, limits.max_logits_rows
+    sizes = {name: kind.nbytes(tokens, rows) for name, kind in crossing_types(plan).items()}
     values = max(sum(sizes[name] for name in names) for names in crossing(plan))
     logits = 4 * limits.max_logits_rows * (plan.vocab_size + 1)
     return max(4 * max_words(limits), values, logits, 1 << 16) + 16 * len(plan.groups)

@@ -7,7 +7,7 @@ in its place in the stage's arena, where the device's memory can be written by t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,9 @@ import numpy as np
 
 from labinfer.compiler.plan import Plan
 from labinfer.errors import LabinferError
-from labinfer.ops.base import dim
 from labinfer.runtime.cores import stay_on
 from labinfer.runtime.interpreter import Tape
+from labinfer.runtime.pipeline.crossing import CrossingValues
 from labinfer.runtime.pipeline.message import (
     FAILED,
     LOGITS,
@@ -25,7 +25,6 @@ from labinfer.runtime.pipeline.message import (
     TOKENS,
     VALUES,
     StepMessage,
-    crossing,
     decode,
     decode_error,
     encode_error,
@@ -33,7 +32,7 @@ from labinfer.runtime.pipeline.message import (
     view,
     views,
 )
-from labinfer.runtime.pipeline.transport import Channel, ChannelClosed, Header
+from labinfer.runtime.pipeline.transport import Channel, ChannelClosed, Header, pack
 from labinfer.runtime.stage import LoadedStage
 
 TAG_MASK = (1 << 31) - 1
@@ -70,17 +69,16 @@ class StageLoop:
     def __init__(self, plan: Plan, number: int, stage: LoadedStage, links: Links, cores: Sequence[int] = ()) -> None:
         self.cores = cores
         self.number, self.stage, self.links, self.limits = number // plan.ranks, stage, links, plan.limits
-        arriving = [*crossing(plan), []]
-        self.arriving, self.leaving = arriving[self.number], arriving[self.number + 1]
+        self.values = CrossingValues(plan, self.number, stage)
         self.last = self.number + 1 == len(plan.groups)
         self.words = np.zeros(max_words(plan.limits), np.int32)
         self.times = np.zeros((len(plan.groups), 2))
+        self.chosen = np.zeros(plan.limits.max_logits_rows, np.int32)
         self.tokens: dict[int, np.ndarray] = {}  # of recent steps, by number modulo 2^31
         self.message: StepMessage | None = None
         self.tape: Tape | None = None
         self.header = Header(STEP, 0, ())
-        self.places: dict[str, memoryview] = {}  # where values arrive in the arena
-        self.held: dict[str, np.ndarray] = {}  # those that arrive elsewhere
+        self.outgoing: list[memoryview] = []  # the frame of what the step makes
         self.failure = bytearray()
 
     def run(self) -> None:
@@ -112,48 +110,33 @@ class StageLoop:
 
     def prepare(self) -> None:
         """Get ready for the step, so that nothing is left to do but compute when its values, or tokens, come."""
-        self.places, self.held = {}, {}
+        self.values.arriving = []
         message = self.message = decode(self.batch_words, self.limits)
         interpreter, batch = self.stage.interpreter, message.batch
+        rows = len(batch.logits_rows)
         self.stage.cache.copy_blocks(message.copies.tolist())
         self.tape = interpreter.prepare(batch)
-        for name in self.arriving:
-            place = self.place(name)
-            if name not in self.leaving and isinstance(place, np.ndarray) and place.flags.c_contiguous:
-                self.places[name] = view(place)
+        self.values.bind(self.tape, len(batch.token_ids), rows)
+        if self.last:
+            self.outgoing = pack(TOKENS, self.header.tag, [view(self.chosen[:rows])])
+        else:
+            self.outgoing = pack(VALUES, self.header.tag, [view(self.times), *self.values.leaving])
         if self.links.tokens_in is not None and len(message.pending):
             self.fill_in(message)
             interpreter.step_memory.load_token_ids(batch)
-
-    def place(self, name: str) -> Any:
-        """Where a value that arrives belongs, as much of it as the step has; None where only later stages need it."""
-        slots = self.stage.interpreter.slots
-        if name not in slots:
-            return None
-        assert self.message is not None
-        assert self.tape is not None
-        batch = self.message.batch
-        rows = dim(slots[name].type.shape[0], len(batch.token_ids), len(batch.logits_rows))
-        return self.tape.values[name][:rows]
 
     def take_values(self) -> None:
         """Receive what the stages before have made, or raise what went wrong there."""
         if self.links.inbound.receive(self.sections).kind == FAILED:
             raise decode_error(self.failure)
-        for name, held in self.held.items():
-            place = self.place(name)
-            if place is not None:
-                self.stage.device.move_in(held.view(place.dtype).reshape(place.shape), place)
+        self.values.move_in()
 
     def sections(self, header: Header) -> list[memoryview]:
-        """Where values go: into the arena, or into host memory where that cannot be or others want them too."""
-        if header.kind == FAILED:
-            self.failure = bytearray(header.sizes[0])
-            return [memoryview(self.failure)]
-        for name, size in zip(self.arriving, header.sizes[1:], strict=True):
-            if name not in self.places:
-                self.held[name] = np.empty(size, np.uint8)
-        return [view(self.times), *(self.places.get(name) or view(self.held[name]) for name in self.arriving)]
+        """Where values go, or what went wrong."""
+        if header.kind != FAILED:
+            return [view(self.times), *self.values.arriving]
+        self.failure = bytearray(header.sizes[0])
+        return [memoryview(self.failure)]
 
     def fill_in(self, message: StepMessage) -> None:
         """Put the pending tokens in, which come from the last stage; waits for them."""
@@ -185,48 +168,41 @@ class StageLoop:
         batch = self.message.batch
         self.times[self.number, 0] = time.monotonic()
         made = self.stage.interpreter.execute(self.tape, len(batch.token_ids), len(batch.logits_rows))
-        if self.links.outbound:
-            self.send(made, self.message)
+        if self.links.outbound and self.last:
+            self.send_tokens(made[self.stage.stage.outputs[-1]], self.message.wants_logits)
+        elif self.links.outbound:
+            self.values.move_out()
+            self.times[self.number, 1] = time.monotonic()
+            for channel in self.links.outbound:
+                channel.send_packed(self.outgoing)
         if self.links.tokens_in is not None:
             while self.links.tokens_in.ready():  # nobody may ever ask for them
                 self.take_tokens()
 
-    def send(self, made: Mapping[str, Any], message: StepMessage) -> None:
-        """Send what the step has made to the next stage, or its tokens to where they go."""
-        host = {name: self.on_host(made[name]) for name in made if name in self.leaving or self.last}
-        if not self.last:
-            self.times[self.number, 1] = time.monotonic()
-            values = [host[name] if name in host else self.held[name] for name in self.leaving]
-            self.send_on(VALUES, views([self.times, *values]))
+    def send_tokens(self, logits: Any, wants_logits: bool) -> None:
+        """Close the ring: the first stage may go on with the tokens; then let the engine know."""
+        if not (isinstance(logits, np.ndarray) and logits.flags.c_contiguous):
+            logits = self.stage.device.move_out(logits)
+        tokens = self.chosen[: len(logits)]
+        if len(logits):
+            tokens[:] = likeliest(logits)
+        self.times[self.number, 1] = time.monotonic()
+        for channel in self.links.tokens_out:
+            channel.send_packed(self.outgoing)
+        if wants_logits:
+            self.send_on(LOGITS, views([tokens, self.times, logits]))
         else:
-            logits = host[self.stage.stage.outputs[-1]]
-            tokens = likeliest(logits) if len(logits) else np.zeros(0, np.int32)
-            self.times[self.number, 1] = time.monotonic()
-            self.send_tokens(tokens)
-            found = [tokens, self.times] + ([logits] if message.wants_logits else [])
-            self.send_on(LOGITS if message.wants_logits else TOKENS, views(found))
+            self.send_on(TOKENS, views([tokens, self.times]))
 
     def send_on(self, kind: int, sections: Sequence[memoryview]) -> None:
         """Send a frame to whoever is next: all ranks of the next stage, or the engine; only a first rank sends."""
         for channel in self.links.outbound:
             channel.send(kind, self.header.tag, sections)
 
-    def on_host(self, array: Any) -> np.ndarray:
-        """A value as the host can read it: in place where it can."""
-        if isinstance(array, np.ndarray) and array.flags.c_contiguous:
-            return array
-        copy: np.ndarray = self.stage.device.move_out(array)
-        return copy
-
-    def send_tokens(self, tokens: np.ndarray) -> None:
-        """Close the ring: the first stage may go on with these."""
-        for channel in self.links.tokens_out:
-            channel.send(TOKENS, self.header.tag, views([tokens]))
-
     def send_failure(self, error: LabinferError) -> None:
         """Tell that the step failed, and send no tokens back."""
-        if self.last:
-            self.send_tokens(np.zeros(0, np.int32))
+        for channel in self.links.tokens_out:
+            channel.send(TOKENS, self.header.tag, [memoryview(b"")])
         self.send_on(FAILED, [memoryview(encode_error(error))])
 
 

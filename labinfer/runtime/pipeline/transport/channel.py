@@ -38,21 +38,33 @@ class ChannelClosed(Exception):
     """The channel was closed, here or at the other end."""
 
 
+def pack(kind: int, tag: int, sections: Sequence[memoryview]) -> list[memoryview]:
+    """A frame of byte views: its header, and the sections that are not empty."""
+    sizes = [section.nbytes for section in sections]
+    if len(sizes) > MAX_SECTIONS:
+        raise LabinferError("transport.frame", f"a frame of {len(sizes)} sections is more than {MAX_SECTIONS} allowed")
+    head = _PREAMBLE.pack(MAGIC, VERSION, kind, tag, len(sizes), 0) + struct.pack(f"<{len(sizes)}Q", *sizes)
+    return [memoryview(head), *(section for section in sections if section.nbytes)]
+
+
 class Channel(ABC):
     """One end of a channel. A frame may have ``limit`` bytes; larger ones, and what is no frame, are refused."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._preamble = memoryview(bytearray(_PREAMBLE.size))
+        self._head = memoryview(bytearray(_PREAMBLE.size + 8 * MAX_SECTIONS))
 
     def send(self, kind: int, tag: int, sections: Sequence[memoryview]) -> None:
         """Send a frame of byte views; waits while the channel is full. Raises ``ChannelClosed``."""
-        sizes = [section.nbytes for section in sections]
-        if len(sizes) > MAX_SECTIONS or sum(sizes) > self.limit:
-            message = f"a frame of {len(sizes)} sections and {sum(sizes)} bytes is more than the {self.limit} allowed"
+        self.send_packed(pack(kind, tag, sections))
+
+    def send_packed(self, frame: list[memoryview]) -> None:
+        """``send`` a frame that was packed before: sections have what is in them now."""
+        nbytes = sum(map(len, frame[1:]))
+        if nbytes > self.limit:
+            message = f"a frame of {nbytes} bytes is more than the {self.limit} allowed"
             raise LabinferError("transport.frame", message)
-        head = _PREAMBLE.pack(MAGIC, VERSION, kind, tag, len(sizes), 0) + struct.pack(f"<{len(sizes)}Q", *sizes)
-        self.write(self.sealed([memoryview(head), *(section for section in sections if section.nbytes)]))
+        self.write(frame)
 
     def receive(self, place: Sections) -> Header:
         """Wait for a frame and put its sections where ``place`` says. Raises ``ChannelClosed``.
@@ -63,44 +75,33 @@ class Channel(ABC):
         problem: Exception | None = None
         try:
             buffers = place(header)
-            sizes = tuple(buffer.nbytes for buffer in buffers)
+            sizes = tuple(map(len, buffers))
             if sizes != header.sizes:
                 raise LabinferError("transport.frame", f"sections of {header.sizes} bytes came, not of {sizes}")
         except Exception as error:
             problem = error
-            self._skip(sum(header.sizes))
-        else:
-            for buffer in buffers:
-                self.read(buffer)
-        self.done()
+            buffers = [memoryview(bytearray(size)) for size in header.sizes]
+        for buffer in buffers:
+            self.read(buffer)
+        self.done([self._head[: _PREAMBLE.size + 8 * len(buffers)], *buffers])
         if problem is not None:
             raise problem
         return header
 
     def _header(self) -> Header:
-        self.read(self._preamble)
-        magic, version, kind, tag, count, _ = _PREAMBLE.unpack(self._preamble)
+        self.read(self._head[: _PREAMBLE.size])
+        magic, version, kind, tag, count, _ = _PREAMBLE.unpack_from(self._head)
         if magic != MAGIC or version != VERSION or count > MAX_SECTIONS:
             raise LabinferError("transport.frame", f"this is no frame of version {VERSION}")
-        table = memoryview(bytearray(8 * count))
-        self.read(table)
-        sizes = struct.unpack(f"<{count}Q", table)
+        self.read(self._head[_PREAMBLE.size : _PREAMBLE.size + 8 * count])
+        sizes = struct.unpack_from(f"<{count}Q", self._head, _PREAMBLE.size)
         if sum(sizes) > self.limit:
             raise LabinferError("transport.frame", f"a frame of {sum(sizes)} bytes, at most {self.limit} are allowed")
         return Header(kind, tag, sizes)
 
-    def _skip(self, nbytes: int) -> None:
-        scratch = memoryview(bytearray(min(nbytes, 1 << 16)))
-        for done in range(0, nbytes, len(scratch) or 1):
-            self.read(scratch[: nbytes - done])
-
-    def sealed(self, parts: list[memoryview]) -> list[memoryview]:
-        """A frame as it travels: its header and each section that is not empty, and what vouches for them."""
-        return parts
-
     @abstractmethod
     def write(self, parts: Sequence[memoryview]) -> None:
-        """Send all bytes of ``parts``, one after another."""
+        """Send all bytes of ``parts``, which are a frame, one after another."""
 
     @abstractmethod
     def read(self, into: memoryview) -> None:
@@ -115,8 +116,8 @@ class Channel(ABC):
     def descriptors(self) -> tuple[int, ...]:
         """The file descriptors that a child process inherits to ``attach`` to this end."""
 
-    def done(self) -> None:  # noqa: B027  a ring has to be told, and a sealed connection has to check
-        """The whole frame was read: raises ``ChannelClosed`` if the other end did not write it."""
+    def done(self, parts: Sequence[memoryview]) -> None:  # noqa: B027  a ring has to be told, a seal has to be checked
+        """A whole frame was read, header and sections; raises ``ChannelClosed`` if the other end did not write it."""
 
     @abstractmethod
     def close(self) -> None:

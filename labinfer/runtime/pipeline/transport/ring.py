@@ -131,7 +131,7 @@ class Ring(Channel):
         while done < len(into):
             there = self.known - self.position
             if there == 0:
-                self.done()
+                self._tell(_TAIL, self.space)
                 self.known = self._wait(self.data, _HEAD)
                 continue
             at = self.position % size
@@ -140,7 +140,7 @@ class Ring(Channel):
             self.position += count
             done += count
 
-    def done(self) -> None:
+    def done(self, parts: Sequence[memoryview]) -> None:
         """Tell the sender that there is room again."""
         self._tell(_TAIL, self.space)
 

@@ -14,9 +14,10 @@ import hmac
 import os
 import socket
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from labinfer.runtime.pipeline.transport.channel import VERSION, ChannelClosed
+from labinfer.runtime.pipeline.transport.channel import VERSION, ChannelClosed, Header, Sections
 from labinfer.runtime.pipeline.transport.tcp import Tcp
 
 HANDSHAKE_SECONDS = 2.0
@@ -91,36 +92,38 @@ class Sealed(Tcp):
         super().__init__(connection, limit)
         self.keys = keys
         self._mine, self._theirs = (hmac.new(key, digestmod="sha256") for key in keys)
-        self._sent = self._checked = 0
-        self._begin()
+        self._sent = self._received = 0
+        self._seal = self._begun(self._mine, 0)  # of the next frame that is sent
+        self._expected = self._begun(self._theirs, 0)
         self._found = memoryview(bytearray(_SEAL_BYTES))
 
-    def _begin(self) -> None:
-        self._seal = self._theirs.copy()  # of the frame that is read now
-        self._seal.update(self._checked.to_bytes(8, "little"))
+    def _begun(self, key: hmac.HMAC, count: int) -> hmac.HMAC:
+        seal = key.copy()
+        seal.update(count.to_bytes(8, "little"))
+        return seal
 
-    def sealed(self, parts: list[memoryview]) -> list[memoryview]:
-        """The frame, and its seal behind it."""
-        seal = self._mine.copy()
-        seal.update(self._sent.to_bytes(8, "little"))
+    def write(self, parts: Sequence[memoryview]) -> None:
+        """Send a frame, and its seal behind it."""
         for part in parts:
-            seal.update(part)
+            self._seal.update(part)
+        super().write([*parts, memoryview(self._seal.digest())[:_SEAL_BYTES]])
         self._sent += 1
-        return [*parts, memoryview(seal.digest())[:_SEAL_BYTES]]
+        self._seal = self._begun(self._mine, self._sent)
 
-    def read(self, into: memoryview) -> None:
-        """Receive until ``into`` is full; ``done`` says whether it can be trusted."""
-        super().read(into)
-        self._seal.update(into)
+    def receive(self, place: Sections) -> Header:
+        """See ``Channel.receive``."""
+        self._expected = self._begun(self._theirs, self._received)  # before there is anything to hurry for
+        return super().receive(place)
 
-    def done(self) -> None:
+    def done(self, parts: Sequence[memoryview]) -> None:
         """Close the connection if the frame that was read is not what the other end sent."""
-        super().read(self._found)
-        if not hmac.compare_digest(self._seal.digest()[:_SEAL_BYTES], self._found):
+        self.read(self._found)
+        for part in parts:
+            self._expected.update(part)
+        if not hmac.compare_digest(self._expected.digest()[:_SEAL_BYTES], self._found):
             self.close()
             raise ChannelClosed("a frame was forged or repeated")
-        self._checked += 1
-        self._begin()
+        self._received += 1
 
 
 def _mac(token: bytes, label: bytes, said: bytes) -> bytes:
