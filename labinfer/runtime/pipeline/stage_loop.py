@@ -33,6 +33,7 @@ from labinfer.runtime.pipeline.message import (
     views,
 )
 from labinfer.runtime.pipeline.transport import Channel, ChannelClosed, Header, pack
+from labinfer.runtime.pipeline.transport.arrivals import Arrivals
 from labinfer.runtime.stage import LoadedStage
 
 TAG_MASK = (1 << 31) - 1
@@ -70,6 +71,7 @@ class StageLoop:
         self.cores = cores
         self.number, self.stage, self.links, self.limits = number // plan.ranks, stage, links, plan.limits
         self.values = CrossingValues(plan, self.number, stage)
+        self.arrivals = Arrivals(links.tokens_in or links.inbound)
         self.last = self.number + 1 == len(plan.groups)
         self.words = np.zeros(max_words(plan.limits), np.int32)
         self.times = np.zeros((len(plan.groups), 2))
@@ -127,6 +129,7 @@ class StageLoop:
 
     def take_values(self) -> None:
         """Receive what the stages before have made, or raise what went wrong there."""
+        self.arrivals.wait()
         if self.links.inbound.receive(self.sections).kind == FAILED:
             raise decode_error(self.failure)
         self.values.move_in()
@@ -142,6 +145,7 @@ class StageLoop:
         """Put the pending tokens in, which come from the last stage; waits for them."""
         for step in set(message.pending[:, 1].tolist()):
             while step not in self.tokens:
+                self.arrivals.wait()
                 self.take_tokens()
             mine = message.pending[message.pending[:, 1] == step]
             made = self.tokens[step]

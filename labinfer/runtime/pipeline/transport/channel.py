@@ -108,8 +108,8 @@ class Channel(ABC):
         """Fill ``into``."""
 
     @abstractmethod
-    def ready(self) -> bool:
-        """Whether a frame, or the end, has arrived."""
+    def ready(self, seconds: float | None = 0.0) -> bool:
+        """Whether a frame, or the end, has arrived; waits for it so long, or until it comes (None)."""
 
     @property
     @abstractmethod

@@ -50,10 +50,9 @@ class Signal:
         else:
             os.read(self.descriptors[0], 1 << 16)
 
-    @property
-    def is_set(self) -> bool:
-        """Whether ``wait`` would return at once."""
-        return bool(select.select([self.descriptors[0]], [], [], 0)[0])
+    def is_set(self, seconds: float | None) -> bool:
+        """Whether ``wait`` would return at once; waits for that so long, or until it would (None)."""
+        return bool(select.select([self.descriptors[0]], [], [], seconds)[0])
 
     def release(self) -> None:
         """Close the descriptors."""
@@ -144,9 +143,9 @@ class Ring(Channel):
         """Tell the sender that there is room again."""
         self._tell(_TAIL, self.space)
 
-    def ready(self) -> bool:
-        """Whether something is there that was not read."""
-        if self.known == self.position and self.data.is_set:  # perhaps by bytes that were read already
+    def ready(self, seconds: float | None = 0.0) -> bool:
+        """See ``Channel.ready``; it may return sooner."""
+        if self.known == self.position and self.data.is_set(seconds):  # perhaps by bytes that were read already
             self.known = self._wait(self.data, _HEAD)
         return self.known > self.position
 

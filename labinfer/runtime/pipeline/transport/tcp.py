@@ -69,9 +69,9 @@ class Tcp(Channel):
         except OSError:
             raise ChannelClosed from None
 
-    def ready(self) -> bool:
-        """Whether bytes, or the end, have arrived."""
-        return self._start < self._stop or bool(select.select([self.connection], [], [], 0)[0])
+    def ready(self, seconds: float | None = 0.0) -> bool:
+        """See ``Channel.ready``."""
+        return self._start < self._stop or bool(select.select([self.connection], [], [], seconds)[0])
 
     def close(self) -> None:
         """Shut the connection down."""
