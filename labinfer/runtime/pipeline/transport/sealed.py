@@ -17,7 +17,7 @@ import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from labinfer.runtime.pipeline.transport.channel import VERSION, ChannelClosed, Header, Sections
+from labinfer.runtime.pipeline.transport.channel import VERSION, ChannelClosed
 from labinfer.runtime.pipeline.transport.tcp import Tcp
 
 HANDSHAKE_SECONDS = 2.0
@@ -94,7 +94,7 @@ class Sealed(Tcp):
         self._mine, self._theirs = (hmac.new(key, digestmod="sha256") for key in keys)
         self._sent = self._received = 0
         self._seal = self._begun(self._mine, 0)  # of the next frame that is sent
-        self._expected = self._begun(self._theirs, 0)
+        self._expected = self._begun(self._theirs, 0)  # of the next that is received
         self._found = memoryview(bytearray(_SEAL_BYTES))
 
     def _begun(self, key: hmac.HMAC, count: int) -> hmac.HMAC:
@@ -110,11 +110,6 @@ class Sealed(Tcp):
         self._sent += 1
         self._seal = self._begun(self._mine, self._sent)
 
-    def receive(self, place: Sections) -> Header:
-        """See ``Channel.receive``."""
-        self._expected = self._begun(self._theirs, self._received)  # before there is anything to hurry for
-        return super().receive(place)
-
     def done(self, parts: Sequence[memoryview]) -> None:
         """Close the connection if the frame that was read is not what the other end sent."""
         self.read(self._found)
@@ -124,6 +119,7 @@ class Sealed(Tcp):
             self.close()
             raise ChannelClosed("a frame was forged or repeated")
         self._received += 1
+        self._expected = self._begun(self._theirs, self._received)
 
 
 def _mac(token: bytes, label: bytes, said: bytes) -> bytes:
