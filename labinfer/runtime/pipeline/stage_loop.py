@@ -143,15 +143,16 @@ class StageLoop:
 
     def fill_in(self, message: StepMessage) -> None:
         """Put the pending tokens in, which come from the last stage; waits for them."""
-        for step in set(message.pending[:, 1].tolist()):
+        token_ids, steps = message.batch.token_ids, message.pending[:, 1]
+        sources = [(step, *message.pending[steps == step].T[[0, 2]]) for step in set(steps.tolist())]
+        for step, places, rows in sources:
             while step not in self.tokens:
                 self.arrivals.wait()
                 self.take_tokens()
-            mine = message.pending[message.pending[:, 1] == step]
             made = self.tokens[step]
             if not len(made):
                 raise LabinferError("pipeline.earlier-step", "the step that makes its tokens failed")
-            message.batch.token_ids[mine[:, 0]] = np.maximum(made[mine[:, 2]], 0)
+            token_ids[places] = np.maximum(made[rows], 0)
 
     def take_tokens(self) -> None:
         """Receive the tokens of one step, and forget those of old ones."""
