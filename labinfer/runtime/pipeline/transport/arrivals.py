@@ -11,7 +11,7 @@ import time
 
 from labinfer.runtime.pipeline.transport.channel import Channel
 
-EARLY, LATE = 200e-6, 200e-6
+EARLY, LATE = 100e-6, 100e-6
 """Seconds before and after a frame is expected in which it is looked for; a sleep may last 50 microseconds too long."""
 
 
