@@ -32,7 +32,7 @@ from labinfer.runtime.pipeline.message import (
     view,
     views,
 )
-from labinfer.runtime.pipeline.transport import Channel, ChannelClosed, Header, pack
+from labinfer.runtime.pipeline.transport import Channel, ChannelClosed, Header
 from labinfer.runtime.pipeline.transport.arrivals import Arrivals
 from labinfer.runtime.stage import LoadedStage
 
@@ -73,6 +73,7 @@ class StageLoop:
         self.values = CrossingValues(plan, self.number, stage)
         self.arrivals = Arrivals(links.tokens_in or links.inbound)
         self.last = self.number + 1 == len(plan.groups)
+        self.onwards = links.tokens_out if self.last else links.outbound
         self.words = np.zeros(max_words(plan.limits), np.int32)
         self.times = np.zeros((len(plan.groups), 2))
         self.chosen = np.zeros(plan.limits.max_logits_rows, np.int32)
@@ -80,7 +81,7 @@ class StageLoop:
         self.message: StepMessage | None = None
         self.tape: Tape | None = None
         self.header = Header(STEP, 0, ())
-        self.outgoing: list[memoryview] = []  # the frame of what the step makes
+        self.outgoing: Sequence[memoryview] = ()  # the frame of what the step makes
         self.failure = bytearray()
 
     def run(self) -> None:
@@ -119,10 +120,9 @@ class StageLoop:
         self.stage.cache.copy_blocks(message.copies.tolist())
         self.tape = interpreter.prepare(batch)
         self.values.bind(self.tape, len(batch.token_ids), rows)
-        if self.last:
-            self.outgoing = pack(TOKENS, self.header.tag, [view(self.chosen[:rows])])
-        else:
-            self.outgoing = pack(VALUES, self.header.tag, [view(self.times), *self.values.leaving])
+        makes = [view(self.chosen[:rows])] if self.last else [view(self.times), *self.values.leaving]
+        for channel in self.onwards:
+            self.outgoing = channel.pack(TOKENS if self.last else VALUES, self.header.tag, makes)
         if self.links.tokens_in is not None and len(message.pending):
             self.fill_in(message)
             interpreter.step_memory.load_token_ids(batch)
@@ -178,8 +178,7 @@ class StageLoop:
         elif self.links.outbound:
             self.values.move_out()
             self.times[self.number, 1] = time.monotonic()
-            for channel in self.links.outbound:
-                channel.send_packed(self.outgoing)
+            self.send_outgoing()
         if self.links.tokens_in is not None:
             while self.links.tokens_in.ready():  # nobody may ever ask for them
                 self.take_tokens()
@@ -192,12 +191,16 @@ class StageLoop:
         if len(logits):
             tokens[:] = likeliest(logits)
         self.times[self.number, 1] = time.monotonic()
-        for channel in self.links.tokens_out:
-            channel.send_packed(self.outgoing)
+        self.send_outgoing()
         if wants_logits:
             self.send_on(LOGITS, views([tokens, self.times, logits]))
         else:
             self.send_on(TOKENS, views([tokens, self.times]))
+
+    def send_outgoing(self) -> None:
+        """Send what the step has made to whoever computes next."""
+        for channel in self.onwards:
+            channel.write(self.outgoing)
 
     def send_on(self, kind: int, sections: Sequence[memoryview]) -> None:
         """Send a frame to whoever is next: all ranks of the next stage, or the engine; only a first rank sends."""

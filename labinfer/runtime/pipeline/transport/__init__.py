@@ -10,7 +10,7 @@ import socket
 from collections.abc import Sequence
 
 from labinfer.errors import UsageError, did_you_mean
-from labinfer.runtime.pipeline.transport.channel import Channel, ChannelClosed, Header, Sections, pack
+from labinfer.runtime.pipeline.transport.channel import Channel, ChannelClosed, Header, Sections
 from labinfer.runtime.pipeline.transport.ring import Ring, Signal, private_memory, shared_memory
 from labinfer.runtime.pipeline.transport.sealed import Keys, Sealed
 from labinfer.runtime.pipeline.transport.tcp import Tcp, connected_sockets
@@ -20,7 +20,7 @@ TRANSPORTS = ("local", "shm", "tcp")
 
 __all__ = [
     "TRANSPORTS", "Channel", "ChannelClosed", "Header", "Keys", "Sealed", "Sections", "attach", "check_transport",
-    "open_channel", "pack",
+    "open_channel",
 ]  # fmt: skip
 
 

@@ -38,15 +38,6 @@ class ChannelClosed(Exception):
     """The channel was closed, here or at the other end."""
 
 
-def pack(kind: int, tag: int, sections: Sequence[memoryview]) -> list[memoryview]:
-    """A frame of byte views: its header, and the sections that are not empty."""
-    sizes = [section.nbytes for section in sections]
-    if len(sizes) > MAX_SECTIONS:
-        raise LabinferError("transport.frame", f"a frame of {len(sizes)} sections is more than {MAX_SECTIONS} allowed")
-    head = _PREAMBLE.pack(MAGIC, VERSION, kind, tag, len(sizes), 0) + struct.pack(f"<{len(sizes)}Q", *sizes)
-    return [memoryview(head), *(section for section in sections if section.nbytes)]
-
-
 class Channel(ABC):
     """One end of a channel. A frame may have ``limit`` bytes; larger ones, and what is no frame, are refused."""
 
@@ -56,15 +47,16 @@ class Channel(ABC):
 
     def send(self, kind: int, tag: int, sections: Sequence[memoryview]) -> None:
         """Send a frame of byte views; waits while the channel is full. Raises ``ChannelClosed``."""
-        self.send_packed(pack(kind, tag, sections))
+        self.write(self.pack(kind, tag, sections))
 
-    def send_packed(self, frame: list[memoryview]) -> None:
-        """``send`` a frame that was packed before: sections have what is in them now."""
-        nbytes = sum(map(len, frame[1:]))
-        if nbytes > self.limit:
-            message = f"a frame of {nbytes} bytes is more than the {self.limit} allowed"
+    def pack(self, kind: int, tag: int, sections: Sequence[memoryview]) -> list[memoryview]:
+        """A frame as ``write`` sends it: its header, and the sections that are not empty, with what is in them then."""
+        sizes = [section.nbytes for section in sections]
+        if len(sizes) > MAX_SECTIONS or sum(sizes) > self.limit:
+            message = f"a frame of {len(sizes)} sections and {sum(sizes)} bytes is more than the {self.limit} allowed"
             raise LabinferError("transport.frame", message)
-        self.write(frame)
+        head = _PREAMBLE.pack(MAGIC, VERSION, kind, tag, len(sizes), 0) + struct.pack(f"<{len(sizes)}Q", *sizes)
+        return [memoryview(head), *(section for section in sections if section.nbytes)]
 
     def receive(self, place: Sections) -> Header:
         """Wait for a frame and put its sections where ``place`` says. Raises ``ChannelClosed``.
@@ -101,7 +93,7 @@ class Channel(ABC):
 
     @abstractmethod
     def write(self, parts: Sequence[memoryview]) -> None:
-        """Send all bytes of ``parts``, which are a frame, one after another."""
+        """Send a frame, all bytes of its ``parts`` one after another."""
 
     @abstractmethod
     def read(self, into: memoryview) -> None:
