@@ -5,8 +5,9 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from typing import Any
 
 import pytest
@@ -99,6 +100,18 @@ def test_who_says_nothing_is_not_listened_to_for_long(monkeypatch: pytest.Monkey
     with closing(Listener()) as listener, socket.create_connection(listener.address):
         listener.thread.join(10)
         assert listener.heard == ["timed out"]
+
+
+def test_a_handshake_has_one_deadline_however_slowly_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HANDSHAKE_SECONDS", 0.3)
+    with closing(Listener()) as listener, socket.create_connection(listener.address) as caller:
+        with suppress(OSError):
+            for _ in range(1000):
+                if listener.heard:
+                    break
+                caller.sendall(b"L")
+                time.sleep(0.02)
+        assert listener.heard in (["the other end took too long"], ["timed out"])
 
 
 @settings(max_examples=50, deadline=None)

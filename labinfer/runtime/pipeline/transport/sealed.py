@@ -14,6 +14,7 @@ import hmac
 import os
 import socket
 import struct
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from labinfer.runtime.pipeline.transport.channel import VERSION, ChannelClosed
 from labinfer.runtime.pipeline.transport.tcp import Tcp
 
 HANDSHAKE_SECONDS = 2.0
-"""How long a stranger is listened to."""
+"""How long a handshake may take, however little of it comes at a time."""
 
 PURPOSE_BYTES = 16
 _MAGIC = b"LABS"
@@ -44,6 +45,7 @@ def connect(
 
     Raises ``ChannelClosed`` where nobody does, or does not answer within ``seconds``.
     """
+    until = time.monotonic() + seconds
     try:
         connection = socket.create_connection(address, seconds)
     except OSError as error:
@@ -51,7 +53,7 @@ def connect(
     try:
         hello = _HELLO.pack(_MAGIC, VERSION, os.urandom(16), purpose)
         connection.sendall(hello)
-        answer = _read(connection, _ANSWER.size)
+        answer = _read(connection, _ANSWER.size, until)
         magic, version, _, proof = _ANSWER.unpack(answer)
         said = hello + answer[:-32]
         if magic != _MAGIC or version != VERSION:
@@ -68,16 +70,16 @@ def connect(
 
 def accept(connection: socket.socket, token: bytes) -> tuple[bytes, Keys]:
     """What a caller wants and the keys of its connection; raises ``ChannelClosed`` for one without the token."""
-    connection.settimeout(HANDSHAKE_SECONDS)
+    until = time.monotonic() + HANDSHAKE_SECONDS
     try:
-        hello = _read(connection, _HELLO.size)
+        hello = _read(connection, _HELLO.size, until)
         magic, version, _, purpose = _HELLO.unpack(hello)
         if magic != _MAGIC or version != VERSION:
             raise ChannelClosed(f"the caller does not speak version {VERSION}")
         head = _ANSWER.pack(_MAGIC, VERSION, os.urandom(16), b"")[:-32]
         said = hello + head
         connection.sendall(head + _mac(token, b"listener", said))
-        if not hmac.compare_digest(_read(connection, 32), _mac(token, b"caller", said)):
+        if not hmac.compare_digest(_read(connection, 32, until), _mac(token, b"caller", said)):
             raise ChannelClosed("the caller has another token")
         connection.settimeout(None)
     except OSError as error:
@@ -126,9 +128,13 @@ def _mac(token: bytes, label: bytes, said: bytes) -> bytes:
     return hmac.digest(token, label + b"\0" + said, "sha256")
 
 
-def _read(connection: socket.socket, count: int) -> bytes:
+def _read(connection: socket.socket, count: int, until: float) -> bytes:
     received = b""
     while len(received) < count:
+        left = until - time.monotonic()
+        if left <= 0:
+            raise ChannelClosed("the other end took too long")
+        connection.settimeout(left)
         more = connection.recv(count - len(received))
         if not more:
             raise ChannelClosed("the other end hung up")
