@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from labinfer.cluster.checkpoints import Store
-from labinfer.cluster.control import Address, Control
+from labinfer.cluster.control import END_SECONDS, Address, Control
 from labinfer.cluster.token import read_token
 from labinfer.errors import LabinferError
 from labinfer.runtime.pipeline.process import BEAT, StageProcess, stopped
@@ -156,7 +156,7 @@ class Session:
             pass
         finally:
             self.close()
-            self.watching.join()
+            self.watching.join(END_SECONDS)
             self.control.release()
 
     def do(self, message: dict[str, Any], payload: bytes) -> None:
@@ -207,7 +207,7 @@ class Session:
                 if not self.closed:
                     process = StageProcess(message["name"], start, [each.fileno() for each in sockets])
                     self.stages.append(HostedStage(self, number, process))
-        except (ChannelClosed, KeyError, TypeError, OSError) as error:
+        except Exception as error:  # whatever it is, the head must not wait for a stage that will never come
             with contextlib.suppress(ChannelClosed):
                 self.control.say(stage=number, died=f"{message.get('name')} could not be wired: {error}")
         finally:
@@ -242,7 +242,7 @@ class Session:
             self.control.close()
             for stage in self.stages:
                 stage.process.process.kill()  # it has nothing to lose, and others wait for its memory
-                stage.thread.join()
+                stage.thread.join(END_SECONDS)
                 stage.process.close()
             self.stages.clear()
 

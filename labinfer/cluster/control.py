@@ -22,6 +22,12 @@ CONTROL = 16
 MESSAGE_BYTES = 64 << 20
 """The largest message: a plan, or a piece of a checkpoint."""
 
+ANSWER_SECONDS = 600.0
+"""How long an answer may take: that to the last piece of a file waits until all of it was read again for its digest."""
+
+END_SECONDS = 10.0
+"""How long a thread is waited for whose connection was closed, or process killed: far longer than it should take."""
+
 Address = tuple[str, int]
 
 
@@ -44,9 +50,12 @@ class Control:
             sections = [memoryview(json.dumps(message).encode()), memoryview(payload)]
             self.channel.send(CONTROL, 0, sections)
 
-    def hear(self) -> tuple[dict[str, Any], bytes]:
-        """The next message that is no beat, and the bytes behind it; raises ``ChannelClosed``."""
+    def hear(self, seconds: float | None = None) -> tuple[dict[str, Any], bytes]:
+        """The next message that is no beat, and the bytes behind it; ``ChannelClosed`` if none comes in ``seconds``."""
+        until = None if seconds is None else time.monotonic() + seconds
         while True:
+            if until is not None and not self.channel.ready(max(0.0, until - time.monotonic())):
+                raise ChannelClosed(f"no answer came within {seconds:.0f} seconds")
             sections: list[bytearray] = []
 
             def place(header: Header, into: list[bytearray] = sections) -> list[memoryview]:
@@ -67,7 +76,7 @@ class Control:
     def ask(self, payload: bytes | memoryview = b"", **message: Any) -> dict[str, Any]:
         """Send a message and wait for the next that comes; an error that it tells of is raised."""
         self.say(payload, **message)
-        answer, _ = self.hear()
+        answer, _ = self.hear(ANSWER_SECONDS)
         if "error" in answer:
             raise LabinferError("cluster.agent", str(answer["error"]))
         return answer
@@ -96,5 +105,5 @@ class Control:
         """Give the connection back; nobody hears any more."""
         self.close()
         if self.beating is not threading.current_thread():
-            self.beating.join()
+            self.beating.join(END_SECONDS)
         self.channel.release()
