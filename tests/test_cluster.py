@@ -25,15 +25,16 @@ from labinfer.cluster import agents, stages
 from labinfer.cluster import control as control_module
 from labinfer.cluster.agent import Agent, Session
 from labinfer.cluster.checkpoints import PIECE_BYTES, Store, file_digest, manifest, provide
-from labinfer.cluster.control import Control
+from labinfer.cluster.control import Control, open_control
 from labinfer.cluster.fleet import load
-from labinfer.cluster.stages import open_control
+from labinfer.cluster.neighbours import Neighbour
 from labinfer.cluster.token import kept_token, read_token, token_path
 from labinfer.compiler.cluster import read_cluster
 from labinfer.errors import DoesNotFit, InvalidFile, LabinferError, UsageError
 from labinfer.llm import LLM
 from labinfer.runtime.pipeline.process import StageDied
 from labinfer.runtime.pipeline.transport import ChannelClosed, Keys
+from labinfer.runtime.pipeline.transport.sealed import accept
 from labinfer.runtime.pipeline.transport.tcp import connected_sockets
 from labinfer.runtime.request import Request
 
@@ -252,6 +253,31 @@ def test_an_answer_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -
         head.ask(do="hello")
     for each in (head, agent):
         each.release()
+
+
+def test_a_neighbour_that_falls_silent_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_module, "HOST_SILENCE", 0.5)
+    token, told = bytes(32), list[str]()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        other: list[Control] = []
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            other.append(Control(connection, accept(connection, token)[1], 10))
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        neighbour = Neighbour(listener.getsockname(), token, told.append)
+        thread.join(10)
+        time.sleep(1.5)
+        assert told == []
+        other[0].saying.acquire()  # no beat is sent any more
+        neighbour.thread.join(10)
+        assert len(told) == 1
+        assert "cannot reach 127.0.0.1" in told[0]
+        other[0].saying.release()
+        neighbour.close()
+        other[0].release()
 
 
 def test_stages_that_make_no_progress_are_given_up(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

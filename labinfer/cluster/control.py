@@ -15,9 +15,16 @@ from typing import Any
 from labinfer.errors import LabinferError
 from labinfer.runtime.pipeline.process import BEAT
 from labinfer.runtime.pipeline.transport import ChannelClosed, Header, Keys, Sealed
+from labinfer.runtime.pipeline.transport.sealed import connect
 
 CONTROL = 16
 """The kind of frames that hold a message."""
+
+CONTROL_PURPOSE = b"control"
+"""What a connection of these messages is for, as whoever connects says."""
+
+HOST_SILENCE = 1.5
+"""Seconds after which a host that says nothing is taken for lost."""
 
 MESSAGE_BYTES = 64 << 20
 """The largest message: a plan, or a piece of a checkpoint."""
@@ -29,6 +36,12 @@ END_SECONDS = 10.0
 """How long a thread is waited for whose connection was closed, or process killed: far longer than it should take."""
 
 Address = tuple[str, int]
+
+
+def open_control(address: Address, token: bytes) -> Control:
+    """A control connection to the agent at ``address``; raises ``ChannelClosed``."""
+    connection, keys = connect(address, token, CONTROL_PURPOSE)
+    return Control(connection, keys, HOST_SILENCE)
 
 
 class Control:

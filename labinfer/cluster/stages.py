@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from labinfer.cluster.agent import CONTROL_PURPOSE, notice_cuts
+from labinfer.cluster.agent import notice_cuts
 from labinfer.cluster.checkpoints import provide
-from labinfer.cluster.control import END_SECONDS, Address, Control
+from labinfer.cluster.control import END_SECONDS, Address, Control, open_control
 from labinfer.compiler.plan import Plan
 from labinfer.errors import LabinferError, UsageError
 from labinfer.runtime.pipeline.message import decode_error, frame_bytes
@@ -22,18 +22,8 @@ from labinfer.runtime.pipeline.transport import Channel, ChannelClosed, Sealed
 from labinfer.runtime.pipeline.transport.sealed import connect
 from labinfer.runtime.pipeline.workers import Workers, check_adapters
 
-HOST_SILENCE = 1.5
-"""Seconds after which a host that says nothing is taken for lost."""
-
-
 LOADING_SILENCE = 120.0
 """Seconds without any progress after which stages that are loaded are given up."""
-
-
-def open_control(address: Address, token: bytes) -> Control:
-    """A control connection to the agent at ``address``; raises ``ChannelClosed``."""
-    connection, keys = connect(address, token, CONTROL_PURPOSE)
-    return Control(connection, keys, HOST_SILENCE)
 
 
 class HostedStages(Workers):
