@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from labinfer.errors import LabinferError
 from labinfer.runtime.pipeline.transport import TRANSPORTS, Channel, ChannelClosed, Header, attach, open_channel
+from labinfer.runtime.pipeline.transport.arrivals import Arrivals
 
 LIMIT = 1 << 20
 
@@ -99,6 +100,19 @@ def test_frames_beyond_the_limit_are_refused_at_both_ends(ends: tuple[Channel, C
     sender.close()
     receiver.close()
     thread.join()
+
+
+def test_what_comes_as_expected_and_what_does_not_is_waited_for(ends: tuple[Channel, Channel]) -> None:
+    sender, receiver = ends
+    arrivals, inbox = Arrivals(receiver), Inbox(receiver)
+    for number, seconds in enumerate((0.02, 0.02, 0.0, 0.1, 0.02)):  # new, as usual, sooner, later, sooner
+        timer = threading.Timer(seconds, sender.send, (0, number, [memoryview(b"text")]))
+        timer.start()
+        arrivals.wait()
+        assert not receiver.leaves_process or receiver.ready()
+        assert inbox.receive() == (0, number, [b"text"])
+        timer.join()
+        assert not receiver.ready(0.001)
 
 
 def test_a_refused_place_leaves_the_channel_usable(ends: tuple[Channel, Channel]) -> None:

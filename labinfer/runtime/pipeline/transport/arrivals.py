@@ -16,14 +16,19 @@ EARLY, LATE = 100e-6, 100e-6
 
 
 class Arrivals:
-    """Those of frames from another process through ``channel``: each is expected after as long a wait as the last."""
+    """Those of frames through ``channel``, each of which is expected after as long a wait as the last.
+
+    Frames of this process are not looked for: who does so keeps its threads from running Python.
+    """
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.usual = 0.0
 
     def wait(self) -> None:
-        """Return when something has come."""
+        """Return when something has come, or is best waited for by receiving it."""
+        if not self.channel.leaves_process:
+            return
         began = time.monotonic()
         if not self.channel.ready(max(0.0, self.usual - EARLY)):
             until = began + self.usual + LATE

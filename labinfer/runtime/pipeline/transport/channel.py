@@ -41,6 +41,9 @@ class ChannelClosed(Exception):
 class Channel(ABC):
     """One end of a channel. A frame may have ``limit`` bytes; larger ones, and what is no frame, are refused."""
 
+    leaves_process = True
+    """Whether the other end may be in another process."""
+
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._head = memoryview(bytearray(_PREAMBLE.size + 8 * MAX_SECTIONS))

@@ -83,6 +83,7 @@ class Ring(Channel):
     def __init__(self, memory: mmap.mmap, data: Signal, space: Signal, limit: int, file: int | None = None) -> None:
         super().__init__(limit)
         self.memory, self.data, self.space, self.file = memory, data, space, file
+        self.leaves_process = file is not None
         whole = memoryview(memory)
         self.counts, self.ring = whole[:_CONTROL].cast("Q"), whole[_CONTROL:]
         self.position, self.known, self.told = 0, 0, 0  # own count; the other's, and own, as last seen and told
