@@ -17,8 +17,8 @@ import numpy as np
 
 from labinfer.api import compile_options, is_plan, read_model
 from labinfer.catalogue import resolve
-from labinfer.cluster.agent import CONTROL_PURPOSE
 from labinfer.cluster.agents import hosts_of
+from labinfer.cluster.control import CONTROL_PURPOSE, END_SECONDS
 from labinfer.cluster.stages import HostedStages
 from labinfer.cluster.token import kept_token
 from labinfer.compiler.cluster import Cluster
@@ -171,4 +171,4 @@ class ClusterFleet:
         """End the thread."""
         self.closing.set()
         if self.prober is not None:
-            self.prober.join()
+            self.prober.join(END_SECONDS)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
 from statistics import median
@@ -18,7 +17,7 @@ from statistics import median
 from labinfer.compiler.costs import LinkProfile
 from labinfer.errors import LabinferError
 from labinfer.profile.links import link_of
-from labinfer.runtime.pipeline.transport import Channel, ChannelClosed, Header, Keys, Sealed, attach, open_channel
+from labinfer.runtime.pipeline.transport import Channel, ChannelClosed, Keys, Sealed, attach, open_channel
 from labinfer.runtime.pipeline.transport.tcp import connected_sockets
 
 SMALL, LARGE = 1 << 10, 4 << 20
@@ -90,11 +89,7 @@ def echo_process(transport: str, inbound: Channel, outbound: Channel, size: int)
 
 def receive(channel: Channel, memory: memoryview) -> None:
     """Receive a frame of one section into ``memory``."""
-
-    def place(_: Header) -> Iterator[memoryview]:
-        yield memory
-
-    channel.receive(place)
+    channel.receive(lambda _: [memory])
 
 
 def main() -> None:

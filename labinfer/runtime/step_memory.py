@@ -97,6 +97,10 @@ class StepMemory:
             self.device.move_in(table, step.block_table[:, : table.shape[1]])
             self.device.move_in(slots, step.slot_mapping)
 
+    def load_token_ids(self, batch: StepBatch) -> None:
+        """Copy the token ids of ``batch``, which have changed since it was loaded."""
+        self.device.move_in(batch.token_ids, self.arrays["token_ids"][: len(batch.token_ids)])
+
     def close(self) -> None:
         """Give the memory back."""
         self.arrays.clear()
