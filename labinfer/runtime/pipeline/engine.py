@@ -6,7 +6,7 @@ first itself. Only where a token is not simply the likeliest does the step wait 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -131,15 +131,16 @@ class PipelinedEngine(Engine):
 
     def fill(self) -> None:
         """Send steps of each group in turn until none has one that can be sent."""
-        idle = 0
+        idle, on_way = 0, Counter(flight.group for flight in self.flights)
         while idle < self.scheduler.groups:
-            idle = 0 if self.launch(self.scheduler.turn) else idle + 1
-            self.scheduler.turn = (self.scheduler.turn + 1) % self.scheduler.groups
+            group = self.scheduler.turn
+            launched = on_way[group] < self.depth and self.launch(group)
+            on_way[group] += launched
+            idle = 0 if launched else idle + 1
+            self.scheduler.turn = (group + 1) % self.scheduler.groups
 
     def launch(self, group: int) -> bool:
         """Send the next step of ``group``, if there is one."""
-        if sum(flight.group == group for flight in self.flights) >= self.depth:
-            return False
         if self.flights and self.capture.wanted:  # it looks at the steps one by one
             return False
         scheduled = self.schedule(ahead=bool(self.flights))

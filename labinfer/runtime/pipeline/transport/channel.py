@@ -6,6 +6,8 @@ themselves, little-endian throughout. What is in them is for the two ends to kno
 
 from __future__ import annotations
 
+import select
+import socket
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +38,13 @@ It is asked for the next buffer when the one before is filled, so it may look at
 
 class ChannelClosed(Exception):
     """The channel was closed, here or at the other end."""
+
+
+def arrived(file: int | socket.socket) -> bool:
+    """Whether bytes of ``file``, or its end, can be read at once; ``select.select`` knows the first 1,024 files only."""
+    found = select.poll()
+    found.register(file, select.POLLIN)
+    return bool(found.poll(0))
 
 
 class Channel(ABC):

@@ -10,11 +10,10 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import select
 import tempfile
 from collections.abc import Sequence
 
-from labinfer.runtime.pipeline.transport.channel import Channel, ChannelClosed
+from labinfer.runtime.pipeline.transport.channel import Channel, ChannelClosed, arrived
 
 _HEAD, _TAIL, _CLOSED = 0, 8, 16
 _CONTROL = 192
@@ -53,7 +52,7 @@ class Signal:
     @property
     def is_set(self) -> bool:
         """Whether ``wait`` would return at once."""
-        return bool(select.select([self.descriptors[0]], [], [], 0)[0])
+        return arrived(self.descriptors[0])
 
     def release(self) -> None:
         """Close the descriptors."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
 from collections.abc import Sequence
 
-from labinfer.runtime.pipeline.transport.channel import Channel, ChannelClosed
+from labinfer.runtime.pipeline.transport.channel import Channel, ChannelClosed, arrived
 
 
 def connected_sockets() -> tuple[socket.socket, socket.socket]:
@@ -61,7 +60,7 @@ class Tcp(Channel):
 
     def ready(self) -> bool:
         """Whether bytes, or the end, have arrived."""
-        return bool(select.select([self.connection], [], [], 0)[0])
+        return arrived(self.connection)
 
     def close(self) -> None:
         """Shut the connection down."""
