@@ -41,7 +41,7 @@ class ChannelClosed(Exception):
 
 
 def arrived(file: int | socket.socket) -> bool:
-    """Whether bytes of ``file``, or its end, can be read at once; ``select.select`` knows the first 1,024 files only."""
+    """Whether bytes of ``file``, or its end, can be read at once; ``select.select`` knows 1,024 files only."""
     found = select.poll()
     found.register(file, select.POLLIN)
     return bool(found.poll(0))
