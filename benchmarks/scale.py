@@ -11,6 +11,7 @@ says what follows.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import queue
 import subprocess
@@ -115,7 +116,10 @@ class Echo:
     def stop(self) -> None:
         self.answers.put(None)
 
-    kill = release = watch_nothing = lambda self: None
+    def release(self) -> None:
+        """Nothing is left."""
+
+    kill = stop
 
 
 class EchoFleet:
@@ -161,7 +165,9 @@ def head(hosts: int) -> None:
     for stages in (1, 8, 32, 126):
         seconds = head_seconds(stages)
         rate = SEQUENCES / seconds
-        print(f"head     {stages:5} stages: {1e6 * seconds:6.0f} µs a step of {SEQUENCES} sequences, {rate:.0f} tokens/s")
+        print(
+            f"head     {stages:5} stages: {1e6 * seconds:6.0f} µs a step of {SEQUENCES} sequences, {rate:.0f} tokens/s"
+        )
 
 
 def chain_problem(hosts: int, heads_share: int, head_step: float) -> Problem:
@@ -203,10 +209,9 @@ def chains(hosts: int) -> None:
             print(f"chains   {size:5} hosts each: the model does not fit")
             continue
         tokens = SEQUENCES * ANSWER * share
-        print(
-            f"chains   {share:3} of {size:4} hosts ({stages} used): {tokens * own.units_per_second:8.0f} tokens/s with a "
-            f"head each, {tokens * one.units_per_second:8.0f} with one; answer in {own.median_seconds:.1f} s"
-        )
+        told = f"{tokens * own.units_per_second:8.0f} tokens/s with a head each"
+        told += f", {tokens * one.units_per_second:8.0f} with one; a unit in {own.median_seconds:.0f} s"
+        print(f"chains   {share:3} of {size:4} hosts ({stages} used): {told}")
 
 
 def beats(hosts: int) -> None:
@@ -230,14 +235,12 @@ def beats(hosts: int) -> None:
 
 def listen(control: Control) -> None:
     """Hear beats until the connection is closed."""
-    try:
+    with contextlib.suppress(ChannelClosed):
         control.hear()
-    except ChannelClosed:
-        pass
 
 
 def probes(hosts: int) -> None:
-    """Seconds until so many hosts were asked whether they answer, as before each new plan; agents share this machine."""
+    """Seconds until so many hosts were asked whether they answer, as before each new plan; agents are here too."""
     count = -(-hosts // 32)
     with subprocess.Popen([sys.executable, "-c", AGENTS, str(count)], stdin=-1, stdout=-1, text=True) as agents:
         assert agents.stdout is not None
