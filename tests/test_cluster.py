@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -391,6 +392,13 @@ def test_up_status_and_down(ssh: bool, home: Path, tmp_path: Path, monkeypatch: 
     assert capsys.readouterr().out == ",".join(map(str, answers()[0][:3])) + "\n"
     assert main([*arguments, "--devices", "reference"]) == 2
     assert main([*arguments, "--transport", "shm"]) == 2
+    assert "over a cluster there is no --transport" in capsys.readouterr().err
+    bench = ["bench", str(FOLDER), "--cluster", str(file), "--prompt-lengths", "20", "--decode-lengths", "6", "--json"]
+    assert main([*bench, "--batch", "2", "--repeat", "2"]) == 0
+    tests = json.loads(capsys.readouterr().out)["tests"]
+    assert [(test["kind"], test["tokens_per_second"] > 0) for test in tests] == [("prefill", True), ("decode", True)]
+    assert main([*bench, "--compare"]) == 2
+    assert "over a cluster there is no --compare" in capsys.readouterr().out
     for told in ("ended", "did not run"):
         assert main(["cluster", "down", str(file)]) == 0
         assert capsys.readouterr().out == f"alpha (127.0.0.1:{port}): {told}\n"

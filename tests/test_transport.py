@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import threading
 from collections.abc import Iterator
 
@@ -156,3 +157,22 @@ def test_closing_wakes_who_waits_at_either_end(ends: tuple[Channel, Channel]) ->
 
     with pytest.raises(ChannelClosed):
         read()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_more_than_1024_open_files_are_no_trouble(transport: str) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], min(2048, limits[1])), limits[1]))
+    taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        sender, receiver = open_channel(transport, 2 * LIMIT, LIMIT)
+        assert not receiver.ready()
+        sender.send(0, 0, [memoryview(b"there")])
+        assert receiver.ready()
+        for end in (sender, receiver):
+            end.close()
+            end.release()
+    finally:
+        for file in taken:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

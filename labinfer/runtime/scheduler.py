@@ -323,6 +323,11 @@ class Scheduler:
             self.wait(sequence)
         self.update()
 
+    def let_go(self) -> dict[Sequence, Request]:
+        """All sequences, none of which runs, and their requests: others see to them from now on."""
+        requests, self.requests, self.waiting, self.refused = self.requests, {}, [], None
+        return requests
+
     def leave(self, sequence: Sequence) -> None:
         """Give the row and the adapter of a sequence back; it keeps its tokens. ``update`` afterwards."""
         self.refused = None

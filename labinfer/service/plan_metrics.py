@@ -4,7 +4,7 @@ long as was predicted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -13,31 +13,54 @@ from labinfer.compiler.fold import unfold_inputs
 from labinfer.compiler.plan import Plan
 from labinfer.llm import LLM
 
+LABELS = ("model_name", "engine")
+"""What every sample of an engine says."""
 
-def plan_families(model: LLM, labels: Sequence[str], own: Sequence[str]) -> Iterator[Any]:
-    """The families that Prometheus reads; each sample has ``labels`` with the values ``own``."""
-    plan, engine = model.plan, model.engine
-    memory = GaugeMetricFamily("labinfer:device_bytes", "memory of a device", labels=(*labels, "device", "use"))
-    for stage in plan.stages:
-        for use, nbytes in stage.bytes.model_dump().items():
-            memory.add_metric([*own, stage.device, use], nbytes)
-    yield memory
-    text = "seconds for which steps kept a device busy"
-    busy = CounterMetricFamily("labinfer:device_busy_seconds", text, labels=(*labels, "device"))
-    for device in dict.fromkeys(stage.device for stage in plan.stages):
-        busy.add_metric([*own, device], model.device_seconds.get(device, 0.0))
-    yield busy
-    text = "bytes of values, from the device that made them to one that reads them"
-    sent = CounterMetricFamily("labinfer:transfer_bytes", text, labels=(*labels, "src", "dst"))
-    for (source, target), nbytes in transfers(plan, engine.num_tokens).items():
-        sent.add_metric([*own, source, target], nbytes)
-    yield sent
-    for name, seconds in (("predicted", predicted(model)), ("measured", measured(model))):
-        text = f"a step of the size that the plan was made for, {name}"
-        family = GaugeMetricFamily(f"labinfer:plan_{name}_step_seconds", text, labels=(*labels, "phase"))
-        for phase, value in seconds.items():
-            family.add_metric([*own, phase], value)
-        yield family
+FAMILIES = {
+    "labinfer:device_bytes": (GaugeMetricFamily, "memory of a device", ("device", "use")),
+    "labinfer:device_busy_seconds": (CounterMetricFamily, "seconds for which steps kept a device busy", ("device",)),
+    "labinfer:transfer_bytes": (
+        CounterMetricFamily,
+        "bytes of values, from the device that made them to one that reads them",
+        ("src", "dst"),
+    ),
+    "labinfer:plan_predicted_step_seconds": (
+        GaugeMetricFamily,
+        "a step of the size that the plan was made for, predicted",
+        ("phase",),
+    ),
+    "labinfer:plan_measured_step_seconds": (
+        GaugeMetricFamily,
+        "a step of the size that the plan was made for, measured",
+        ("phase",),
+    ),
+}
+
+
+def plan_families(models: Sequence[LLM], name: str) -> Iterator[Any]:
+    """The families that Prometheus reads, of the replicas of the model that is served as ``name``."""
+    families = {
+        family: kind(family, text, labels=(*LABELS, *labels)) for family, (kind, text, labels) in FAMILIES.items()
+    }
+    for number, model in enumerate(models):
+        for family, values in plan_values(model).items():
+            for labels, value in values.items():
+                families[family].add_metric([name, str(number), *labels], value)
+    yield from families.values()
+
+
+def plan_values(model: LLM) -> dict[str, Mapping[Any, float]]:
+    """What each family says of a model, by its labels."""
+    plan = model.plan
+    memory = {(stage.device, use): size for stage in plan.stages for use, size in stage.bytes.model_dump().items()}
+    seconds = {(stage.device,): model.device_seconds.get(stage.device, 0.0) for stage in plan.stages}
+    return {
+        "labinfer:device_bytes": memory,
+        "labinfer:device_busy_seconds": seconds,
+        "labinfer:transfer_bytes": transfers(plan, model.engine.num_tokens),
+        "labinfer:plan_predicted_step_seconds": {(phase,): value for phase, value in predicted(model).items()},
+        "labinfer:plan_measured_step_seconds": {(phase,): value for phase, value in measured(model).items()},
+    }
 
 
 def transfers(plan: Plan, tokens: int) -> dict[tuple[str, str], int]:

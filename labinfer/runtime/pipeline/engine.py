@@ -6,9 +6,10 @@ first itself. Only where a token is not simply the likeliest does the step wait 
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -54,6 +55,8 @@ class PipelinedEngine(Engine):
         super().__init__(*args, **options)  # type: ignore[arg-type]
         self.speculation = None  # a step is sent before the tokens are known that guesses would follow
         self.restarts = 0  # of the stages, since a step was last completed
+        self.recovering = False
+        self.elsewhere: Callable[[], PipelinedEngine | None] = lambda: None  # who goes on if stages die
         self.depth = DEPTH if self.batch.blocks.recompute_after is None else 1
         self.flights: deque[Flight] = deque()
         rows = len(self.batch.num_tokens)
@@ -93,7 +96,11 @@ class PipelinedEngine(Engine):
         self.drain_if_idle()
 
     def abort(self, request: Request) -> None:
-        """Stop ``request`` wherever it is."""
+        """Stop ``request`` wherever it is, with another engine too."""
+        if request.moved_to is not None and request.moved_to is not self:
+            request.moved_to.submit(partial(request.moved_to.abort, request))
+            request.moved_to.start()
+            return
         super().abort(request)
         self.drain_if_idle()
 
@@ -131,15 +138,16 @@ class PipelinedEngine(Engine):
 
     def fill(self) -> None:
         """Send steps of each group in turn until none has one that can be sent."""
-        idle = 0
+        idle, on_way = 0, Counter(flight.group for flight in self.flights)
         while idle < self.scheduler.groups:
-            idle = 0 if self.launch(self.scheduler.turn) else idle + 1
-            self.scheduler.turn = (self.scheduler.turn + 1) % self.scheduler.groups
+            group = self.scheduler.turn
+            launched = on_way[group] < self.depth and self.launch(group)
+            on_way[group] += launched
+            idle = 0 if launched else idle + 1
+            self.scheduler.turn = (group + 1) % self.scheduler.groups
 
     def launch(self, group: int) -> bool:
         """Send the next step of ``group``, if there is one."""
-        if sum(flight.group == group for flight in self.flights) >= self.depth:
-            return False
         if self.flights and self.capture.wanted:  # it looks at the steps one by one
             return False
         scheduled = self.schedule(ahead=bool(self.flights))
@@ -259,9 +267,20 @@ class PipelinedEngine(Engine):
     def recover(self, error: LabinferError) -> None:
         """A stage died, and what is in its cache with it: start the stages anew and compute all of that again.
 
-        Every request goes on with the tokens it has. They end with an error where the stages cannot be started, or
-        die again and again before they have completed a step: with the one that they died of.
+        Every request goes on with the tokens it has: elsewhere, if it can. They end with an error where the stages
+        cannot be started, or die again and again before they have completed a step: with the one that they died of.
         """
+        self.recovering = True
+        try:
+            self.give_up_steps()
+            if (other := self.elsewhere()) is not None:
+                self.hand_over(other)
+            self.start_anew(error)
+        finally:
+            self.recovering = False
+
+    def give_up_steps(self) -> None:
+        """Nothing is on its way any more, and all sequences wait."""
         while self.flights:
             flight = self.flights.pop()
             if flight.counted:
@@ -269,6 +288,25 @@ class PipelinedEngine(Engine):
         self.uses[:], self.source[:], self.scheduler.held[:] = 0, 0, False
         self.release()
         self.scheduler.restart()
+
+    def hand_over(self, other: PipelinedEngine) -> None:
+        """Have ``other`` go on with all requests, none of which has a row."""
+        self.make_changes()  # whoever begins or stops now need not wait until the stages are started
+        self.delivery.deliver()
+        moving = self.scheduler.let_go()
+        for request in moving.values():
+            request.moved_to = other
+        other.submit(partial(other.take_over, moving))
+        other.start()
+
+    def take_over(self, moving: Mapping[Sequence, Request]) -> None:
+        """Go on with sequences of another engine."""
+        for sequence in moving:
+            sequence.batch = self.batch
+            self.scheduler.wait(sequence)
+
+    def start_anew(self, error: LabinferError) -> None:
+        """Start the stages, again if they die at once; else end every request with ``error``, or the newer one."""
         while self.restarts < MAX_RESTARTS:
             self.restarts += 1
             try:

@@ -6,6 +6,8 @@ themselves, little-endian throughout. What is in them is for the two ends to kno
 
 from __future__ import annotations
 
+import select
+import socket
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -34,8 +36,22 @@ What is in them may be looked at once the whole frame was received.
 """
 
 
+SELECTABLE = 1024
+"""Descriptors below this number can be waited for by the microsecond, with ``select``; others by the millisecond."""
+
+
 class ChannelClosed(Exception):
     """The channel was closed, here or at the other end."""
+
+
+def arrived(file: int | socket.socket, seconds: float | None = 0.0) -> bool:
+    """Whether bytes of ``file``, or its end, can be read; waits for them so long, or until they can be (None)."""
+    descriptor = file if isinstance(file, int) else file.fileno()
+    if descriptor < SELECTABLE:
+        return bool(select.select([descriptor], [], [], seconds)[0])
+    found = select.poll()
+    found.register(descriptor, select.POLLIN)
+    return bool(found.poll(None if seconds is None else 1e3 * seconds))
 
 
 class Channel(ABC):

@@ -10,11 +10,10 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import select
 import tempfile
 from collections.abc import Sequence
 
-from labinfer.runtime.pipeline.transport.channel import Channel, ChannelClosed
+from labinfer.runtime.pipeline.transport.channel import Channel, ChannelClosed, arrived
 
 _HEAD, _TAIL, _CLOSED = 0, 8, 16
 _CONTROL = 192
@@ -52,7 +51,7 @@ class Signal:
 
     def is_set(self, seconds: float | None) -> bool:
         """Whether ``wait`` would return at once; waits for that so long, or until it would (None)."""
-        return bool(select.select([self.descriptors[0]], [], [], seconds)[0])
+        return arrived(self.descriptors[0], seconds)
 
     def release(self) -> None:
         """Close the descriptors."""

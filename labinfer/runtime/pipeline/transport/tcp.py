@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
 from collections.abc import Sequence
 
-from labinfer.runtime.pipeline.transport.channel import Channel, ChannelClosed
+from labinfer.runtime.pipeline.transport.channel import Channel, ChannelClosed, arrived
 
 _BUFFER_BYTES = 1 << 16
 
@@ -71,7 +70,7 @@ class Tcp(Channel):
 
     def ready(self, seconds: float | None = 0.0) -> bool:
         """See ``Channel.ready``."""
-        return self._start < self._stop or bool(select.select([self.connection], [], [], seconds)[0])
+        return self._start < self._stop or arrived(self.connection, seconds)
 
     def close(self) -> None:
         """Shut the connection down."""
