@@ -218,7 +218,7 @@ class PipelinedEngine(Engine):
         """Take over the tokens of a step for the sequences that still want them."""
         self.restarts = 0
         if self.model.fleet is not None:
-            self.model.fleet.observe(result.times)
+            self.model.fleet.observe(result.times, flight.part)
         part, alive, values = flight.part, flight.alive, result.logits
         if values is None:  # chosen already
             values = result.tokens[:, None]
