@@ -59,7 +59,7 @@ class Room:
             for name, threads in devices.items()
         }
         self.links: dict[tuple[str, str], LinkProfile] = profile_links(devices)
-        self.hops = profile_hops()
+        self.hops = profile_hops(how["again"])
         layers = {
             op.layer for op in stage_ops(labinfer.compile(model, devices="cpu").stages[0]) if op.layer is not None
         }
@@ -100,8 +100,8 @@ def trials(path: str, patience: Patience, **how: bool) -> Iterator[Trial]:
         cut = thirds * len(room.units) // 6
         options = {"streamed_layers": streamed} if streamed else {}
         plan = room.compile(", ".join(each), pins(room.units, cut, 0, 1), **options)
-        name = f"{cut} + {len(room.units) - cut}, {transport}" + (f", {streamed} + {streamed} streamed" if streamed else "")
-        yield Trial(name, room, plan, transport)
+        name = f"{cut} + {len(room.units) - cut}, {transport}"
+        yield Trial(f"{name}, {streamed} streamed each" if streamed else name, room, plan, transport)
 
 
 def pins(units: Sequence[str], cut: int, first: int, second: int) -> str:
@@ -154,8 +154,9 @@ def summary(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     plans = {(row["model"], row["plan"]) for row in found}
     yield f"{len(plans)} plans"
     for phase, of in product(("decode", "prefill"), ("whole", "stage")):
-        errors = [abs(row["error"]) for row in found if row["step"].startswith(phase) and row["of"].startswith(of)]
-        yield f"{phase}, {of}: median error of {len(errors)} {100 * median(errors):.1f} %, worst {100 * max(errors):.1f} %"
+        rows = [row for row in found if row["step"].startswith(phase) and row["of"].startswith(of)]
+        errors = [100 * abs(row["error"]) for row in rows]
+        yield f"{phase}, {of}: median error of {len(errors)} {median(errors):.1f} %, worst {max(errors):.1f} %"
 
 
 def milliseconds(predicted: float, measured: float) -> dict[str, float]:

@@ -21,7 +21,15 @@ from labinfer.errors import DoesNotFit, UsageError
 from labinfer.llm import LLM
 from labinfer.replanning import with_layers
 from labinfer.runtime.manager import Manager
-from labinfer.runtime.pipeline.balance import PAYS_WITHIN, WINDOW, WINDOWS, Balance, BalancedFleet, balanced, beside_layers
+from labinfer.runtime.pipeline.balance import (
+    PAYS_WITHIN,
+    WINDOW,
+    WINDOWS,
+    Balance,
+    BalancedFleet,
+    balanced,
+    beside_layers,
+)
 from labinfer.runtime.pipeline.workers import StageProcesses
 from labinfer.runtime.request import Request
 
