@@ -30,6 +30,7 @@ from labinfer.llm import LLM, loading
 from labinfer.placing import cluster_target, goal_of
 from labinfer.progress import Progress, silent
 from labinfer.replanning import pinned
+from labinfer.runtime.batch import Part
 from labinfer.runtime.pipeline.transport import ChannelClosed
 from labinfer.runtime.pipeline.transport.sealed import connect
 
@@ -141,7 +142,7 @@ class ClusterFleet:
         back = list(self.back_since.items())  # perhaps with one that was asked while the plan was made that uses it
         return any(name not in self.used and now - since > REJOIN_SECONDS for name, since in back)
 
-    def observe(self, times: np.ndarray) -> None:
+    def observe(self, times: np.ndarray, part: Part) -> None:
         """Steps may take as long as they take."""
 
     def answering(self) -> frozenset[str]:

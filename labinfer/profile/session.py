@@ -80,7 +80,7 @@ def profile_device(
     check_memory(resident)
     fresh = measure_device(resident, grid, quick, patience, progress)
     if streamed.stages[0].streamed:
-        fresh.stream = measure_streaming(streamed, patience)
+        fresh.stream = measure_streaming(streamed, fresh, patience)
     fresh.ops = {**stored.ops, **fresh.ops}
     store_profile(fresh)
     return fresh

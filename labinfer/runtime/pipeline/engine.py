@@ -229,7 +229,7 @@ class PipelinedEngine(Engine):
         """Take over the tokens of a step for the sequences that still want them."""
         self.restarts = 0
         if self.model.fleet is not None:
-            self.model.fleet.observe(result.times)
+            self.model.fleet.observe(result.times, flight.part)
         for ranks, (began, ended) in zip(self.model.plan.groups, result.times.tolist(), strict=True):
             for stage in ranks:
                 self.model.device_seconds[stage.device] += ended - began
