@@ -90,7 +90,7 @@ def decode(model: Model, batch: int, length: int) -> list[float]:
     seconds = []
     for step in range(length):
         start = time.perf_counter()
-        chosen = model.compute(Part(rows, one, one, one)).argmax(1)
+        chosen = model.compute(Part(rows, one, one, one, decodes=True)).argmax(1)
         if step + 1 < length:
             for row, token in zip(rows.tolist(), chosen, strict=True):
                 model.batch.extend(row, [token])

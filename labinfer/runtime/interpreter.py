@@ -107,6 +107,8 @@ class Interpreter:
             raise
         self.reuses_tapes = os.environ.get("LABINFER_TAPE_REUSE") != "0"
         self.tapes: OrderedDict[tuple[int, int], Tape] = OrderedDict()
+        self.bounds: dict[tuple[int, int], int] = {}  # what the device has said of a count and its limit
+        self.output_rows = [(name, self.rows_symbol(name)) for name in stage.outputs]
         self.listeners: list[Listener] = []
         self.poison()
 
@@ -144,8 +146,7 @@ class Interpreter:
         finally:
             if self.streamed is not None:
                 self.streamed.end()
-        sizes = {name: dim(self.rows_symbol(name), tokens, rows) for name in self.stage.outputs}
-        return {name: tape.values[name][:size] for name, size in sizes.items()}
+        return {name: tape.values[name][: dim(symbol, tokens, rows)] for name, symbol in self.output_rows}
 
     def leave(self) -> None:
         """Let the other ranks of the stage know that this one computes no more."""
@@ -183,12 +184,14 @@ class Interpreter:
 
     def bound_for(self, tokens: int, rows: int) -> tuple[int, int]:
         """The size of the tape that serves steps of ``tokens`` tokens and ``rows`` logit rows."""
-        limits = self.limits.max_num_batched_tokens, self.limits.max_logits_rows
-        most_tokens, most_rows = (
-            self.device.bound_for(count, limit, self.options)
-            for count, limit in zip((tokens, rows), limits, strict=True)
-        )
-        return most_tokens, most_rows
+        limits = self.limits
+        return self.most(tokens, limits.max_num_batched_tokens), self.most(rows, limits.max_logits_rows)
+
+    def most(self, count: int, limit: int) -> int:
+        """The most tokens or rows, within ``limit``, that run alike with ``count``; the device is asked once."""
+        if (count, limit) not in self.bounds:
+            self.bounds[count, limit] = self.device.bound_for(count, limit, self.options)
+        return self.bounds[count, limit]
 
     def warm(self, compiling: Callable[[int, int], None]) -> None:
         """Get the kernels of the smallest and of the largest step ready, and bind the tape of a decode step."""

@@ -88,9 +88,11 @@ class StepMemory:
             host = getattr(batch, name)
             if host is None:
                 host = np.full(len(batch.context_len), NO_ADAPTER, np.int32)
-            used = memory[: len(host)]
-            for step in self.steps:
-                setattr(step, name, used)
+            used = getattr(self.steps[0], name)
+            if len(used) != len(host):
+                used = memory[: len(host)]
+                for step in self.steps:
+                    setattr(step, name, used)
             self.device.move_in(host, used)
         for step, own, table, slots in zip(self.steps, self.own, batch.block_tables, batch.slot_mappings, strict=True):
             step.block_table, step.slot_mapping = own["block_table"][: len(table)], own["slot_mapping"][: len(slots)]

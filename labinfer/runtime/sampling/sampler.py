@@ -46,7 +46,8 @@ def sample(logits: np.ndarray, states: Mapping[int, SamplingState]) -> Sampled:
             else:
                 if (count := state.rules.params.logprobs) is not None:
                     made.logprobs[row] = token_logprobs(logits[row], int(best[row]), count, state.rules.decode)
-    made.tokens[list(made.errors)] = -1
+    if made.errors:
+        made.tokens[list(made.errors)] = -1
     return made
 
 
