@@ -1,20 +1,27 @@
 """The recorded figures of the CUDA backend: decode and prefill of random models of well-known shapes, kernel by kernel.
 
     python benchmarks/models.py FOLDER --random bf16 q4_0          # once: llama-1b-{bf16,q4_0}.gguf
-    python benchmarks/gpu.py FOLDER decode prefill quantized ablate kernels
+    python benchmarks/models.py FOLDER --random bf16 --shape qwen3-0.6b
+    python benchmarks/gpu.py FOLDER decode prefill quantized ablate kernels sampling workload
 
 Prints the card and its measured copy bandwidth first. Decoding is greedy and stays on the device, sampling included;
 a time is the median of runs, from CUDA events. ``ablate`` turns graphs and the overlap of kernels off in turn.
+``sampling`` times the choice of tokens alone. ``workload`` is that of nano-vllm's bench.py, through the engine: 256
+requests, prompts and answers of 100 to 1024 tokens, temperature 0.6.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,18 +31,22 @@ import numpy as np
 
 import labinfer
 from labinfer.backends.cuda.device import CudaDevice
+from labinfer.backends.cuda.sampler import CudaSampler
 from labinfer.backends.cuda.tape import Row, Tape
+from labinfer.backends.sampling import RULE, Choices
 from labinfer.bench.device_decode import decode_on_device
 from labinfer.llm import LLM
 from labinfer.runtime.batch import Part
+from labinfer.runtime.pipeline.device_engine import DeviceEngine
+from labinfer.runtime.sampling import SamplingParams
 
 WARM, REPEAT = 8, 5
 
 
 @contextmanager
-def loaded(folder: Path, format: str, **options: Any) -> Iterator[tuple[LLM, CudaDevice]]:
+def loaded(folder: Path, format: str, shape: str = "llama-1b", **options: Any) -> Iterator[tuple[LLM, CudaDevice]]:
     settings = {"max_num_batched_tokens": 2048, "max_model_len": 2112, "kv_dtype": "bf16", "arena_effort_seconds": 0.2}
-    with labinfer.load(folder / f"llama-1b-{format}.gguf", devices="cuda", **settings | options) as model:
+    with labinfer.load(folder / f"{shape}-{format}.gguf", devices="cuda", **settings | options) as model:
         yield model, model.interpreters[0].device
 
 
@@ -199,7 +210,120 @@ def graph_time(device: CudaDevice, rows: Any) -> float:
     return median(elapsed(device.stream, lambda: [tape() for _ in range(20)] and None) / 20 for _ in range(3))
 
 
-PARTS = {"decode": decode, "prefill": prefill, "quantized": quantized, "ablate": ablate, "kernels": kernels}
+RULES: dict[str, dict[str, float]] = {
+    "greedy": {},
+    "temperature 0.6": {"temperature": 0.6},
+    "top-k 50, top-p 0.9": {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
+    "top-p 0.9": {"temperature": 0.6, "top_p": 0.9},
+    "min-p 0.05": {"temperature": 1.0, "floor": float(np.log(0.05))},
+    "temperature 0.6, 1,000 tokens penalized": {"temperature": 0.6, "repetition": 1.2, "frequency": 0.1},
+}
+
+
+def sampling(folder: Path, bandwidth: float) -> None:
+    """Microseconds to choose the tokens of so many rows, without the way of parameters and tokens over the bus."""
+    vocabulary, batches = 128_256, (1, 8, 64, 256)
+    print(f"\n| tokens of {vocabulary:,} |" + "".join(f" {rows} rows, us |" for rows in batches))
+    print("|---|" + "---|" * len(batches))
+    device = CudaDevice("cuda")
+    random_logits = np.random.default_rng(0).standard_normal((256, vocabulary), np.float32)
+    for name, knobs in RULES.items():
+        times = []
+        for rows in batches:
+            sampler = CudaSampler(device, rows, vocabulary)
+            times.append(sampling_time(device, sampler, cupy.asarray(random_logits[:rows]), knobs))
+            sampler.close()
+        print(f"| {name} |" + "".join(f" {each * 1e3:.1f} |" for each in times), flush=True)
+    device.close()
+
+
+def sampling_time(device: CudaDevice, sampler: CudaSampler, logits: Any, knobs: dict[str, float]) -> float:
+    """Milliseconds."""
+    rules = np.zeros(len(logits), RULE)
+    rules["top_p"], rules["repetition"], rules["source"], rules["floor"] = 1, 1, -1, -np.inf
+    rules["seed"] = np.arange(len(rules))
+    for knob, value in knobs.items():
+        rules[knob] = value
+    listed = 1000 if "repetition" in knobs else 0
+    starts = np.arange(len(rules), dtype=np.int32) * listed
+    spans = np.stack([starts, starts, starts + listed], axis=1) if listed else None
+    tokens = np.tile(np.arange(listed, dtype=np.int32), len(rules))
+    choices = Choices(rules, spans, tokens, np.ones_like(tokens))
+    for _ in range(WARM):
+        sampler.choose(logits, choices)()
+    tape = sampler.tape(logits, listed > 0, "temperature" in knobs)
+    return median(elapsed(device.stream, lambda: [tape() for _ in range(20)] and None) / 20 for _ in range(REPEAT))
+
+
+def workload(folder: Path, bandwidth: float) -> None:
+    print("\n| workload | output tok/s | goal on an H200 | steps | seconds | of them the device works |")
+    print("|---|---|---|---|---|---|")
+    for shape, goal in (("qwen3-0.6b", "28,000"), ("llama-1b", "36,000")):
+        if not (folder / f"{shape}-bf16.gguf").exists():
+            continue
+        options = {"max_num_seqs": 256, "max_logits_rows": 256, "num_blocks": 256 * 80, "max_num_batched_tokens": 8192}
+        with loaded(folder, "bf16", shape, **options) as (model, device):
+            short = SamplingParams(temperature=0.6, ignore_eos=True, detokenize=False)
+            each = [replace(short, max_tokens=3 + 3 * (index // 8)) for index in range(256)]
+            model.generate([[index, 1, 2, 3] for index in range(256)], each)  # each size of a decode step
+            for text in (False, True):
+                prompts, params = requests(text)
+                clock = StepClock(model, device)
+                start = time.perf_counter()
+                model.generate(prompts, params)
+                seconds = time.perf_counter() - start
+                made = sum(each.max_tokens or 0 for each in params)
+                name = f"{shape} bf16{', with text' if text else ''}"
+                share = clock.close()
+                print(
+                    f"| {name} | {made / seconds:,.0f} | {goal} | {clock.steps} | {seconds:.2f} | {share:.1%} |",
+                    flush=True,
+                )
+
+
+def requests(text: bool) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Those of nano-vllm's bench.py."""
+    number = random.Random(0).randint
+    prompts = [[number(0, 10_000) for _ in range(number(100, 1024))] for _ in range(256)]
+    options = {"temperature": 0.6, "ignore_eos": True, "detokenize": text}
+    return prompts, [SamplingParams(max_tokens=number(100, 1024), **options) for _ in range(256)]
+
+
+class StepClock:
+    """Measures how much of the time, from the first step to the last, the device computes one.
+
+    A step is on the clock from its first kernel to the choice of its tokens; its way to the device is not.
+    """
+
+    def __init__(self, model: LLM, device: CudaDevice) -> None:
+        engine = model.engine
+        assert isinstance(engine, DeviceEngine)
+        self.stream, self.marks = device.stream, list[Any]()
+        self.interpreter, self.sampler = engine.steps.interpreter, engine.steps.sampler
+        execute, choose = self.interpreter.execute, self.sampler.choose
+        self.interpreter.execute = lambda *args: (self.mark(), execute(*args))[1]  # type: ignore[method-assign]
+        self.sampler.choose = lambda *args: (choose(*args), self.mark())[0]  # type: ignore[method-assign]
+
+    def mark(self) -> None:
+        self.marks.append(cupy.cuda.Event())
+        self.marks[-1].record(self.stream)
+
+    @property
+    def steps(self) -> int:
+        return len(self.marks) // 2
+
+    def close(self) -> float:
+        """The share."""
+        del self.interpreter.execute, self.sampler.choose
+        self.stream.synchronize()
+        between = [cupy.cuda.get_elapsed_time(*pair) for pair in pairwise(self.marks)]
+        return float(sum(between[::2]) / sum(between))
+
+
+PARTS = {
+    "decode": decode, "prefill": prefill, "quantized": quantized, "ablate": ablate, "kernels": kernels,
+    "sampling": sampling, "workload": workload,
+}  # fmt: skip
 
 
 def main() -> None:

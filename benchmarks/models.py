@@ -1,7 +1,8 @@
-"""Model files for benchmarks: a GGUF in other formats, and a model of Llama-3.2-1B's shape with random weights.
+"""Model files for benchmarks: a GGUF in other formats, and models of well-known shapes with random weights.
 
     python benchmarks/models.py FOLDER --from SmolLM2-135M-Instruct.Q4_1.gguf     # smollm2-{q4_0,q8_0,bf16}.gguf
     python benchmarks/models.py FOLDER --random q4_0 q4_k bf16                    # llama-1b-{q4_0,q4_k,bf16}.gguf
+    python benchmarks/models.py FOLDER --random bf16 --shape qwen3-0.6b           # qwen3-0.6b-bf16.gguf
 
 Needs the gguf package. Files that are there already are kept.
 """
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -25,8 +28,30 @@ FORMATS = {
     "q6_k": (GGMLQuantizationType.Q6_K, gguf.LlamaFileType.MOSTLY_Q6_K),
     "bf16": (GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
 }
-HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCABULARY = 2048, 16, 32, 8, 64, 8192, 128_256
-"""Llama-3.2-1B."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A model's family and sizes; ``eps`` is that of its norms, and ``head_norms`` says whether heads have some."""
+
+    family: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    theta: float
+    eps: float
+    head_norms: bool = False
+
+
+SHAPES = {
+    "llama-1b": Shape("llama", 2048, 16, 32, 8, 64, 8192, 128_256, 5e5, 1e-5),
+    "qwen3-0.6b": Shape("qwen3", 1024, 28, 16, 8, 128, 3072, 151_936, 1e6, 1e-6, head_norms=True),
+}
+"""Llama-3.2-1B and Qwen3-0.6B."""
 
 RANDOM_BLOCKS = {
     GGMLQuantizationType.Q4_0: {0: 4.6},
@@ -89,53 +114,60 @@ def random_matrix(kind: GGMLQuantizationType, rows: int, columns: int, random: n
     return blocks.reshape(rows, -1)
 
 
-def random_model(path: Path, format: str) -> None:
-    """A model of Llama-3.2-1B's shape, with as many tokens, none of which means anything."""
-    writer, (kind, file_type) = GGUFWriter(path, "llama"), FORMATS[format]
+def random_model(path: Path, format: str, shape: Shape) -> None:
+    """A model of such a shape, with as many tokens, none of which means anything."""
+    writer, (kind, file_type) = GGUFWriter(path, shape.family), FORMATS[format]
     random = np.random.default_rng(0)
-    writer.add_name("random 1B")
+    writer.add_name("random")
     writer.add_file_type(file_type)
     writer.add_context_length(131_072)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(INTERMEDIATE)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_rope_freq_base(500_000.0)
-    writer.add_rope_dimension_count(HEAD_DIM)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(VOCABULARY)
-    add_tokens(writer)
+    writer.add_embedding_length(shape.hidden)
+    writer.add_block_count(shape.layers)
+    writer.add_feed_forward_length(shape.intermediate)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_rope_freq_base(shape.theta)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_layer_norm_rms_eps(shape.eps)
+    writer.add_vocab_size(shape.vocabulary)
+    add_tokens(writer, shape.vocabulary)
 
     def add(name: str, rows: int, columns: int, kind: GGMLQuantizationType = kind) -> None:
         writer.add_tensor(f"{name}.weight", random_matrix(kind, rows, columns, random), raw_dtype=kind)
 
-    ones = np.ones(HIDDEN, np.float32)
-    add("token_embd", VOCABULARY, HIDDEN, embedding_kind(format, HIDDEN))
-    writer.add_tensor("output_norm.weight", ones)
-    for layer in (f"blk.{i}" for i in range(LAYERS)):
-        writer.add_tensor(f"{layer}.attn_norm.weight", ones)
-        add(f"{layer}.attn_q", HEADS * HEAD_DIM, HIDDEN)
-        add(f"{layer}.attn_k", KV_HEADS * HEAD_DIM, HIDDEN)
-        add(f"{layer}.attn_v", KV_HEADS * HEAD_DIM, HIDDEN)
-        add(f"{layer}.attn_output", HIDDEN, HEADS * HEAD_DIM)
-        writer.add_tensor(f"{layer}.ffn_norm.weight", ones)
-        add(f"{layer}.ffn_gate", INTERMEDIATE, HIDDEN)
-        add(f"{layer}.ffn_up", INTERMEDIATE, HIDDEN)
-        add(f"{layer}.ffn_down", HIDDEN, INTERMEDIATE)
+    def add_norm(name: str, size: int = shape.hidden) -> None:
+        writer.add_tensor(f"{name}_norm.weight", np.ones(size, np.float32))
+
+    add("token_embd", shape.vocabulary, shape.hidden, embedding_kind(format, shape.hidden))
+    add_norm("output")
+    for layer in (f"blk.{i}" for i in range(shape.layers)):
+        add_norm(f"{layer}.attn")
+        add(f"{layer}.attn_q", shape.heads * shape.head_dim, shape.hidden)
+        add(f"{layer}.attn_k", shape.kv_heads * shape.head_dim, shape.hidden)
+        if shape.head_norms:
+            add_norm(f"{layer}.attn_q", shape.head_dim)
+            add_norm(f"{layer}.attn_k", shape.head_dim)
+        add(f"{layer}.attn_v", shape.kv_heads * shape.head_dim, shape.hidden)
+        add(f"{layer}.attn_output", shape.hidden, shape.heads * shape.head_dim)
+        add_norm(f"{layer}.ffn")
+        add(f"{layer}.ffn_gate", shape.intermediate, shape.hidden)
+        add(f"{layer}.ffn_up", shape.intermediate, shape.hidden)
+        add(f"{layer}.ffn_down", shape.hidden, shape.intermediate)
     finish(writer, path)
 
 
-def add_tokens(writer: GGUFWriter) -> None:
+def add_tokens(writer: GGUFWriter, vocabulary: int) -> None:
     """The 256 bytes and names for all other tokens."""
     special = ["<unk>", "<s>", "</s>"]
     data = [f"<0x{byte:02X}>" for byte in range(256)]
-    names = [f"token{number}" for number in range(VOCABULARY - len(special) - len(data))]
+    names = [f"token{number}" for number in range(vocabulary - len(special) - len(data))]
     types = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
     types += [gguf.TokenType.BYTE] * len(data) + [gguf.TokenType.NORMAL] * len(names)
     writer.add_tokenizer_model("llama")
     writer.add_token_list([*special, *data, *names])
-    writer.add_token_scores([0.0] * VOCABULARY)
+    writer.add_token_scores([0.0] * vocabulary)
     writer.add_token_types(types)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
@@ -150,9 +182,11 @@ def main() -> None:
         "--formats", nargs="+", default=["q4_0", "q8_0", "bf16"], choices=sorted(set(FORMATS) - set(K_QUANTS))
     )
     parser.add_argument("--random", nargs="+", default=[], choices=["q4_0", "q8_0", *K_QUANTS, "bf16"])
+    parser.add_argument("--shape", default="llama-1b", choices=SHAPES, help="of the random models")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    wanted = {options.folder / f"llama-1b-{format}.gguf": (random_model, format) for format in options.random}
+    make_random = partial(random_model, shape=SHAPES[options.shape])
+    wanted = {options.folder / f"{options.shape}-{format}.gguf": (make_random, format) for format in options.random}
     if options.source:
         copy: Callable[[Path, str], None] = lambda path, format: requantize(options.source, path, format)  # noqa: E731
         wanted |= {options.folder / f"smollm2-{format}.gguf": (copy, format) for format in options.formats}

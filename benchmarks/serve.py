@@ -1,6 +1,6 @@
 """What the service adds to the engine, and what it goes through: load, slow and leaving clients, minutes of all of it.
 
-    python benchmarks/serve.py MODEL.gguf overhead streams connections slow queue cancel start
+    python benchmarks/serve.py MODEL.gguf overhead streams connections slow slowloris queue cancel start
     python benchmarks/serve.py MODEL.gguf peer --llama-server BUILD/bin/llama-server
     python benchmarks/serve.py MODEL.gguf soak --minutes 30
 
@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from serve_clients import leave_at_random, random_load, slow_readers
+from serve_clients import beside_drips, leave_at_random, random_load, slow_readers
 from serve_process import Service, labinfer_service, llama_service
 
 from labinfer.backends.cpu.machine import default_threads
@@ -79,46 +79,36 @@ class Bench:
             raise SystemExit(f"{found['failed']} requests failed: {next(each.error for each in samples if each.error)}")
         return float(found["output_throughput"])
 
-    def bar(self, text: str, reached: bool, bar: float) -> str:
+    def bar(self, text: str, reached: bool, bar: float | str) -> str:
         """``text``, marked where the bar is missed."""
         self.passed = self.passed and reached
         return text if reached else f"{text} **(bar {bar})**"
 
     def overhead(self) -> None:
-        """Tokens per second of the engine alone, where somebody waits for each token, and of clients over HTTP.
-
-        Where nobody waits the engine lets prompts take whole steps: that is told too.
-        """
-        columns = [
-            "nobody waits",
-            "engine alone",
-            "served",
-            "served less (range)",
-            "loop, us a token",
-            "clients",
-            "load",
-        ]
-        print(f"\n| streams | {' | '.join(columns)} |\n|---|---|---|---|---|---|---|---|")
+        """Tokens per second of the engine alone, for which nobody waits, and of clients over HTTP, in turn."""
+        columns = ["engine alone", "served", "served less (range)", "loop, us a token", "clients", "load"]
+        print(f"\n| streams | {' | '.join(columns)} |\n|---|---|---|---|---|---|---|")
         for slots in self.options.streams:
             service, pairs, costs = self.service(slots), [], []
             for _ in range(self.options.pairs):
                 bodies = self.bodies(2 * slots)
                 made = sum(body["max_tokens"] for body in bodies)
-                unwatched, alone = (
-                    made / engine_seconds(self.model, self.threads, slots, bodies, watched) for watched in (False, True)
-                )
+                alone = made / engine_seconds(self.model, self.threads, slots, bodies)
                 before, own = service.seconds(), time.process_time()
                 served = self.speed(service, bodies, slots)
                 after = service.seconds()
                 costs.append([1e6 * (after[0] - before[0]) / made, 1e6 * (time.process_time() - own) / made])
-                pairs.append((unwatched, alone, served))
+                pairs.append((alone, served))
             service.close()
-            less = [1 - served / alone for _, alone, served in pairs]
+            less = [1 - served / alone for alone, served in pairs]
             text = f"{100 * median(less):.1f} % ({100 * min(less):.1f} - {100 * max(less):.1f})"
             text = self.bar(text, median(less) <= BARS["overhead"], BARS["overhead"])
             cells = [f"{median(column):.0f}" for column in zip(*pairs, strict=True)]
             loop, clients = (median(column) for column in zip(*costs, strict=True))
-            print(f"| {slots} | {' | '.join(cells)} | {text} | {loop:.0f} | {clients:.0f} | {load_average()} |")
+            print(
+                f"| {slots} | {' | '.join(cells)} | {text} | {loop:.0f} | {clients:.0f} | {load_average()} |",
+                flush=True,
+            )
             self.found[f"overhead {slots}"] = pairs
 
     def streams(self) -> None:
@@ -165,6 +155,24 @@ class Bench:
         print(f"| median | | | {text} | |")
         service.close()
         self.found["slow"] = ratios
+
+    def slowloris(self) -> None:
+        """1,000 connections that send a byte of their header a second, beside 16 streams: all are told to go."""
+        service, slots = self.service(16), 16
+        before, bodies = service.counts[1], self.bodies(slots, made=300)
+        alone, _ = self.ask(service, bodies, slots)
+        samples, drips = asyncio.run(beside_drips(service.target(), bodies, 1000))
+        told, last = sum(b" 408 " in said for _, said in drips), max(seconds for seconds, _ in drips)
+        time.sleep(1)
+        left, failed = service.counts[1] - before, sum(each.error is not None for each in samples)
+        tails = [percentile([1000 * gap for each in of for gap in each.gaps], 99) for of in (alone, samples)]
+        good = told == len(drips) and last < 15 and left <= 0 and not failed
+        text = self.bar(f"{told}, after {last:.1f} s at most", good, "all, 15 s")
+        print("\n| connections told to go | streams failed, files left | p99 ITL without, with, ms | load |")
+        print("|---|---|---|---|")
+        print(f"| {text} | {failed}, {left} | {tails[0]:.1f}, {tails[1]:.1f} | {load_average()} |")
+        service.close()
+        self.found["slowloris"] = {"told": told, "last": last, "left": left, "failed": failed, "tails": tails}
 
     def queue(self) -> None:
         """Times to the first token at 80 % of what can be served, beside a queue with exponential waits."""
@@ -268,10 +276,10 @@ class Bench:
         self.found["soak"] = {"counts": counts, "left": left, "memory": memory}
 
 
-def engine_seconds(model: str, threads: int, slots: int, bodies: list[Body], watched: bool) -> float:
+def engine_seconds(model: str, threads: int, slots: int, bodies: list[Body]) -> float:
     """Seconds that the engine takes for the same requests, in a process of its own."""
     task = {
-        "model": model, "threads": threads, "slots": slots, "temperature": 0.0, "watched": watched,
+        "model": model, "threads": threads, "slots": slots, "temperature": 0.0,
         "requests": [[body["prompt"], body["max_tokens"]] for body in bodies],
     }  # fmt: skip
     program = [sys.executable, str(FOLDER / "engine_labinfer.py")]
@@ -287,7 +295,7 @@ def load_average() -> str:
 def main() -> int:
     """Run the chosen measurements; 1 when a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ["overhead", "streams", "connections", "slow", "queue", "cancel", "start", "peer", "soak"]
+    names = ["overhead", "streams", "connections", "slow", "queue", "slowloris", "cancel", "start", "peer", "soak"]
     parser.add_argument("model")
     parser.add_argument("measurements", nargs="+", choices=names)
     parser.add_argument("--threads", type=int, default=default_threads())

@@ -53,6 +53,28 @@ async def hold(to: Target, body: Body, reads: bool) -> None:
                 await asyncio.sleep(3600)
 
 
+async def drip(to: Target) -> tuple[float, bytes]:
+    """Send a byte of a request a second until the server closes; after how many seconds, and what it said."""
+    reader, writer = await asyncio.open_connection(to.host, to.port)
+    began, said = time.monotonic(), asyncio.ensure_future(reader.read())
+    try:
+        for byte in to.request({}):
+            writer.write(bytes([byte]))
+            if (await asyncio.wait([said], timeout=1))[0]:
+                break
+        return time.monotonic() - began, await said
+    finally:
+        writer.close()
+
+
+async def beside_drips(to: Target, bodies: list[Body], count: int) -> tuple[list[Sample], list[tuple[float, bytes]]]:
+    """The answers to ``bodies`` beside ``count`` connections that drip, and how these ended."""
+    drips = [asyncio.ensure_future(drip(to)) for _ in range(count)]
+    await asyncio.sleep(1)
+    samples = await asyncio.gather(*(ask(to, body) for body in bodies))
+    return list(samples), await asyncio.gather(*drips)
+
+
 async def leave_at_random(to: Target, bodies: list[Body], seconds: float) -> int:
     """As many clients as ``bodies`` ask again and again and leave at any time; how often somebody left."""
     end, source, left = time.monotonic() + seconds, random.Random(0), 0

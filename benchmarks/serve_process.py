@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
 import time
@@ -84,8 +85,16 @@ class Service:
         return self.process.wait(60)
 
 
-def labinfer_service(model: str, threads: int, slots: int, length: int, *flags: str, port: int = 8311) -> Service:
+def free_port() -> int:
+    """A port that nobody listens on: another service there would be taken for ours."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def labinfer_service(model: str, threads: int, slots: int, length: int, *flags: str) -> Service:
     """``labinfer serve``, with room for ``slots`` sequences of ``length`` tokens in a step, and further ``flags``."""
+    port = free_port()
     options = {
         "port": port, "threads": threads, "max-num-seqs": slots, "max-logits-rows": slots, "max-model-len": length,
         "max-num-batched-tokens": 512, "kv-dtype": "f16", "devices": "cpu",
@@ -94,8 +103,9 @@ def labinfer_service(model: str, threads: int, slots: int, length: int, *flags: 
     return Service([sys.executable, "-m", "labinfer", "-q", "serve", str(Path(model).resolve()), *given, *flags], port)
 
 
-def llama_service(program: str, model: str, threads: int, slots: int, length: int, port: int = 8312) -> Service:
+def llama_service(program: str, model: str, threads: int, slots: int, length: int) -> Service:
     """``llama-server`` with so many slots, and a cache of its own for each."""
+    port = free_port()
     options = {
         "-m": str(Path(model).resolve()), "--port": port, "-t": threads, "-tb": threads, "-np": slots,
         "-c": slots * length, "-b": 512, "-ub": 512, "--api-key": KEY, "--cache-ram": 0,

@@ -306,6 +306,24 @@ def default_devices(ranks: int = 1) -> str:
     return found if ranks == 1 or not found.isidentifier() else ",".join(f"{found}:{rank}" for rank in range(ranks))
 
 
+def replica_options(options: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """What to compile each of ``count`` replicas with, for ``options`` of all: each gets its part of the devices.
+
+    Without devices each gets one of the default kind, and CPUs share the cores.
+    """
+    if count == 1:
+        return [dict(options)]
+    names = str(options.get("devices") or default_devices(count * (options.get("tensor_parallel_size") or 1))).split(
+        ","
+    )
+    if len(names) % count:
+        message = f"{len(names)} devices cannot be divided among {count} replicas"
+        raise UsageError("replicas.devices", message, remedy="name as many for each, in order: --devices")
+    size, threads = len(names) // count, real_target(names[0].partition("=")[0].strip()).threads
+    shared = {"threads": max(1, threads // len(names))} if threads else {}
+    return [{**shared, **options, "devices": ",".join(names[part * size :][:size])} for part in range(count)]
+
+
 def targets(devices: str | Sequence[str] | None) -> list[Target]:
     """Devices as the compiler sees them, from ``"reference"`` or ``"reference:0=0-7,reference:1=8-15"`` or a list."""
     devices = devices or default_devices()

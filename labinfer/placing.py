@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
-from labinfer.backends.base import BACKENDS, fingerprint, local_name
+from labinfer.backends.base import BACKENDS, capabilities, fingerprint, local_name
 from labinfer.compiler.cluster import Cluster, ClusterDevice, read_cluster
 from labinfer.compiler.costs import Costs, DeviceProfile, LinkProfile, Measured, load_profile
 from labinfer.compiler.costs.roofline import Roofline, specification
@@ -57,8 +57,9 @@ def cluster_target(cluster: Cluster, name: str, device: ClusterDevice) -> Target
 
 
 def shared_threads(target: Target, share: float) -> int | None:
-    """The threads of a share of a CPU."""
-    return target.threads and max(1, round(target.threads * share))
+    """The threads of a share of a CPU, or the processors of one of a GPU; None for a whole GPU."""
+    whole = target.threads or (capabilities(target.name).processors(target.name) if share < 1 else None)
+    return whole and max(1, round(whole * share))
 
 
 def no_workspace(bounds: KernelBounds) -> int:

@@ -23,4 +23,5 @@ def real_target(name: str) -> Target:
         activations=known.activations,
         matrix_unit=known.matrix_unit,
         batch_invariant=known.batch_invariant,
+        sampling=known.sampling,
     )

@@ -27,10 +27,12 @@ OTHER_KEY = "other-key-0123456789"
 class Served:
     """A running service: ``http`` is a client with the key."""
 
-    def __init__(self, model: LLM, adapters: Sequence[LoRARequest] = (), **options: Any) -> None:
+    def __init__(
+        self, model: LLM, adapters: Sequence[LoRARequest] = (), replicas: Sequence[LLM] = (), **options: Any
+    ) -> None:
         listener = bind(ServiceOptions(port=0))
         settings = ServiceOptions(port=listener.getsockname()[1], api_keys=(KEY, OTHER_KEY), **options)
-        self.model, self.service = model, Service(model, settings, adapters=adapters, name="tiny")
+        self.model, self.service = model, Service(model, settings, adapters=adapters, name="tiny", replicas=replicas)
         self.server, started = Server(Services(self.service), listener), threading.Event()
         self.thread = threading.Thread(target=self.server.run, args=(started.set,))
         self.thread.start()

@@ -21,7 +21,15 @@ from labinfer.errors import DoesNotFit, UsageError
 from labinfer.llm import LLM
 from labinfer.replanning import with_layers
 from labinfer.runtime.manager import Manager
-from labinfer.runtime.pipeline.balance import PAYS_WITHIN, WINDOW, WINDOWS, Balance, BalancedFleet, balanced
+from labinfer.runtime.pipeline.balance import (
+    PAYS_WITHIN,
+    WINDOW,
+    WINDOWS,
+    Balance,
+    BalancedFleet,
+    balanced,
+    beside_layers,
+)
 from labinfer.runtime.pipeline.workers import StageProcesses
 from labinfer.runtime.request import Request
 
@@ -33,41 +41,60 @@ ENOUGH = WINDOW * WINDOWS
 
 
 def test_layers_are_shared_out_by_what_they_take() -> None:
-    assert balanced([6, 6], np.array([6.0, 12.0])).tolist() == [8, 4]
-    assert balanced([4, 4, 4], np.array([4.0, 4.0, 4.0])).tolist() == [4, 4, 4]
-    assert balanced([2, 2], np.array([1.0, 100.0])).tolist() == [3, 1]
+    assert balanced([6, 6], np.zeros(2), np.array([6.0, 12.0])).tolist() == [8, 4]
+    assert balanced([4, 4, 4], np.zeros(3), np.array([4.0, 4.0, 4.0])).tolist() == [4, 4, 4]
+    assert balanced([2, 2], np.zeros(2), np.array([1.0, 100.0])).tolist() == [3, 1]
+
+
+def test_what_is_beside_the_layers_stays_when_they_move() -> None:
+    assert balanced([15, 15], np.array([0.0, 8.0]), np.array([15.0, 23.0])).tolist() == [19, 11]
+    assert balanced([6, 6], np.array([0.0, 3.0]), np.array([6.0, 18.0])).tolist() == [10, 2]
+
+
+def test_the_matrix_of_the_vocabulary_is_beside_the_layers(deep: dict[str, Path]) -> None:
+    plan = labinfer.compile(**deep, devices="reference,reference:1")
+    assert beside_layers(plan).tolist() == pytest.approx([0, 96 * 64 / (4 * 64 * 64)])
+
+
+def test_prompts_have_little_part_in_what_is_beside_the_layers() -> None:
+    """The second stage is as quick in layers as the first; only decoding has it wait for the vocabulary's matrix."""
+    for ended, counts in ((1.0, [8, 4]), (0.0, None)):
+        balance = Balance([6, 6], np.array([0.0, 4.0]))
+        seconds = np.array([6.0, 6.0 + 4.0 * ended])
+        moves = [balance.observe(seconds, ended, step) for step in range(ENOUGH)]
+        assert moves[-1] == counts
 
 
 def simulated(balance: Balance, layers: list[int], each: list[float], steps: int, now: float) -> list[list[int]]:
     """The moves within ``steps`` of a second each whose layers take ``each``, and some time more or less."""
     rng, moves = np.random.default_rng(0), []
     for _ in range(steps):
-        counts = balance.observe(np.array(layers) * each * rng.uniform(0.7, 1.4, len(each)), now := now + 1)
+        counts = balance.observe(np.array(layers) * each * rng.uniform(0.7, 1.4, len(each)), 1.0, now := now + 1)
         if counts is not None:
             moves.append(counts)
-            balance.begin(layers := counts, 1.0)
+            balance.begin(layers := counts, np.zeros(len(each)), 1.0)
     return moves
 
 
 def test_layers_move_once_and_not_back_and_forth() -> None:
-    balance = Balance([6, 6], restart_seconds=1.0)
+    balance = Balance([6, 6], np.zeros(2), restart_seconds=1.0)
     assert simulated(balance, [6, 6], [1.0, 2.0], 5000, 0) == [[8, 4]]
     assert simulated(balance, [8, 4], [1.0, 2.0], 5000, 5000) == []
 
 
 def test_a_stage_that_is_slow_for_a_while_keeps_its_layers() -> None:
-    balance = Balance([6, 6], restart_seconds=1.0)
+    balance = Balance([6, 6], np.zeros(2), restart_seconds=1.0)
     assert simulated(balance, [6, 6], [1.0, 4.0], ENOUGH - WINDOW, 0) == []
     assert simulated(balance, [6, 6], [1.0, 1.0], ENOUGH, ENOUGH) == []
 
 
 def test_a_move_that_does_not_pay_is_not_made() -> None:
-    assert simulated(Balance([6, 6], restart_seconds=PAYS_WITHIN), [6, 6], [1.0, 2.0], 1000, 0) == []
-    assert simulated(Balance([6, 6]), [6, 6], [1.0, 1.1], 1000, 0) == []
+    assert simulated(Balance([6, 6], np.zeros(2), restart_seconds=PAYS_WITHIN), [6, 6], [1.0, 2.0], 1000, 0) == []
+    assert simulated(Balance([6, 6], np.zeros(2)), [6, 6], [1.0, 1.1], 1000, 0) == []
 
 
 def test_layers_rest_after_a_move() -> None:
-    balance = Balance([6, 6])
+    balance = Balance([6, 6], np.zeros(2))
     assert simulated(balance, [6, 6], [1.0, 3.0], ENOUGH, 0) == [[9, 3]]
     assert simulated(balance, [9, 3], [3.0, 1.0], int(PAYS_WITHIN) - 1, ENOUGH) == []
     assert len(simulated(balance, [9, 3], [3.0, 1.0], ENOUGH, ENOUGH + PAYS_WITHIN)) == 1

@@ -91,9 +91,9 @@ def test_a_service_that_is_not_there_is_said(labinfer_cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (b"nonsense\r\n\r\n", "status b''"),
+        (b"nonsense\r\n\r\n", "status : "),
         (b"x" * 100_000, "Separator"),
-        (b"HTTP/1.1 503 Service Unavailable\r\n\r\nlater", "503 Service Unavailable': later"),
+        (b"HTTP/1.1 503 Service Unavailable\r\n\r\nlater", "status 503 Service Unavailable: later"),
         (b'HTTP/1.1 200 OK\r\n\r\ndata: {"text":"a"}\n\ndata: {"usage":{}}\n\n', "no token"),
     ],
 )

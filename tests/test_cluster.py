@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -20,16 +22,20 @@ from hypothesis import strategies as st
 
 import labinfer
 from labinfer.cli.main import main
-from labinfer.cluster import agents
+from labinfer.cluster import agents, stages
+from labinfer.cluster import control as control_module
+from labinfer.cluster.agent import Agent, Session
 from labinfer.cluster.checkpoints import PIECE_BYTES, Store, file_digest, manifest, provide
-from labinfer.cluster.control import Control
+from labinfer.cluster.control import Control, open_control
 from labinfer.cluster.fleet import load
-from labinfer.cluster.stages import open_control
+from labinfer.cluster.neighbours import Neighbour
 from labinfer.cluster.token import kept_token, read_token, token_path
 from labinfer.compiler.cluster import read_cluster
 from labinfer.errors import DoesNotFit, InvalidFile, LabinferError, UsageError
 from labinfer.llm import LLM
-from labinfer.runtime.pipeline.transport import Keys
+from labinfer.runtime.pipeline.process import StageDied
+from labinfer.runtime.pipeline.transport import ChannelClosed, Keys
+from labinfer.runtime.pipeline.transport.sealed import accept
 from labinfer.runtime.pipeline.transport.tcp import connected_sockets
 from labinfer.runtime.request import Request
 
@@ -240,6 +246,54 @@ def test_who_hears_nothing_for_long_takes_nobody_for_silent() -> None:
         each.release()
 
 
+def test_an_answer_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_module, "ANSWER_SECONDS", 0.5)
+    mine, theirs = connected_sockets()
+    head, agent = Control(mine, Keys(b"h" * 32, b"a" * 32), 10), Control(theirs, Keys(b"a" * 32, b"h" * 32), 10)
+    with pytest.raises(ChannelClosed, match="no answer came"):  # although beats come
+        head.ask(do="hello")
+    for each in (head, agent):
+        each.release()
+
+
+def test_a_neighbour_that_falls_silent_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_module, "HOST_SILENCE", 0.5)
+    token, told = bytes(32), list[str]()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        other: list[Control] = []
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            other.append(Control(connection, accept(connection, token)[1], 10))
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        neighbour = Neighbour(listener.getsockname(), token, told.append)
+        thread.join(10)
+        time.sleep(1.5)
+        assert told == []
+        other[0].saying.acquire()  # no beat is sent any more
+        neighbour.thread.join(10)
+        assert len(told) == 1
+        assert "cannot reach 127.0.0.1" in told[0]
+        other[0].saying.release()
+        neighbour.close()
+        other[0].release()
+
+
+def test_stages_that_make_no_progress_are_given_up(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "LOADING_SILENCE", 0.5)
+    monkeypatch.setattr(Session, "start", lambda *_: None)  # an agent that never gets a stage to run
+    listener = socket.create_server(("127.0.0.1", 0))
+    with closing(Agent(listener, kept_token())) as agent:
+        threading.Thread(target=agent.serve, daemon=True).start()
+        file = tmp_path / "cluster.yaml"
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        file.write_text(f"hosts: {{alpha: {{address: '{address}'}}}}\ndevices: {{reference@alpha: {{}}}}")
+        with pytest.raises(StageDied, match=r"no progress .* by alpha"):
+            load(FOLDER, file, **LIMITS)
+
+
 def test_whoever_asks_for_the_status_ends_nobody_elses_connection(one_host: tuple[Hosts, LLM]) -> None:
     hosts, _ = one_host
     new = open_control(("127.0.0.1", hosts.ports["alpha"]), read_token(token_path()))
@@ -338,6 +392,13 @@ def test_up_status_and_down(ssh: bool, home: Path, tmp_path: Path, monkeypatch: 
     assert capsys.readouterr().out == ",".join(map(str, answers()[0][:3])) + "\n"
     assert main([*arguments, "--devices", "reference"]) == 2
     assert main([*arguments, "--transport", "shm"]) == 2
+    assert "over a cluster there is no --transport" in capsys.readouterr().err
+    bench = ["bench", str(FOLDER), "--cluster", str(file), "--prompt-lengths", "20", "--decode-lengths", "6", "--json"]
+    assert main([*bench, "--batch", "2", "--repeat", "2"]) == 0
+    tests = json.loads(capsys.readouterr().out)["tests"]
+    assert [(test["kind"], test["tokens_per_second"] > 0) for test in tests] == [("prefill", True), ("decode", True)]
+    assert main([*bench, "--compare"]) == 2
+    assert "over a cluster there is no --compare" in capsys.readouterr().out
     for told in ("ended", "did not run"):
         assert main(["cluster", "down", str(file)]) == 0
         assert capsys.readouterr().out == f"alpha (127.0.0.1:{port}): {told}\n"

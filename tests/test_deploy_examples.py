@@ -77,7 +77,7 @@ def test_the_board_shows_metrics_that_exist(tiny_model: Path) -> None:
     board = json.loads((FOLDER / "grafana.json").read_text())
     asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
     asked.append(board["templating"]["list"][1]["query"])
-    with served(tiny_model) as api:
+    with served(tiny_model, {"devices": "reference,reference:1"}) as api:
         families = list(text_string_to_metric_families(api.http.get("/metrics").text))
     labels: dict[str, set[str]] = {}
     for sample in [sample for family in families for sample in family.samples]:
@@ -86,7 +86,14 @@ def test_the_board_shows_metrics_that_exist(tiny_model: Path) -> None:
         names = re.findall(r"\b(?:vllm|labinfer):\w+", text)
         assert names
         assert set(names) <= labels.keys(), text
-        assert set(re.findall(r"by \((\w+)\)", text)) <= labels[names[0]]
+        assert {name for by in re.findall(r"by \(([\w, ]+)\)", text) for name in by.split(", ")} <= labels[names[0]]
     shown = {target["legendFormat"] for panel in board["panels"] for target in panel["targets"]}
-    assert set(re.findall(r"\{\{(\w+)\}\}", " ".join(shown))) == {"finished_reason", "reason", "device", "use"}
+    assert set(re.findall(r"\{\{(\w+)\}\}", " ".join(shown))) == {
+        "finished_reason",
+        "reason",
+        "device",
+        "use",
+        "src",
+        "dst",
+    }
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])

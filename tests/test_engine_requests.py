@@ -358,14 +358,17 @@ def test_prompts_that_arrive_together_share_their_beginning() -> None:
 
 
 def test_a_long_prompt_comes_in_pieces_while_somebody_waits_for_tokens() -> None:
+    class Careful(Policy):
+        short = 99
+
     with labinfer.load(LLAMA, max_num_batched_tokens=64, max_model_len=256) as model:
-        engine = Engine(model)
+        engine = Engine(model, policy=Careful())
         told: list[int] = []
         waited = engine.add(Request([1], greedy(60), interactive=True, listener=lambda sequence: told.append(1)))
         for _ in range(8):
             engine.step()
-        engine.costs.decode, engine.costs.beside.per_token = {1: 1.0}, 0.045  # 5 prompt tokens lengthen a step by 0.2
-        engine.costs.beside.tokens = 5.0
+        engine.costs.decode, engine.costs.beside.per_token = {1: 1.0}, 0.045  # 4 prompt tokens lengthen a step by 0.2
+        engine.costs.beside.tokens = 50.0
         engine.costs.observe = lambda *measured: None  # type: ignore[method-assign]
         long = engine.add(Request([2] * 100, greedy(1)))
         before = len(told)
@@ -375,6 +378,10 @@ def test_a_long_prompt_comes_in_pieces_while_somebody_waits_for_tokens() -> None
             steps += 1
         assert [each.num_tokens for each in list(engine.stats)[-steps:]] == [5] * 25
         assert len(told) == before + steps
+        short = engine.add(Request([4] * 98, greedy(1)))
+        engine.step()
+        assert engine.stats[-1].num_tokens == 1 + 16  # 22 lengthen it by 1.0
+        engine.abort(short)
         engine.abort(waited)
         hurried = engine.add(Request([3] * 100, greedy(1)))
         engine.finish([hurried])
@@ -431,8 +438,11 @@ def test_a_request_that_is_done_is_freed_without_the_garbage_collector(model: LL
 
 
 def test_the_more_prompts_wait_the_longer_steps_may_be() -> None:
+    class Careful(Policy):
+        short = 0
+
     with labinfer.load(LLAMA, max_num_seqs=8, max_num_batched_tokens=64, max_model_len=256) as model:
-        engine = Engine(model)
+        engine = Engine(model, policy=Careful())
         engine.add(Request([1], greedy(60), interactive=True))
         engine.step()
         engine.costs.decode, engine.costs.beside.per_token = {1: 1.0}, 0.045

@@ -8,13 +8,22 @@ import signal
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import labinfer
+from labinfer.backends import reference
+from labinfer.cli.devices import devices
 from labinfer.errors import DoesNotFit, UsageError
+from labinfer.placing import cluster_goal
+from labinfer.profile import measure
+from labinfer.profile.quiet import Patience
+from labinfer.profile.session import profile_cluster
+from labinfer.progress import silent
 from labinfer.runtime.cores import available_cores
 from labinfer.runtime.grants import all_grants
 from labinfer.runtime.manager import Manager
@@ -50,6 +59,48 @@ def test_shares_are_sets_of_cores_of_their_own() -> None:
 def test_what_cannot_be_shared_is_refused(shares: dict[str, float], kind: type[Exception]) -> None:
     with pytest.raises(kind, match=r"share|cores"):
         Manager(shares=shares)
+
+
+@pytest.fixture
+def hundred_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference device as one with processors of its own, which computes as ever."""
+    capabilities = replace(reference.CAPABILITIES, processors=lambda name: 100)
+    monkeypatch.setattr(reference, "CAPABILITIES", capabilities)
+
+
+@pytest.mark.usefixtures("hundred_processors", "home")
+def test_shares_of_a_device_with_processors_of_its_own_are_so_many_of_these() -> None:
+    with closing(Manager(shares={"reference:0.0": 0.25, "reference:0.1": 0.5})) as manager:
+        assert manager.cores == {}
+        assert manager.processors == {"reference:0.0": 25, "reference:0.1": 50}
+        with labinfer.load(FOLDER, devices="reference:0.0", manager=manager):
+            [grant] = all_grants()
+            assert (grant.device, grant.processors, grant.cores) == ("reference:0.0", 25, [])
+            shown = CliRunner().invoke(devices, catch_exceptions=False).output
+            assert "25 processors" in shown
+        with pytest.raises(DoesNotFit, match="is granted 50 processors"):
+            manager.device("reference:0.1", threads=51)
+
+
+@pytest.mark.usefixtures("hundred_processors", "home")
+@pytest.mark.parametrize(("share", "threads"), [("0.25", 25), ("1", None)])
+def test_a_cluster_file_shares_processors(
+    share: str, threads: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "BUDGET_SECONDS", 0.0)
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"devices:\n  reference:0:\n    share: {share}\n")
+    [target], _ = cluster_goal(file, "latency", "")
+    assert target.threads == threads
+    if threads is not None:
+        profile_cluster(FOLDER, file, silent, Patience(0), quick=True)
+        assert labinfer.compile(FOLDER, cluster=file).devices["reference:0"].threads == threads
+
+
+@pytest.mark.parametrize("name", ["cpu:", "cpu:x", "cpu:1.", "cpu:1.2.3", "cpu:.1", "cpu:12345"])
+def test_names_that_are_none(name: str) -> None:
+    with pytest.raises(UsageError, match=r"should be 'cpu', 'cpu:NUMBER' or 'cpu:NUMBER\.PART'"):
+        Manager().device(name)
 
 
 def test_more_threads_than_granted_are_refused() -> None:

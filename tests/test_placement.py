@@ -170,6 +170,13 @@ def test_many_devices_are_placed_in_a_moment(tmp_path: Path) -> None:
     assert 0 < plan.placement.lower_bound <= plan.placement.value
 
 
+def test_devices_of_a_kind_are_searched_as_one_group(tmp_path: Path) -> None:
+    devices = "".join(f"  d{n}: {{like: {'t4' if n % 2 else 'l4'}, memory: 2MB}}\n" for n in range(40))
+    found = _compile(tmp_path, f"devices:\n{devices}", objective="latency").placement
+    assert found is not None
+    assert (found.algorithm, found.gap) == ("counts of devices", 0.0)  # 2 ** 40 sets of devices, 441 counts
+
+
 def test_memory_caps_hold_and_say_what_is_missing(tmp_path: Path) -> None:
     plan = _compile(tmp_path, _DECLARED)
     used = [stage for stage in plan.stages if stage.device == "fast"]

@@ -137,7 +137,7 @@ def test_the_hops_of_every_transport_are_measured_once_and_count_in_a_pipeline()
     costs, links = dict.fromkeys(plan.devices, Measured(_profile(_MODEL))), profile_links(dict.fromkeys(plan.devices))
     stages = predict_plan(plan, costs, links, StepShape.prefill(16))
     hop = LinkProfile(latency=1.0, bandwidth=4.0)
-    assert pipeline_seconds(stages, hop) == 3 + 16 * 24 + plan.vocab_size  # float32: hidden states, then logits
+    assert pipeline_seconds(stages, hop) == 4 + 16 * 24 + plan.vocab_size  # float32: hidden states, then logits
 
 
 def test_a_hop_whose_other_end_dies_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

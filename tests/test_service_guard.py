@@ -150,6 +150,52 @@ def test_what_could_be_read_in_two_ways_or_is_too_much_is_refused(api: Served, d
     assert status(raw(api, data)) == expected
 
 
+ASKED = b'{"prompt": [5], "max_tokens": 1}'
+SIZE = f"{len(ASKED):x}"
+IN_CHUNKS = f"{SIZE}\r\n{ASKED.decode()}\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("header", "body"),
+    [
+        (f"Content-Length: {len(ASKED)}\r\nTransfer-Encoding: chunked", IN_CHUNKS),
+        (f"Content-Length: {len(ASKED)}\r\nContent-Length: {len(ASKED)}", ASKED.decode()),
+        (f"Content-Length: {len(ASKED)}, {len(ASKED)}", ASKED.decode()),
+        (f"Content-Length: +{len(ASKED)}", ASKED.decode()),
+        (f"Content-Length: {len(ASKED)} 5", ASKED.decode()),
+        (f"Content-Length: 0x{SIZE}", ASKED.decode()),
+        (f"Content-Length : {len(ASKED)}", ASKED.decode()),
+        ("Content-Length: 18446744073709551648", ASKED.decode()),
+        ("Transfer-Encoding : chunked", IN_CHUNKS),
+        ("Transfer-Encoding: xchunked", IN_CHUNKS),
+        ("Transfer-Encoding: \x0bchunked", IN_CHUNKS),
+        ("Transfer-Encoding: identity", IN_CHUNKS),
+        ("Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked", IN_CHUNKS),
+        ("Transfer-Encoding: chunked, identity", IN_CHUNKS),
+        ("Transfer-Encoding: chunked", f"0x{IN_CHUNKS}"),
+        ("Transfer-Encoding: chunked", f"-{IN_CHUNKS}"),
+        ("Transfer-Encoding: chunked", f"ffffffffffffffff{IN_CHUNKS}"),
+        ("Transfer-Encoding: chunked", IN_CHUNKS.replace("\r\n", "\n")),
+        ("Transfer-Encoding: chunked", IN_CHUNKS.replace("}", "}}")),
+        ("X: a\x00b", ""),
+        ("X: a\rTransfer-Encoding: chunked", IN_CHUNKS),
+    ],
+)
+def test_no_second_request_hides_behind_a_first_that_is_ambiguous(api: Served, header: str, body: str) -> None:
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {KEY}\r\n{header}\r\n\r\n"
+    answer = raw(api, f"{head}{body}".encode() + request("GET /v1/models HTTP/1.1"))
+    assert status(answer) == 400
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
+def test_a_second_request_behind_one_that_is_clear_is_answered(api: Served) -> None:
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {KEY}\r\nContent-Length: {len(ASKED)}\r\n\r\n"
+    )
+    answer = raw(api, head.encode() + ASKED + request("GET /v1/models HTTP/1.1"))
+    assert answer.count(b"HTTP/1.1 200 ") == 2
+
+
 def test_a_body_that_trickles_in_is_not_waited_for(api: Served) -> None:
     head = request("POST /v1/completions HTTP/1.1", "Content-Type: application/json", "Content-Length: 1000")
     assert status(raw(api, head + b"{")) == 408

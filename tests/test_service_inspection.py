@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+import labinfer
 from labinfer.compiler.plan import Plan
 from labinfer.service.metrics import COUNTERS, HISTOGRAMS
+from labinfer.service.plan_metrics import plan_families
 from labinfer.service.watchdog import Watchdog
 
 from .service import KEY, Served, api_fixture, served
@@ -54,7 +56,42 @@ def test_metrics_count_requests_and_tokens_under_vllms_names(api: Served) -> Non
     assert after["vllm:num_requests_running"] == after["vllm:num_requests_waiting"] == 0
     assert after["vllm:kv_cache_usage_perc"] == 0
     assert after["labinfer:device_bytes reference weights"] > 0
+    assert grown["labinfer:device_busy_seconds_total reference"] > 0
     assert all(value >= 0 for value in grown.values() if value == value)
+
+
+@pytest.mark.parametrize("transport", [None, "local"])
+def test_metrics_tell_how_busy_devices_are_and_what_goes_between_them(tiny_model: Path, transport: str | None) -> None:
+    names = ["reference", "reference:1"]
+    with served(tiny_model, {"devices": ",".join(names), "transport": transport}) as api:
+        assert api.http.post("/v1/completions", json=BODY).status_code == 200
+        found = scraped(api)
+    assert found["labinfer:transfer_bytes_total reference reference:1"] == (3 + 3) * 16 * 4  # float32 [tokens, 16]
+    assert min(found[f"labinfer:device_busy_seconds_total {name}"] for name in names) > 0
+    assert not [name for name in found if name.startswith("labinfer:plan_")]
+
+
+def test_metrics_tell_what_the_plan_predicted_and_what_it_is(tiny_model: Path, tmp_path: Path) -> None:
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("devices: {reference: {like: epyc-9654}}")
+    declared = labinfer.compile(tiny_model, cluster=cluster, workload="prompt=3,output=8,concurrency=1")
+    plan = labinfer.compile(tiny_model).model_copy(
+        update={"placement": declared.placement}
+    )  # over a device that is here
+    assert plan.placement is not None
+    [stage] = plan.placement.stages
+    with labinfer.load(plan) as model:
+        model.generate([5, 6, 7])
+        samples = [each for family in plan_families(model, ["model"], ["tiny"]) for each in family.samples]
+        found = {(each.name, each.labels["phase"]): each.value for each in samples if "phase" in each.labels}
+        costs = model.engine.costs
+    assert costs.per_token is not None
+    assert found == {
+        ("labinfer:plan_predicted_step_seconds", "decode"): stage.decode,
+        ("labinfer:plan_predicted_step_seconds", "prefill"): stage.prefill,
+        ("labinfer:plan_measured_step_seconds", "decode"): costs.decode[1],
+        ("labinfer:plan_measured_step_seconds", "prefill"): plan.placement.prefill.tokens * costs.per_token,
+    }
 
 
 def test_no_key_and_no_path_is_in_what_is_told(api: Served) -> None:
@@ -100,21 +137,21 @@ def test_the_trace_gives_each_step_once(api: Served) -> None:
         assert api.http.get("/labinfer/v1/trace", params={"after": wrong}).status_code == 400
 
 
-def test_a_request_whose_logits_are_no_numbers_fails_alone(tiny_model: Path) -> None:
+def test_a_request_whose_logits_are_no_numbers_fails_alone(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
     def spoil(logits: np.ndarray) -> np.ndarray | None:
-        if len(logits) != 2:
+        if len(logits) != 2 or not api.service.open_streams:
             return None
         logits[0] = np.nan
         return logits
 
     with served(tiny_model) as api:
-        failing = {**BODY, "prompt": [[5, 6], [7, 8]], "stream": True, "max_tokens": 30}
+        failing = {**BODY, "prompt": [[5, 6], [7, 8]], "stream": True, "max_tokens": 120}
         name = api.model.plan.stages[-1].outputs[-1]
         with api.model.listen(name, spoil):
-            answer = api.http.post("/v1/completions", json=failing)
+            answer = api.http.post("/v1/completions", json=failing, headers={"x-request-id": "spoilt"})
         told = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
-        errors = [each["error"] for each in told if "error" in each] or [answer.json()["error"]]
-        assert errors[0]["code"] == "run.not-a-number"
+        assert told[-1]["error"]["code"] == "run.not-a-number"
+        assert "request spoilt failed after its answer began" in caplog.text
         assert scraped(api)["vllm:corrupted_requests_total"] >= 1
         assert api.http.post("/v1/completions", json=BODY).status_code == 200
 

@@ -22,6 +22,8 @@ from labinfer import SamplingParams
 from labinfer.cli.serve import _load
 from labinfer.runtime.manager import Manager
 
+from .browser import Browser, find_browser
+
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 KEY = "a-key-of-several-models"
@@ -104,6 +106,25 @@ def test_what_is_told_of_the_service_is_told_of_each(
     assert [each["nbytes"] for each in reference["granted"]] == [
         each["memory"]["reference"]["granted_bytes"] for each in listed.values()
     ]
+
+
+@pytest.mark.skipif(find_browser() is None, reason="no Chromium here")
+def test_the_page_talks_to_the_model_that_is_chosen(http: httpx.Client) -> None:
+    path = find_browser()
+    assert path is not None
+    with Browser(path) as browser:
+        browser.open(f"{http.base_url}/#key={KEY}", 390, 844, False)
+        browser.until("document.title === 'words · LABInfer'")
+        browser.run("document.getElementsByName('max_tokens')[0].value = '5'")
+        browser.run("$('models').value = 'bytes'; $('models').onchange()")
+        before = http.get("/labinfer/v1/trace", params={"model": "bytes"}).json()["now"]
+        browser.run("say('hi')")
+        browser.until("running === null && conversation.length === 2")
+        browser.until("document.title === 'bytes · LABInfer' && steps.length > 4")
+        assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+    for name, few in (("bytes", 5), ("words", 0)):
+        made = http.get("/labinfer/v1/trace", params={"model": name, "after": before}).json()["steps"]
+        assert len(made) == few
 
 
 def test_measurements_of_all_are_one_text(http: httpx.Client) -> None:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ import numpy as np
 import pytest
 
 import labinfer
+from labinfer.backends.base import Lane
+from labinfer.backends.reference.device import ReferenceDevice
 from labinfer.compiler.residency import spread
 from labinfer.compiler.verify_plan import verify_plan
 from labinfer.errors import InvalidFile, LabinferError, UsageError, WeightsError
 from labinfer.runtime.cores import available_cores
 from labinfer.runtime.manager import Manager
 from labinfer.runtime.pipeline.transport import TRANSPORTS
+from labinfer.runtime.queued_weights import QueuedWeights
 from labinfer.runtime.streamed_weights import Arrival
 
 from .test_pipeline import DEVICES, greedy, on_one_device, prompts
@@ -50,6 +54,42 @@ def test_tokens_are_the_same_over_stages_transports_and_residencies(
         assert len(model.plan.stages) == stages
         assert all(bool(stage.streamed) == bool(streamed) for stage in model.plan.stages)
         assert greedy(model, prompts(name)) == on_one_device(name)
+
+
+class HostLane(Lane):
+    """Copies at the earliest moment that a device may, or at the latest."""
+
+    def __init__(self, early: bool) -> None:
+        self.early = early
+
+    def send(self, host: Any, destination: Any) -> Any:
+        copy = partial(np.copyto, destination, host)
+        if self.early:
+            copy()
+        return (lambda: None) if self.early else copy
+
+    def hold(self, ticket: Any) -> None:
+        ticket()
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("layers", [1, 2, 3, 100])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_device_that_copies_by_itself_gives_the_tokens_of_resident_weights(
+    name: str, layers: int, early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ReferenceDevice, "lane", lambda device: HostLane(early))
+    with labinfer.load(GOLDEN / name, devices="reference", streamed_layers=layers) as model:
+        assert isinstance(model.stages[0].streamed, QueuedWeights)
+        assert greedy(model, prompts(name)) == on_one_device(name)
+        expected = model.logits([1, 2, 3])
+
+        def fail(array: np.ndarray) -> None:
+            raise LabinferError("test.fails", "no")
+
+        with model.listen("layers.0.attn.out", fail), pytest.raises(LabinferError):
+            model.logits([1, 2, 3])
+        np.testing.assert_array_equal(model.logits([1, 2, 3]), expected)
 
 
 def test_the_device_holds_what_the_plan_says(tmp_path: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import threading
 from collections.abc import Iterator
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from labinfer.errors import LabinferError
 from labinfer.runtime.pipeline.transport import TRANSPORTS, Channel, ChannelClosed, Header, attach, open_channel
+from labinfer.runtime.pipeline.transport.arrivals import Arrivals
 
 LIMIT = 1 << 20
 
@@ -24,14 +26,12 @@ class Inbox:
         self.channel, self.sections = channel, list[bytearray]()
 
     def receive(self) -> tuple[int, int, list[bytes]]:
-        self.sections = []
         header = self.channel.receive(self.place)
         return header.kind, header.tag, [bytes(each) for each in self.sections]
 
-    def place(self, header: Header) -> Iterator[memoryview]:
-        for size in header.sizes:
-            self.sections.append(bytearray(size))
-            yield memoryview(self.sections[-1])
+    def place(self, header: Header) -> list[memoryview]:
+        self.sections = [bytearray(size) for size in header.sizes]
+        return [memoryview(section) for section in self.sections]
 
 
 @pytest.fixture(params=TRANSPORTS)
@@ -80,7 +80,7 @@ def test_an_end_can_be_attached_by_its_descriptors() -> None:
 def test_what_is_no_frame_is_refused(ends: tuple[Channel, Channel]) -> None:
     sender, receiver = ends
     sender.write([memoryview(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")])
-    with pytest.raises(LabinferError, match="no frame of version 1"):
+    with pytest.raises(LabinferError, match="no frame of version 2"):
         Inbox(receiver).receive()
 
 
@@ -103,17 +103,32 @@ def test_frames_beyond_the_limit_are_refused_at_both_ends(ends: tuple[Channel, C
     thread.join()
 
 
+def test_what_comes_as_expected_and_what_does_not_is_waited_for(ends: tuple[Channel, Channel]) -> None:
+    sender, receiver = ends
+    arrivals, inbox = Arrivals(receiver), Inbox(receiver)
+    for number, seconds in enumerate((0.02, 0.02, 0.0, 0.1, 0.02)):  # new, as usual, sooner, later, sooner
+        timer = threading.Timer(seconds, sender.send, (0, number, [memoryview(b"text")]))
+        timer.start()
+        arrivals.wait()
+        assert not receiver.leaves_process or receiver.ready()
+        assert inbox.receive() == (0, number, [b"text"])
+        timer.join()
+        assert not receiver.ready(0.001)
+
+
 def test_a_refused_place_leaves_the_channel_usable(ends: tuple[Channel, Channel]) -> None:
     sender, receiver = ends
 
-    def refuse(header: Header) -> Iterator[memoryview]:
-        yield memoryview(bytearray(4))
+    def refuse(header: Header) -> list[memoryview]:
         raise LabinferError("test.refused", "no")
 
-    sender.send(1, 1, [memoryview(b"four"), memoryview(b"more")])
+    for _ in range(2):
+        sender.send(1, 1, [memoryview(b"four"), memoryview(b"more")])
     sender.send(2, 2, [memoryview(b"next")])
     with pytest.raises(LabinferError, match="no"):
         receiver.receive(refuse)
+    with pytest.raises(LabinferError, match=r"sections of \(4, 4\) bytes came, not of \(8,\)"):
+        receiver.receive(lambda header: [memoryview(bytearray(8))])
     assert Inbox(receiver).receive() == (2, 2, [b"next"])
 
 
@@ -142,3 +157,22 @@ def test_closing_wakes_who_waits_at_either_end(ends: tuple[Channel, Channel]) ->
 
     with pytest.raises(ChannelClosed):
         read()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_more_than_1024_open_files_are_no_trouble(transport: str) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], min(2048, limits[1])), limits[1]))
+    taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        sender, receiver = open_channel(transport, 2 * LIMIT, LIMIT)
+        assert not receiver.ready()
+        sender.send(0, 0, [memoryview(b"there")])
+        assert receiver.ready()
+        for end in (sender, receiver):
+            end.close()
+            end.release()
+    finally:
+        for file in taken:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from labinfer import __version__
 from labinfer.errors import DoesNotFit, UsageError, did_you_mean
 from labinfer.ops.base import OPS, Call, KernelBounds, KernelOptions, TensorType
+
+if TYPE_CHECKING:
+    from labinfer.backends.sampling import TokenSampler
 
 Kernel = Callable[[Call], None]
 """Runs one op: reads ``call.inputs``, ``weights``, ``cache`` and ``step``, writes ``call.outputs``."""
@@ -55,11 +58,14 @@ class Capabilities:
     ``parameters`` names the layout weights take there and ``weight_bytes(format, shape)`` gives its size; ``fusions``
     are the fused ops it has kernels for; ``workspace`` gives the scratch bytes that a kernel needs at its bounds;
     ``kv_dtypes`` are the formats it can keep keys and values in; ``tables(attrs, max_model_len)`` gives the bytes of
-    constants it keeps for all ops with these attributes; ``threads`` how many it uses unless told otherwise;
+    constants it keeps for all ops with these attributes, and ``sampling(rows)`` those it takes to choose tokens of so
+    many rows of logits; ``threads`` how many it uses unless told otherwise;
     ``block_multiple`` is what the cache's block size must be a multiple of; ``activations`` says how exactly it can
     multiply, and ``matrix_unit(activations)`` the fewest tokens, by weight format, for which its matrix unit pays;
     ``batch_invariant`` are the weight formats whose products, without that unit, no other token of the step changes.
     ``machine`` says what it runs on, and ``kernels`` which version of its kernels: measured times depend on both.
+    ``processors(name)`` are those of a device that has its own, of which it can be opened with some (as its
+    ``threads``); None for one that computes with the machine's cores.
     """
 
     parameters: str
@@ -68,6 +74,7 @@ class Capabilities:
     workspace: Callable[[KernelBounds], int] = no_workspace
     kv_dtypes: tuple[str, ...] = ("f32",)
     tables: Callable[[Any, int], int] = lambda attrs, max_model_len: 0
+    sampling: Callable[[int], int] = lambda rows: 0
     threads: Callable[[], int | None] = lambda: None
     block_multiple: int = 1
     activations: tuple[str, ...] = ("exact",)
@@ -75,6 +82,7 @@ class Capabilities:
     batch_invariant: tuple[str, ...] = ()
     machine: Callable[[], str] = processor
     kernels: Callable[[], str] = lambda: __version__
+    processors: Callable[[str], int | None] = lambda name: None
 
 
 @dataclass(eq=False, slots=True)
@@ -116,6 +124,18 @@ class Allocator(ABC):
         self.buffers.remove(buffer)
         self.allocated -= buffer.nbytes
         buffer.memory = None
+
+
+class Lane(ABC):
+    """Copies to a device beside its computing, one after another; the host only asks for them."""
+
+    @abstractmethod
+    def send(self, host: Any, destination: Any) -> Any:
+        """Copy ``host``, in ``host_memory``, once all that the device was asked to compute is done; its ticket."""
+
+    @abstractmethod
+    def hold(self, ticket: Any) -> None:
+        """Let what the device is asked to compute from now on wait for that copy."""
 
 
 class KernelFailure(Exception):
@@ -203,6 +223,31 @@ class Device(ABC):
     def move_out(self, source: Any, out: Any = None) -> Any:
         """A numpy copy of a device array, written to ``out`` where that is given."""
 
+    def move_from(self, device: Device, source: Any, destination: Any) -> None:
+        """Copy an array of ``device``, as it is once that has computed what it was asked for, to one of the same shape.
+
+        ``device`` may be asked to write to ``source`` again at once.
+        """
+        self.move_in(device.host_array(source), destination)
+
+    def copy(self, source: Any, destination: Any) -> None:
+        """Copy one of its arrays to another."""
+        destination[...] = source
+
+    def move_all_in(self, pairs: Iterable[tuple[Any, Any]]) -> None:
+        """``move_in`` of (host, destination) pairs, host in ``host_memory``, which can change when it returns."""
+        for host, destination in pairs:
+            self.move_in(host, destination)
+
+    def move_all_out(self, pairs: Iterable[tuple[Any, Any]]) -> None:
+        """``move_out`` of (source, out) pairs, out in ``host_memory``."""
+        for source, out in pairs:
+            self.move_out(source, out)
+
+    def lane(self) -> Lane | None:
+        """A lane of its own; None where the host copies, or copying and computing cannot overlap."""
+        return None
+
     def host_array(self, source: Any) -> Any:
         """A device array as a numpy array that holds until the device runs again; its memory, where numpy sees that."""
         return self.move_out(source)
@@ -226,6 +271,13 @@ class Device(ABC):
 
     def bound_for(self, count: int, limit: int, options: KernelOptions) -> int:
         """For how many tokens or logit rows, at most ``limit``, a program is bound that serves ``count`` of them."""
+        return count
+
+    def decodes_for(self, count: int, limit: int) -> int:
+        """To how many sequences, at most ``limit``, a decode step of ``count`` is filled up.
+
+        For devices whose programs take long to make and serve one size only: few sizes are then enough.
+        """
         return count
 
     def program(self, calls: Sequence[tuple[Kernel, Call]]) -> Program:
@@ -267,6 +319,10 @@ class Device(ABC):
     def fill(self, buffer: Buffer, byte: int) -> None:
         """Set every byte of ``buffer``."""
 
+    def sampler(self, rows: int, vocab_size: int) -> TokenSampler | None:
+        """What chooses the tokens of up to ``rows`` rows of logits on the device; None where only the host can."""
+        return None
+
     def tune(self, formats: Iterable[str]) -> None:  # noqa: B027  most devices have nothing to choose
         """Measure what later plans choose by, for weights in ``formats``, and keep the results on this machine."""
 
@@ -296,13 +352,16 @@ def local_name(name: str) -> str:
 
 
 def device_kind(name: str) -> str:
-    """``reference`` for ``reference:1``; an unknown kind or a bad number is a ``DoesNotFit`` or ``UsageError``."""
+    """``reference`` for ``reference:1``; an unknown kind or a bad number is a ``DoesNotFit`` or ``UsageError``.
+
+    ``cuda:0.1`` is a part of ``cuda:0``.
+    """
     kind, colon, number = local_name(name).partition(":")
     if kind not in BACKENDS:
         remedy = did_you_mean(kind, BACKENDS) or f"known devices: {', '.join(BACKENDS)}"
         raise DoesNotFit("device.unknown", f"there is no device '{name}'", remedy=remedy)
-    if colon and not re.fullmatch(r"[0-9]{1,4}", number):
-        raise UsageError("device.name", f"'{name}' should be '{kind}' or '{kind}:NUMBER'")
+    if colon and not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,4})?", number):
+        raise UsageError("device.name", f"'{name}' should be '{kind}', '{kind}:NUMBER' or '{kind}:NUMBER.PART'")
     return kind
 
 

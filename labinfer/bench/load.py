@@ -102,7 +102,7 @@ async def read(reader: asyncio.StreamReader, sample: Sample) -> None:
     head = await reader.readuntil(b"\r\n\r\n")
     _, _, status = head.partition(b"\r\n")[0].partition(b" ")
     if not status.startswith(b"200"):
-        raise ValueError(f"status {status!r}: {(await reader.read(300)).decode(errors='replace')}")
+        raise ValueError(f"status {status.decode('latin-1')}: {(await reader.read(300)).decode(errors='replace')}")
     held = b""
     while data := await reader.read(1 << 16):
         now = time.perf_counter()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 from collections.abc import Sequence as Listing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ from labinfer.compiler.plan import Plan
 from labinfer.errors import UsageError
 from labinfer.runtime.batch import Part, part_of
 from labinfer.runtime.model import Model
+from labinfer.runtime.request import Request
+from labinfer.runtime.sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +43,9 @@ def plan_tests(prompt_lengths: Listing[int], decode_lengths: Listing[int], batch
     return [*prefills, *(Workload("decode", length, size) for length in decode_lengths for size in batch)]
 
 
-def limits(tests: Listing[Workload], block_size: int = 16) -> dict[str, int]:
-    """Compiler options that give ``tests`` just enough room."""
+def limits(tests: Listing[Workload], block_size: int = 16, spare: int = 0) -> dict[str, int]:
+    """Compiler options that give ``tests`` just enough room, and each of their sequences ``spare`` tokens more."""
+    tests = [replace(test, tokens=test.tokens + spare) for test in tests]
     batch = max(test.batch for test in tests)
     return {
         "max_num_seqs": batch,
@@ -86,7 +90,7 @@ def decode(model: Model, batch: int, length: int) -> list[float]:
     seconds = []
     for step in range(length):
         start = time.perf_counter()
-        chosen = model.compute(Part(rows, one, one, one)).argmax(1)
+        chosen = model.compute(Part(rows, one, one, one, decodes=True)).argmax(1)
         if step + 1 < length:
             for row, token in zip(rows.tolist(), chosen, strict=True):
                 model.batch.extend(row, [token])
@@ -96,8 +100,26 @@ def decode(model: Model, batch: int, length: int) -> list[float]:
     return seconds
 
 
+def through_engine(model: Model, test: Workload) -> list[float]:
+    """As ``prefill`` and ``decode``, but by the engine: stages of a pipeline hand tokens on without us."""
+    made, prompt = (1, test.tokens) if test.kind == "prefill" else (test.tokens, 1)
+    params = SamplingParams(temperature=0, max_tokens=made, ignore_eos=True, detokenize=False)
+    tokens = np.random.default_rng(0).integers(model.vocab_size, size=(test.batch, prompt))
+    salt = uuid.uuid4().hex  # nothing is cached that was measured before
+    requests = [Request(row, params, cache_salt=salt) for row in tokens.tolist()]
+    told = [time.perf_counter()]
+    requests[-1].listener = lambda sequence: told.append(time.perf_counter())
+    model.engine.finish([model.engine.add(request) for request in requests])
+    for failed in (request.error for request in requests if request.error):
+        raise failed
+    seconds: list[float] = np.diff(told[: made + 1]).tolist()
+    return seconds
+
+
 def run_test(model: Model, test: Workload) -> list[float]:
     """Seconds of each step of ``test``; a prefill counts as one."""
+    if model.fleet is not None:
+        return through_engine(model, test)
     return prefill(model, test.tokens) if test.kind == "prefill" else decode(model, test.batch, test.tokens)
 
 

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from labinfer.cli.options import CHOICES, COUNT, PLAN_OPTIONS, json_option
+from labinfer.cli.options import (
+    CHOICES,
+    COUNT,
+    PLAN_OPTIONS,
+    check_cluster_options,
+    cluster_options,
+    json_option,
+    load_over_cluster,
+)
 from labinfer.cli.output import current
 from labinfer.errors import UsageError
 from labinfer.units import parse_count
@@ -62,6 +70,7 @@ class BenchCommand(click.Command):
 @click.option("--kv-dtype", type=click.Choice(["f32", "bf16", "f16"]), help="What keys and values are kept in.")
 @click.option("--activations", type=click.Choice(CHOICES["activations"]), help=PLAN_OPTIONS["activations"])
 @click.option("--weights", metavar="PATH", help="Model directory or file to take the weights from.")
+@cluster_options
 @click.option("--compare", is_flag=True, help="Take turns with the installed peers: llama.cpp, transformers.")
 @json_option
 def bench(
@@ -85,10 +94,12 @@ def bench(
     \b
     labinfer bench model.gguf --devices cpu
     labinfer bench model.gguf --devices cpu --prompt-lengths 128,512,2k --batch 1,4,16 --json
+    labinfer bench model.gguf --cluster cluster.yaml
     LABINFER_BENCH_PYTHON=peers/bin/python labinfer bench model.gguf --devices cpu --compare
     labinfer bench serve --help
     """
     options = {name: value for name, value in options.items() if value is not None}
+    check_cluster_options(options, {"--compare": compare})
     if "threads" in options:
         os.environ.update(dict.fromkeys(BLAS_THREADS, str(options["threads"])))  # read when numpy is imported
     from labinfer.bench.measure import plan_tests
@@ -109,13 +120,17 @@ def bench(
 
 
 def _measure(model: str | None, tests: list[Workload], repeat: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Load the model and measure it in this process."""
+    """Load the model and measure it in this process, or over the hosts of a cluster."""
     from labinfer.bench.measure import measure
     from labinfer.llm import LLM
 
     with current().progress() as progress:
         started = time.perf_counter()
-        llm = LLM(model, progress=progress, **_compile_options(model, tests, options))
+        compiled = _compile_options(model, tests, options)
+        if "cluster" in options:
+            llm = load_over_cluster(model, compiled.pop("weights", None), progress, compiled)
+        else:
+            llm = LLM(model, progress=progress, **compiled)
         load_seconds = time.perf_counter() - started
     with llm:
         stages = [stage.bytes for stage in llm.plan.stages]
@@ -135,7 +150,9 @@ def _compile_options(model: str | None, tests: list[Workload], options: dict[str
     from labinfer.api import is_plan
     from labinfer.bench.measure import limits
 
-    return options if model is not None and is_plan(model) else {**limits(tests), **options}
+    if model is not None and is_plan(model):
+        return options
+    return {**limits(tests, spare=16 if "cluster" in options else 0), **options}
 
 
 def _compare(model: str | None, tests: list[Workload], pairs: int, options: dict[str, Any], as_json: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import click
@@ -11,6 +10,7 @@ import click
 from labinfer.cli.options import COUNT, json_option
 from labinfer.cli.output import current
 from labinfer.errors import UsageError
+from labinfer.files import atomic_write
 
 ENDPOINT = "/v1/completions"
 
@@ -97,9 +97,11 @@ def bench_serve(
     samples, seconds = asyncio.run(load(to, bodies, request_rate, max_concurrency, seed))
     found = summary(samples, seconds, percents, bounds)
     if save_result is not None:
-        Path(save_result).write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+        with atomic_write(save_result) as stream:
+            stream.write(f"{json.dumps(found, indent=2)}\n".encode())
     if save_report is not None:
-        Path(save_report).write_text(load_report(found, samples), "utf-8")
+        with atomic_write(save_report) as stream:
+            stream.write(load_report(found, samples).encode())
     _show(found, as_json)
 
 

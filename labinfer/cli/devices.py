@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from labinfer.cli.options import json_option
 from labinfer.cli.output import current
 from labinfer.units import human_bytes
+
+if TYPE_CHECKING:
+    from labinfer.runtime.grants import Grant
 
 
 @click.command()
@@ -33,9 +38,16 @@ def devices(as_json: bool) -> None:
     ]  # fmt: skip
     out.table(["DEVICE", "READY", "FREE", "MEMORY", "COMPUTE", "WHAT IT IS"], rows, right=["FREE", "MEMORY", "COMPUTE"])
     granted = [
-        [each.device, human_bytes(each.nbytes), ",".join(map(str, each.cores)) or "all", each.owner, str(each.pid)]
+        [each.device, human_bytes(each.nbytes), compute_of(each), each.owner, str(each.pid)]
         for report in found
         for each in report.granted
     ]
     if granted:
-        out.table(["GRANTED", "MEMORY", "CORES", "TO", "PROCESS"], granted, right=["MEMORY", "PROCESS"])
+        out.table(["GRANTED", "MEMORY", "COMPUTE", "TO", "PROCESS"], granted, right=["MEMORY", "PROCESS"])
+
+
+def compute_of(grant: Grant) -> str:
+    """The cores, or how many processors of its own, that a device was granted."""
+    if grant.processors:
+        return f"{grant.processors} processors"
+    return f"cores {','.join(map(str, grant.cores))}" if grant.cores else "all"

@@ -104,18 +104,25 @@ def cluster_options(function: Function) -> Function:
     return click.option("--cluster", metavar="FILE", help=text)(token(function))
 
 
+def check_cluster_options(options: dict[str, Any], others: dict[str, object]) -> None:
+    """Refuse those of ``others``, by their names, that were given beside ``--cluster``, which knows none of them."""
+    from labinfer.errors import UsageError
+
+    wrong = [name for name, value in others.items() if value]
+    if "cluster" in options and "devices" in options:
+        raise UsageError("cli.usage", "the cluster file names the devices; give it or --devices, not both")
+    if "cluster" in options and wrong:
+        raise UsageError("cli.usage", f"over a cluster there is no {' and no '.join(wrong)}")
+
+
 def load_over_cluster(model: str | None, weights: str | None, progress: Progress, options: dict[str, Any]) -> LLM:
-    """The model over the hosts of ``options['cluster']``; what a cluster does not do is a usage error."""
+    """The model over the hosts of ``options['cluster']``, which ``check_cluster_options`` has seen."""
     from pathlib import Path
 
     from labinfer.cluster.fleet import load
-    from labinfer.errors import UsageError
 
     options = dict(options)
-    token_file = options.pop("token_file", None)
-    if "devices" in options:
-        raise UsageError("cli.usage", "the cluster file names the devices; give it or --devices, not both")
-    cluster = options.pop("cluster")
+    token_file, cluster = options.pop("token_file", None), options.pop("cluster")
     token = None if token_file is None else Path(token_file)
     return load(model, cluster, weights=weights, token_file=token, progress=progress, **options)
 

@@ -13,6 +13,7 @@ import click
 
 from labinfer.cli.options import (
     COUNT,
+    check_cluster_options,
     cluster_options,
     given,
     json_option,
@@ -203,9 +204,8 @@ def _load(
     from labinfer.runtime.speculation import SpeculativeConfig
 
     config = SpeculativeConfig(**guessing) if guessing else None
-    if "cluster" in options and (config or lora or transport or "rebalance" in options):
-        message = "over a cluster there is no speculation, no adapter, no other transport and no --rebalance"
-        raise UsageError("cli.usage", message)
+    refused = {"speculation": config, "--lora": lora, "--transport": transport, "--rebalance": options.get("rebalance")}
+    check_cluster_options(options, refused)
     running: dict[str, Any] = {"transport": transport, "speculative_config": config}
     running["rebalance"] = options.pop("rebalance", False)
     with current().progress() as progress:

@@ -15,6 +15,7 @@ import click
 from labinfer.cli.config_file import config_option
 from labinfer.cli.options import (
     COUNT,
+    check_cluster_options,
     cluster_options,
     device_quota,
     given,
@@ -66,6 +67,14 @@ CACHE_BYTES = 1 << 30
 )
 @click.option("--lora", multiple=True, metavar="NAME=PATH", help="LoRA adapter to serve as model NAME (repeatable).")
 @click.option("--max-queue", type=COUNT, default=256, show_default=True, metavar="N", help="Requests that may wait.")
+@click.option(
+    "--replicas",
+    type=COUNT,
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Engines of the model, each on its part of the devices; a request goes where its beginning is cached.",
+)
 @click.option("--drain", type=float, default=30.0, show_default=True, metavar="S", help="Seconds to finish on SIGTERM.")
 @click.option(
     "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Of the log."
@@ -86,6 +95,7 @@ def serve(
     lora: tuple[str, ...],
     weights: str | None,
     transport: str | None,
+    replicas: int,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -102,6 +112,7 @@ def serve(
     labinfer serve small.gguf large.gguf --kv-memory 500MB --quota cpu=4GiB
     labinfer serve plan.json --host 0.0.0.0 --api-key-file keys.txt
     """  # fmt: skip
+    from labinfer.api import replica_options
     from labinfer.runtime.chat_template import render_chat_template
     from labinfer.runtime.manager import Manager
     from labinfer.service.logs import configure_logging
@@ -111,7 +122,7 @@ def serve(
     from labinfer.service.services import Services
 
     keys, key_file = _keys(host, api_key, api_key_file)
-    _check_several(model, served_model_name, lora, weights)
+    _check_several(model, served_model_name, lora, weights, replicas)
     manager = Manager(quotas=dict(map(device_quota, quota)))
     chosen = {name: options.pop(name) for name in (*OWN, "drain")}
     settings = ServiceOptions(host=host, port=port, api_keys=keys, drain_seconds=chosen.pop("drain"), **chosen)
@@ -122,18 +133,25 @@ def serve(
     settings = replace(settings, port=listener.getsockname()[1])
     adapters = [lora_request(each) for each in lora]
     with listener, closing(manager), ExitStack() as loaded:
-        compiled = given(options)
-        opened = [_load(loaded, each, weights, transport, compiled, adapters, manager) for each in model or (None,)]
-        named = zip_longest(opened, served_model_name)
-        served = Services(*(Service(llm, settings, phases, adapters, name) for (llm, phases), name in named))
-        Server(served, listener).run(lambda: _announce(served, key_file, as_json))
+        compiled, refused = given(options), {"--lora": lora, "--transport": transport, "--replicas": replicas > 1}
+        check_cluster_options(compiled, {**refused, "--rebalance": compiled.get("rebalance")})
+        parts, served = replica_options(compiled, replicas), []
+        for each, called in zip_longest(model or (None,), served_model_name):
+            opened = [_load(loaded, each, weights, transport, part, adapters, manager) for part in parts]
+            phases = {name: sum(times[name] for _, times in opened) for name in opened[0][1]}
+            first, *others = [llm for llm, _ in opened]
+            served.append(Service(first, settings, phases, adapters, called, others))
+        services = Services(*served)
+        Server(services, listener).run(lambda: _announce(services, key_file, as_json))
 
 
-def _check_several(models: Sequence[str], names: Sequence[str], lora: Sequence[str], weights: str | None) -> None:
+def _check_several(
+    models: Sequence[str], names: Sequence[str], lora: Sequence[str], weights: str | None, replicas: int
+) -> None:
     """Refuse more names than models, and what is for one model where there are several."""
     if len(names) > max(len(models), 1):
         raise UsageError("cli.usage", f"there are {len(names)} names for {max(len(models), 1)} models")
-    for option, value in (("--lora", lora), ("--weights", weights)):
+    for option, value in (("--lora", lora), ("--weights", weights), ("--replicas", replicas > 1)):
         if value and len(models) > 1:
             raise UsageError("cli.usage", f"{option} is for one model, and {len(models)} are served")
 
@@ -183,9 +201,6 @@ def _load(
             if "num_blocks" not in options:
                 defaults["kv_memory"] = CACHE_BYTES
             if "cluster" in options:
-                if adapters or transport or running["rebalance"]:
-                    message = "over a cluster there are no adapters, no other transport and no --rebalance"
-                    raise UsageError("cli.usage", message)
                 llm = load_over_cluster(model, weights, progress, {**defaults, **options})
             else:
                 if adapters:

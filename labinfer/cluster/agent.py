@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from labinfer.cluster.checkpoints import Store
-from labinfer.cluster.control import Address, Control
+from labinfer.cluster.control import CONTROL_PURPOSE, END_SECONDS, Address, Control
+from labinfer.cluster.neighbours import Neighbour
 from labinfer.cluster.token import read_token
 from labinfer.errors import LabinferError
 from labinfer.runtime.pipeline.process import BEAT, StageProcess, stopped
 from labinfer.runtime.pipeline.transport import ChannelClosed, Keys
 from labinfer.runtime.pipeline.transport.sealed import accept, connect
-
-CONTROL_PURPOSE = b"control"
 
 HEAD_SILENCE = 5.0
 """Seconds after which a head that says nothing is taken for lost."""
@@ -141,6 +140,7 @@ class Session:
     def __init__(self, agent: Agent, control: Control) -> None:
         self.agent, self.control, self.owner = agent, control, ""
         self.stages: list[HostedStage] = []
+        self.neighbours: list[Neighbour] = []
         self.closing = threading.Lock()
         self.closed = False
         self.watching = threading.Thread(target=self.watch, daemon=True)
@@ -156,7 +156,7 @@ class Session:
             pass
         finally:
             self.close()
-            self.watching.join()
+            self.watching.join(END_SECONDS)
             self.control.release()
 
     def do(self, message: dict[str, Any], payload: bytes) -> None:
@@ -207,9 +207,8 @@ class Session:
                 if not self.closed:
                     process = StageProcess(message["name"], start, [each.fileno() for each in sockets])
                     self.stages.append(HostedStage(self, number, process))
-        except (ChannelClosed, KeyError, TypeError, OSError) as error:
-            with contextlib.suppress(ChannelClosed):
-                self.control.say(stage=number, died=f"{message.get('name')} could not be wired: {error}")
+        except Exception as error:  # whatever it is, the head must not wait for a stage that will never come
+            self.say_died(f"{message.get('name')} could not be wired: {error}")
         finally:
             for each in sockets:
                 each.close()
@@ -221,8 +220,23 @@ class Session:
         else:
             target: Address = str(address[0]), int(address[1])
             connection, keys = connect(target, self.agent.token, purpose)
+            self.listen_to(target)
         notice_cuts(connection)
         return connection, keys
+
+    def listen_to(self, address: Address) -> None:
+        """Tell the head once another host, to which a stage sends from here, is silent."""
+        neighbour = Neighbour(address, self.agent.token, self.say_died)
+        with self.closing:
+            if not self.closed:
+                self.neighbours.append(neighbour)
+                return
+        neighbour.close()
+
+    def say_died(self, reason: str) -> None:
+        """Tell the head that the stages cannot go on, and why."""
+        with contextlib.suppress(ChannelClosed):
+            self.control.say(died=reason)
 
     def watch(self) -> None:
         """Tell the head of stages that are stopped, or stuck once they are loaded."""
@@ -240,11 +254,14 @@ class Session:
         with self.closing:
             self.closed = True
             self.control.close()
+            for neighbour in self.neighbours:
+                neighbour.close()
             for stage in self.stages:
                 stage.process.process.kill()  # it has nothing to lose, and others wait for its memory
-                stage.thread.join()
+                stage.thread.join(END_SECONDS)
                 stage.process.close()
             self.stages.clear()
+            self.neighbours.clear()
 
 
 def notice_cuts(connection: socket.socket) -> None:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from labinfer.cluster.stages import open_control
+from labinfer.cluster.control import open_control
 from labinfer.cluster.token import kept_token, token_path
 from labinfer.compiler.cluster import Cluster, ClusterHost, read_cluster
 from labinfer.errors import InvalidFile, LabinferError

@@ -10,20 +10,38 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from labinfer.errors import LabinferError
 from labinfer.runtime.pipeline.process import BEAT
 from labinfer.runtime.pipeline.transport import ChannelClosed, Header, Keys, Sealed
+from labinfer.runtime.pipeline.transport.sealed import connect
 
 CONTROL = 16
 """The kind of frames that hold a message."""
 
+CONTROL_PURPOSE = b"control"
+"""What a connection of these messages is for, as whoever connects says."""
+
+HOST_SILENCE = 1.5
+"""Seconds after which a host that says nothing is taken for lost."""
+
 MESSAGE_BYTES = 64 << 20
 """The largest message: a plan, or a piece of a checkpoint."""
 
+ANSWER_SECONDS = 600.0
+"""How long an answer may take: that to the last piece of a file waits until all of it was read again for its digest."""
+
+END_SECONDS = 10.0
+"""How long a thread is waited for whose connection was closed, or process killed: far longer than it should take."""
+
 Address = tuple[str, int]
+
+
+def open_control(address: Address, token: bytes) -> Control:
+    """A control connection to the agent at ``address``; raises ``ChannelClosed``."""
+    connection, keys = connect(address, token, CONTROL_PURPOSE)
+    return Control(connection, keys, HOST_SILENCE)
 
 
 class Control:
@@ -45,15 +63,17 @@ class Control:
             sections = [memoryview(json.dumps(message).encode()), memoryview(payload)]
             self.channel.send(CONTROL, 0, sections)
 
-    def hear(self) -> tuple[dict[str, Any], bytes]:
-        """The next message that is no beat, and the bytes behind it; raises ``ChannelClosed``."""
+    def hear(self, seconds: float | None = None) -> tuple[dict[str, Any], bytes]:
+        """The next message that is no beat, and the bytes behind it; ``ChannelClosed`` if none comes in ``seconds``."""
+        until = None if seconds is None else time.monotonic() + seconds
         while True:
+            if until is not None and not self.channel.ready(max(0.0, until - time.monotonic())):
+                raise ChannelClosed(f"no answer came within {seconds:.0f} seconds")
             sections: list[bytearray] = []
 
-            def place(header: Header, into: list[bytearray] = sections) -> Iterator[memoryview]:
-                for size in header.sizes:
-                    into.append(bytearray(size))
-                    yield memoryview(into[-1])
+            def place(header: Header, into: list[bytearray] = sections) -> list[memoryview]:
+                into += [bytearray(size) for size in header.sizes]
+                return [memoryview(each) for each in into]
 
             try:
                 header = self.channel.receive(place)
@@ -69,7 +89,7 @@ class Control:
     def ask(self, payload: bytes | memoryview = b"", **message: Any) -> dict[str, Any]:
         """Send a message and wait for the next that comes; an error that it tells of is raised."""
         self.say(payload, **message)
-        answer, _ = self.hear()
+        answer, _ = self.hear(ANSWER_SECONDS)
         if "error" in answer:
             raise LabinferError("cluster.agent", str(answer["error"]))
         return answer
@@ -98,5 +118,5 @@ class Control:
         """Give the connection back; nobody hears any more."""
         self.close()
         if self.beating is not threading.current_thread():
-            self.beating.join()
+            self.beating.join(END_SECONDS)
         self.channel.release()

@@ -17,8 +17,8 @@ import numpy as np
 
 from labinfer.api import compile_options, is_plan, read_model
 from labinfer.catalogue import resolve
-from labinfer.cluster.agent import CONTROL_PURPOSE
 from labinfer.cluster.agents import hosts_of
+from labinfer.cluster.control import CONTROL_PURPOSE, END_SECONDS
 from labinfer.cluster.stages import HostedStages
 from labinfer.cluster.token import kept_token
 from labinfer.compiler.cluster import Cluster
@@ -30,6 +30,7 @@ from labinfer.llm import LLM, loading
 from labinfer.placing import cluster_target, goal_of
 from labinfer.progress import Progress, silent
 from labinfer.replanning import pinned
+from labinfer.runtime.batch import Part
 from labinfer.runtime.pipeline.transport import ChannelClosed
 from labinfer.runtime.pipeline.transport.sealed import connect
 
@@ -141,7 +142,7 @@ class ClusterFleet:
         back = list(self.back_since.items())  # perhaps with one that was asked while the plan was made that uses it
         return any(name not in self.used and now - since > REJOIN_SECONDS for name, since in back)
 
-    def observe(self, times: np.ndarray) -> None:
+    def observe(self, times: np.ndarray, part: Part) -> None:
         """Steps may take as long as they take."""
 
     def answering(self) -> frozenset[str]:
@@ -171,4 +172,4 @@ class ClusterFleet:
         """End the thread."""
         self.closing.set()
         if self.prober is not None:
-            self.prober.join()
+            self.prober.join(END_SECONDS)

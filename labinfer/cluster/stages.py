@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from labinfer.cluster.agent import CONTROL_PURPOSE, notice_cuts
+from labinfer.cluster.agent import notice_cuts
 from labinfer.cluster.checkpoints import provide
-from labinfer.cluster.control import Address, Control
+from labinfer.cluster.control import END_SECONDS, Address, Control, open_control
 from labinfer.compiler.plan import Plan
 from labinfer.errors import LabinferError, UsageError
 from labinfer.runtime.pipeline.message import decode_error, frame_bytes
@@ -22,14 +22,8 @@ from labinfer.runtime.pipeline.transport import Channel, ChannelClosed, Sealed
 from labinfer.runtime.pipeline.transport.sealed import connect
 from labinfer.runtime.pipeline.workers import Workers, check_adapters
 
-HOST_SILENCE = 1.5
-"""Seconds after which a host that says nothing is taken for lost."""
-
-
-def open_control(address: Address, token: bytes) -> Control:
-    """A control connection to the agent at ``address``; raises ``ChannelClosed``."""
-    connection, keys = connect(address, token, CONTROL_PURPOSE)
-    return Control(connection, keys, HOST_SILENCE)
+LOADING_SILENCE = 120.0
+"""Seconds without any progress after which stages that are loaded are given up."""
 
 
 class HostedStages(Workers):
@@ -95,7 +89,11 @@ class HostedStages(Workers):
         self.senders = [self.connect(self.hosts[0], channels[0])]
         self.receiver = self.connect(self.hosts[-1], channels[-2])
         with self.changed:
-            self.changed.wait_for(lambda: self.problem or len(self.ready) == len(self.hosts))
+            while self.problem is None and len(self.ready) < len(self.hosts):
+                if not self.changed.wait(LOADING_SILENCE):
+                    late = [name for number, name in enumerate(self.hosts) if number not in self.ready]
+                    message = f"no progress was told for {LOADING_SILENCE:.0f} seconds by {', '.join(late)}"
+                    self.problem = StageDied("pipeline.start", message)
             if self.problem is not None:
                 raise self.problem
 
@@ -144,10 +142,10 @@ class HostedStages(Workers):
         self.progress(message.get("loaded", 0))
         if "compiling" in message:
             self.compiling(*message["compiling"])
-        if "ready" in message:
-            with self.changed:
+        with self.changed:
+            if "ready" in message:
                 self.ready.add(message["stage"])
-                self.changed.notify_all()
+            self.changed.notify_all()
 
     def lose(self, problem: LabinferError | str) -> None:
         """The stages cannot go on."""
@@ -182,7 +180,7 @@ class HostedStages(Workers):
     def release(self) -> None:
         """See ``Workers.release``."""
         for listener in self.listeners:
-            listener.join()
+            listener.join(END_SECONDS)
         for control in self.controls.values():
             control.release()
         for end in self.ends:

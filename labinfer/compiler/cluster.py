@@ -58,7 +58,9 @@ class ClusterDevice(ClusterModel):
     can be compiled and explained, but not run here.
     """
 
-    threads: PositiveInt | None = Field(default=None, le=1024, description="threads of a CPU")
+    threads: PositiveInt | None = Field(
+        default=None, le=1024, description="threads of a CPU, or multiprocessors of a GPU"
+    )
     memory: Bytes | None = Field(default=None, description="cap in bytes, or like 24GB, 16GiB")
     share: float = Field(default=1.0, gt=0, le=1, description="part of its compute that is granted")
     like: str | None = Field(default=None, description="a device of the catalogue: a100-80g")

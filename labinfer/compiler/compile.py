@@ -289,6 +289,8 @@ def _value(name: str, graph: OpGraph, arena: ArenaPlan) -> dict[str, Any]:
 def _bytes(graph: OpGraph, parts: Sequence[Op], target: Target, limits: Limits, arena: int) -> StageBytes:
     used = [graph.weights[name] for name in dict.fromkeys(name for part in parts for name in part.weights.values())]
     longest = -(-limits.max_model_len // limits.block_size) * limits.block_size
+    chooses = any(name in graph.outputs for part in parts for name in part.outputs)
+    tables = sum(target.tables(attrs, longest) for attrs in {part.attrs for part in parts if part.kind == "rope"})
     size = {False: 0, True: 0}
     for weight in used:
         size[weight.adapter] += target.weight_bytes(weight.format, weight.shape)
@@ -299,7 +301,7 @@ def _bytes(graph: OpGraph, parts: Sequence[Op], target: Target, limits: Limits, 
         arena=arena,
         step=limits.step_bytes,
         peers=peer_bytes(parts, graph.values, limits),
-        tables=sum(target.tables(attrs, longest) for attrs in {part.attrs for part in parts if part.kind == "rope"}),
+        tables=tables + (target.sampling(limits.max_chosen) if chooses else 0),
     )
 
 

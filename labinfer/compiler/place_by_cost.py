@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from itertools import groupby
+from itertools import groupby, permutations
 from math import ceil
 
 from labinfer.compiler.costs import Costs, LinkProfile, Signer, StepShape
@@ -177,34 +178,56 @@ def problem_of(
 ) -> Problem:
     """The partition problem: bytes and seconds of each unit on each device, links, pins."""
     work = goal.workload
-    decode, prefill = work.decode_step(goal.objective, len(targets)), work.prefill_step(limits)
-    devices, entering = [], {}
+    steps = work.prefill_step(limits), work.decode_step(goal.objective, len(targets))
+    devices: list[Device] = []
+    entering: dict[str, float] = {}
+    known: list[tuple[Target, Costs, Device]] = []  # devices of a kind, which the search may exchange
     for target in targets:
-        costs, signer = goal.costs[target.name], signer_of(graph, limits, target)
-        seconds = [[unit_seconds(unit, target, costs, signer, step) for unit in units] for step in (prefill, decode)]
-        entering[target.name] = costs.overhead_seconds(decode)
-        for phase, step in zip(seconds, (prefill, decode), strict=True):
-            phase[0] += costs.overhead_seconds(step)  # that of further stages comes with the hop into them
-        kind = DeviceKind(target.name, tuple(seconds[0]), tuple(seconds[1]))
-        capped = target.memory is not None
-        if streams and capped and costs.stream:
-            kind = replace(kind, stream_bandwidth=costs.stream.bandwidth, overlap=costs.stream.overlap)
-        taken = reserved(target) + SLOTS * ALIGNMENT if capped else 0
-        devices.append(Device(target.name, kind, target.memory or NO_CAP, taken))
+        costs = goal.costs[target.name]
+        device = next((each for like, at, each in known if alike(like, target) and at == costs), None)
+        if device is None:
+            kind = kind_of(target, costs, units, signer_of(graph, limits, target), steps, streams)
+            taken = reserved(target) + SLOTS * ALIGNMENT if target.memory is not None else 0
+            device = Device(target.name, kind, target.memory or NO_CAP, taken)
+            known.append((target, costs, device))
+        devices.append(replace(device, name=target.name))
+        entering[target.name] = costs.overhead_seconds(steps[1])
     links = {}
-    for source in targets:
-        for target in targets:
-            if source is not target:
-                link = goal.links[source.name, target.name]
-                links[source.name, target.name] = Link(link.latency + entering[target.name], link.bandwidth)
+    for pair in permutations(entering, 2):
+        links[pair] = Link(goal.links[pair].latency + entering[pair[1]], goal.links[pair].bandwidth)
+    usual = Counter(links.values()).most_common(1)[0][0] if links else Link()  # of many hosts, nearly all links
     return Problem(
         layers=layers_of(graph, units, targets, limits, work),
         devices=tuple(devices),
         workload=work.unit(goal.objective, len(targets), limits, kv_tokens),
-        links=links,
+        links={pair: link for pair, link in links.items() if link != usual},
+        default_link=usual,
         pins=pins_of(units, targets, goal.pins),
         tied_bytes=tied_bytes(graph, units, targets),
     )
+
+
+def alike(one: Target, other: Target) -> bool:
+    """Whether two devices differ in their names only."""
+    return replace(one, name=other.name) == other
+
+
+def kind_of(
+    target: Target,
+    costs: Costs,
+    units: Sequence[Unit],
+    signer: Signer,
+    steps: tuple[StepShape, StepShape],
+    streams: bool,
+) -> DeviceKind:
+    """Seconds of each unit on devices like ``target``, in a step of prefill and in one of decode."""
+    seconds = [[unit_seconds(unit, target, costs, signer, step) for unit in units] for step in steps]
+    for phase, step in zip(seconds, steps, strict=True):
+        phase[0] += costs.overhead_seconds(step)  # that of further stages comes with the hop into them
+    kind = DeviceKind(target.name, tuple(seconds[0]), tuple(seconds[1]))
+    if streams and target.memory is not None and costs.stream:
+        kind = replace(kind, stream_bandwidth=costs.stream.bandwidth, overlap=costs.stream.overlap)
+    return kind
 
 
 def signer_of(graph: OpGraph, limits: Limits, target: Target) -> Signer:

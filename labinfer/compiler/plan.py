@@ -78,6 +78,11 @@ class Limits(PlanModel):
         return min([self.max_model_len, *bounds])
 
     @property
+    def max_chosen(self) -> int:
+        """Tokens that a step makes at most."""
+        return min(self.max_num_seqs, self.max_logits_rows)
+
+    @property
     def step_shapes(self) -> dict[str, tuple[int, ...]]:
         """The arrays that a step's groups share, at these bounds, all int32 (see ``labinfer.ops.base.Step``)."""
         tokens, sequences = self.max_num_batched_tokens, self.max_num_seqs
@@ -188,7 +193,8 @@ class Arena(PlanModel):
 
 
 class StageBytes(PlanModel):
-    """Exact bytes the stage takes on its device; ``step`` is the step batch, ``tables`` constants such as rope's.
+    """Exact bytes the stage takes on its device; ``step`` is the step batch, ``tables`` constants such as
+    rope's and what the device chooses tokens with.
 
     ``swap``, ``host`` and ``peers`` lie in host memory and do not count as the device's.
     """
@@ -197,7 +203,9 @@ class StageBytes(PlanModel):
     kv_cache: NonNegativeInt = Field(description="the cache")
     arena: NonNegativeInt = Field(description="the arena")
     step: NonNegativeInt = Field(description="the inputs of a step")
-    tables: NonNegativeInt = Field(default=0, description="constants that ops share, such as rope's cosines and sines")
+    tables: NonNegativeInt = Field(
+        default=0, description="constants that ops share, such as rope's cosines, and memory to choose tokens with"
+    )
     window: NonNegativeInt = Field(default=0, description="slots that streamed layers are copied into in turn")
     host: NonNegativeInt = Field(default=0, description="host memory for the weights of streamed layers")
     swap: NonNegativeInt = Field(default=0, description="host memory for cache blocks that are swapped out")

@@ -18,8 +18,8 @@ class Target:
     ``parameters`` names the layout that weights take there, ``weight_bytes(format, shape)`` gives its size; ``fusions``
     are the fused ops it has kernels for; ``workspace`` gives the scratch bytes that a kernel needs at its bounds;
     ``kv_dtypes`` are the cache formats it reads; ``tables`` gives the bytes of constants that ops of equal attributes
-    share; ``threads`` how many it uses, None where that means nothing; ``block_multiple`` divides the size of a
-    block of the cache;
+    share, ``sampling(rows)`` of what it chooses tokens with; ``threads`` how many it uses, None where that means
+    nothing; ``block_multiple`` divides the size of a block of the cache;
     ``activations`` are the ways it multiplies, ``matrix_unit(activations)`` where its matrix unit pays, and ``options``
     what was chosen of that; ``batch_invariant`` are the weight formats whose products, without that unit, are rounded
     alike in any company; ``memory`` is a cap in bytes; ``layers`` the layers (first, last) a person gave it, None
@@ -39,6 +39,7 @@ class Target:
     activations: tuple[str, ...] = ("exact",)
     matrix_unit: Callable[[str], Mapping[str, int]] = lambda activations: {}
     batch_invariant: tuple[str, ...] = ()
+    sampling: Callable[[int], int] = lambda rows: 0
     options: KernelOptions = DEFAULT_OPTIONS
     memory: int | None = None
     layers: tuple[int, int] | None = None

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
 from statistics import median
@@ -18,14 +17,17 @@ from statistics import median
 from labinfer.compiler.costs import LinkProfile
 from labinfer.errors import LabinferError
 from labinfer.profile.links import link_of
-from labinfer.runtime.pipeline.transport import Channel, ChannelClosed, Header, Keys, Sealed, attach, open_channel
+from labinfer.runtime.pipeline.transport import Channel, ChannelClosed, Keys, Sealed, attach, open_channel
 from labinfer.runtime.pipeline.transport.tcp import connected_sockets
 
 SMALL, LARGE = 1 << 10, 4 << 20
 """Bytes of a frame: the first show the latency, the others the bandwidth."""
 
-FRAMES = {SMALL: 400, LARGE: 20}
+FRAMES = {SMALL: 100, LARGE: 20}
 """How many frames of each size are sent, after a tenth of them that warm up."""
+
+PAUSE_SECONDS = 0.002
+"""Between frames, as between steps: whoever waits for the next has gone to sleep."""
 
 KEYS = Keys(bytes(32), bytes(32))
 """Of ``sealed``, which is the way between hosts, here over loopback."""
@@ -33,12 +35,13 @@ KEYS = Keys(bytes(32), bytes(32))
 
 def measure_hop(transport: str) -> LinkProfile:
     """The way between two stages: with ``local`` between threads, else between processes."""
-    small, large = (median(hop_seconds(transport, size, count)) for size, count in FRAMES.items())
+    small, large = (median(hop_seconds(transport, size, count, PAUSE_SECONDS)) for size, count in FRAMES.items())
     return link_of(SMALL, small, LARGE, large)
 
 
-def hop_seconds(transport: str, size: int, count: int) -> list[float]:
-    """Seconds of ``count`` hops of a frame of ``size`` bytes, after a tenth as many that warm up."""
+def hop_seconds(transport: str, size: int, count: int, pause: float = 0.0) -> list[float]:
+    """Seconds of ``count`` hops of a frame of ``size`` bytes, ``pause`` seconds after one another, after a tenth as
+    many that warm up."""
     (out, their_in), (their_out, back) = (open_ends(transport, size) for _ in range(2))
     memory, seconds, warming = memoryview(bytearray(size)), list[float](), max(1, count // 10)
     with ExitStack() as stack:
@@ -52,6 +55,7 @@ def hop_seconds(transport: str, size: int, count: int) -> list[float]:
             stack.callback(end.close)
         try:
             for _ in range(warming + count):
+                time.sleep(pause)
                 started = time.perf_counter()
                 out.send(0, 0, [memory])
                 receive(back, memory)
@@ -90,11 +94,7 @@ def echo_process(transport: str, inbound: Channel, outbound: Channel, size: int)
 
 def receive(channel: Channel, memory: memoryview) -> None:
     """Receive a frame of one section into ``memory``."""
-
-    def place(_: Header) -> Iterator[memoryview]:
-        yield memory
-
-    channel.receive(place)
+    channel.receive(lambda _: [memory])
 
 
 def main() -> None:

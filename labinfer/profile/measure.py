@@ -122,7 +122,7 @@ def record(
     for signature, numbers in columns.items():
         axis = signer.axis(ops[numbers[0]])
         count = shape.rows if axis == "rows" else shape.tokens
-        key = (count, shape.past if axis == "context" else 0)
+        key = (count, shape.past)
         phases = ["step"] if axis != "context" else ["decode", "prefill"] if shape.tokens == 1 else [shape.phase]
         for phase in phases:
             found[signature, phase].setdefault(key, mean_and_spread(runs[:, numbers], seconds[numbers]))

@@ -80,7 +80,7 @@ def profile_device(
     check_memory(resident)
     fresh = measure_device(resident, grid, quick, patience, progress)
     if streamed.stages[0].streamed:
-        fresh.stream = measure_streaming(streamed, patience)
+        fresh.stream = measure_streaming(streamed, fresh, patience)
     fresh.ops = {**stored.ops, **fresh.ops}
     store_profile(fresh)
     return fresh
@@ -98,6 +98,7 @@ def compile_for(
     """The plan for the whole model on one device, with no other ``fusions`` than these, if any are given."""
     blueprint, source, checkpoint = read_model(model, weights, config)
     target = real_target(name)
+    target = replace(target, threads=target.threads or options.get("threads"))  # some of a GPU's processors
     if fusions is not None:
         target = replace(target, fusions=tuple(kind for kind in target.fusions if kind in fusions))
     return compile_plan(blueprint, source, [target], compile_options(options), checkpoint)

@@ -66,6 +66,7 @@ class Engine:
         self.delivery = Delivery(model.tokenizer, self.end, self.done)
         self.finished: list[Request] = []
         self.stats: deque[StepStats] = deque(maxlen=1024)
+        self.num_tokens = 0  # computed by all steps
 
     def new_scheduler(self, policy: Policy) -> Scheduler:
         """What decides who runs."""
@@ -298,11 +299,12 @@ class Engine:
 
     def choose(self, rows: np.ndarray, logits: np.ndarray) -> Sampled:
         """A token for each of ``rows`` from float32 ``logits`` [rows, vocab]."""
-        states, owners = {}, self.scheduler.owners
-        for index in (~self.batch.plain[rows]).nonzero()[0].tolist():
-            if (state := owners[int(rows[index])].state) is not None:
-                states[index] = state
-        return sample(logits, states)
+        return sample(logits, self.states(rows))
+
+    def states(self, rows: np.ndarray) -> dict[int, SamplingState]:
+        """The sampling states of those of ``rows`` that have one, by their place there."""
+        owners, drawn = self.scheduler.owners, (~self.batch.plain[rows]).nonzero()[0].tolist()
+        return {index: state for index in drawn if (state := owners[int(rows[index])].state) is not None}
 
     def look(self, sequence: Sequence, index: int, sampled: Sampled, logits: np.ndarray) -> None:
         """See to a sequence whose token is that of row ``index``: it may be its first, its last, or waited for."""
@@ -389,6 +391,7 @@ class Engine:
         accepted = self.speculation.accepted if self.speculation and part.proposed is not None else 0
         stats = step_stats(part, seconds, len(self.scheduler.waiting), accepted)
         self.stats.append(stats)
+        self.num_tokens += stats.num_tokens
         if self.speculation is not None:
             self.speculation.observe(stats)
         if stats.num_prompt_tokens or not stats.num_proposed:

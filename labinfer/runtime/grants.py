@@ -21,13 +21,18 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """So many bytes of a device for ``owner`` in process ``pid``; ``cores`` is empty where it may use all."""
+    """So many bytes of a device for ``owner`` in process ``pid``.
+
+    ``cores`` are those of the machine that the device computes with, ``processors`` how many of its own: empty and 0
+    where it may use all.
+    """
 
     owner: str
     device: str
     nbytes: int
     cores: list[int]
     pid: int
+    processors: int = 0
 
 
 @dataclass(slots=True)
@@ -41,9 +46,9 @@ class Grants:
         """Bytes granted on ``device``."""
         return sum(grant.nbytes for grant in self.given if grant.device == device)
 
-    def add(self, owner: str, device: str, nbytes: int, cores: list[int]) -> None:
+    def add(self, owner: str, device: str, nbytes: int, cores: list[int], processors: int) -> None:
         """Grant so many more bytes."""
-        self.given.append(Grant(owner, device, nbytes, cores, os.getpid()))
+        self.given.append(Grant(owner, device, nbytes, cores, os.getpid(), processors))
         self.tell()
 
     def remove(self, owner: str) -> None:

@@ -23,8 +23,8 @@ from labinfer.ops.fusions import is_view
 from labinfer.runtime.kv_cache import KVCache
 from labinfer.runtime.peers import SharedPeers
 from labinfer.runtime.poison import Poison
-from labinfer.runtime.step_memory import StepBatch, StepMemory
-from labinfer.runtime.streamed_weights import StreamedWeights
+from labinfer.runtime.step_memory import StepBatch, StepMemory, filled_up, is_decode
+from labinfer.runtime.streamed_window import StreamedWindow
 
 MAX_TAPES = 64
 
@@ -84,7 +84,7 @@ class Interpreter:
         parameters: Mapping[str, Any],
         cache: KVCache,
         options: KernelOptions = DEFAULT_OPTIONS,
-        streamed: StreamedWeights | None = None,
+        streamed: StreamedWindow | None = None,
         peers: SharedPeers | None = None,
     ) -> None:
         self.stage, self.device, self.limits = stage, device, limits
@@ -98,6 +98,7 @@ class Interpreter:
             self.ops.extend(steps(op, made))
             for name, slot in made.items():
                 (self.slots if slot.placed else self.inner)[name] = slot
+        self.max_decodes = min(limits.max_chosen, limits.max_num_batched_tokens)
         self.step_memory = StepMemory(device, limits)
         try:
             self.arena = device.allocate(stage.arena.size, "arena")
@@ -106,18 +107,21 @@ class Interpreter:
             raise
         self.reuses_tapes = os.environ.get("LABINFER_TAPE_REUSE") != "0"
         self.tapes: OrderedDict[tuple[int, int], Tape] = OrderedDict()
+        self.bounds: dict[tuple[int, int], int] = {}  # what the device has said of a count and its limit
+        self.output_rows = [(name, self.rows_symbol(name)) for name in stage.outputs]
         self.listeners: list[Listener] = []
         self.poison()
 
-    def run(self, batch: StepBatch, received: Mapping[str, Any]) -> dict[str, Any]:
-        """Run ``batch`` on ``received`` (host arrays of the stage's inputs); the stage's outputs as device arrays.
+    def run(self, batch: StepBatch, received: Mapping[str, tuple[Device, Any]]) -> dict[str, Any]:
+        """Run ``batch`` on ``received`` (the stage's inputs, with the devices whose arrays they are); the stage's
+        outputs as device arrays.
 
         The outputs are windows of the arena: they hold until the next step.
         """
         tokens, rows = len(batch.token_ids), len(batch.logits_rows)
         tape = self.prepare(batch)
-        for name, array in received.items():
-            self.device.move_in(array, tape.values[name][: len(array)])
+        for name, (device, array) in received.items():
+            self.device.move_from(device, array, tape.values[name][: len(array)])
         return self.execute(tape, tokens, rows)
 
     def execute(self, tape: Tape, tokens: int, rows: int) -> dict[str, Any]:
@@ -142,8 +146,7 @@ class Interpreter:
         finally:
             if self.streamed is not None:
                 self.streamed.end()
-        sizes = {name: dim(self.rows_symbol(name), tokens, rows) for name in self.stage.outputs}
-        return {name: tape.values[name][:size] for name, size in sizes.items()}
+        return {name: tape.values[name][: dim(symbol, tokens, rows)] for name, symbol in self.output_rows}
 
     def leave(self) -> None:
         """Let the other ranks of the stage know that this one computes no more."""
@@ -164,9 +167,12 @@ class Interpreter:
 
     def prepare(self, batch: StepBatch) -> Tape:
         """The tape for a batch of this size, with its arrays in place."""
+        reuses = self.reuses_tapes and not self.listeners  # which see arrays of just this size
+        if reuses and is_decode(batch):
+            batch = filled_up(batch, self.device.decodes_for(len(batch.token_ids), self.max_decodes))
         self.step_memory.load(batch)
         size = len(batch.token_ids), len(batch.logits_rows)
-        if self.reuses_tapes and not self.listeners:  # which see arrays of just this size
+        if reuses:
             size = self.bound_for(*size)
         tape = self.tapes.get(size)
         if tape is None:
@@ -178,12 +184,14 @@ class Interpreter:
 
     def bound_for(self, tokens: int, rows: int) -> tuple[int, int]:
         """The size of the tape that serves steps of ``tokens`` tokens and ``rows`` logit rows."""
-        limits = self.limits.max_num_batched_tokens, self.limits.max_logits_rows
-        most_tokens, most_rows = (
-            self.device.bound_for(count, limit, self.options)
-            for count, limit in zip((tokens, rows), limits, strict=True)
-        )
-        return most_tokens, most_rows
+        limits = self.limits
+        return self.most(tokens, limits.max_num_batched_tokens), self.most(rows, limits.max_logits_rows)
+
+    def most(self, count: int, limit: int) -> int:
+        """The most tokens or rows, within ``limit``, that run alike with ``count``; the device is asked once."""
+        if (count, limit) not in self.bounds:
+            self.bounds[count, limit] = self.device.bound_for(count, limit, self.options)
+        return self.bounds[count, limit]
 
     def warm(self, compiling: Callable[[int, int], None]) -> None:
         """Get the kernels of the smallest and of the largest step ready, and bind the tape of a decode step."""
@@ -203,9 +211,11 @@ class Interpreter:
             return Tape(self.in_pieces(bound, self.streamed), bound, values)
         return Tape(self.device.program(calls_of(bound)), bound, values)
 
-    def in_pieces(self, bound: Sequence[Bound], streamed: StreamedWeights) -> Callable[..., None]:
-        """One program for each layer, run once the layer has arrived."""
-        runs = [(layer, calls_of(run)) for layer, run in groupby(bound, key=lambda each: each.op.layer)]
+    def in_pieces(self, bound: Sequence[Bound], streamed: StreamedWindow) -> Callable[..., None]:
+        """One program for each streamed layer, run once that has arrived, and for what lies between two of them."""
+        places = streamed.places
+        layers = groupby(bound, key=lambda each: each.op.layer if each.op.layer in places else None)
+        runs = [(layer, calls_of(run)) for layer, run in layers]
         programs = [(layer, self.device.program(calls)) for layer, calls in runs if calls]
 
         def run(*size: int) -> None:

@@ -46,7 +46,7 @@ class KVCache:
         """Copy whole blocks: (group, source, target), as ``BlockManager.writable`` returns them."""
         for group, source, target in copies:
             for array in self.blocks[group]:
-                array[target] = array[source]
+                self.device.copy(array[source], array[target])
 
     def host_blocks(self, counts: Sequence[int]) -> list[list[np.ndarray]]:
         """Host memory for so many blocks of each group, in arrays like those of ``blocks``."""
@@ -63,16 +63,14 @@ class KVCache:
     def move_out(self, group: int, blocks: Iterable[int], host: Sequence[np.ndarray], places: Iterable[int]) -> None:
         """Copy ``blocks`` of a group to ``places`` of ``host``."""
         pairs = list(zip(blocks, places, strict=True))
-        for array, memory in zip(self.blocks[group], host, strict=True):
-            for block, place in pairs:
-                self.device.move_out(array[block], memory[place])
+        arrays = zip(self.blocks[group], host, strict=True)
+        self.device.move_all_out((array[block], memory[place]) for array, memory in arrays for block, place in pairs)
 
     def move_in(self, group: int, host: Sequence[np.ndarray], places: Iterable[int], blocks: Iterable[int]) -> None:
         """Copy ``places`` of ``host`` to ``blocks`` of a group."""
         pairs = list(zip(places, blocks, strict=True))
-        for array, memory in zip(self.blocks[group], host, strict=True):
-            for place, block in pairs:
-                self.device.move_in(memory[place], array[block])
+        arrays = zip(self.blocks[group], host, strict=True)
+        self.device.move_all_in((memory[place], array[block]) for array, memory in arrays for place, block in pairs)
 
     def close(self) -> None:
         """Give the memory back."""

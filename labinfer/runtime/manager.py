@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from labinfer.backends.base import Device, backend_class
+from labinfer.backends.base import Device, backend_class, capabilities
 from labinfer.errors import DoesNotFit, UsageError
 from labinfer.runtime.cores import available_cores, call_on
 from labinfer.runtime.grants import Grants
@@ -24,9 +24,10 @@ class Memory(NamedTuple):
 class Manager:
     """Devices by name, each opened once and shared (a flyweight), and the bytes granted on each to every owner.
 
-    ``quotas`` bound the bytes of a device. ``shares`` (0 to 1) grant CPU devices parts of the machine's compute: sets
-    of cores, in ``cores``, that no other device gets. ``claimed`` devices have theirs as long as something is granted
-    there. What is granted can be seen by ``labinfer devices``.
+    ``quotas`` bound the bytes of a device. ``shares`` (0 to 1) grant parts of the compute: to devices that compute with
+    the machine's cores sets of these, in ``cores``, that no other device gets; to those with processors of their own
+    (``cuda:0.0`` and ``cuda:0.1`` on the first GPU) so many of these, in ``processors``. ``claimed`` devices have their
+    cores as long as something is granted there. What is granted can be seen by ``labinfer devices``.
     """
 
     quotas: dict[str, int] = field(default_factory=dict)
@@ -35,13 +36,18 @@ class Manager:
     shares: dict[str, float] = field(default_factory=dict)
     cores: dict[str, list[int]] = field(default_factory=dict)
     claimed: set[str] = field(default_factory=set)
+    processors: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Cut the machine into the shares."""
+        """Cut the machine, and devices with processors of their own, into the shares."""
         everything = available_cores()
         for name, share in self.shares.items():
             if not 0 < share <= 1:
                 raise UsageError("device.share", f"the share of '{name}' must be above 0 and at most 1, it is {share}")
+            own = capabilities(name).processors(name)
+            if own is not None:
+                self.processors[name] = max(1, round(share * own))
+                continue
             left = self._free_cores()
             count = max(1, round(share * len(everything)))
             if count > len(left):
@@ -52,12 +58,15 @@ class Manager:
     def device(self, name: str, threads: int | None = None) -> Device:
         """The device called ``name``, opened with ``threads`` if it is not open yet; ``DoesNotFit`` without one."""
         if name not in self.devices:
-            cores = self.cores.get(name, [])
-            if cores and threads is not None and threads > len(cores):
-                message = f"'{name}' should run {threads} threads, it is granted {len(cores)} cores"
-                raise DoesNotFit("device.share", message, remedy=f"compile with --threads {len(cores)}, or grant more")
-            kind = backend_class(name)
-            self.devices[name] = call_on(cores, lambda: kind(name, threads=threads or len(cores) or None))
+            cores, kind = self.cores.get(name, []), backend_class(name)
+            granted = self.processors.get(name) or len(cores)
+            if granted and threads is not None and threads > granted:
+                unit, remedy = "cores", f"compile with --threads {granted}, or grant more"
+                if name in self.processors:
+                    unit, remedy = "processors", "compile for a smaller share, or grant more"
+                message = f"'{name}' should run {threads} threads, it is granted {granted} {unit}"
+                raise DoesNotFit("device.share", message, remedy=remedy)
+            self.devices[name] = call_on(cores, lambda: kind(name, threads=threads or granted or None))
         return self.devices[name]
 
     def claim_cores(self, threads: Mapping[str, int | None]) -> None:
@@ -94,7 +103,7 @@ class Manager:
                 f"{human_bytes(quota - taken)} of its quota of {human_bytes(quota)} are left"
             )
             raise DoesNotFit("device.quota", message, remedy="grant more, or close what else runs there")
-        self.grants.add(owner, device, nbytes, self.cores.get(device, []))
+        self.grants.add(owner, device, nbytes, self.cores.get(device, []), self.processors.get(device, 0))
 
     def regrant(self, owner: str, wanted: Mapping[str, int]) -> None:
         """Promise ``owner`` these bytes by device instead of what it has, which it keeps if they are beyond a quota."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Listing
 from contextlib import ExitStack, closing, contextmanager
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from labinfer.backends.base import Device
 from labinfer.compiler.plan import Plan
 from labinfer.errors import DoesNotFit, LabinferError, UsageError, did_you_mean
 from labinfer.runtime.batch import Batch, Part
@@ -78,6 +81,7 @@ class Model:
         self.owns_manager = manager is None
         self.owner = f"{plan.source.name} #{next(_numbers)}"
         self.lock = threading.RLock()  # held by whoever runs steps
+        self.device_seconds: dict[str, float] = defaultdict(float)  # that steps kept each device busy
         if isinstance(transport, str):
             check_transport(transport)
         if transport is None and plan.ranks > 1:
@@ -175,14 +179,13 @@ class Model:
     def engine(self) -> Engine:
         """Runs requests on this model, of all threads; made by the first that asks."""
         if self._engine is None:
-            from labinfer.runtime.engine import Engine
-            from labinfer.runtime.pipeline.engine import PipelinedEngine
+            from labinfer.runtime.pipeline.device_engine import engine_of
 
             with self.lock:
                 self.check_open()
                 if self._engine is None:
-                    kind = PipelinedEngine if self.pipeline else Engine
-                    self._engine = kind(self, self.tokenizer.eos_ids if self.tokenizer else (), self.policy, self.seed)
+                    eos_ids = self.tokenizer.eos_ids if self.tokenizer else ()
+                    self._engine = engine_of(self, eos_ids, self.policy, self.seed)
         return self._engine
 
     @property
@@ -207,12 +210,17 @@ class Model:
             result = self.pipeline.wait(self.pipeline.submit(StepMessage(batch, wants_logits=True)))
             assert result.logits is not None
             return result.logits
-        values: dict[str, Any] = {}
+        values: dict[str, tuple[Device, Any]] = {}
         for interpreter in self.interpreters:
+            began = time.perf_counter()
             received = {name: values[name] for name in interpreter.stage.inputs}
             made = interpreter.run(batch, received)
-            values.update({name: interpreter.device.host_array(array) for name, array in made.items()})
-        logits: np.ndarray = values[self.plan.stages[-1].outputs[-1]]
+            values.update({name: (interpreter.device, array) for name, array in made.items()})
+            self.device_seconds[interpreter.stage.device] += time.perf_counter() - began
+        began = time.perf_counter()
+        device, made_last = values[self.plan.stages[-1].outputs[-1]]
+        logits: np.ndarray = device.host_array(made_last)
+        self.device_seconds[self.plan.stages[-1].device] += time.perf_counter() - began
         return logits
 
     def check_open(self) -> None:

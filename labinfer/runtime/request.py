@@ -17,6 +17,7 @@ from labinfer.runtime.sampling import AnswerText, Logprob, SamplingParams, Sampl
 
 if TYPE_CHECKING:
     from labinfer.runtime.batch import Batch
+    from labinfer.runtime.engine import Engine
     from labinfer.runtime.lora import LoRARequest
     from labinfer.runtime.swap import SwappedRow
 
@@ -67,7 +68,7 @@ class Request:
     ``cache_salt`` keeps its cached prefix apart from requests with another one. ``capture`` names values of the plan,
     such as ``layers.3.attn.out``, whose rows for the request's tokens are wanted. ``interactive`` says that somebody
     waits for each token. ``listener(sequence)`` is called after every token; without one, text is made at the end only.
-    ``lora`` is the adapter that it runs with.
+    ``lora`` is the adapter that it runs with. ``moved_to`` is the engine that took it over from the one it was sent to.
     """
 
     prompt: Listing[int]
@@ -86,6 +87,7 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list)
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     error: LabinferError | None = None
+    moved_to: Engine | None = None
 
     @property
     def computes_all(self) -> bool:

@@ -41,6 +41,13 @@ class Policy:
     more is gained by having them decode too: with a limit for all of them together few would ever decode at a time.
     """
 
+    short, short_stall = 512, 1.0
+    """Prompts of at most so many tokens, and the ``stall`` for each of them.
+
+    They are over after a few steps. In small pieces they would cost more, and keep their place from one who decodes:
+    where such prompts come all the time that is a tenth of all tokens.
+    """
+
     def rank(self, sequence: Sequence) -> Any:
         """Asked once when a sequence begins to wait: the one with the smallest rank is admitted next."""
         return sequence.request.priority, sequence.request.number, sequence.index
@@ -216,8 +223,10 @@ class Scheduler:
         decoding = remaining == 1
         if not self.limits_stalls or not self.batch.interactive[self.rows[decoding]].any():
             return self.limits.max_num_batched_tokens
-        num_prompts = int(np.count_nonzero(remaining > 1))
-        return self.costs.prompt_tokens(int(np.count_nonzero(decoding)), self.policy.stall * num_prompts)
+        lengths, policy = self.batch.num_tokens[self.rows[remaining > 1]], self.policy
+        num_short = int(np.count_nonzero(lengths <= policy.short))
+        stall = policy.short_stall * num_short + policy.stall * (len(lengths) - num_short)
+        return self.costs.prompt_tokens(int(np.count_nonzero(decoding)), stall)
 
     def admit(self) -> None:
         """Move waiting sequences to the running ones while there is room."""
@@ -313,6 +322,11 @@ class Scheduler:
             sequence.request.metrics.num_preemptions += 1
             self.wait(sequence)
         self.update()
+
+    def let_go(self) -> dict[Sequence, Request]:
+        """All sequences, none of which runs, and their requests: others see to them from now on."""
+        requests, self.requests, self.waiting, self.refused = self.requests, {}, [], None
+        return requests
 
     def leave(self, sequence: Sequence) -> None:
         """Give the row and the adapter of a sequence back; it keeps its tokens. ``update`` afterwards."""

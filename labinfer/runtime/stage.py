@@ -14,7 +14,8 @@ from labinfer.runtime.interpreter import Interpreter, check_kernels
 from labinfer.runtime.kv_cache import KVCache
 from labinfer.runtime.parameters import Parameters, Progress
 from labinfer.runtime.peers import SharedPeers
-from labinfer.runtime.streamed_weights import StreamedWeights
+from labinfer.runtime.queued_weights import streamed_weights
+from labinfer.runtime.streamed_window import StreamedWindow
 from labinfer.runtime.weights import Checkpoint
 
 
@@ -31,10 +32,10 @@ class LoadedStage:
         options = plan.devices[self.stage.device].options
         with ExitStack() as undo:
             weights = unfold_weights(plan)
-            self.streamed: StreamedWeights | None = None
+            self.streamed: StreamedWindow | None = None
             if self.stage.streamed:
                 matrices = layer_matrices([op for op, _ in unfold_ops(self.stage)], weights)
-                self.streamed = undo.enter_context(closing(StreamedWeights(self.stage, matrices, device)))
+                self.streamed = undo.enter_context(closing(streamed_weights(self.stage, matrices, device)))
             arrays = self.streamed.arrays() if self.streamed else {}
             self.parameters = allocate_weights(self.stage, ops, weights, arrays, device, undo)
             arrays |= {name: array for each in self.parameters for name, array in each.arrays().items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -31,6 +31,32 @@ class StepBatch:
     block_tables: Sequence[np.ndarray]
     slot_mappings: Sequence[np.ndarray]
     adapter: np.ndarray | None = None
+
+
+def is_decode(batch: StepBatch) -> bool:
+    """Whether each sequence computes one token and wants its logits."""
+    return len(batch.token_ids) == len(batch.context_len) == len(batch.logits_rows)
+
+
+def filled_up(batch: StepBatch, sequences: int) -> StepBatch:
+    """A decode step of so many sequences: the last one again and again, which writes the same each time."""
+    if sequences == len(batch.token_ids):
+        return batch
+
+    def more(array: np.ndarray) -> np.ndarray:
+        return np.concatenate([array, np.repeat(array[-1:], sequences - len(array), 0)])
+
+    numbers = np.arange(sequences + 1, dtype=np.int32)
+    names = ("token_ids", "positions", "context_len", "total_len")
+    return replace(
+        batch,
+        **{name: more(getattr(batch, name)) for name in names},
+        query_start=numbers,
+        logits_rows=numbers[:-1],
+        block_tables=[more(table) for table in batch.block_tables],
+        slot_mappings=[more(slots) for slots in batch.slot_mappings],
+        adapter=None if batch.adapter is None else more(batch.adapter),
+    )
 
 
 class StepMemory:
@@ -62,14 +88,20 @@ class StepMemory:
             host = getattr(batch, name)
             if host is None:
                 host = np.full(len(batch.context_len), NO_ADAPTER, np.int32)
-            used = memory[: len(host)]
-            for step in self.steps:
-                setattr(step, name, used)
+            used = getattr(self.steps[0], name)
+            if len(used) != len(host):
+                used = memory[: len(host)]
+                for step in self.steps:
+                    setattr(step, name, used)
             self.device.move_in(host, used)
         for step, own, table, slots in zip(self.steps, self.own, batch.block_tables, batch.slot_mappings, strict=True):
             step.block_table, step.slot_mapping = own["block_table"][: len(table)], own["slot_mapping"][: len(slots)]
             self.device.move_in(table, step.block_table[:, : table.shape[1]])
             self.device.move_in(slots, step.slot_mapping)
+
+    def load_token_ids(self, batch: StepBatch) -> None:
+        """Copy the token ids of ``batch``, which have changed since it was loaded."""
+        self.device.move_in(batch.token_ids, self.arrays["token_ids"][: len(batch.token_ids)])
 
     def close(self) -> None:
         """Give the memory back."""

@@ -6,7 +6,7 @@ import asyncio
 import threading
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
 from labinfer.errors import LabinferError
@@ -84,9 +84,18 @@ def mailbox() -> Mailbox:
     return _mailboxes[loop]
 
 
-async def stream(engine: Engine, request: Request, kind: RequestOutputKind) -> AsyncIterator[RequestOutput]:
-    """Run ``request``, which is new, and yield what it has made whenever there is more; see ``Engine.stream``."""
+async def stream(
+    engine: Engine,
+    request: Request,
+    kind: RequestOutputKind,
+    choose: Callable[[Request], Engine] | None = None,
+) -> AsyncIterator[RequestOutput]:
+    """Run ``request``, which is new, and yield what it has made whenever there is more; see ``Engine.stream``.
+
+    It runs on ``engine``, or on one like it that ``choose`` names once the request is known to be good.
+    """
     await asyncio.to_thread(engine.check, request)  # a grammar takes a while
+    engine = choose(request) if choose else engine
     if request.num_made > request.params.n:
         kind = RequestOutputKind.FINAL_ONLY
     box, event, deltas = mailbox(), asyncio.Event(), Deltas(request)
@@ -118,5 +127,6 @@ async def stream(engine: Engine, request: Request, kind: RequestOutputKind) -> A
                 yield output
     finally:
         if not request.finished:
-            engine.submit(lambda: engine.abort(request))
-            engine.start()
+            runs = request.moved_to or engine
+            runs.submit(lambda: runs.abort(request))
+            runs.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import aclosing
@@ -17,6 +18,8 @@ from labinfer.service.wire import DONE, KEEP_ALIVE, event, json_bytes
 if TYPE_CHECKING:
     from labinfer.service.service import Service
     from labinfer.service.services import Services
+
+_log = logging.getLogger(__name__)
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -142,6 +145,8 @@ class Call:
             except (ApiError, LabinferError) as error:
                 if not self.started:
                     raise
+                told = {"request_id": self.request_id}
+                _log.warning("request %s failed after its answer began: %s", self.request_id, error, extra=told)
                 await self.write(stream.failure(error if isinstance(error, ApiError) else of_engine(error)))
             finally:
                 self.service.open_streams.discard(self)

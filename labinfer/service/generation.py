@@ -95,7 +95,7 @@ class Generation:
         request, reason, last = self.requests[number], "abort", None
         kind = RequestOutputKind.DELTA if self.streamed else RequestOutputKind.FINAL_ONLY
         try:
-            async with aclosing(self.service.engine.stream(request, kind)) as outputs:  # type: ignore[type-var]
+            async with aclosing(self.service.replicas.stream(request, kind)) as outputs:  # type: ignore[type-var]
                 async for output in outputs:
                     if any(each.finish_reason == "abort" for each in output.outputs):
                         raise ApiError(503, "the server stopped the request", code="aborted", retry_after=5)

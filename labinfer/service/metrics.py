@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from labinfer.errors import LabinferError
 from labinfer.runtime.request import Request
+from labinfer.service.plan_metrics import LABELS, plan_families
 
 if TYPE_CHECKING:
     from labinfer.service.service import Service
@@ -42,7 +43,6 @@ COUNTERS = {
     "corrupted_requests": "requests whose logits were not numbers",
 }
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-LABELS = ("model_name", "engine")
 
 
 class Metrics:
@@ -133,34 +133,36 @@ class State:
     def collect(self) -> Iterator[Any]:
         """The families that Prometheus reads."""
         service = self.service
-        engine, counters, plan = service.engine, service.model.blocks.counters, service.model.plan
-        own, scheduler = [service.name, "0"], engine.scheduler
-        gauges = {
-            "vllm:num_requests_running": ("sequences in a step", len(scheduler.running)),
-            "vllm:num_requests_waiting": ("sequences that wait", len(scheduler.waiting)),
-            "vllm:kv_cache_usage_perc": ("part of the cache in use, 0 to 1", service.model.blocks.usage),
-            "labinfer:answers_active": ("answers made or waited for", service.admission.active),
-            "labinfer:step_seconds": ("the last step", engine.stats[-1].seconds if engine.stats else 0.0),
-        }
-        counts = {
-            "vllm:prefix_cache_queries": ("prompt tokens looked up", counters.queries),
-            "vllm:prefix_cache_hits": ("prompt tokens found", counters.hits),
-            "vllm:num_preemptions": ("sequences preempted", scheduler.num_preemptions),
-        }
-        for name, (text, value) in gauges.items():
-            family = GaugeMetricFamily(name, text, labels=LABELS)
-            family.add_metric(own, value)
-            yield family
-        for name, (text, value) in counts.items():
-            family = CounterMetricFamily(name, text, labels=LABELS)
-            family.add_metric(own, value)
-            yield family
+        yield from self.of_replicas()
+        active = GaugeMetricFamily("labinfer:answers_active", "answers made or waited for", labels=LABELS)
+        active.add_metric([service.name, "0"], service.admission.active)
+        yield active
         refused = CounterMetricFamily("vllm:admission_rejections", "requests refused", labels=(*LABELS, "reason"))
         for reason, count in service.admission.refusals.items():
-            refused.add_metric([*own, reason], count)
+            refused.add_metric([service.name, "0", reason], count)
         yield refused
-        memory = GaugeMetricFamily("labinfer:device_bytes", "memory of a device", labels=(*LABELS, "device", "use"))
-        for stage in plan.stages:
-            for use, nbytes in stage.bytes.model_dump().items():
-                memory.add_metric([*own, stage.device, use], nbytes)
-        yield memory
+        yield from plan_families(service.models, service.name)
+
+    def of_replicas(self) -> Iterator[Any]:
+        """What each engine does; its number is the label ``engine``."""
+        families: dict[str, Any] = {}
+        for number, replica in enumerate(self.service.replicas.all):
+            engine = replica.engine
+            scheduler, blocks, counters = engine.scheduler, engine.model.blocks, engine.model.blocks.counters
+            gauges = {
+                "vllm:num_requests_running": ("sequences in a step", len(scheduler.running)),
+                "vllm:num_requests_waiting": ("sequences that wait", len(scheduler.waiting)),
+                "vllm:kv_cache_usage_perc": ("part of the cache in use, 0 to 1", blocks.usage),
+                "labinfer:step_seconds": ("the last step", engine.stats[-1].seconds if engine.stats else 0.0),
+                "labinfer:replica_up": ("whether its stages run, 1 or 0", float(replica.alive)),
+            }
+            counts = {
+                "vllm:prefix_cache_queries": ("prompt tokens looked up", counters.queries),
+                "vllm:prefix_cache_hits": ("prompt tokens found", counters.hits),
+                "vllm:num_preemptions": ("sequences preempted", scheduler.num_preemptions),
+            }
+            for kind, values in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counts)):
+                for name, (text, value) in values.items():
+                    family = families.setdefault(name, kind(name, text, labels=LABELS))
+                    family.add_metric([self.service.name, str(number)], value)
+        yield from families.values()

@@ -70,8 +70,8 @@ class Server:
         with contextlib.suppress(ValueError, RuntimeError):  # signals come to the main thread only
             for number in (signal.SIGTERM, signal.SIGINT):
                 self.loop.add_signal_handler(number, self.stop)
-        for each in self.services.all:
-            each.engine.start()
+        for engine in self.services.engines:
+            engine.start()
         care = asyncio.ensure_future(self.care())
         started()
         try:
@@ -102,8 +102,8 @@ class Server:
 
     def finish(self) -> None:
         """Stop what still runs, and serve no more."""
-        for each in self.services.all:
-            each.engine.submit(each.engine.abort_all)
+        for engine in self.services.engines:
+            engine.submit(engine.abort_all)
         self.uvicorn.should_exit = True
 
     async def care(self) -> None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from labinfer.errors import UsageError
 from labinfer.llm import LLM
+from labinfer.runtime.engine import Engine
 from labinfer.runtime.lora import LoRARequest
+from labinfer.runtime.replicas import Replicas
 from labinfer.runtime.tokenizer import Tokenizer
 from labinfer.service.admission import Admission
 from labinfer.service.metrics import Metrics
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Service:
-    """``model`` behind HTTP. ``startup`` are the seconds that each phase of the start took.
+    """``model`` behind HTTP, and ``replicas`` that are like it. ``startup`` are the seconds of each phase of the start.
 
     Clients call it ``name``, or as its plan does. ``adapters`` are models too, by their names: the same one with that
     LoRA adapter. One that does not fit is an error here. ``open_streams`` are the calls whose answer is being streamed.
@@ -33,20 +35,28 @@ class Service:
         startup: Mapping[str, float] | None = None,
         adapters: Sequence[LoRARequest] = (),
         name: str | None = None,
+        replicas: Sequence[LLM] = (),
     ) -> None:
-        self.model, self.options, self.engine = model, options, model.engine
+        self.model, self.options, self.models = model, options, (model, *replicas)
+        self.replicas = Replicas([each.engine for each in self.models])
         self.name = name or model.plan.source.name
         self.adapters = {each.name: each for each in adapters}
         self.names = [self.name, *(each.name for each in adapters)]
         for each in adapters:
-            model.adapters.check(each)
+            for one in self.models:
+                one.adapters.check(each)
         self.created, self.startup = int(time.time()), dict(startup or {})
-        self.admission = Admission(model.plan.limits.max_num_seqs + options.max_queue)
+        self.admission = Admission(model.plan.limits.max_num_seqs * len(self.models) + options.max_queue)
         self.metrics = Metrics(self)
         endpoint = options.otlp_traces_endpoint
         self.tracing = None if endpoint is None else Tracing(endpoint, self.name)
         self.open_streams: set[Call] = set()
         self.stalled = False
+
+    @property
+    def engines(self) -> list[Engine]:
+        """Those of the replicas."""
+        return [each.engine for each in self.models]
 
     @property
     def tokenizer(self) -> Tokenizer:

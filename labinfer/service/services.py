@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from labinfer.errors import UsageError
+from labinfer.runtime.engine import Engine
 from labinfer.service.errors import ApiError
 from labinfer.service.service import Service
 
@@ -33,6 +34,11 @@ class Services:
             message = f"the model '{name[:100]}' is not served here: {served} can be asked for"
             raise ApiError(404, message, param="model", code="model_not_found")
         return self.by_name[name]
+
+    @property
+    def engines(self) -> list[Engine]:
+        """Those of all models."""
+        return [engine for each in self.all for engine in each.engines]
 
     @property
     def active(self) -> int:

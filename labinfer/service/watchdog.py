@@ -14,27 +14,29 @@ _log = logging.getLogger(__name__)
 
 
 class Watchdog:
-    """Watches the engine's steps; ``look`` is called again and again.
+    """Watches the steps of a service's engines; ``look`` is called again and again.
 
-    The engine stands still when it has something to do and has ended no step for ``stall_seconds``. Then the service
+    An engine stands still when it has something to do and has ended no step for ``stall_seconds``. Then the service
     is neither ready nor healthy, until a step ends after all, and every thread's stack is in the log, once.
     """
 
     def __init__(self, service: Service) -> None:
-        self.service, self.moved, self.last = service, time.perf_counter(), 0.0
+        self.service = service
+        self.moved = dict.fromkeys(service.engines, (0.0, time.perf_counter()))  # the last step, and when it was seen
 
     def look(self) -> None:
         """See whether there was progress."""
-        engine, now = self.service.engine, time.perf_counter()
-        last = engine.stats[-1].time if engine.stats else 0.0
-        if last != self.last or not engine.busy:
-            self.last, self.moved = last, now
-            if self.service.stalled:
-                _log.warning("the engine goes on")
-            self.service.stalled = False
-        elif not self.service.stalled and now - self.moved > self.service.options.stall_seconds:
-            self.service.stalled = True
+        now = time.perf_counter()
+        for engine, (last, _) in self.moved.items():
+            newest = engine.stats[-1].time if engine.stats else 0.0
+            if newest != last or not engine.busy:
+                self.moved[engine] = newest, now
+        stalled = any(now - seen > self.service.options.stall_seconds for _, seen in self.moved.values())
+        if self.service.stalled and not stalled:
+            _log.warning("the engine goes on")
+        elif stalled and not self.service.stalled:
             _log.error("the engine makes no progress; the stacks of all threads:\n%s", stacks())
+        self.service.stalled = stalled
 
 
 def stacks() -> str:

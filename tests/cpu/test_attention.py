@@ -10,6 +10,7 @@ pytest.importorskip("numba")
 
 from labinfer.backends.cpu import attention as cpu
 from labinfer.backends.cpu import mla, workspace
+from labinfer.backends.cpu.attention_tiles import Rows, softmax_tile, start_softmax
 from labinfer.backends.cpu.paged_cache import CACHE_DTYPES, kv_write
 from labinfer.ops import OPS, Call, Step
 
@@ -194,6 +195,18 @@ def test_any_share_of_the_items_gives_the_same_numbers(rng, cuts):
 def test_great_scores_do_not_overflow(rng):
     # A score of a thousand is only known to 1e-4 in float32, and so is then the weight.
     check(rng, [(200, 20), (600, 1)], scale=40.0, atol=1e-3, **SMOLLM2)
+
+
+def test_products_of_no_weight_are_subnormal():
+    """Processors are many times as slow with those, so times would depend on the numbers."""
+    scores, maxima, sums, factors = (aligned(4 * workspace.TILE).view(np.float32) for _ in range(4))
+    scores[:], factors[:] = np.linspace(-1000, 1000, workspace.TILE), 0
+    places = [each.ctypes.data for each in (maxima, sums, factors)]
+    start_softmax(1, *places[:2])
+    softmax_tile(Rows(1, 1, 1, workspace.TILE - 1, 0, 0, workspace.TILE), 0, scores.ctypes.data, *places)
+    assert scores.max() == 1
+    assert 1e-9 * min(scores.min(), factors[0]) > np.finfo(np.float32).tiny
+    assert scores.min() < 1e-20
 
 
 def test_a_query_that_is_no_number_gives_none(rng):

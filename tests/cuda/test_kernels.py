@@ -48,6 +48,7 @@ SOURCES = {
     "plain-experts": (Source("plain", ("EXPERTS",)), 64),
     "moe": (Source("moe"), 64),
     "greedy": (Source("greedy"), 64),
+    "sample": (Source("sample"), 64),
     **{f"rope-{turn}": (Source("rope", (f"TURN={turn}", "CACHE=2")), 72) for turn in range(3)},
     **{f"attention-{cache}": (attention(64, 64, 8, cache), 168) for cache in range(3)},
     "attention-cluster": (Source("attention", (*attention(64, 64, 8, 2).defines, "CLUSTER=8", "TURN=0")), 216),

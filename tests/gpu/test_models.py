@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 pytest.importorskip("numba")  # the helpers of the CPU's tests
 
@@ -26,28 +24,6 @@ WAYS = [
     {"fuse": "none", "max_num_batched_tokens": 7},
     {"fuse": "auto", "max_num_batched_tokens": 24},
 ]
-
-
-@pytest.fixture
-def manager(gpu: Any) -> Manager:
-    """A manager that has the session's device open."""
-    return Manager(devices={"cuda": gpu})
-
-
-@pytest.fixture(scope="session")
-def in_float32(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
-    """A golden model with its weights widened to float32: with the checkpoints' own f16, activations are f16 too."""
-    made: dict[Path, Path] = {}
-
-    def widen(folder: Path) -> Path:
-        if folder not in made:
-            made[folder] = tmp_path_factory.mktemp("float32") / folder.name
-            shutil.copytree(folder, made[folder])
-            for file in made[folder].glob("*.safetensors"):
-                save_file({name: tensor.astype(np.float32) for name, tensor in load_file(file).items()}, file)
-        return made[folder]
-
-    return widen
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(str, way.values())))

@@ -27,6 +27,10 @@ WIDE_COLUMNS = 16 * WIDE
 NEVER = -1e30
 """The score of what is not seen, and the greatest score before any is known."""
 
+LEAST_LOG = -64.0
+"""The least logarithm of a weight: one of e**-64 is nothing beside the greatest, 1, but its products are no subnormal
+numbers yet, with which a CPU computes many times as slowly."""
+
 
 def _scores(rows: int, vectors: int, dtypes: tuple[str, ...]) -> Any:
     """``s[rows, 16 * vectors] = q[rows, head_dim] . keys``; ``panels`` and ``ahead`` have ``vectors`` addresses."""
@@ -144,7 +148,7 @@ def _weigh(masked: bool) -> Any:
         total = b.fmul(e.load(sums), e.bcast(factor))
         seen = _seen(e, first, last) if masked else []
         for index, at in enumerate(range(0, 4 * TILE, 64)):
-            weights = e.exp(b.fsub(e.load(e.add(s, at)), top))
+            weights = e.exp(b.fsub(e.load(e.add(s, at)), top), LEAST_LOG)
             if masked:
                 weights = b.select(seen[index], weights, e.const(0.0))
             e.store(weights, e.add(s, at))
@@ -156,7 +160,7 @@ def _weigh(masked: bool) -> Any:
 
 def _exp_row(e: Emit, x: Value, n: Value) -> None:
     for piece in pieces(e, n):
-        piece.store(e.exp(piece.load(x)), x)
+        piece.store(e.exp(piece.load(x), LEAST_LOG), x)
 
 
 _scores6, _scores3, _scores1 = (_scores(rows, WIDE, tuple(CACHE_DTYPES)) for rows in (6, 3, 1))

@@ -172,11 +172,11 @@ class Emit:
             return isa.call(self.b, f"llvm.vector.reduce.fmax.{isa.type_name(v.type)}", F32, v)
         return isa.call(self.b, f"llvm.vector.reduce.smax.{isa.type_name(v.type)}", v.type.element, v)
 
-    def exp(self, x: Value) -> Value:
-        """e**x within 2e-7 relative, for x cut to [-87, 88] (Cephes ``expf``); NaN stays NaN."""
+    def exp(self, x: Value, least: float = -87.0) -> Value:
+        """e**x within 2e-7 relative, for x cut to [least, 88] (Cephes ``expf``); NaN stays NaN."""
         b, kind = self.b, x.type
         whole = vector(I32, kind.count)
-        x = self.min(const(88.0, kind), self.max(const(-87.0, kind), x))
+        x = self.min(const(88.0, kind), self.max(const(least, kind), x))
         n = self.round(b.fmul(x, const(1.4426950408889634, kind)))
         r = self.fma(n, const(2.12194440e-4, kind), self.fma(n, const(-0.693359375, kind), x))
         p = const(_EXP[0], kind)

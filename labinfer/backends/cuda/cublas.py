@@ -46,15 +46,16 @@ class Product:
 
 
 class Blas:
-    """A handle on the current device."""
+    """A handle on the current device, for so many of its multiprocessors, or 0 for all."""
 
-    def __init__(self) -> None:
+    def __init__(self, multiprocessors: int) -> None:
         self.handle = c_void_p()
         found = library()
         if found is None:
             raise LabinferError("cuda.no-cublas", "there is no cuBLAS")
         self.library = found
         self.check(found.cublasCreate_v2(byref(self.handle)))
+        self.check(found.cublasSetSmCountTarget(self.handle, multiprocessors))
 
     def check(self, code: int) -> None:
         """Raise for a failed call."""

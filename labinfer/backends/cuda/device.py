@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -14,17 +14,20 @@ from labinfer.extras import missing
 
 try:
     import cupy
-    from cupy.cuda import runtime
+    from cupy.cuda import Stream, runtime
 except ModuleNotFoundError:
     raise missing("cupy") from None
 
-from labinfer.backends.base import Buffer, Device, FunctionTable, Kernel, Program
-from labinfer.backends.cuda import compile, cublas, driver, nvrtc
+from labinfer.backends.base import Buffer, Device, FunctionTable, Kernel, Lane, Program
+from labinfer.backends.cuda import compile, cublas, driver, gpu_number, nvrtc
 from labinfer.backends.cuda.emit import EMITTERS
 from labinfer.backends.cuda.emitter import Emitter, address
-from labinfer.backends.cuda.layout import matrix_bytes
-from labinfer.backends.cuda.memory import CudaAllocator, PinnedRing
+from labinfer.backends.cuda.layout import FEW_TOKENS, matrix_bytes
+from labinfer.backends.cuda.memory import CopyLane, CudaAllocator, PinnedRing, mark
+from labinfer.backends.cuda.partition import partition_of
+from labinfer.backends.cuda.sampler import CudaSampler
 from labinfer.backends.cuda.tape import Row, Runnable, Tape
+from labinfer.backends.cuda.timing import TimedCalls
 from labinfer.backends.cuda.weights import CudaWeight, pack
 from labinfer.backends.cuda.workspace import scratch_bytes
 from labinfer.backends.rope_tables import RopeTables
@@ -33,6 +36,9 @@ from labinfer.ops.base import Call, KernelBounds, Step, TensorType
 from labinfer.ops.dequantization import dequantize
 
 DTYPES = {"f32": np.float32, "i32": np.int32, "f16": np.float16, "bf16": np.uint16}
+
+MAX_SAMPLED_TOKENS = 1 << 19
+"""Of a vocabulary that ``sample.cu`` chooses from: weights are up to 2^44."""
 
 OLDEST = 80
 """The first compute capability whose tensor cores take bf16, times ten."""
@@ -68,14 +74,17 @@ def sequences_of(step: Step | None) -> int:
 
 
 class CudaDevice(Device):
-    """One GPU. ``LABINFER_CUDA_GRAPHS=0`` turns graphs off, ``LABINFER_CUDA_OVERLAP=0`` the overlap of kernels."""
+    """One GPU, or ``threads`` of its multiprocessors (see ``partition``).
+
+    ``LABINFER_CUDA_GRAPHS=0`` turns graphs off, ``LABINFER_CUDA_OVERLAP=0`` the overlap of kernels.
+    """
 
     loaders = 4
     overlaps = True
 
     def __init__(self, name: str, memory_limit: int | None = None, threads: int | None = None) -> None:
         super().__init__(name, memory_limit, threads)
-        self.number = int(name.partition(":")[2] or 0)
+        self.number = gpu_number(name)
         check_driver(self.number)
         self.device = cupy.cuda.Device(self.number)
         self.device.use()
@@ -84,20 +93,30 @@ class CudaDevice(Device):
             message = f"'{name}' has compute capability {self.capability / 10}, the kernels need {OLDEST / 10}"
             raise DoesNotFit("device.too-old", message, remedy="compile for another device")
         self.arch = f"sm_{self.capability}"
-        self.multiprocessors = int(self.device.attributes["MultiProcessorCount"])
+        self.part = partition_of(self.number).take(name, threads) if threads else None
+        self.all_multiprocessors = int(self.device.attributes["MultiProcessorCount"])
+        self.multiprocessors = self.part.multiprocessors if self.part else self.all_multiprocessors
         self.graphs = os.environ.get("LABINFER_CUDA_GRAPHS") != "0"
         self.overlap = os.environ.get("LABINFER_CUDA_OVERLAP") != "0" and self.capability >= 90
         self.clusters = self.bulk_copies = self.capability >= 90
-        self.allocator = CudaAllocator(memory_limit)
-        self.stream = cupy.cuda.Stream()  # not non_blocking: CuPy's own operations, on stream 0, keep the order
-        self.recorder = cupy.cuda.Stream(non_blocking=True)
+        # Without a part not non_blocking: CuPy's own operations, on stream 0, keep the order.
+        self.stream = Stream.from_external(self.part.stream()) if self.part else Stream()
+        self.recorder = Stream.from_external(self.part.stream()) if self.part else Stream(non_blocking=True)
+        self.allocator = CudaAllocator(self.number, self.stream, memory_limit)
         self.ring = PinnedRing(self.stream)
-        self.blas = cublas.Blas() if cublas.library() else None
+        self.mirrors: dict[int, np.ndarray] = {}  # pinned memory, by the address of the array it is for
+        self.neighbours: set[int] = set()  # GPUs that this one can copy from directly
+        self.blas = cublas.Blas(self.part.multiprocessors if self.part else 0) if cublas.library() else None
         self.functions: dict[tuple[compile.Source, str], driver.Function] = {}
         self.modules: dict[compile.Source, Any] = {}
         self.rope_tables = RopeTables(self)
         kernels = {kind: CudaKernel(self, kind) for kind in EMITTERS}
         self.F = FunctionTable(kernels, lambda shape, dtype: cupy.empty(shape, DTYPES[dtype]))
+
+    def use(self) -> None:
+        """Let what this thread asks of CuPy be for this GPU, in the order of the device's work."""
+        self.device.use()
+        self.stream.use()
 
     # Memory
 
@@ -118,21 +137,86 @@ class CudaDevice(Device):
             return
         rows = 1 if destination.flags.c_contiguous else len(array)
         row_bytes = array.nbytes // rows
-        runtime.setDevice(self.number)
+        self.use()
         target_row = row_bytes if rows == 1 else destination.strides[0]
         self.ring.copy(array.reshape(-1).view(np.uint8), destination.data.ptr, rows, row_bytes, target_row)
 
     def move_out(self, source: Any, out: Any = None) -> Any:
         """A copy, once the device's work before it is done."""
-        runtime.setDevice(self.number)
+        self.use()
         rows = source if source.flags.c_contiguous else cupy.ascontiguousarray(source)
         made = np.empty(source.shape, source.dtype) if out is None else out
         target = made if made.flags.c_contiguous else np.empty(source.shape, source.dtype)
-        runtime.memcpyAsync(target.ctypes.data, rows.data.ptr, rows.nbytes, runtime.memcpyDeviceToHost, self.stream.ptr)
+        self.enqueue_copy(target.ctypes.data, rows.data.ptr, rows.nbytes)
         self.synchronize()
         if target is not made:
             np.copyto(made, target)
         return made
+
+    def enqueue_copy(self, target: int, source: int, nbytes: int) -> None:
+        """Copy between two addresses, of the host or the GPU, in the order of the device's work."""
+        runtime.memcpyAsync(target, source, nbytes, runtime.memcpyDefault, self.stream.ptr)
+
+    def host_array(self, source: Any) -> Any:
+        """A copy in pinned memory, which is kept for the place that ``source`` has on the device."""
+        mirror = self.mirrors.get(source.data.ptr)
+        if mirror is None or mirror.nbytes < source.nbytes:
+            mirror = self.mirrors[source.data.ptr] = self.host_memory(1 << (source.nbytes - 1).bit_length())
+        return self.move_out(source, mirror[: source.nbytes].view(source.dtype).reshape(source.shape))
+
+    def deallocate(self, buffer: Buffer) -> None:
+        """Give memory back, and the pinned memory for places in it."""
+        start = buffer.memory.ptr
+        for place in [each for each in self.mirrors if start <= each < start + buffer.nbytes]:
+            del self.mirrors[place]
+        super().deallocate(buffer)
+
+    def copy(self, source: Any, destination: Any) -> None:
+        """A copy without gaps, in the order of the device's work."""
+        self.use()
+        self.enqueue_copy(destination.data.ptr, source.data.ptr, source.nbytes)
+
+    def move_all_in(self, pairs: Iterable[tuple[Any, Any]]) -> None:
+        """Straight from pinned memory, and one wait for all."""
+        self.use()
+        for host, destination in pairs:
+            self.enqueue_copy(destination.data.ptr, host.ctypes.data, host.nbytes)
+        self.synchronize()
+
+    def move_all_out(self, pairs: Iterable[tuple[Any, Any]]) -> None:
+        """Straight to pinned memory, and one wait for all."""
+        self.use()
+        for source, out in pairs:
+            self.enqueue_copy(out.ctypes.data, source.data.ptr, source.nbytes)
+        self.synchronize()
+
+    def move_from(self, device: Device, source: Any, destination: Any) -> None:
+        """From another GPU, or another part of this one, without the host where they can reach each other."""
+        if not isinstance(device, CudaDevice) or not (source.flags.c_contiguous and destination.flags.c_contiguous):
+            super().move_from(device, source, destination)
+            return
+        device.use()
+        made = mark(device.stream)
+        self.reach(device.number)
+        self.stream.wait_event(made)
+        runtime.memcpyPeerAsync(
+            destination.data.ptr, self.number, source.data.ptr, device.number, source.nbytes, self.stream.ptr
+        )
+        copied = mark(self.stream)
+        device.stream.wait_event(copied)
+
+    def reach(self, number: int) -> None:
+        """Use this GPU, and let it copy from GPU ``number`` directly, where that is possible and not yet so."""
+        self.use()
+        if number != self.number and number not in self.neighbours:
+            self.neighbours.add(number)
+            if runtime.deviceCanAccessPeer(self.number, number):
+                driver.enable_peer(number)
+
+    def lane(self) -> Lane:
+        """Copies on a stream of their own."""
+        self.use()
+        return CopyLane(self.number, self.stream)
 
     def host_memory(self, nbytes: int) -> Any:
         """Pinned memory."""
@@ -146,6 +230,7 @@ class CudaDevice(Device):
 
     def fill(self, buffer: Buffer, byte: int) -> None:
         """Set every byte."""
+        self.use()
         runtime.memsetAsync(buffer.memory.ptr, byte, buffer.nbytes, self.stream.ptr)
 
     def parameter(self, buffer: Buffer, offset: int, format: str, shape: tuple[int, ...]) -> Any:
@@ -199,9 +284,14 @@ class CudaDevice(Device):
 
     def prepare(self, calls: Sequence[tuple[Kernel, Call]], progress: Callable[[int, int], None]) -> None:
         """Compile what is missing of the kernels that ``calls`` need."""
-        self.device.use()
+        self.use()
         rows, _ = self.rows(calls, 1)
         compile.build([row.source for row in rows if isinstance(row, Row)], self.arch, progress)
+
+    def decodes_for(self, count: int, limit: int) -> int:
+        """The next multiple of 8, of 16 from 64 on; the kernels for few tokens are not given more."""
+        multiple = 1 if count <= FEW_TOKENS else 8 if count <= 64 else 16
+        return min(-(-count // multiple) * multiple, limit)
 
     def program(self, calls: Sequence[tuple[Kernel, Call]]) -> Program:
         """The calls as one tape for each number of sequences, made when it first runs."""
@@ -209,7 +299,7 @@ class CudaDevice(Device):
         tapes: dict[int, Tape] = {}
 
         def run(tokens: int, rows: int) -> None:
-            self.device.use()
+            self.use()
             sequences = sequences_of(step)
             tape = tapes.get(sequences)
             if tape is None:
@@ -217,6 +307,15 @@ class CudaDevice(Device):
             tape()
 
         return run
+
+    def timed(self, calls: Sequence[tuple[Kernel, Call]]) -> Callable[[], Sequence[float]]:
+        """Events between the calls, in one graph, and the time of the whole without them."""
+        self.use()
+        return TimedCalls(self, [self.rows([each], sequences_of(each[1].step)) for each in calls]).run
+
+    def sampler(self, rows: int, vocab_size: int) -> CudaSampler | None:
+        """What chooses tokens here, if their ids leave room for sums of their weights in 63 bits."""
+        return CudaSampler(self, rows, vocab_size) if vocab_size < MAX_SAMPLED_TOKENS else None
 
     def launch(self, row: Row, overlap: bool) -> driver.Launch:
         """A row with its kernel, compiled and loaded when it is the first; ``overlap``: with the kernel before it."""
@@ -247,6 +346,7 @@ class CudaDevice(Device):
 
     def close(self) -> None:
         """Give back what is held beside buffers."""
+        self.use()
         self.synchronize()
         if self.blas:
             self.blas.close()
@@ -255,6 +355,11 @@ class CudaDevice(Device):
             driver.check(driver.library().cuModuleUnload(module))
         self.modules.clear()
         self.functions.clear()
+        self.mirrors.clear()
+        if self.part:
+            cupy.cuda.Stream.null.use()  # this thread's may be one of the part's
+            self.part.close()
+            self.part = None
 
     def memory(self) -> tuple[int, int]:
         """Bytes free and in all, of the device or of the limit."""
@@ -264,13 +369,13 @@ class CudaDevice(Device):
 
     @property
     def compute_share(self) -> float:
-        """All of it."""
-        return 1.0
+        """The part of the multiprocessors that are granted."""
+        return self.multiprocessors / self.all_multiprocessors
 
     def describe(self) -> str:
         """What it is."""
-        name = runtime.getDeviceProperties(self.number)["name"].decode()
-        return f"{name}, {self.multiprocessors} multiprocessors, {self.arch}"
+        of_all = f" of {self.all_multiprocessors}" if self.part else ""
+        return f"{driver.gpu_name(self.number)}, {self.multiprocessors}{of_all} multiprocessors, {self.arch}"
 
 
 def check_driver(number: int) -> None:
@@ -292,8 +397,5 @@ def check_driver(number: int) -> None:
 
 def driver_supports() -> int:
     """The CUDA version of the driver, which is started if it is not yet."""
-    code = driver.library().cuInit(0)
-    if code == 100:
-        raise DoesNotFit("device.missing", "this machine has no NVIDIA GPU", remedy="compile for another device")
-    driver.check(code)
+    driver.start()
     return driver.driver_version()

@@ -7,7 +7,20 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_size_t, c_uint, c_uint64, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_char_p,
+    c_float,
+    c_int,
+    c_int32,
+    c_size_t,
+    c_uint,
+    c_uint64,
+    c_void_p,
+    create_string_buffer,
+)  # fmt: skip
 from functools import cache
 from typing import Any
 
@@ -15,6 +28,9 @@ from labinfer.errors import DoesNotFit, LabinferError
 
 PROGRAMMATIC_LAUNCH, CLUSTER = 6, 4
 STATIC_SHARED, MAX_SHARED, CARVEOUT = 1, 8, 9
+MULTIPROCESSORS = 16
+EXTERNAL = 1
+NO_DEVICE, PEER_ENABLED = 100, 704
 UNASKED_SHARED = 48 << 10
 """Bytes of shared memory that a kernel gets without asking, its own variables included."""
 
@@ -123,11 +139,55 @@ class Launch:
             check(code)
 
 
+def start() -> None:
+    """Start the driver if it is not yet; ``DoesNotFit`` without a GPU."""
+    code = library().cuInit(0)
+    if code == NO_DEVICE:
+        raise DoesNotFit("device.missing", "this machine has no NVIDIA GPU", remedy="compile for another device")
+    check(code)
+
+
+def device(number: int) -> int:
+    """The driver's handle of GPU ``number``."""
+    start()
+    handle = c_int()
+    check(library().cuDeviceGet(byref(handle), number))
+    return handle.value
+
+
+def multiprocessors(number: int) -> int:
+    """How many GPU ``number`` has."""
+    count = c_int()
+    check(library().cuDeviceGetAttribute(byref(count), MULTIPROCESSORS, device(number)))
+    return count.value
+
+
+def gpu_name(number: int) -> str:
+    """The product name of GPU ``number``."""
+    text = create_string_buffer(256)
+    check(library().cuDeviceGetName(text, len(text), device(number)))
+    return text.value.decode()
+
+
 def driver_version() -> int:
     """The CUDA version the driver supports, as 1000 * major + 10 * minor."""
     version = c_int()
     check(library().cuDriverGetVersion(byref(version)))
     return version.value
+
+
+def enable_peer(number: int) -> None:
+    """Let the current GPU read the memory of GPU ``number``; that it may already is no error."""
+    context = c_void_p()
+    check(library().cuDevicePrimaryCtxRetain(byref(context), device(number)))
+    code = library().cuCtxEnablePeerAccess(context, 0)
+    if code != PEER_ENABLED:
+        check(code)
+
+
+def record(event: int, stream: int) -> None:
+    """Record an event each time that the graph runs which the stream is being captured to."""
+    check(library().cuEventRecordWithFlags(c_void_p(event), c_void_p(stream), EXTERNAL))
 
 
 def free_memory() -> tuple[int, int]:

@@ -60,7 +60,7 @@ class GreedyDecode:
 
     def run(self, count: int) -> None:
         """Queue ``count`` steps; returns before they are done."""
-        self.device.device.use()
+        self.device.use()
         for _ in range(count):
             self.tape()
 

@@ -115,3 +115,26 @@ def stream_shared_bytes(format: str, tokens: int, columns: int) -> int:
     slots, eight = (2, EIGHT_BLOCKS[format]) if format in EIGHT_BLOCKS else (1, 512)
     tile = min(STREAM_CHUNK, columns) // 32 * 2 * eight
     return slots * (-(-tile // 128) * 128) + 2 * tokens * (STREAM_CHUNK + 32)
+
+
+SAMPLE_BINS = 2048
+"""``BINS`` of ``sample.cu``."""
+
+SAMPLE_PARTS = 64
+"""Blocks that look at a row of logits, at most."""
+
+LISTED_TOKENS = 1024
+"""Tokens with a bias or a penalty, for each row on the average, that fit on the device."""
+
+
+def sampling_words(rows: int) -> dict[str, int]:
+    """What is kept to choose the tokens of ``rows`` rows of logits, in words of four bytes."""
+    listed, parts, bins = LISTED_TOKENS * rows, SAMPLE_PARTS * rows, SAMPLE_BINS * rows
+    words = {"rules": 16 * rows, "spans": 3 * rows, "tokens": listed, "numbers": listed, "best": 2 * parts}
+    words |= {"least": parts, "sums": 2 * bins, "counts": bins, "made": rows}
+    return {name: -(-size // 64) * 64 for name, size in words.items()}
+
+
+def sampling_bytes(rows: int) -> int:
+    """Bytes of all that."""
+    return 4 * sum(sampling_words(rows).values())

@@ -1,4 +1,4 @@
-"""Device memory by CuPy, and copies through pinned host memory."""
+"""Device memory by CuPy, and copies from pinned host memory."""
 
 from __future__ import annotations
 
@@ -9,22 +9,27 @@ import cupy
 import numpy as np
 from cupy.cuda import runtime
 
-from labinfer.backends.base import Allocator
+from labinfer.backends.base import Allocator, Lane
 
 SLOT_BYTES, SLOTS = 4 << 20, 8
 """Pieces of pinned memory that copies to the device go through in turn."""
 
 
 class CudaAllocator(Allocator):
-    """Plain device memory: no pool, so that what is counted is what is taken."""
+    """Plain device memory: no pool, so that what is counted is what is taken. Cleared in the order of ``stream``."""
+
+    def __init__(self, number: int, stream: Any, limit: int | None = None) -> None:
+        super().__init__(limit)
+        self.number, self.stream = number, stream
 
     def reserve(self, nbytes: int) -> Any:
         """Zeroed device memory."""
+        runtime.setDevice(self.number)
         try:
             memory = cupy.cuda.Memory(max(nbytes, 1))
         except (runtime.CUDARuntimeError, cupy.cuda.memory.OutOfMemoryError) as error:
             raise MemoryError from error
-        runtime.memset(memory.ptr, 0, max(nbytes, 1))
+        runtime.memsetAsync(memory.ptr, 0, max(nbytes, 1), self.stream.ptr)
         return memory
 
 
@@ -66,3 +71,36 @@ class PinnedRing:
         self.bytes[start : start + host.nbytes] = host
         self.used += -(-host.nbytes // 64) * 64
         return int(self.memory.ptr) + start
+
+
+class CopyLane(Lane):
+    """A stream of copies beside the ``compute`` stream of GPU ``number``."""
+
+    def __init__(self, number: int, compute: Any) -> None:
+        self.number, self.compute = number, compute
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+
+    def send(self, host: Any, destination: Any) -> Any:
+        """See ``Lane.send``."""
+        runtime.setDevice(self.number)
+        follow(self.stream, self.compute)
+        source, target = host.ctypes.data, destination.data.ptr
+        runtime.memcpyAsync(target, source, host.nbytes, runtime.memcpyHostToDevice, self.stream.ptr)
+        return mark(self.stream)
+
+    def hold(self, ticket: Any) -> None:
+        """See ``Lane.hold``."""
+        runtime.setDevice(self.number)
+        self.compute.wait_event(ticket)
+
+
+def mark(stream: Any) -> Any:
+    """An event: what the stream, of the current GPU, was asked for so far is done."""
+    event = cupy.cuda.Event(block=False, disable_timing=True)
+    event.record(stream)
+    return event
+
+
+def follow(later: Any, earlier: Any) -> None:
+    """Let what one stream is asked for from now on wait for what another, of the current GPU, was asked for."""
+    later.wait_event(mark(earlier))

@@ -71,5 +71,6 @@ def predict_plan(
 
 
 def pipeline_seconds(stages: Sequence[StageCost], transport: LinkProfile) -> float:
-    """What the hops of a pipeline add to a step: to its first stage, on from each, and with the logits back."""
-    return transport.latency + sum(transport.seconds(stage.nbytes) for stage in stages)
+    """What the hops of a pipeline add to a step: to its first stage, on from each, with the logits back, and from the
+    thread that receives them to the engine's."""
+    return 2 * transport.latency + sum(transport.seconds(stage.nbytes) for stage in stages)

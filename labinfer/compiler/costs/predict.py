@@ -85,7 +85,7 @@ class Measured:
             raise DoesNotFit("profile.unmeasured", message, remedy=remedy)
         if axis == "context":
             return table.seconds(step.phase, step.tokens, step.past)
-        return table.seconds("step", step.rows if axis == "rows" else step.tokens, 0)
+        return table.seconds("step", step.rows if axis == "rows" else step.tokens, step.past)
 
     def overhead_seconds(self, step: StepShape) -> float:
         """Between what was measured."""

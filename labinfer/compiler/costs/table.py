@@ -44,16 +44,19 @@ class Record(BaseModel):
 
 class CostTable(Record):
     """Times of one op. Ops that read the cache have points for ``decode`` (each sequence gets one token) and for
-    ``prefill`` (one sequence gets them all); for others only the number of tokens counts, in ``step``."""
+    ``prefill`` (one sequence gets them all). Others have points in ``step``: for them the number of tokens counts, and
+    what was read of the cache only by what it drives out of the processor's caches."""
 
     decode: list[Point] = Field(default=[], description="each of so many sequences gets a token")
     prefill: list[Point] = Field(default=[], description="one sequence gets so many tokens")
-    step: list[Point] = Field(default=[], description="so many tokens, of whatever sequences")
+    step: list[Point] = Field(default=[], description="so many tokens (or rows of logits), of whatever sequences")
     quick: bool = Field(default=False, description="whether few points were measured")
 
     def seconds(self, phase: Literal["decode", "prefill", "step"], tokens: int, past: int) -> float:
         """The time for ``tokens`` tokens of sequences that had ``past`` tokens before."""
         by_tokens = self._by_tokens[phase]
+        if phase == "step":  # no more is driven out than all
+            return interpolate([(count, interpolate(row, min(past, row[-1][0]))) for count, row in by_tokens], tokens)
         return interpolate([(count, interpolate(row, past)) for count, row in by_tokens], tokens)
 
     @cached_property

@@ -6,17 +6,18 @@ first itself. Only where a token is not simply the likeliest does the step wait 
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from labinfer.errors import LabinferError
 from labinfer.runtime.batch import Part
-from labinfer.runtime.engine import Engine
+from labinfer.runtime.engine import Engine, Scheduled
 from labinfer.runtime.pipeline.message import StepMessage
-from labinfer.runtime.pipeline.pipeline import Pipeline, StepResult
+from labinfer.runtime.pipeline.pipeline import StepResult, Steps
 from labinfer.runtime.pipeline.process import StageDied
 from labinfer.runtime.pipeline.scheduler import GroupScheduler
 from labinfer.runtime.pipeline.stage_loop import TAG_MASK
@@ -54,6 +55,8 @@ class PipelinedEngine(Engine):
         super().__init__(*args, **options)  # type: ignore[arg-type]
         self.speculation = None  # a step is sent before the tokens are known that guesses would follow
         self.restarts = 0  # of the stages, since a step was last completed
+        self.recovering = False
+        self.elsewhere: Callable[[], PipelinedEngine | None] = lambda: None  # who goes on if stages die
         self.depth = DEPTH if self.batch.blocks.recompute_after is None else 1
         self.flights: deque[Flight] = deque()
         rows = len(self.batch.num_tokens)
@@ -63,7 +66,7 @@ class PipelinedEngine(Engine):
         )  # step that makes a row's newest token (0: known), and its row there
 
     @property
-    def pipeline(self) -> Pipeline:
+    def pipeline(self) -> Steps:
         """That of the model: another one after its stages were started anew."""
         assert self.model.pipeline is not None
         return self.model.pipeline
@@ -93,7 +96,11 @@ class PipelinedEngine(Engine):
         self.drain_if_idle()
 
     def abort(self, request: Request) -> None:
-        """Stop ``request`` wherever it is."""
+        """Stop ``request`` wherever it is, with another engine too."""
+        if request.moved_to is not None and request.moved_to is not self:
+            request.moved_to.submit(partial(request.moved_to.abort, request))
+            request.moved_to.start()
+            return
         super().abort(request)
         self.drain_if_idle()
 
@@ -131,22 +138,22 @@ class PipelinedEngine(Engine):
 
     def fill(self) -> None:
         """Send steps of each group in turn until none has one that can be sent."""
-        idle = 0
+        idle, on_way = 0, Counter(flight.group for flight in self.flights)
         while idle < self.scheduler.groups:
-            idle = 0 if self.launch(self.scheduler.turn) else idle + 1
-            self.scheduler.turn = (self.scheduler.turn + 1) % self.scheduler.groups
+            group = self.scheduler.turn
+            launched = on_way[group] < self.depth and self.launch(group)
+            on_way[group] += launched
+            idle = 0 if launched else idle + 1
+            self.scheduler.turn = (group + 1) % self.scheduler.groups
 
     def launch(self, group: int) -> bool:
         """Send the next step of ``group``, if there is one."""
-        if sum(flight.group == group for flight in self.flights) >= self.depth:
-            return False
         if self.flights and self.capture.wanted:  # it looks at the steps one by one
             return False
         scheduled = self.schedule(ahead=bool(self.flights))
         if scheduled is None:
             return False
-        part, wants_logits = scheduled.part, self.wants_logits(scheduled.part)
-        message = StepMessage(scheduled.batch, wants_logits, self.pending(part))
+        part, message = scheduled.part, self.message(scheduled)
         self.begin(part)
         self.stepping = False
         number = self.pipeline.submit(message)
@@ -157,6 +164,10 @@ class PipelinedEngine(Engine):
         self.uses[part.rows] += 1
         self.flights.append(Flight(number, group, part, np.ones(len(part.rows), np.bool_)))
         return True
+
+    def message(self, scheduled: Scheduled) -> StepMessage:
+        """The step as it is sent."""
+        return StepMessage(scheduled.batch, self.wants_logits(scheduled.part), self.pending(scheduled.part))
 
     def wants_logits(self, part: Part) -> bool:
         """Whether the engine has to see logits of ``part``; holds the rows whose next token it must choose itself."""
@@ -218,12 +229,14 @@ class PipelinedEngine(Engine):
         """Take over the tokens of a step for the sequences that still want them."""
         self.restarts = 0
         if self.model.fleet is not None:
-            self.model.fleet.observe(result.times)
-        part, alive, values = flight.part, flight.alive, result.logits
-        if values is None:  # chosen already
-            values = result.tokens[:, None]
+            self.model.fleet.observe(result.times, flight.part)
+        for ranks, (began, ended) in zip(self.model.plan.groups, result.times.tolist(), strict=True):
+            for stage in ranks:
+                self.model.device_seconds[stage.device] += ended - began
+        part, alive, values = flight.part, flight.alive, self.values_of(result)
         self.forget_sources(flight)
-        self.scheduler.held[part.rows[alive & (part.new > 0)]] = False
+        made = part.rows[alive & (part.new > 0)]
+        self.scheduler.held[made[self.source[made, 0] == 0]] = False  # unless a later step makes one more
         if not alive.all():
             values = values[np.repeat(alive, part.wanted)]
             part = Part(part.rows[alive], part.counts[alive], part.wanted[alive], part.new[alive])
@@ -231,8 +244,12 @@ class PipelinedEngine(Engine):
             self.postprocess(part, values)
         self.observe(flight.part, float((result.times[:, 1] - result.times[:, 0]).max()))
 
+    def values_of(self, result: StepResult) -> np.ndarray:
+        """What ``choose`` gets: logits, or tokens that are chosen already."""
+        return result.tokens[:, None] if result.logits is None else result.logits
+
     def choose(self, rows: np.ndarray, logits: np.ndarray) -> Sampled:
-        """A token for each of ``rows``: from float32 logits [rows, vocab], or chosen already, int32 [rows, 1]."""
+        """A token for each of ``rows``: from float32 logits [rows, vocab], or chosen already, in int32 column 0."""
         if logits.dtype != np.int32:
             return super().choose(rows, logits)
         sampled = Sampled(logits[:, 0].astype(np.int64))
@@ -250,9 +267,20 @@ class PipelinedEngine(Engine):
     def recover(self, error: LabinferError) -> None:
         """A stage died, and what is in its cache with it: start the stages anew and compute all of that again.
 
-        Every request goes on with the tokens it has. They end with an error where the stages cannot be started, or
-        die again and again before they have completed a step: with the one that they died of.
+        Every request goes on with the tokens it has: elsewhere, if it can. They end with an error where the stages
+        cannot be started, or die again and again before they have completed a step: with the one that they died of.
         """
+        self.recovering = True
+        try:
+            self.give_up_steps()
+            if (other := self.elsewhere()) is not None:
+                self.hand_over(other)
+            self.start_anew(error)
+        finally:
+            self.recovering = False
+
+    def give_up_steps(self) -> None:
+        """Nothing is on its way any more, and all sequences wait."""
         while self.flights:
             flight = self.flights.pop()
             if flight.counted:
@@ -260,6 +288,25 @@ class PipelinedEngine(Engine):
         self.uses[:], self.source[:], self.scheduler.held[:] = 0, 0, False
         self.release()
         self.scheduler.restart()
+
+    def hand_over(self, other: PipelinedEngine) -> None:
+        """Have ``other`` go on with all requests, none of which has a row."""
+        self.make_changes()  # whoever begins or stops now need not wait until the stages are started
+        self.delivery.deliver()
+        moving = self.scheduler.let_go()
+        for request in moving.values():
+            request.moved_to = other
+        other.submit(partial(other.take_over, moving))
+        other.start()
+
+    def take_over(self, moving: Mapping[Sequence, Request]) -> None:
+        """Go on with sequences of another engine."""
+        for sequence in moving:
+            sequence.batch = self.batch
+            self.scheduler.wait(sequence)
+
+    def start_anew(self, error: LabinferError) -> None:
+        """Start the stages, again if they die at once; else end every request with ``error``, or the newer one."""
         while self.restarts < MAX_RESTARTS:
             self.restarts += 1
             try:

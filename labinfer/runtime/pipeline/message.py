@@ -1,8 +1,9 @@
 """What frames hold: steps that go down the chain of stages, tokens that go back to its beginning, results and errors.
 
-A step's first section is a list of int32: nine counts, then the arrays of the batch; ``pending`` tokens are those that
-an earlier step makes, and ``copies`` cache blocks to be copied before. Its second section is when each stage began and
-ended, float64 seconds of ``time.monotonic``. The values that later stages need follow.
+A step comes to a stage as a frame with its batch, a list of int32: nine counts, then the arrays; ``pending`` tokens are
+those that an earlier step makes, and ``copies`` cache blocks to be copied before. Stages pass that on before they
+compute, so that the next one is prepared when its values come. These are another frame, which the engine does not
+send: when each stage began and ended, float64 seconds of ``time.monotonic``, and what later stages need.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import numpy as np
 from labinfer.compiler.fold import unfold_inputs
 from labinfer.compiler.plan import Limits, Plan
 from labinfer.errors import DoesNotFit, InvalidFile, LabinferError, StalePlan, UsageError, WeightsError
+from labinfer.ops.base import TensorType
 from labinfer.runtime.step_memory import StepBatch
 
-STEP, TOKENS, LOGITS, FAILED, STOP = range(5)
+STEP, VALUES, TOKENS, LOGITS, FAILED = range(5)
 """Kinds of frames."""
 
 _ERRORS = {
@@ -44,7 +46,7 @@ class StepMessage:
     copies: np.ndarray = field(default_factory=lambda: _NONE)
 
     def encode(self) -> np.ndarray:
-        """The first section, int32."""
+        """The batch's frame, int32."""
         batch, tables = self.batch, self.batch.block_tables
         counts = [
             len(batch.token_ids), len(batch.context_len), len(batch.logits_rows), len(tables),
@@ -61,7 +63,7 @@ class StepMessage:
 
 
 def decode(words: np.ndarray, limits: Limits) -> StepMessage:
-    """The message in a first section; its arrays are windows of ``words``. One beyond ``limits`` is an error."""
+    """The message in a batch's frame; its arrays are windows of ``words``. One beyond ``limits`` is an error."""
     tokens, sequences, rows, groups, width, wants_logits, pending, copies, adapters = words[:_COUNTS].tolist()
     shapes = [(tokens,), (tokens,), (sequences + 1,), (sequences,), (sequences,), (rows,)]
     shapes += [(sequences, width), (tokens,)] * groups + [(sequences * adapters,), (pending, 3), (copies, 3)]
@@ -80,7 +82,7 @@ def decode(words: np.ndarray, limits: Limits) -> StepMessage:
 
 
 def max_words(limits: Limits) -> int:
-    """Numbers of the first section at the plan's bounds; copies are as many as there are blocks, at most."""
+    """Numbers of a batch's frame at the plan's bounds; copies are as many as there are blocks, at most."""
     blocks = sum(group.num_blocks for group in limits.groups)
     return _COUNTS + limits.step_bytes // 4 + 3 * (limits.max_num_seqs + blocks)
 
@@ -98,17 +100,19 @@ def crossing(plan: Plan) -> list[list[str]]:
     return arriving
 
 
+def crossing_types(plan: Plan) -> dict[str, TensorType]:
+    """The types of all values that stages need of others."""
+    return {name: slot.type for stage in plan.stages for name, slot in unfold_inputs(stage).items()}
+
+
 def frame_bytes(plan: Plan) -> int:
-    """Bytes of the largest frame: a step with all values that cross between stages, or a step's logits."""
+    """Bytes of the largest frame: a batch, all values that cross between stages, or a step's logits."""
     limits = plan.limits
-    sizes = {
-        name: slot.type.nbytes(limits.max_num_batched_tokens, limits.max_logits_rows)
-        for stage in plan.stages
-        for name, slot in unfold_inputs(stage).items()
-    }
+    tokens, rows = limits.max_num_batched_tokens, limits.max_logits_rows
+    sizes = {name: kind.nbytes(tokens, rows) for name, kind in crossing_types(plan).items()}
     values = max(sum(sizes[name] for name in names) for names in crossing(plan))
     logits = 4 * limits.max_logits_rows * (plan.vocab_size + 1)
-    return max(4 * max_words(limits) + values, logits, 1 << 16) + 16 * len(plan.groups)
+    return max(4 * max_words(limits), values, logits, 1 << 16) + 16 * len(plan.groups)
 
 
 def encode_error(error: LabinferError) -> bytes:
@@ -118,7 +122,7 @@ def encode_error(error: LabinferError) -> bytes:
     return json.dumps(told).encode()
 
 
-def decode_error(text: bytes) -> LabinferError:
+def decode_error(text: bytes | bytearray) -> LabinferError:
     """The error of a ``FAILED`` frame."""
     found = json.loads(text)
     return _ERRORS[found["kind"]](str(found["code"]), str(found["message"]), remedy=found["remedy"])

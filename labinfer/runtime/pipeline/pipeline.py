@@ -10,8 +10,9 @@ import contextlib
 import itertools
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -45,6 +46,16 @@ class StepResult:
     logits: np.ndarray | None = None
 
 
+class Steps(Protocol):
+    """Where steps are sent, and what they make comes from, in order."""
+
+    def submit(self, message: Any) -> int:
+        """Send a step; the number to ``wait`` for."""
+
+    def wait(self, number: int) -> StepResult:
+        """The result of step ``number``, once; raises what went wrong with it."""
+
+
 class Pipeline:
     """Steps to stages that run, and what they make of them. ``close`` it."""
 
@@ -66,7 +77,7 @@ class Pipeline:
         if self.copies:
             message.copies, self.copies = np.array(self.copies, np.int32), []
         number = next(self.numbers)
-        sections = views([message.encode(), np.zeros((len(self.plan.groups), 2))])
+        sections = views([message.encode()])
         if self.broken is None:  # `wait` raises what broke it
             with contextlib.suppress(ChannelClosed):
                 for sender in self.senders:
@@ -107,11 +118,11 @@ class Pipeline:
         """The next result and its number."""
         arrays: list[np.ndarray] = []
 
-        def place(header: Header) -> Iterator[memoryview]:
+        def place(header: Header) -> list[memoryview]:
             kinds = [np.uint8] if header.kind == FAILED else [np.int32, np.float64, np.float32]
             for size, kind in zip(header.sizes, kinds, strict=False):
                 arrays.append(np.empty(size // np.dtype(kind).itemsize, kind))
-                yield view(arrays[-1])
+            return [view(array) for array in arrays]
 
         header = self.receiver.receive(place)
         if header.kind == FAILED:

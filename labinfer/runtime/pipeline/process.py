@@ -7,7 +7,6 @@ sees its socket close and ends too, so nothing is left behind however the parent
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import selectors
@@ -35,6 +34,9 @@ STOPPED_AFTER, STUCK_AFTER = 1.0, 10.0
 They are counted in looks at it, one each ``BEAT``: a machine that was asleep, or too busy for both, does not count.
 """
 
+LISTENS_WITHIN = 60.0
+"""Seconds that a new process may take to read what it is to run."""
+
 
 class StageDied(LabinferError):
     """A stage's process is dead; whatever it held is lost."""
@@ -52,8 +54,12 @@ class StageProcess:
                 command, pass_fds=[theirs.fileno(), *descriptors], stdin=subprocess.DEVNULL, stdout=STDERR
             )
         self.missed, self.text, self.ready = 0, b"", False
-        with contextlib.suppress(OSError):  # `load` tells that it has ended
+        self.control.settimeout(LISTENS_WITHIN)
+        try:
             self.control.sendall(json.dumps(start).encode() + b"\n")
+        except OSError:  # `load` tells that it has ended
+            self.process.kill()
+        self.control.settimeout(None)
 
     def load(self, progress: Callable[[int], None], compiling: Callable[[int, int], None]) -> None:
         """Take the messages that have come, of which the last is that it is ready; raises what went wrong there."""

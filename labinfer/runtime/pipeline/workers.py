@@ -18,6 +18,7 @@ import numpy as np
 
 from labinfer.compiler.plan import Plan
 from labinfer.errors import UsageError
+from labinfer.runtime.batch import Part
 from labinfer.runtime.peers import shared_peer_memory
 from labinfer.runtime.pipeline.message import frame_bytes
 from labinfer.runtime.pipeline.process import StageProcess, Watch, wait_until_ready
@@ -64,8 +65,8 @@ class Fleet(Protocol):
     def improved(self) -> bool:
         """Whether there is a better plan by now than the one that runs."""
 
-    def observe(self, times: np.ndarray) -> None:
-        """A step is done, whose stages began and ended at ``times``; see ``StepResult``."""
+    def observe(self, times: np.ndarray, part: Part) -> None:
+        """A step of ``part`` is done, whose stages began and ended at ``times``; see ``StepResult``."""
 
     def close(self) -> None:
         """Nothing is started any more."""
@@ -156,7 +157,7 @@ class ProcessFleet:
         """Never."""
         return False
 
-    def observe(self, times: np.ndarray) -> None:
+    def observe(self, times: np.ndarray, part: Part) -> None:
         """Steps may take as long as they take."""
 
     def close(self) -> None:

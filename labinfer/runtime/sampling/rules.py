@@ -72,6 +72,20 @@ class SamplingRules:
         return self.params.greedy and not self.changes_logits and self.params.logprobs is None
 
     @property
+    def simple(self) -> bool:
+        """Whether a device that chooses tokens can: nothing but the biases and penalties of tokens, and the draw."""
+        params = self.params
+        others = params.logits_processors or params.bad_words or params.typical_p < 1 or params.logprobs is not None
+        return not others and self.grammar is None and self.allowed is None
+
+    def biases(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """What is added to which logits of token ``number``: ids, int32, and float32 numbers, minus infinity to ban."""
+        ended = self.end_ids if number < self.params.min_tokens else self.end_ids[:0]
+        others = ~np.isin(self.bias_ids, ended)
+        ids = np.concatenate([ended, self.bias_ids[others]]).astype(np.int32)
+        return ids, np.concatenate([np.full(len(ended), -np.inf, np.float32), self.bias[others]])
+
+    @property
     def decode(self) -> Callable[[int], str] | None:
         """Gives the text of one token, where text is made."""
         tokenizer = self.tokenizer

@@ -46,7 +46,8 @@ def sample(logits: np.ndarray, states: Mapping[int, SamplingState]) -> Sampled:
             else:
                 if (count := state.rules.params.logprobs) is not None:
                     made.logprobs[row] = token_logprobs(logits[row], int(best[row]), count, state.rules.decode)
-    made.tokens[list(made.errors)] = -1
+    if made.errors:
+        made.tokens[list(made.errors)] = -1
     return made
 
 
@@ -70,5 +71,10 @@ def sample_row(logits: np.ndarray, state: SamplingState, randoms: np.ndarray) ->
 def not_a_number(logits: np.ndarray, best: int) -> LabinferError:
     """The error of a row whose greatest logit, ``best``, is no finite number."""
     if logits[best] == -np.inf:
-        return LabinferError("sampling.no-token", "no token is left to choose from: all are banned")
+        return no_token()
     return LabinferError("run.not-a-number", f"the logits are not numbers (token {best} has {logits[best]})")
+
+
+def no_token() -> LabinferError:
+    """The error of a row whose logits are all minus infinity."""
+    return LabinferError("sampling.no-token", "no token is left to choose from: all are banned")

@@ -38,6 +38,12 @@ class SamplingState:
         number: float = uniform(self.seed, self.index, len(self.output))
         return number
 
+    @property
+    def counted(self) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens that penalties look at, int64, and how often each is in the answer, int32."""
+        counts = self.counts or TokenCounts(())
+        return counts.ids, counts.counts
+
     def accept(self, token: int) -> Stop | None:
         """``token`` is the next one of the answer; the end that it makes of it, if any.
 

@@ -7,6 +7,7 @@ from itertools import zip_longest
 from math import isfinite
 from typing import Any
 
+from labinfer.runtime.model import Model
 from labinfer.runtime.step_costs import StepCosts
 from labinfer.runtime.step_stats import StepStats
 from labinfer.service.call import Call, Reply
@@ -29,37 +30,50 @@ async def plan(call: Call) -> Any:
 
 async def devices(call: Call) -> Any:
     """Where the model lies: devices, layers, memory, and how full the cache is."""
-    model, scheduler = call.service.model, call.service.engine.scheduler
-    stages = []
+    service = call.service
+    model, schedulers = service.model, [engine.scheduler for engine in service.engines]
+    groups = [
+        {"window": group.window, "num_blocks": len(service.models) * group.num_blocks, "free_blocks": sum(free)}
+        for group, *free in zip(model.plan.limits.groups, *(free_blocks(each) for each in service.models), strict=True)
+    ]
+    return {
+        "model": service.name,
+        "stages": [stage for number, each in enumerate(service.models) for stage in stages(each, number)],
+        "cache": {
+            "usage": sum(each.blocks.usage for each in service.models) / len(service.models),
+            "block_size": model.plan.limits.block_size, "groups": groups,
+        },
+        "limits": {"max_num_seqs": model.plan.limits.max_num_seqs, "max_model_len": model.max_len},
+        "running": sum(len(each.running) for each in schedulers),
+        "waiting": sum(len(each.waiting) for each in schedulers),
+    }  # fmt: skip
+
+
+def free_blocks(model: Model) -> list[int]:
+    """Free blocks of each group of the cache."""
+    return [group.num_free for group in model.blocks.groups]
+
+
+def stages(model: Model, replica: int) -> list[dict[str, Any]]:
+    """Where the model lies: what each device has of it, and on which host that is."""
+    found = []
     for stage, here in zip_longest(model.plan.stages, model.interpreters):  # none is here if others run the stages
         ranges = [entry.layers for entry in stage.schedule if entry.layers is not None]
         layers = [min(first for first, _ in ranges), max(last for _, last in ranges)] if ranges else None
-        stages.append(
+        arena = {"size": stage.arena.size, "lower_bound": stage.arena.lower_bound, "optimal": stage.arena.optimal}
+        found.append(
             {
                 "device": stage.device,
+                "host": stage.device.partition("@")[2] or None,
+                "replica": replica,
                 "description": here.device.describe() if here else "in another process",
                 "compute_share": here.device.compute_share if here else None,
                 "layers": layers,
                 "bytes": stage.bytes.model_dump(),
-                "arena": {
-                    "size": stage.arena.size,
-                    "lower_bound": stage.arena.lower_bound,
-                    "optimal": stage.arena.optimal,
-                },
+                "arena": arena,
             }
         )
-    groups = [
-        {"window": group.window, "num_blocks": group.num_blocks, "free_blocks": own.num_free}
-        for group, own in zip(model.plan.limits.groups, model.blocks.groups, strict=True)
-    ]
-    return {
-        "model": call.service.name,
-        "stages": stages,
-        "cache": {"usage": model.blocks.usage, "block_size": model.plan.limits.block_size, "groups": groups},
-        "limits": {"max_num_seqs": model.plan.limits.max_num_seqs, "max_model_len": model.max_len},
-        "running": len(scheduler.running),
-        "waiting": len(scheduler.waiting),
-    }
+    return found
 
 
 async def trace(call: Call) -> Any:
@@ -74,13 +88,13 @@ async def trace(call: Call) -> Any:
         after = float("nan")
     if not isfinite(after) and text != "-inf":
         raise ApiError(400, "after: give a time in seconds", param="after", code="invalid_value")
-    engine = call.service.engine
     steps = [
-        {**each._asdict(), "predicted_seconds": predicted(engine.costs, each)}
+        {**each._asdict(), "replica": number, "predicted_seconds": predicted(engine.costs, each)}
+        for number, engine in enumerate(call.service.engines)
         for each in list(engine.stats)
         if each.time > after
     ]
-    return {"now": time.perf_counter(), "steps": steps}
+    return {"now": time.perf_counter(), "steps": sorted(steps, key=lambda step: step["time"])}
 
 
 def predicted(costs: StepCosts, step: StepStats) -> float | None:

@@ -10,7 +10,7 @@ from labinfer.service.service import Service
 
 def described(service: Service, name: str) -> dict[str, Any]:
     """The model, or an adapter of it, as clients read it."""
-    memory = service.model.manager.memory_of(service.model.owner)
+    memory = {name: each for model in service.models for name, each in model.manager.memory_of(model.owner).items()}
     return {
         "id": name,
         "object": "model",

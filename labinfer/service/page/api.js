@@ -46,6 +46,16 @@ async function api(path, options = {}) {
   }
 }
 
+// Whom the chat talks to and whose engine is shown: one of what is served, "" until that is known.
+const chosen = () => $("models").value;
+
+async function listModels() {
+  const { data } = await (await api("/v1/models")).json();
+  $("models").replaceChildren(...data.map(({ id }) => element("option", {}, id)));
+  $("models").hidden = data.length < 2;
+  $("model").hidden = data.length > 1;
+}
+
 function setTheme(name) {
   document.documentElement.dataset.theme = name;
 }

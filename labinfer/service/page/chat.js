@@ -71,7 +71,7 @@ async function answer() {
   const began = performance.now();
   let text = "", first = null, tokens = 0, last = began, reason = null, failure = null;
   try {
-    const body = { messages, ...found, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } };
+    const body = { model: chosen() || undefined, messages, ...found, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } };
     const reply = await api("/v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal: stop.signal });
     if (!reply.ok) throw new Error((await reply.json()).error.message);
     for await (const chunk of events(reply)) {

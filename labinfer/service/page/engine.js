@@ -96,15 +96,26 @@ $("timeline").onpointermove = event => {
   if (step) tellStep(step);
 };
 
+$("models").onchange = () => {
+  steps.length = 0;
+  after = null;
+  drawSteps();
+  $("step").textContent = "No step yet.";
+};
+
 async function look() {
   if (!document.hidden) {
     try {
-      const trace = await (await api(`/labinfer/v1/trace${after === null ? "" : `?after=${after}`}`)).json();
+      if (!chosen()) await listModels();
+      const model = chosen(), query = `?model=${encodeURIComponent(model)}`;
+      const trace = await (await api(`/labinfer/v1/trace${query}${after === null ? "" : `&after=${after}`}`)).json();
+      const devices = await (await api(`/labinfer/v1/devices${query}`)).json();
+      if (model !== chosen()) return setTimeout(look, 0);
       steps.push(...trace.steps);
       steps.splice(0, steps.length - 1024);
       after = steps.at(-1)?.time ?? after;
       if (trace.steps.length) drawSteps();
-      showDevices(await (await api("/labinfer/v1/devices")).json());
+      showDevices(devices);
       if ($("status").textContent === "the server does not answer") $("status").textContent = "";
     } catch {
       $("status").textContent = "the server does not answer";

@@ -6,14 +6,16 @@ themselves, little-endian throughout. What is in them is for the two ends to kno
 
 from __future__ import annotations
 
+import select
+import socket
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from labinfer.errors import LabinferError
 
-VERSION = 1
+VERSION = 2
 MAGIC = b"LABI"
 MAX_SECTIONS = 256
 _PREAMBLE = struct.Struct("<4sHHQII")
@@ -27,32 +29,53 @@ class Header(NamedTuple):
     sizes: tuple[int, ...]
 
 
-Sections = Callable[[Header], Iterator[memoryview]]
-"""Called with a frame's header: yields a writable buffer for each section, of its size.
+Sections = Callable[[Header], Sequence[memoryview]]
+"""Called with a frame's header: a writable buffer for each section, of its size.
 
-It is asked for the next buffer when the one before is filled, so it may look at what has come.
+What is in them may be looked at once the whole frame was received.
 """
+
+
+SELECTABLE = 1024
+"""Descriptors below this number can be waited for by the microsecond, with ``select``; others by the millisecond."""
 
 
 class ChannelClosed(Exception):
     """The channel was closed, here or at the other end."""
 
 
+def arrived(file: int | socket.socket, seconds: float | None = 0.0) -> bool:
+    """Whether bytes of ``file``, or its end, can be read; waits for them so long, or until they can be (None)."""
+    descriptor = file if isinstance(file, int) else file.fileno()
+    if descriptor < SELECTABLE:
+        return bool(select.select([descriptor], [], [], seconds)[0])
+    found = select.poll()
+    found.register(descriptor, select.POLLIN)
+    return bool(found.poll(None if seconds is None else 1e3 * seconds))
+
+
 class Channel(ABC):
     """One end of a channel. A frame may have ``limit`` bytes; larger ones, and what is no frame, are refused."""
 
+    leaves_process = True
+    """Whether the other end may be in another process."""
+
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._preamble = memoryview(bytearray(_PREAMBLE.size))
+        self._head = memoryview(bytearray(_PREAMBLE.size + 8 * MAX_SECTIONS))
 
     def send(self, kind: int, tag: int, sections: Sequence[memoryview]) -> None:
         """Send a frame of byte views; waits while the channel is full. Raises ``ChannelClosed``."""
+        self.write(self.pack(kind, tag, sections))
+
+    def pack(self, kind: int, tag: int, sections: Sequence[memoryview]) -> list[memoryview]:
+        """A frame as ``write`` sends it: its header, and the sections that are not empty, with what is in them then."""
         sizes = [section.nbytes for section in sections]
         if len(sizes) > MAX_SECTIONS or sum(sizes) > self.limit:
             message = f"a frame of {len(sizes)} sections and {sum(sizes)} bytes is more than the {self.limit} allowed"
             raise LabinferError("transport.frame", message)
         head = _PREAMBLE.pack(MAGIC, VERSION, kind, tag, len(sizes), 0) + struct.pack(f"<{len(sizes)}Q", *sizes)
-        self.write(self.sealed([memoryview(head), *(section for section in sections if section.nbytes)]))
+        return [memoryview(head), *(section for section in sections if section.nbytes)]
 
     def receive(self, place: Sections) -> Header:
         """Wait for a frame and put its sections where ``place`` says. Raises ``ChannelClosed``.
@@ -60,72 +83,52 @@ class Channel(ABC):
         What ``place`` raises is raised after the rest of the frame was read, so the next frame can be received.
         """
         header = self._header()
-        buffers, problem = place(header), None
-        for index, size in enumerate(header.sizes):
-            try:
-                buffer = next(buffers)
-                if buffer.nbytes != size:
-                    raise LabinferError("transport.frame", f"section {index} has {size} bytes, not {buffer.nbytes}")
-            except Exception as error:
-                self._skip(header.sizes[index:])
-                problem = error
-                break
-            if size:
-                self.read(buffer)
-                self.check()
-        self.done()
-        if problem is None:
-            next(buffers, None)  # lets the place finish
-            return header
-        raise problem
+        problem: Exception | None = None
+        try:
+            buffers = place(header)
+            sizes = tuple(map(len, buffers))
+            if sizes != header.sizes:
+                raise LabinferError("transport.frame", f"sections of {header.sizes} bytes came, not of {sizes}")
+        except Exception as error:
+            problem = error
+            buffers = [memoryview(bytearray(size)) for size in header.sizes]
+        for buffer in buffers:
+            self.read(buffer)
+        self.done([self._head[: _PREAMBLE.size + 8 * len(buffers)], *buffers])
+        if problem is not None:
+            raise problem
+        return header
 
     def _header(self) -> Header:
-        self.read(self._preamble)
-        magic, version, kind, tag, count, _ = _PREAMBLE.unpack(self._preamble)
+        self.read(self._head[: _PREAMBLE.size])
+        magic, version, kind, tag, count, _ = _PREAMBLE.unpack_from(self._head)
         if magic != MAGIC or version != VERSION or count > MAX_SECTIONS:
             raise LabinferError("transport.frame", f"this is no frame of version {VERSION}")
-        table = memoryview(bytearray(8 * count))
-        if count:
-            self.read(table)
-        self.check()
-        sizes = struct.unpack(f"<{count}Q", table)
+        self.read(self._head[_PREAMBLE.size : _PREAMBLE.size + 8 * count])
+        sizes = struct.unpack_from(f"<{count}Q", self._head, _PREAMBLE.size)
         if sum(sizes) > self.limit:
             raise LabinferError("transport.frame", f"a frame of {sum(sizes)} bytes, at most {self.limit} are allowed")
         return Header(kind, tag, sizes)
 
-    def _skip(self, sizes: Sequence[int]) -> None:
-        scratch = memoryview(bytearray(min(max(sizes), 1 << 16)))
-        for size in filter(None, sizes):
-            for done in range(0, size, len(scratch)):
-                self.read(scratch[: size - done])
-            self.check()
-
-    def sealed(self, parts: list[memoryview]) -> list[memoryview]:
-        """``parts`` as they travel: the header, and each section that is not empty."""
-        return parts
-
-    def check(self) -> None:  # noqa: B027  only a sealed connection has to
-        """A header or a section was read: raise ``ChannelClosed`` if the other end did not write it."""
-
     @abstractmethod
     def write(self, parts: Sequence[memoryview]) -> None:
-        """Send all bytes of ``parts``, one after another."""
+        """Send a frame, all bytes of its ``parts`` one after another."""
 
     @abstractmethod
     def read(self, into: memoryview) -> None:
         """Fill ``into``."""
 
     @abstractmethod
-    def ready(self) -> bool:
-        """Whether a frame, or the end, has arrived."""
+    def ready(self, seconds: float | None = 0.0) -> bool:
+        """Whether a frame, or the end, has arrived; waits for it so long, or until it comes (None)."""
 
     @property
     @abstractmethod
     def descriptors(self) -> tuple[int, ...]:
         """The file descriptors that a child process inherits to ``attach`` to this end."""
 
-    def done(self) -> None:  # noqa: B027  only a ring has to be told
-        """The whole frame was read."""
+    def done(self, parts: Sequence[memoryview]) -> None:  # noqa: B027  a ring has to be told, a seal has to be checked
+        """A whole frame was read, header and sections; raises ``ChannelClosed`` if the other end did not write it."""
 
     @abstractmethod
     def close(self) -> None:

@@ -10,11 +10,10 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import select
 import tempfile
 from collections.abc import Sequence
 
-from labinfer.runtime.pipeline.transport.channel import Channel, ChannelClosed
+from labinfer.runtime.pipeline.transport.channel import Channel, ChannelClosed, arrived
 
 _HEAD, _TAIL, _CLOSED = 0, 8, 16
 _CONTROL = 192
@@ -50,10 +49,9 @@ class Signal:
         else:
             os.read(self.descriptors[0], 1 << 16)
 
-    @property
-    def is_set(self) -> bool:
-        """Whether ``wait`` would return at once."""
-        return bool(select.select([self.descriptors[0]], [], [], 0)[0])
+    def is_set(self, seconds: float | None) -> bool:
+        """Whether ``wait`` would return at once; waits for that so long, or until it would (None)."""
+        return arrived(self.descriptors[0], seconds)
 
     def release(self) -> None:
         """Close the descriptors."""
@@ -84,6 +82,7 @@ class Ring(Channel):
     def __init__(self, memory: mmap.mmap, data: Signal, space: Signal, limit: int, file: int | None = None) -> None:
         super().__init__(limit)
         self.memory, self.data, self.space, self.file = memory, data, space, file
+        self.leaves_process = file is not None
         whole = memoryview(memory)
         self.counts, self.ring = whole[:_CONTROL].cast("Q"), whole[_CONTROL:]
         self.position, self.known, self.told = 0, 0, 0  # own count; the other's, and own, as last seen and told
@@ -131,7 +130,7 @@ class Ring(Channel):
         while done < len(into):
             there = self.known - self.position
             if there == 0:
-                self.done()
+                self._tell(_TAIL, self.space)
                 self.known = self._wait(self.data, _HEAD)
                 continue
             at = self.position % size
@@ -140,13 +139,13 @@ class Ring(Channel):
             self.position += count
             done += count
 
-    def done(self) -> None:
+    def done(self, parts: Sequence[memoryview]) -> None:
         """Tell the sender that there is room again."""
         self._tell(_TAIL, self.space)
 
-    def ready(self) -> bool:
-        """Whether something is there that was not read."""
-        if self.known == self.position and self.data.is_set:  # perhaps by bytes that were read already
+    def ready(self, seconds: float | None = 0.0) -> bool:
+        """See ``Channel.ready``; it may return sooner."""
+        if self.known == self.position and self.data.is_set(seconds):  # perhaps by bytes that were read already
             self.known = self._wait(self.data, _HEAD)
         return self.known > self.position
 

@@ -2,9 +2,9 @@
 
 Both ends prove that they know the cluster's token before anything else is read: the one that connects sends a nonce and
 what the connection is for, the other a nonce of its own and an HMAC over all that, the first an HMAC in return. From
-the token and the nonces each direction gets a key of its own. The header of a frame and each of its sections are
-followed by an HMAC over them and a count, so a part that was changed, left out, repeated or recorded elsewhere closes
-the connection before anybody acts on it. What is sent can be read on the way: it is authenticated, not encrypted.
+the token and the nonces each direction gets a key of its own. A frame is followed by an HMAC over it and a count, so
+one that was changed, left out, repeated or recorded elsewhere closes the connection before anybody acts on it; until
+then its sizes only say how much is read. What is sent can be read on the way: it is authenticated, not encrypted.
 HMAC-SHA-256 (RFC 2104), cut to 128 bits (RFC 4868); processors that compute SHA-256 are quicker at it than at BLAKE2.
 """
 
@@ -14,13 +14,15 @@ import hmac
 import os
 import socket
 import struct
+import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from labinfer.runtime.pipeline.transport.channel import VERSION, ChannelClosed
 from labinfer.runtime.pipeline.transport.tcp import Tcp
 
 HANDSHAKE_SECONDS = 2.0
-"""How long a stranger is listened to."""
+"""How long a handshake may take, however little of it comes at a time."""
 
 PURPOSE_BYTES = 16
 _MAGIC = b"LABS"
@@ -43,6 +45,7 @@ def connect(
 
     Raises ``ChannelClosed`` where nobody does, or does not answer within ``seconds``.
     """
+    until = time.monotonic() + seconds
     try:
         connection = socket.create_connection(address, seconds)
     except OSError as error:
@@ -50,7 +53,7 @@ def connect(
     try:
         hello = _HELLO.pack(_MAGIC, VERSION, os.urandom(16), purpose)
         connection.sendall(hello)
-        answer = _read(connection, _ANSWER.size)
+        answer = _read(connection, _ANSWER.size, until)
         magic, version, _, proof = _ANSWER.unpack(answer)
         said = hello + answer[:-32]
         if magic != _MAGIC or version != VERSION:
@@ -67,16 +70,16 @@ def connect(
 
 def accept(connection: socket.socket, token: bytes) -> tuple[bytes, Keys]:
     """What a caller wants and the keys of its connection; raises ``ChannelClosed`` for one without the token."""
-    connection.settimeout(HANDSHAKE_SECONDS)
+    until = time.monotonic() + HANDSHAKE_SECONDS
     try:
-        hello = _read(connection, _HELLO.size)
+        hello = _read(connection, _HELLO.size, until)
         magic, version, _, purpose = _HELLO.unpack(hello)
         if magic != _MAGIC or version != VERSION:
             raise ChannelClosed(f"the caller does not speak version {VERSION}")
         head = _ANSWER.pack(_MAGIC, VERSION, os.urandom(16), b"")[:-32]
         said = hello + head
         connection.sendall(head + _mac(token, b"listener", said))
-        if not hmac.compare_digest(_read(connection, 32), _mac(token, b"caller", said)):
+        if not hmac.compare_digest(_read(connection, 32, until), _mac(token, b"caller", said)):
             raise ChannelClosed("the caller has another token")
         connection.settimeout(None)
     except OSError as error:
@@ -91,48 +94,47 @@ class Sealed(Tcp):
         super().__init__(connection, limit)
         self.keys = keys
         self._mine, self._theirs = (hmac.new(key, digestmod="sha256") for key in keys)
-        self._sent = self._checked = 0
-        self._seal = self._theirs.copy()  # of what is read now
-        self._begin()
+        self._sent = self._received = 0
+        self._seal = self._begun(self._mine, 0)  # of the next frame that is sent
+        self._expected = self._begun(self._theirs, 0)  # of the next that is received
         self._found = memoryview(bytearray(_SEAL_BYTES))
 
-    def _begin(self) -> None:
-        self._seal = self._theirs.copy()
-        self._seal.update(self._checked.to_bytes(8, "little"))
+    def _begun(self, key: hmac.HMAC, count: int) -> hmac.HMAC:
+        seal = key.copy()
+        seal.update(count.to_bytes(8, "little"))
+        return seal
 
-    def sealed(self, parts: list[memoryview]) -> list[memoryview]:
-        """Each part, and its seal behind it."""
-        travelling = []
+    def write(self, parts: Sequence[memoryview]) -> None:
+        """Send a frame, and its seal behind it."""
         for part in parts:
-            seal = self._mine.copy()
-            seal.update(self._sent.to_bytes(8, "little"))
-            seal.update(part)
-            self._sent += 1
-            travelling += [part, memoryview(seal.digest())[:_SEAL_BYTES]]
-        return travelling
+            self._seal.update(part)
+        super().write([*parts, memoryview(self._seal.digest())[:_SEAL_BYTES]])
+        self._sent += 1
+        self._seal = self._begun(self._mine, self._sent)
 
-    def read(self, into: memoryview) -> None:
-        """Receive until ``into`` is full; ``check`` says whether it can be trusted."""
-        super().read(into)
-        self._seal.update(into)
-
-    def check(self) -> None:
-        """Close the connection if what was read since the last check is not what the other end sent."""
-        super().read(self._found)
-        if not hmac.compare_digest(self._seal.digest()[:_SEAL_BYTES], self._found):
+    def done(self, parts: Sequence[memoryview]) -> None:
+        """Close the connection if the frame that was read is not what the other end sent."""
+        self.read(self._found)
+        for part in parts:
+            self._expected.update(part)
+        if not hmac.compare_digest(self._expected.digest()[:_SEAL_BYTES], self._found):
             self.close()
             raise ChannelClosed("a frame was forged or repeated")
-        self._checked += 1
-        self._begin()
+        self._received += 1
+        self._expected = self._begun(self._theirs, self._received)
 
 
 def _mac(token: bytes, label: bytes, said: bytes) -> bytes:
     return hmac.digest(token, label + b"\0" + said, "sha256")
 
 
-def _read(connection: socket.socket, count: int) -> bytes:
+def _read(connection: socket.socket, count: int, until: float) -> bytes:
     received = b""
     while len(received) < count:
+        left = until - time.monotonic()
+        if left <= 0:
+            raise ChannelClosed("the other end took too long")
+        connection.settimeout(left)
         more = connection.recv(count - len(received))
         if not more:
             raise ChannelClosed("the other end hung up")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
 from collections.abc import Sequence
 
-from labinfer.runtime.pipeline.transport.channel import Channel, ChannelClosed
+from labinfer.runtime.pipeline.transport.channel import Channel, ChannelClosed, arrived
+
+_BUFFER_BYTES = 1 << 16
 
 
 def connected_sockets() -> tuple[socket.socket, socket.socket]:
@@ -27,6 +28,7 @@ class Tcp(Channel):
     def __init__(self, connection: socket.socket, limit: int) -> None:
         super().__init__(limit)
         self.connection = connection
+        self._buffer, self._start, self._stop = memoryview(bytearray(_BUFFER_BYTES)), 0, 0
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     @property
@@ -48,20 +50,27 @@ class Tcp(Channel):
             raise ChannelClosed from None
 
     def read(self, into: memoryview) -> None:
-        """Receive until ``into`` is full."""
-        done = 0
+        """Receive until ``into`` is full; what comes in small pieces is taken from the system all at once."""
+        done, size = 0, len(into)
         try:
-            while done < len(into):
-                count = self.connection.recv_into(into[done:], len(into) - done, socket.MSG_WAITALL)
+            while done < size:
+                if self._start == self._stop and size - done >= _BUFFER_BYTES:
+                    count = self.connection.recv_into(into[done:], size - done, socket.MSG_WAITALL)
+                else:
+                    if self._start == self._stop:
+                        self._start, self._stop = 0, self.connection.recv_into(self._buffer)
+                    count = min(size - done, self._stop - self._start)
+                    into[done : done + count] = self._buffer[self._start : self._start + count]
+                    self._start += count
                 if count == 0:
                     raise ChannelClosed
                 done += count
         except OSError:
             raise ChannelClosed from None
 
-    def ready(self) -> bool:
-        """Whether bytes, or the end, have arrived."""
-        return bool(select.select([self.connection], [], [], 0)[0])
+    def ready(self, seconds: float | None = 0.0) -> bool:
+        """See ``Channel.ready``."""
+        return self._start < self._stop or arrived(self.connection, seconds)
 
     def close(self) -> None:
         """Shut the connection down."""
