@@ -82,7 +82,7 @@ def test_metrics_tell_what_the_plan_predicted_and_what_it_is(tiny_model: Path, t
     [stage] = plan.placement.stages
     with labinfer.load(plan) as model:
         model.generate([5, 6, 7])
-        samples = [each for family in plan_families(model, ["model"], ["tiny"]) for each in family.samples]
+        samples = [each for family in plan_families([model], "tiny") for each in family.samples]
         found = {(each.name, each.labels["phase"]): each.value for each in samples if "phase" in each.labels}
         costs = model.engine.costs
     assert costs.per_token is not None
