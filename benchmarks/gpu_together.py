@@ -26,7 +26,7 @@ from typing import Any
 import cupy
 import numpy as np
 from gpu import REPEAT, WARM, elapsed, sequences
-from prediction import STEPS, Room, line
+from prediction import STEPS, Room
 
 import labinfer
 from labinfer.bench.device_decode import decode_on_device
@@ -187,7 +187,7 @@ def predicted(folder: Path) -> None:
     pins = ", ".join(f"{unit}: '{cpu if number >= cut else 'cuda:0'}'" for number, unit in enumerate(room.units))
     plans = {"whole": room.compile(gpu), "GPU + CPU": room.compile(both, pins)}
     plans |= {f"{layers} streamed": room.compile(gpu, streamed_layers=layers) for layers in (4, 16)}
-    print("\nplan, step, predicted, measured, error")
+    print("\n| plan | step | predicted, ms | measured, ms | error |\n|---|---|---|---|---|")
     for name, plan in plans.items():
         with Model(plan, SyntheticCheckpoint(plan), cache=CacheOptions(enable_prefix_caching=False)) as model:
             warm_up(model)

@@ -39,8 +39,8 @@ def attention(head_dim: int, value_dim: int, lanes: int, cache: int) -> Source:
 
 
 SOURCES = {
-    "elementwise": (Source("elementwise"), 32),
-    "narrow": (Source("elementwise", ("HALF",)), 32),
+    "elementwise": (Source("elementwise"), 40),
+    "narrow": (Source("elementwise", ("HALF",)), 40),
     "narrow-glu": (Source("elementwise", ("NARROW=2",)), 40),
     "norm": (Source("norm"), 72),
     "norm-narrow": (Source("norm", ("NARROW=2",)), 72),

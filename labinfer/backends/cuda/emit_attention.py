@@ -155,7 +155,7 @@ def prefill(e: Emitter, call: Call, attrs: Any, q: Any, y: Any) -> None:
     defines = (*dims, *["HALF"] * half, *softcap(attrs), *e.result_defines())
     shared = 2 * ((rows + 2 * keys) * (attrs.head_dim + 8) + 2 * keys * (value_dim + 8))
     tiles = min(len(q), len(q) // rows + e.sequences)
-    e.add("prefill", "prefill", (tiles, attrs.num_heads, 1), 2 * rows, parameters, defines=defines, shared=shared)
+    e.add("prefill", "prefill", (attrs.num_heads, tiles, 1), 2 * rows, parameters, defines=defines, shared=shared)
 
 
 def prefill_tile(dim: int, capped: bool = False) -> tuple[int, int, int]:

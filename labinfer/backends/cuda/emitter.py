@@ -284,7 +284,8 @@ class Emitter:
                 self.rows.append(self.blas.bind(product, at, weight.address, to, gate.rows, workspace))
         half = ["HALF"] * (format == "f16")
         arguments = (*map(c_uint64, made), y, self.row_of(y), gate.rows, ACTIVATION_CODES[function])
-        self.each("elementwise", "narrow_glu", len(x), gate.rows, *arguments, defines=(*half, *self.result_defines()))
+        grid = (-(-gate.rows // 2048), len(x), 1)
+        self.add("elementwise", "narrow_glu", grid, 256, *arguments, defines=(*half, *self.result_defines()))
 
     @cached_property
     def blas_scratch(self) -> int:

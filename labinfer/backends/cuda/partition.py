@@ -24,40 +24,48 @@ class Resource(Structure):
 
 
 class Partition:
-    """The groups of multiprocessors of GPU ``number``, and which of them no part has."""
+    """The multiprocessors of GPU ``number`` that no part has, in runs that can be cut."""
 
     def __init__(self, number: int) -> None:
         self.number, self.device, self.lock = number, driver.device(number), threading.Lock()
-        library, whole, count = driver.library(), Resource(), c_uint()
+        library, self.whole = driver.library(), Resource()
         if not hasattr(library, "cuGreenCtxStreamCreate"):
             major, minor = divmod(driver.driver_version() // 10, 100)
             message = f"the NVIDIA driver is for CUDA {major}.{minor}, parts of a GPU (green contexts) came with 12.5"
             raise DoesNotFit("device.share", message, remedy="a newer driver, or grant all of the GPU")
-        driver.check(library.cuDeviceGetDevResource(self.device, byref(whole), MULTIPROCESSORS))
-        driver.check(library.cuDevSmResourceSplitByCount(None, byref(count), byref(whole), None, 0, 1))
-        self.groups = (Resource * count.value)()
-        driver.check(library.cuDevSmResourceSplitByCount(self.groups, byref(count), byref(whole), None, 0, 1))
-        self.group_size = self.groups[0].count
-        self.free = list(range(count.value))
+        driver.check(library.cuDeviceGetDevResource(self.device, byref(self.whole), MULTIPROCESSORS))
+        smallest, _ = self.cut(self.whole, 1)
+        self.group_size, self.free, self.parts = smallest.count, [self.whole], 0
+
+    def cut(self, run: Resource, multiprocessors: int) -> tuple[Resource, Resource]:
+        """At least so many of a run, in whole groups, none if it has fewer; and the rest."""
+        taken, rest, count = Resource(), Resource(), c_uint(1)
+        split = driver.library().cuDevSmResourceSplitByCount
+        driver.check(split(byref(taken), byref(count), byref(run), byref(rest), 0, multiprocessors))
+        return taken, rest
 
     def take(self, name: str, multiprocessors: int) -> Part:
-        """About so many multiprocessors, in whole groups, for the device ``name``; the current context is the GPU's."""
+        """So many multiprocessors less what is no whole group; the current context is the GPU's."""
         with self.lock:
-            wanted = max(1, round(multiprocessors / self.group_size))
-            if wanted > len(self.free):
+            wanted = max(1, multiprocessors // self.group_size) * self.group_size
+            run = next((run for run in self.free if run.count >= wanted), None)
+            taken, rest = self.cut(run, wanted) if run is not None else (Resource(), Resource())
+            if run is None or taken.count < wanted:
                 message = (
-                    f"'{name}' should get {multiprocessors} multiprocessors, {len(self.free) * self.group_size} are "
-                    f"left of GPU {self.number}, in groups of {self.group_size}"
+                    f"'{name}' should get {wanted} multiprocessors, {max(run.count for run in self.free)} are left of "
+                    f"GPU {self.number}, in groups of {self.group_size}"
                 )
                 raise DoesNotFit("device.share", message, remedy="grant less, or close what else has a part")
-            part = Part(self, self.free[:wanted])
-            self.free = self.free[wanted:]
+            part = Part(self, taken)
+            self.free[self.free.index(run)] = rest
+            self.parts += 1
             return part
 
-    def give_back(self, groups: list[int]) -> None:
-        """Nobody has these groups any more."""
+    def give_back(self, run: Resource) -> None:
+        """Nobody has these multiprocessors any more; runs grow together when nobody has any."""
         with self.lock:
-            self.free = sorted(self.free + groups)
+            self.parts -= 1
+            self.free = [*self.free, run] if self.parts else [self.whole]
 
 
 class StreamHandle:
@@ -71,14 +79,13 @@ class StreamHandle:
 
 
 class Part:
-    """Some ``groups`` of a partition."""
+    """A run of multiprocessors of a partition."""
 
-    def __init__(self, partition: Partition, groups: list[int]) -> None:
-        self.partition, self.groups, self.streams = partition, groups, list[c_void_p]()
-        self.multiprocessors = sum(partition.groups[group].count for group in groups)
+    def __init__(self, partition: Partition, run: Resource) -> None:
+        self.partition, self.run, self.streams = partition, run, list[c_void_p]()
+        self.multiprocessors = int(run.count)
         library, description, self.context = driver.library(), c_void_p(), c_void_p()
-        chosen = (Resource * len(groups))(*(partition.groups[group] for group in groups))
-        driver.check(library.cuDevResourceGenerateDesc(byref(description), chosen, len(groups)))
+        driver.check(library.cuDevResourceGenerateDesc(byref(description), byref(run), 1))
         driver.check(library.cuGreenCtxCreate(byref(self.context), description, partition.device, DEFAULT_STREAM))
 
     def stream(self) -> StreamHandle:
@@ -94,7 +101,7 @@ class Part:
         for stream in self.streams:
             driver.check(driver.library().cuStreamDestroy_v2(stream))
         driver.check(driver.library().cuGreenCtxDestroy(self.context))
-        self.partition.give_back(self.groups)
+        self.partition.give_back(self.run)
 
 
 @cache

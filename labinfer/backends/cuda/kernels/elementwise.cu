@@ -52,24 +52,29 @@ extern "C" __global__ void narrow(const float *x, int x_row, uint2 *y, int n, in
     float4 a = i < n ? load(x + (size_t)t * x_row + i, n - i) : make_float4(0.f, 0.f, 0.f, 0.f);
     y[((size_t)t * pitch + i) / 4] = make_uint2(two(a.x, a.y), two(a.z, a.w));
 }
-// A gated unit from halves in that type.
-extern "C" __global__ void narrow_glu(const u16 *gate, const u16 *up, Out *y, int y_row, int n, int function) {
-    int i = 4 * (blockIdx.x * blockDim.x + threadIdx.x), t = blockIdx.y;
-    begin();
-    if (i >= n) return;
-    gate += (size_t)t * n + i;
-    up += (size_t)t * n + i;
-    float g[4] = {}, u[4] = {};
-    if (n % 4 == 0) {
-        uint2 a = get((const uint2 *)gate), b = get((const uint2 *)up);
-        g[0] = one(a.x & 0xffff), g[1] = one(a.x >> 16), g[2] = one(a.y & 0xffff), g[3] = one(a.y >> 16);
-        u[0] = one(b.x & 0xffff), u[1] = one(b.x >> 16), u[2] = one(b.y & 0xffff), u[3] = one(b.y >> 16);
+// Eight of `n` numbers of that type.
+DEV void load_eight(float (&r)[8], const u16 *p, int left, bool aligned) {
+    if (aligned) {
+        uint4 v = get((const uint4 *)p);
+        u32 pairs[4] = {v.x, v.y, v.z, v.w};
+        #pragma unroll
+        for (int j = 0; j < 8; j++) r[j] = one(pairs[j / 2] >> 16 * (j % 2) & 0xffff);
     } else {
         #pragma unroll
-        for (int j = 0; j < 4; j++)
-            if (i + j < n) g[j] = one(get(gate + j)), u[j] = one(get(up + j));
+        for (int j = 0; j < 8; j++) r[j] = j < left ? one(get(p + j)) : 0.f;
     }
+}
+// A gated unit from halves in that type; a thread takes eight.
+extern "C" __global__ void narrow_glu(const u16 *gate, const u16 *up, Out *y, int y_row, int n, int function) {
+    int i = 8 * (blockIdx.x * blockDim.x + threadIdx.x), t = blockIdx.y;
+    begin();
+    if (i >= n) return;
+    float g[8], u[8];
+    load_eight(g, gate + (size_t)t * n + i, n - i, n % 8 == 0);
+    load_eight(u, up + (size_t)t * n + i, n - i, n % 8 == 0);
     #pragma unroll
-    for (int j = 0; j < 4; j++) g[j] = activate(function, g[j]) * u[j];
-    store(y + (size_t)t * y_row + i, n - i, g[0], g[1], g[2], g[3]);
+    for (int j = 0; j < 8; j++) g[j] = activate(function, g[j]) * u[j];
+    y += (size_t)t * y_row + i;
+    store(y, n - i, g[0], g[1], g[2], g[3]);
+    if (i + 4 < n) store(y + 4, n - i - 4, g[4], g[5], g[6], g[7]);
 }

@@ -169,9 +169,9 @@ DEV void attend(State &state, const Shared &s, int slot, const Queries &queries,
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill(const __grid_constant__ Parameters p) {
     extern __shared__ __align__(16) u8 memory[];
     Shared &s = *(Shared *)memory;
-    int head = blockIdx.y, kv_head = head / p.group, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int head = blockIdx.x, kv_head = head / p.group, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     begin();
-    Tile tile = find_tile(p.query_start, p.sequences, gridDim.x - 1 - blockIdx.x);  // the longest first
+    Tile tile = find_tile(p.query_start, p.sequences, gridDim.y - 1 - blockIdx.y);  // the longest first
     if (tile.sequence < 0) return;
     int count = min(ROWS, tile.end - tile.first), position0 = get(p.positions + tile.first), last = position0 + count;
     int from = p.window ? max(0, position0 - p.window + 1) / KEYS * KEYS : 0;
