@@ -2,11 +2,12 @@
 
     python benchmarks/models.py FOLDER --random bf16 q4_0          # once: llama-1b-{bf16,q4_0}.gguf
     python benchmarks/models.py FOLDER --random bf16 --shape qwen3-0.6b
-    python benchmarks/gpu.py FOLDER decode prefill quantized ablate kernels sampling workload
+    python benchmarks/models.py FOLDER --random bf16 --shape llama-8b
+    python benchmarks/gpu.py FOLDER decode prefill quantized ablate kernels sampling workload large
 
 Prints the card and its measured copy bandwidth first. Decoding is greedy and stays on the device, sampling included;
 a time is the median of runs, from CUDA events. ``ablate`` turns graphs and the overlap of kernels off in turn.
-``sampling`` times the choice of tokens alone. ``workload`` is that of nano-vllm's bench.py, through the engine: 256
+``sampling`` times the choice of tokens alone, ``large`` Llama-3.1-8B. ``workload`` is that of nano-vllm's bench.py, through the engine: 256
 requests, prompts and answers of 100 to 1024 tokens, temperature 0.6.
 """
 
@@ -154,6 +155,14 @@ def quantized(folder: Path, bandwidth: float) -> None:
                     bandwidth,
                     goal,
                 )
+
+
+def large(folder: Path, bandwidth: float) -> None:
+    """A model of which the embedding, of which a step reads one row, is not the output matrix."""
+    print(HEADER)
+    with loaded(folder, "bf16", "llama-8b", max_num_seqs=1, num_blocks=160) as (model, device):
+        read = model.plan.stages[0].bytes.weights - 128_256 * 4096 * 2
+        row("llama-8b, context 64 to 320", decode_time(model, device, 1, 64, 256), 1, read, bandwidth, "85% of it")
 
 
 def ablate(folder: Path, bandwidth: float) -> None:
@@ -322,7 +331,7 @@ class StepClock:
 
 PARTS = {
     "decode": decode, "prefill": prefill, "quantized": quantized, "ablate": ablate, "kernels": kernels,
-    "sampling": sampling, "workload": workload,
+    "sampling": sampling, "workload": workload, "large": large,
 }  # fmt: skip
 
 

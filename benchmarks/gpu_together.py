@@ -42,7 +42,7 @@ from labinfer.runtime.manager import Manager
 from labinfer.runtime.model import Model
 
 LIMITS: dict[str, Any] = {
-    "max_num_seqs": 1, "max_model_len": 2112, "max_num_batched_tokens": 2048, "kv_dtype": "bf16",
+    "max_num_seqs": 2, "max_model_len": 2112, "max_num_batched_tokens": 2048, "kv_dtype": "bf16",
     "arena_effort_seconds": 0.2, "enable_prefix_caching": False,
 }  # fmt: skip
 CONTEXT, TOKENS = 300, 256
@@ -192,7 +192,10 @@ def predicted(folder: Path) -> None:
         with Model(plan, SyntheticCheckpoint(plan), cache=CacheOptions(enable_prefix_caching=False)) as model:
             warm_up(model)
             for step in STEPS:
-                print(f"{name:12} {line(validate_step(model, room.costs, room.links, step, patience))}", flush=True)
+                each = validate_step(model, room.costs, room.links, step, patience)
+                predicted, measured = 1e3 * each.predicted, 1e3 * each.measured
+                error = f"{predicted / measured - 1:+.1%}"
+                print(f"| {name} | {each.what} | {predicted:.3f} | {measured:.3f} | {error} |", flush=True)
 
 
 def start(folder: Path) -> None:

@@ -32,7 +32,10 @@ FORMATS = {
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A model's family and sizes; ``eps`` is that of its norms, and ``head_norms`` says whether heads have some."""
+    """A model's family and sizes; ``eps`` is that of its norms, and ``head_norms`` says whether heads have some.
+
+    ``tied``: the embedding is the output matrix too.
+    """
 
     family: str
     hidden: int
@@ -45,13 +48,15 @@ class Shape:
     theta: float
     eps: float
     head_norms: bool = False
+    tied: bool = True
 
 
 SHAPES = {
     "llama-1b": Shape("llama", 2048, 16, 32, 8, 64, 8192, 128_256, 5e5, 1e-5),
     "qwen3-0.6b": Shape("qwen3", 1024, 28, 16, 8, 128, 3072, 151_936, 1e6, 1e-6, head_norms=True),
+    "llama-8b": Shape("llama", 4096, 32, 32, 8, 128, 14336, 128_256, 5e5, 1e-5, tied=False),
 }
-"""Llama-3.2-1B and Qwen3-0.6B."""
+"""Llama-3.2-1B, Qwen3-0.6B, Llama-3.1-8B."""
 
 RANDOM_BLOCKS = {
     GGMLQuantizationType.Q4_0: {0: 4.6},
@@ -142,6 +147,8 @@ def random_model(path: Path, format: str, shape: Shape) -> None:
 
     add("token_embd", shape.vocabulary, shape.hidden, embedding_kind(format, shape.hidden))
     add_norm("output")
+    if not shape.tied:
+        add("output", shape.vocabulary, shape.hidden, embedding_kind(format, shape.hidden))
     for layer in (f"blk.{i}" for i in range(shape.layers)):
         add_norm(f"{layer}.attn")
         add(f"{layer}.attn_q", shape.heads * shape.head_dim, shape.hidden)

@@ -51,7 +51,13 @@ SOURCES = {
     "sample": (Source("sample"), 64),
     **{f"rope-{turn}": (Source("rope", (f"TURN={turn}", "CACHE=2")), 72) for turn in range(3)},
     **{f"attention-{cache}": (attention(64, 64, 8, cache), 168) for cache in range(3)},
-    "attention-cluster": (Source("attention", (*attention(64, 64, 8, 2).defines, "CLUSTER=8", "TURN=0")), 216),
+    **{
+        f"attention-cluster-{sparse}": (
+            Source("attention", (*attention(64, 64, 8, 2).defines, "CLUSTER=8", f"SPARSE={sparse}", "TURN=0")),
+            budget,
+        )
+        for sparse, budget in ((0, 168), (1, 216))
+    },
     "attention-turn": (Source("attention", (*attention(64, 64, 8, 2).defines, "TURN=0")), 168),
     **{f"prefill-{dim}": (prefill(dim), 255) for dim in (64, 128, 256)},
     "prefill-half": (prefill(64, "HALF", "SOFTCAP", "NARROW=1"), 255),

@@ -196,7 +196,9 @@ def decode(
     )  # fmt: skip
     shape = (f"HEADS={heads}", f"LANES={lanes}", f"HEAD_DIM={attrs.head_dim}", f"VALUE_DIM={value_dim}")
     together = splits > 1 and clusters
-    defines = (cache_define(call), *shape, *turn, *[f"CLUSTER={splits}"] * together, *softcap(attrs))
+    sparse = int(items * splits <= e.device.multiprocessors)
+    blocks = (f"CLUSTER={splits}", f"SPARSE={sparse}") if together else ()
+    defines = (cache_define(call), *shape, *turn, *blocks, *softcap(attrs))
     defines += e.result_defines()
     grid, cluster = (items // len(y), len(y), splits), (1, 1, splits) if together else (1, 1, 1)
     e.add("attention", "attention", grid, 128, parameters, *fresh, defines=defines, cluster=cluster)

@@ -1,6 +1,6 @@
 """Parts of a GPU: multiprocessors on which one device's kernels run, and nobody else's of another part.
 
-A part is a green context of the driver (CUDA 12.4), which is made of groups of multiprocessors, all of one size: 8 on
+A part is a green context of the driver (CUDA 12.4), which is made of groups of multiprocessors, all of one size: 16 on
 an H100. It has streams of its own and the memory, modules and handles of the whole GPU. Caches and memory bandwidth
 are not divided.
 """
@@ -8,7 +8,7 @@ are not divided.
 from __future__ import annotations
 
 import threading
-from ctypes import Structure, byref, c_char, c_int, c_uint, c_void_p
+from ctypes import Array, Structure, byref, c_char, c_int, c_uint, c_void_p
 from functools import cache
 
 from labinfer.backends.cuda import driver
@@ -24,48 +24,47 @@ class Resource(Structure):
 
 
 class Partition:
-    """The multiprocessors of GPU ``number`` that no part has, in runs that can be cut."""
+    """The groups of multiprocessors of GPU ``number``, and which of them no part has."""
 
     def __init__(self, number: int) -> None:
         self.number, self.device, self.lock = number, driver.device(number), threading.Lock()
-        library, self.whole = driver.library(), Resource()
+        library, whole = driver.library(), Resource()
         if not hasattr(library, "cuGreenCtxStreamCreate"):
             major, minor = divmod(driver.driver_version() // 10, 100)
             message = f"the NVIDIA driver is for CUDA {major}.{minor}, parts of a GPU (green contexts) came with 12.5"
             raise DoesNotFit("device.share", message, remedy="a newer driver, or grant all of the GPU")
-        driver.check(library.cuDeviceGetDevResource(self.device, byref(self.whole), MULTIPROCESSORS))
-        smallest, _ = self.cut(self.whole, 1)
-        self.group_size, self.free, self.parts = smallest.count, [self.whole], 0
+        driver.check(library.cuDeviceGetDevResource(self.device, byref(whole), MULTIPROCESSORS))
+        finest = self.cut(whole, 1)
+        coarser = self.cut(whole, 2 * finest[0].count)
+        self.groups = max(finest, coarser, key=lambda groups: sum(group.count for group in groups))
+        self.all, self.group_size, self.free = whole.count, self.groups[0].count, list(range(len(self.groups)))
 
-    def cut(self, run: Resource, multiprocessors: int) -> tuple[Resource, Resource]:
-        """At least so many of a run, in whole groups, none if it has fewer; and the rest."""
-        taken, rest, count = Resource(), Resource(), c_uint(1)
-        split = driver.library().cuDevSmResourceSplitByCount
-        driver.check(split(byref(taken), byref(count), byref(run), byref(rest), 0, multiprocessors))
-        return taken, rest
+    def cut(self, whole: Resource, multiprocessors: int) -> Array[Resource]:
+        """As many groups of so many as there are; the driver keeps them within clusters, and some belong to none."""
+        count, split = c_uint(), driver.library().cuDevSmResourceSplitByCount
+        driver.check(split(None, byref(count), byref(whole), None, 0, multiprocessors))
+        groups = (Resource * count.value)()
+        driver.check(split(groups, byref(count), byref(whole), None, 0, multiprocessors))
+        return groups
 
     def take(self, name: str, multiprocessors: int) -> Part:
-        """So many multiprocessors less what is no whole group; the current context is the GPU's."""
+        """That share of the groups for the device ``name``; the current context is the GPU's."""
         with self.lock:
-            wanted = max(1, multiprocessors // self.group_size) * self.group_size
-            run = next((run for run in self.free if run.count >= wanted), None)
-            taken, rest = self.cut(run, wanted) if run is not None else (Resource(), Resource())
-            if run is None or taken.count < wanted:
+            wanted = max(1, round(multiprocessors * len(self.groups) / self.all))
+            if wanted > len(self.free):
                 message = (
-                    f"'{name}' should get {wanted} multiprocessors, {max(run.count for run in self.free)} are left of "
-                    f"GPU {self.number}, in groups of {self.group_size}"
+                    f"'{name}' should get {wanted * self.group_size} multiprocessors, "
+                    f"{len(self.free) * self.group_size} are left of GPU {self.number}, in groups of {self.group_size}"
                 )
                 raise DoesNotFit("device.share", message, remedy="grant less, or close what else has a part")
-            part = Part(self, taken)
-            self.free[self.free.index(run)] = rest
-            self.parts += 1
+            part = Part(self, self.free[:wanted])
+            self.free = self.free[wanted:]
             return part
 
-    def give_back(self, run: Resource) -> None:
-        """Nobody has these multiprocessors any more; runs grow together when nobody has any."""
+    def give_back(self, groups: list[int]) -> None:
+        """Nobody has these groups any more."""
         with self.lock:
-            self.parts -= 1
-            self.free = [*self.free, run] if self.parts else [self.whole]
+            self.free = sorted(self.free + groups)
 
 
 class StreamHandle:
@@ -79,13 +78,14 @@ class StreamHandle:
 
 
 class Part:
-    """A run of multiprocessors of a partition."""
+    """Some ``groups`` of a partition."""
 
-    def __init__(self, partition: Partition, run: Resource) -> None:
-        self.partition, self.run, self.streams = partition, run, list[c_void_p]()
-        self.multiprocessors = int(run.count)
+    def __init__(self, partition: Partition, groups: list[int]) -> None:
+        self.partition, self.groups, self.streams = partition, groups, list[c_void_p]()
+        self.multiprocessors = sum(partition.groups[group].count for group in groups)
         library, description, self.context = driver.library(), c_void_p(), c_void_p()
-        driver.check(library.cuDevResourceGenerateDesc(byref(description), byref(run), 1))
+        chosen = (Resource * len(groups))(*(partition.groups[group] for group in groups))
+        driver.check(library.cuDevResourceGenerateDesc(byref(description), chosen, len(groups)))
         driver.check(library.cuGreenCtxCreate(byref(self.context), description, partition.device, DEFAULT_STREAM))
 
     def stream(self) -> StreamHandle:
@@ -101,7 +101,7 @@ class Part:
         for stream in self.streams:
             driver.check(driver.library().cuStreamDestroy_v2(stream))
         driver.check(driver.library().cuGreenCtxDestroy(self.context))
-        self.partition.give_back(self.run)
+        self.partition.give_back(self.groups)
 
 
 @cache

@@ -7,9 +7,9 @@
 // sequence has one token then.
 #define WARPS 4
 #define GROUPS (32 / LANES)  // keys that a warp takes at once
-#ifdef CLUSTER  // few blocks: what counts is that all their keys are under way at once
-#define UNROLL 4
-#define BLOCKS 1
+#ifdef CLUSTER  // few blocks; where none need share a multiprocessor, all their keys are to be under way at once
+#define UNROLL (SPARSE ? 4 : 2)
+#define BLOCKS (SPARSE ? 1 : 2)
 #define OWN ((HEADS * VALUE_DIM + CLUSTER - 1) / CLUSTER)  // results that each block of a cluster finishes
 #else  // many: as many on a multiprocessor as have registers without spilling
 #define UNROLL 2
