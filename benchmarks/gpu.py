@@ -7,8 +7,8 @@
 
 Prints the card and its measured copy bandwidth first. Decoding is greedy and stays on the device, sampling included;
 a time is the median of runs, from CUDA events. ``ablate`` turns graphs and the overlap of kernels off in turn.
-``sampling`` times the choice of tokens alone, ``large`` Llama-3.1-8B. ``workload`` is that of nano-vllm's bench.py, through the engine: 256
-requests, prompts and answers of 100 to 1024 tokens, temperature 0.6.
+``sampling`` times the choice of tokens alone, ``large`` Llama-3.1-8B. ``workload`` is that of nano-vllm's bench.py,
+through the engine: 256 requests, prompts and answers of 100 to 1024 tokens, temperature 0.6.
 """
 
 from __future__ import annotations

@@ -181,7 +181,7 @@ def streamed(folder: Path) -> None:
 
 def predicted(folder: Path) -> None:
     patience, cpu, threads = Patience(0), "cpu:0", len(available_cores())
-    room = Room(str(folder / "llama-1b-bf16.gguf"), patience, {"cuda:0": None, cpu: threads}, quick=True)
+    room = Room(str(folder / "llama-1b-bf16.gguf"), patience, {"cuda:0": None, cpu: threads}, quick=True, again=False)
     gpu, both = "'cuda:0': {}", f"'cuda:0': {{}}, '{cpu}': {{threads: {threads}}}"
     cut = len(room.units) - 5
     pins = ", ".join(f"{unit}: '{cpu if number >= cut else 'cuda:0'}'" for number, unit in enumerate(room.units))
