@@ -53,6 +53,17 @@ def share(count: int, worker: int, workers: int) -> tuple[int, int]:
     return count * worker // workers, count * (worker + 1) // workers
 
 
+@njit
+def share_bytes(count: int, size: int, before: int, total: int, worker: int, workers: int) -> tuple[int, int]:
+    """The part [start, stop) of ``count`` items of ``size`` bytes that lie ``before`` bytes into ``total`` bytes.
+
+    The workers share all these bytes evenly; each takes the items that begin in its part.
+    """
+    first, last = share(total, worker, workers)
+    start, stop = (first - before + size - 1) // size, (last - before + size - 1) // size
+    return min(max(start, 0), count), min(max(stop, 0), count)
+
+
 def serve(control: int, sync: int, worker: int, workers: int, state: int) -> None:
     """Run every announced tape, until it is time to sleep or to stop.
 
