@@ -142,6 +142,8 @@ class Batch:
         Rows before it have grown then.
         """
         start = self.num_computed[part.rows]
+        if part.decodes and (start % self.block_size).all() and not self.blocks.forked[part.rows].any():
+            return None  # the last block of each has room
         stop = start + part.counts
         failed = self.blocks.grow(part.rows, stop)
         if failed is None:
@@ -167,23 +169,22 @@ class Batch:
         context = start + part.counts
         if part.decodes:
             row, owner, positions = rows, self.numbers[:sequences], start
-            query_start, logits = self.numbers[: sequences + 1], self.numbers[:sequences]
+            query_start, logits, total = self.numbers[: sequences + 1], owner, context  # all known tokens are seen
         else:
             query_start = np.zeros(sequences + 1, np.int32)
             np.cumsum(part.counts, out=query_start[1:])
             logits = logits_rows(query_start, part.wanted)
             owner = np.repeat(self.numbers[:sequences], part.counts)
             positions = self.numbers[: len(owner)] + (start - query_start[:-1])[owner]
-            row = rows[owner]
+            row, total = rows[owner], np.maximum(self.total_len[rows], context)
         tables = self.blocks.block_tables(rows, int(context.max()))
-        block = positions // size
-        offset = positions - block * size
+        block, offset = np.divmod(positions, size)
         return StepBatch(
             token_ids=self.token_ids[row, positions],
             positions=positions,
             query_start=query_start,
             context_len=context,
-            total_len=np.maximum(self.total_len[rows], context),
+            total_len=total,
             logits_rows=logits,
             block_tables=tables,
             slot_mappings=[table[owner, block] * size + offset for table in tables],

@@ -274,7 +274,7 @@ class BlockManager:
         Gives back the blocks that no later token of the row looks at.
         """
         full = np.minimum(num_computed // self.block_size, self.reusable[rows])
-        complete = np.flatnonzero(full > self.hashed[rows])
+        complete = (full > self.hashed[rows]).nonzero()[0]
         if len(complete):
             self._register(rows[complete], full[complete], token_ids)
         for number, group in enumerate(self.groups):

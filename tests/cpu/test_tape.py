@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("numba")
 
-from labinfer.backends.cpu.driver import share
+from labinfer.backends.cpu.driver import share, share_bytes
 from labinfer.backends.cpu.tape import ROW, Row, table
 from labinfer.backends.cpu.workers import Workers
 
@@ -20,6 +20,22 @@ def test_shares_cover_everything_once() -> None:
         for workers in (1, 2, 3, 8):
             parts = [share(count, worker, workers) for worker in range(workers)]
             assert [parts[0][0], *(stop for _, stop in parts)] == [0, *(start for start, _ in parts[1:]), count]
+
+
+def test_shares_of_products_cover_every_panel_once() -> None:
+    products = [(36, 11520), (12, 11520), (12, 16800)]  # panels and the bytes of each: the last in another format
+    total = sum(count * size for count, size in products)
+    for workers in (1, 2, 3, 7, 100):
+        before, taken = 0, np.zeros(workers, np.int64)
+        for count, size in products:
+            parts = [share_bytes(count, size, before, total, worker, workers) for worker in range(workers)]
+            owners = [worker for worker, (start, stop) in enumerate(parts) for _ in range(start, stop)]
+            assert len(owners) == count
+            assert owners == [next(w for w, (a, b) in enumerate(parts) if a <= i < b) for i in range(count)]
+            taken += [size * (stop - start) for start, stop in parts]
+            before += count * size
+        assert taken.sum() == total
+        assert abs(taken - total / workers).max() <= 2 * 16800  # even but for a panel at either end
 
 
 def test_a_row_keeps_its_arguments() -> None:

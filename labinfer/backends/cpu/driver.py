@@ -53,6 +53,17 @@ def share(count: int, worker: int, workers: int) -> tuple[int, int]:
     return count * worker // workers, count * (worker + 1) // workers
 
 
+@njit
+def share_bytes(count: int, size: int, before: int, total: int, worker: int, workers: int) -> tuple[int, int]:
+    """The part [start, stop) of ``count`` items of ``size`` bytes that lie ``before`` bytes into ``total`` bytes.
+
+    The workers share all these bytes evenly; each takes the items that begin in its part.
+    """
+    first, last = share(total, worker, workers)
+    start, stop = (first - before + size - 1) // size, (last - before + size - 1) // size
+    return min(max(start, 0), count), min(max(stop, 0), count)
+
+
 def serve(control: int, sync: int, worker: int, workers: int, state: int) -> None:
     """Run every announced tape, until it is time to sleep or to stop.
 
@@ -78,20 +89,22 @@ def serve(control: int, sync: int, worker: int, workers: int, state: int) -> Non
         own[0] = run_rows(block[TABLE], block[ROWS], block[SEQUENCES], worker, workers, sync, own[0])
 
 
-def call(control: int) -> int:
-    """Keep spinning workers from going to sleep; returns how many are spinning."""
-    fetch_add(control + CALLED * 8, 1)
-    awake: int = fetch_add(control + AWAKE * 8, 0)
-    return awake
+def lead(control: int, sync: int, workers: int, table: int, rows: int, sequences: int, woken: int) -> int:
+    """Announce a tape and run it as worker 0; returns 0.
 
-
-def lead(control: int, sync: int, workers: int, table: int, rows: int, sequences: int) -> None:
-    """Announce a tape and run it as worker 0."""
+    If some workers sleep, which are not being ``woken``, nothing runs: returns how many, and no other goes to sleep.
+    """
     block = i64p(control)
+    if not woken:
+        fetch_add(control + CALLED * 8, 1)
+        asleep: int = workers - 1 - fetch_add(control + AWAKE * 8, 0)
+        if asleep > 0:
+            return asleep
     block[TABLE], block[ROWS], block[SEQUENCES] = table, rows, sequences
     fetch_add(control + GO * 8, 1)
     flag_set(control + CALLED * 8, 0)
     block[TURN] = run_rows(table, rows, sequences, 0, workers, sync, block[TURN])
+    return 0
 
 
 def announce(control: int) -> None:

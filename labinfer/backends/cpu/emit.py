@@ -69,8 +69,11 @@ def _norm_qkv(e: Emitter, call: Call) -> None:
     x = call.inputs[0]
     forms = [e.form(part.weights["weight"].format, x) for part in products]
     found = e.normed(norm, x, forms)
-    for part, form, y in zip(products, forms, call.outputs, strict=True):
-        e.product(found[form], part.weights["weight"], y, part.weights.get("bias"), 0, then_wait=part is products[-1])
+    before, total = 0, sum(part.weights["weight"].nbytes for part in products)
+    for part, form, y in zip(products, forms, call.outputs, strict=True):  # a worker reads one run of memory
+        w = part.weights["weight"]
+        e.product(found[form], w, y, part.weights.get("bias"), 0, part is products[-1], before, total)
+        before += w.nbytes
 
 
 def _norm_glu(e: Emitter, call: Call) -> None:

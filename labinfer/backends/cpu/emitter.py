@@ -108,11 +108,15 @@ class Emitter:
                 )
         return found
 
-    def product(self, x: ActivationRows, w: PackedWeight, y: Any, bias: Any, mode: int, then_wait: bool = True) -> None:
-        """``y (+)= x @ w.T + bias``."""
+    def product(
+        self, x: ActivationRows, w: PackedWeight, y: Any, bias: Any, mode: int, then_wait: bool = True,
+        before: int = 0, total: int = 0,
+    ) -> None:  # fmt: skip
+        """``y (+)= x @ w.T + bias``; ``w`` lies ``before`` bytes into ``total`` ones that workers share as one."""
         self.add(
             "linear_step", product_kernel(w.format, x.form), w.address, w.columns, x.address, x.nbytes,
-            address(y), stride(y), self.count(y), w.panels, w.rows, address(bias), mode, then_wait=then_wait,
+            address(y), stride(y), self.count(y), w.panels, w.rows, address(bias), mode, w.nbytes // w.panels,
+            before, total or w.nbytes, then_wait=then_wait,
         )  # fmt: skip
 
     def experts(self, x: ActivationRows, w: PackedWeight, y: Any, bounds: int, experts: int, then_wait: bool) -> None:

@@ -24,8 +24,7 @@ _FORMATTED: dict[str, tuple[Callable[..., Any], Any]] = {
 
 _SINGLE: dict[str, tuple[Callable[..., Any], Any]] = {
     "serve": (driver.serve, types.void(_I, _I, _I, _I, _I)),
-    "call": (driver.call, _I(_I)),
-    "lead": (driver.lead, types.void(_I, _I, _I, _I, _I, _I)),
+    "lead": (driver.lead, _I(_I, _I, _I, _I, _I, _I, _I)),
     "announce": (driver.announce, types.void(_I)),
     "offer_step": (peers.offer_step, STEP),
     "all_reduce_step": (peers.all_reduce_step, STEP),

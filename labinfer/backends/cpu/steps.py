@@ -15,7 +15,7 @@ from labinfer.backends.cpu.attention import (
     attention_cost,
     attention_merge,
 )
-from labinfer.backends.cpu.driver import share
+from labinfer.backends.cpu.driver import share, share_bytes
 from labinfer.backends.cpu.linear import linear, linear_glu
 from labinfer.backends.cpu.mla import Latent, mla_attention, mla_items
 from labinfer.backends.cpu.moe import Routing, combine, group_by_expert, route
@@ -64,9 +64,10 @@ def norm_quantize_step(a: int, sequences: int, worker: int, workers: int) -> Non
 
 
 def linear_step(a: int, sequences: int, worker: int, workers: int) -> None:
-    """code, w, columns, x, x_bytes, y, y_stride, tokens, panels, rows, bias, mode."""
+    """code, w, columns, x, x_bytes, y, y_stride, tokens, panels, rows, bias, mode, then how it is shared out: bytes of
+    a panel, of products that are shared out with this one and come before it, of all of them."""
     p = i64p(a)
-    start, stop = share(p[8], worker, workers)
+    start, stop = share_bytes(p[8], p[12], p[13], p[14], worker, workers)
     if start < stop:
         linear(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], start, stop, p[9], p[10], p[11])
 

@@ -33,9 +33,8 @@ class Workers:
     """``count`` threads, the caller's included; ``run`` executes a tape on all of them and returns when it is done."""
 
     def __init__(self, count: int) -> None:
-        machine_code.prepare(["serve", "call", "lead", "announce"])
-        self.call = machine_code.function("call", c_int64, c_int64)
-        self.lead = machine_code.function("lead", None, *[c_int64] * 6)
+        machine_code.prepare(["serve", "lead", "announce"])
+        self.lead = machine_code.function("lead", c_int64, *[c_int64] * 7)
         serve = machine_code.function("serve", None, *[c_int64] * 5)
         announce = machine_code.function("announce", None, c_int64)
         self.count = count
@@ -58,11 +57,10 @@ class Workers:
         """Run ``rows`` rows of the tape at address ``table`` for a step of ``sequences`` sequences."""
         control, sync = self.at
         with self.turn:
-            if self.threads:
-                sleeping = len(self.threads) - self.call(control)
-                if sleeping > 0:
-                    self.asleep.release(sleeping)
-            self.lead(control, sync, self.count, table, rows, sequences)
+            asleep = self.lead(control, sync, self.count, table, rows, sequences, 0)
+            if asleep:
+                self.asleep.release(asleep)
+                self.lead(control, sync, self.count, table, rows, sequences, 1)
 
     def close(self) -> None:
         """End the threads."""
