@@ -51,7 +51,7 @@ class TensorReader:
         info = self.tensors[name]
         with suppress(OSError, AttributeError):  # not every system can be told
             descriptor = self.open(info.file)
-            try:  # to tell it takes as long as reading, so a tensor whose end is in memory is taken for all there
+            try:  # telling it looks at every page, so a tensor whose end is in memory is taken for all there
                 os.preadv(descriptor, [bytearray(1)], info.offset + info.nbytes - 1, os.RWF_NOWAIT)
             except BlockingIOError:
                 os.posix_fadvise(descriptor, info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
