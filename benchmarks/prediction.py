@@ -1,6 +1,6 @@
 """How well predicted times of plans match measured ones, and how good the plan is that costs choose.
 
-    python benchmarks/prediction.py MODEL.gguf ...       # twelve plans of each model: one process, and pipelines of two
+    python benchmarks/prediction.py MODEL.gguf ...       # thirteen plans of each: one process, and pipelines of two
     python benchmarks/prediction.py --choose MODEL.gguf  # the chosen plan beside others, where memory is capped
 
 Devices are CPUs of unequal threads in one process, and of a thread each in the processes of a pipeline. Profiles are

@@ -3,7 +3,8 @@
 While one is computed, a thread copies the next one into the other slot, and after the last of a step the first of the
 next step. Layers come from host memory, in the device's own layout, or from the checkpoint on disk, packed anew each
 time. They come in pieces: whoever has to wait for a layer brings some of them itself. Where a device computes with all
-cores, nothing is copied meanwhile: its own threads copy each layer when it is reached.
+cores, nothing is copied or packed meanwhile: all of them bring each layer when it is reached. The disk needs no core:
+the system is told which layer is next, and reads it meanwhile.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -63,9 +65,11 @@ class StreamedWeights(StreamedWindow):
         self.free = [SimpleQueue[None]() for _ in range(SLOTS)]
         for each in self.free:
             each.put(None)
-        self.ahead = self.from_disk or not device.fills_host  # else a thread would take the cores that compute
+        self.ahead = not device.fills_host  # else a thread would take the cores that compute
         self.closing = False
         self.thread: threading.Thread | None = None
+        self.helping = device.loaders - 1 if self.from_disk and not self.ahead else 0
+        self.helpers = ThreadPoolExecutor(max(1, self.helping), thread_name_prefix="labinfer-weights")
 
     def load(self, checkpoint: Checkpoint, progress: Progress) -> None:
         """See ``StreamedWindow.load``."""
@@ -100,8 +104,16 @@ class StreamedWeights(StreamedWindow):
             if self.closing:
                 return
             self.coming = arrival = Arrival(layer, iter(self.pieces[layer]))
+            self.expect_next(layer)
             arrival.bring()
             self.arrived.put(arrival)
+
+    def expect_next(self, layer: int) -> None:
+        """Have the system read from disk what comes after ``layer``."""
+        if self.reader is not None:
+            following = self.layers[(self.places[layer] + 1) % len(self.layers)]
+            for name in (name for each in self.by_layer[following] for name in each.weight.tensors()):
+                self.reader.expect(name)
 
     def reach(self, layer: int | None) -> None:
         """See ``StreamedWindow.reach``."""
@@ -110,13 +122,13 @@ class StreamedWeights(StreamedWindow):
         self.end()
         if layer in self.places and not self.ahead:
             self.current = layer
-            self.bring(layer)
+            self.complete(self.bring(layer))
         while layer in self.places and layer != self.current:  # those that a step which failed did not reach go first
             self.end()
             arrival = self.wait()
             self.current = arrival.layer
-            if layer == self.current and arrival.problem is not None:
-                self.bring(layer)  # once more
+            if layer == self.current:
+                self.complete(arrival)
 
     def wait(self) -> Arrival:
         """The layer that is next, once it has arrived; until then, pieces are brought here too."""
@@ -126,15 +138,27 @@ class StreamedWeights(StreamedWindow):
             self.coming.bring()
             return self.arrived.get()
 
-    def bring(self, layer: int) -> None:
-        """Bring the layer that was reached; what is wrong ends the step."""
+    def bring(self, layer: int) -> Arrival:
+        """Bring the layer that was reached, with the threads that help."""
         arrival = Arrival(layer, iter(self.pieces[layer]))
-        arrival.bring()
-        if isinstance(arrival.problem, LabinferError):
-            raise arrival.problem
-        if arrival.problem is not None:
-            message = f"layer {layer} could not be streamed to '{self.device.name}': {arrival.problem}"
-            raise LabinferError("run.stream-failed", message) from arrival.problem
+        helping = [self.helpers.submit(arrival.bring) for _ in range(self.helping)]
+        self.expect_next(layer)
+        try:
+            arrival.bring()
+        finally:
+            wait(each for each in helping if not each.cancel())
+        return arrival
+
+    def complete(self, arrival: Arrival) -> None:
+        """Bring a layer once more if something was wrong with it; if it still is, that ends the step."""
+        if arrival.problem is None:
+            return
+        problem = self.bring(arrival.layer).problem
+        if isinstance(problem, LabinferError):
+            raise problem
+        if problem is not None:
+            message = f"layer {arrival.layer} could not be streamed to '{self.device.name}': {problem}"
+            raise LabinferError("run.stream-failed", message) from problem
 
     def end(self) -> None:
         """See ``StreamedWindow.end``."""
@@ -150,6 +174,7 @@ class StreamedWeights(StreamedWindow):
             each.put(None)
         if self.thread is not None:
             self.thread.join()
+        self.helpers.shutdown()
         if self.reader is not None:
             self.reader.close()
         self.pieces.clear()

@@ -76,6 +76,8 @@ def serve(control: int, sync: int, worker: int, workers: int, state: int) -> Non
         while flag_get(control + GO * 8) == own[1]:
             pause()
             spins += 1
+            if spins % SPINS_BEFORE_YIELD == 0:
+                sched_yield()
             if spins > SPINS_BEFORE_SLEEP:
                 spins = 0
                 fetch_add(control + AWAKE * 8, -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,16 @@ class TensorReader:
             message = f"cannot read tensor '{name}': {error.strerror}"
             raise WeightsError("weights.unreadable", message, place=place, remedy="check the disk") from error
         return memory[: info.nbytes]
+
+    def expect(self, name: str) -> None:
+        """Have the system read a tensor that is needed soon, where it can; what is wrong shows when it is read."""
+        info = self.tensors[name]
+        with suppress(OSError, AttributeError):  # not every system can be told
+            descriptor = self.open(info.file)
+            try:  # telling it looks at every page, so a tensor whose end is in memory is taken for all there
+                os.preadv(descriptor, [bytearray(1)], info.offset + info.nbytes - 1, os.RWF_NOWAIT)
+            except BlockingIOError:
+                os.posix_fadvise(descriptor, info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
 
     def open(self, file: Path) -> int:
         """The descriptor of a file."""
