@@ -100,8 +100,8 @@ def plan_options(function: Function) -> Function:
 def cluster_options(function: Function) -> Function:
     """Give a command ``--cluster`` and ``--token-file``."""
     token = click.option("--token-file", metavar="FILE", help="With --cluster: its token (default: a kept one).")
-    text = "Hosts whose agents run the stages (see `labinfer cluster`)."
-    return click.option("--cluster", metavar="FILE", help=text)(token(function))
+    text = "Hosts whose agents run the stages (see `labinfer cluster`); auto or ray://HOST:PORT: of a Ray cluster."
+    return click.option("--cluster", metavar="FILE|RAY", help=text)(token(function))
 
 
 def check_cluster_options(options: dict[str, Any], others: dict[str, object]) -> None:

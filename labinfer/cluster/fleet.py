@@ -19,6 +19,7 @@ from labinfer.api import compile_options, is_plan, read_model
 from labinfer.catalogue import resolve
 from labinfer.cluster.agents import hosts_of
 from labinfer.cluster.control import CONTROL_PURPOSE, END_SECONDS
+from labinfer.cluster.ray_hosts import RayAgents, is_ray
 from labinfer.cluster.stages import HostedStages
 from labinfer.cluster.token import kept_token
 from labinfer.compiler.cluster import Cluster
@@ -53,21 +54,29 @@ def load(
     seed: int | None = None,
     **options: Any,
 ) -> LLM:
-    """The model over the hosts of the ``cluster`` file; ``options`` are the compiler's. Agents must run there.
+    """The model over the hosts of the ``cluster`` file, whose agents must run; ``options`` are the compiler's.
 
-    Raises ``DoesNotFit`` where no host answers, or those that do cannot hold the model.
+    ``auto`` and ``ray://HOST:PORT`` are the hosts of a Ray cluster, which starts the agents. Raises ``DoesNotFit``
+    where no host answers, or those that do cannot hold the model.
     """
     if model is not None and is_plan(model):
         message = "a plan cannot be planned anew when a host is lost"
         raise UsageError("cluster.plan", message, remedy="give the model that it was compiled from")
-    found = hosts_of(cluster)
-    planner = Planner(resolve(None, progress) if model is None else model, weights, found, objective, workload, options)
-    fleet = ClusterFleet(planner, kept_token(token_file))
-    fleet.used = fleet.answering()
-    plan = planner.plan(fleet.used)
-    show = progress or silent
-    fleet.progress, fleet.compiling = loading(plan, show), partial(show, "preparing kernels")
-    return LLM(plan, weights=weights, progress=progress, seed=seed, transport=fleet)
+    token = kept_token(token_file)
+    with contextlib.ExitStack() as started:
+        if is_ray(cluster):
+            agents = started.enter_context(contextlib.closing(RayAgents(str(cluster), token)))
+            cluster = agents.file
+        found, source = hosts_of(cluster), resolve(None, progress) if model is None else model
+        planner = Planner(source, weights, found, objective, workload, options)
+        fleet = ClusterFleet(planner, token)
+        fleet.used = fleet.answering()
+        plan = planner.plan(fleet.used)
+        show = progress or silent
+        fleet.progress, fleet.compiling = loading(plan, show), partial(show, "preparing kernels")
+        llm = LLM(plan, weights=weights, progress=progress, seed=seed, transport=fleet)
+        fleet.agents = started.pop_all()
+        return llm
 
 
 @dataclass(slots=True)
@@ -114,6 +123,8 @@ class ClusterFleet:
     back_since: dict[str, float] = field(default_factory=dict)
     closing: threading.Event = field(default_factory=threading.Event)
     prober: threading.Thread | None = None
+    agents: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """Ends the agents that were started for this model alone."""
 
     def start(self, plan: Plan) -> HostedStages:
         """See ``Fleet.start``."""
@@ -169,7 +180,8 @@ class ClusterFleet:
                     self.back_since.pop(name, None)
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, and the agents that were started for it."""
         self.closing.set()
         if self.prober is not None:
             self.prober.join(END_SECONDS)
+        self.agents.close()
