@@ -22,6 +22,5 @@ def real_target(name: str) -> Target:
         block_multiple=known.block_multiple,
         activations=known.activations,
         matrix_unit=known.matrix_unit,
-        batch_invariant=known.batch_invariant,
         sampling=known.sampling,
     )

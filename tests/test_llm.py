@@ -77,8 +77,8 @@ KEYWORDS: dict[str, tuple[Any, Callable[[LLM, Any], bool]]] = {
 }
 ON_THE_CPU = {"threads", "activations", "fuse", "kv_dtype"}
 TESTED_ALONE = {
-    "model", "weights", "manager", "progress", "cold_folder", "cold_bytes", "options", "batch_invariant",
-    "tensor_parallel_size", "tensor_split", "rebalance",
+    "model", "weights", "manager", "progress", "cold_folder", "cold_bytes", "options", "tensor_parallel_size",
+    "tensor_split", "rebalance",
 }  # fmt: skip
 
 

@@ -61,8 +61,7 @@ class Capabilities:
     constants it keeps for all ops with these attributes, and ``sampling(rows)`` those it takes to choose tokens of so
     many rows of logits; ``threads`` how many it uses unless told otherwise;
     ``block_multiple`` is what the cache's block size must be a multiple of; ``activations`` says how exactly it can
-    multiply, and ``matrix_unit(activations)`` the fewest tokens, by weight format, for which its matrix unit pays;
-    ``batch_invariant`` are the weight formats whose products, without that unit, no other token of the step changes.
+    multiply, and ``matrix_unit(activations)`` the fewest tokens, by weight format, for which its matrix unit pays.
     ``machine`` says what it runs on, and ``kernels`` which version of its kernels: measured times depend on both.
     ``processors(name)`` are those of a device that has its own, of which it can be opened with some (as its
     ``threads``); None for one that computes with the machine's cores.
@@ -79,7 +78,6 @@ class Capabilities:
     block_multiple: int = 1
     activations: tuple[str, ...] = ("exact",)
     matrix_unit: Callable[[str], Mapping[str, int]] = lambda activations: {}
-    batch_invariant: tuple[str, ...] = ()
     machine: Callable[[], str] = processor
     kernels: Callable[[], str] = lambda: __version__
     processors: Callable[[str], int | None] = lambda name: None

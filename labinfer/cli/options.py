@@ -48,7 +48,6 @@ PLAN_OPTIONS = {
     "block_size": "Tokens in a block of the KV cache (default: 16).",
     "kv_dtype": "How keys and values are kept: f32 (default), bf16 or f16.",
     "activations": "Bits of activations in products: exact (about 16, the default), or int8: lossy, faster on cpu.",
-    "batch_invariant": "The same tokens whatever else is in a step, at the price of the matrix unit (cpu, quantized).",
     "threads": "Threads of a CPU device (default: its physical cores).",
     "num_blocks": "Blocks of the KV cache (default: enough for all sequences at full length).",
     "kv_memory": "Memory for the KV cache instead: 500MB, 2GiB.",
@@ -76,10 +75,7 @@ KINDS: dict[str, tuple[Any, str]] = {
     "devices": (str, "LIST"), "kv_memory": (Number("size", parse_bytes), "SIZE"), "swap_space": (float, "GIB"),
     "tensor_split": (str, "LIST"),
 }  # fmt: skip
-"""Types and placeholders of the options that are neither a choice, a flag nor a count."""
-
-FLAGS = ("batch_invariant",)
-
+"""Types and placeholders of the options that are neither a choice nor a count."""
 
 ALIASES = {"tensor_parallel_size": ["--tensor-parallel"]}
 """Other names of options."""
@@ -88,9 +84,6 @@ ALIASES = {"tensor_parallel_size": ["--tensor-parallel"]}
 def plan_options(function: Function) -> Function:
     """Give a command ``--weights`` and every option of ``PLAN_OPTIONS``; those not given arrive as None."""
     for name, text in reversed(PLAN_OPTIONS.items()):
-        if name in FLAGS:
-            function = click.option(f"--{name.replace('_', '-')}", is_flag=True, default=None, help=text)(function)
-            continue
         kind, metavar = (click.Choice(CHOICES[name]), None) if name in CHOICES else KINDS.get(name, (COUNT, "N"))
         flags = [f"--{name.replace('_', '-')}", *ALIASES.get(name, []), name]
         function = click.option(*flags, type=kind, metavar=metavar, help=text)(function)

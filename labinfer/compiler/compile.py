@@ -68,8 +68,6 @@ def compile_plan(
     targets = rank_targets([_target(target, options) for target in targets], options.split, options.threads)
     graphs = [compile_graph(blueprint, source, targets, options, tracer, rank) for rank in range(len(options.split))]
     graph, whole = graphs[0], join(graphs)
-    if options.batch_invariant:
-        _check_invariance(whole, targets)
     limits, vocab_size = _limits(blueprint, source, options), _vocab_size(graph)
     limits.groups, whole.states = assign_groups(whole.states, whole.ops, limits.max_model_len)
     for each in graphs:
@@ -146,21 +144,8 @@ def _target(target: Target, options: CompileOptions) -> Target:
     if options.activations not in target.activations:
         message = f"'{target.name}' cannot compute with {options.activations} activations"
         raise DoesNotFit("device.activations", message, remedy=f"it can with {', '.join(target.activations)}")
-    matrix_unit = {} if options.batch_invariant else target.matrix_unit(options.activations)
-    chosen = KernelOptions(options.activations, matrix_unit)
+    chosen = KernelOptions(options.activations, target.matrix_unit(options.activations))
     return replace(target, threads=target.threads and (options.threads or target.threads), options=chosen)
-
-
-def _check_invariance(graph: OpGraph, targets: Sequence[Target]) -> None:
-    """Raise ``DoesNotFit`` where products with a matrix of ``graph`` may be rounded otherwise in other company."""
-    multiplied = {name for op in graph.ops if op.kind != "embedding" for name in op.weights.values()}
-    matrices = [weight for weight in graph.weights.values() if weight.name in multiplied and len(weight.shape) > 1]
-    formats = {weight.format for weight in matrices}
-    for target in targets:
-        if wrong := formats - set(target.batch_invariant):
-            message = f"'{target.name}' rounds products with {', '.join(sorted(wrong))} by how many tokens a step has"
-            remedy = f"there is batch_invariant for {', '.join(target.batch_invariant) or 'other devices'}"
-            raise DoesNotFit("device.batch-invariant", message, remedy=remedy)
 
 
 def _source(blueprint: Blueprint, source: ModelSource, graph: OpGraph, checkpoint: str | None) -> Source:

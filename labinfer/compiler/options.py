@@ -25,8 +25,7 @@ class CompileOptions:
     sequences at full length, or as many as fit); ``swap_space`` GiB of host memory are for blocks swapped out.
     ``kv_dtype`` is how keys and values are kept, ``threads`` how many a CPU uses (default: its physical cores).
     ``streamed_layers`` of each stage are copied to the device when they are needed, from the host or from disk.
-    ``activations`` ``int8`` trades exactness for speed where devices can; ``batch_invariant`` computes every token with
-    the same kernels, however many a step has, so that no rounding depends on company.
+    ``activations`` ``int8`` trades exactness for speed where devices can.
     ``fuse``: ``auto`` uses the fused kernels that the devices have, ``all`` every declared fusion, ``none`` no fusion.
     ``enable_lora`` makes room for ``max_loras`` adapters a step (default: 4) of rank ``max_lora_rank`` at most
     (default: 16); giving one of these enables it too.
@@ -45,7 +44,6 @@ class CompileOptions:
     kv_dtype: Literal["f32", "bf16", "f16"] = "f32"
     threads: int | None = None
     activations: Literal["exact", "int8"] = "exact"
-    batch_invariant: bool = False
     streamed_layers: int = 0
     stream_from: Literal["host", "disk"] = "host"
     fuse: Fuse = "auto"

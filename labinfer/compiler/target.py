@@ -21,8 +21,7 @@ class Target:
     share, ``sampling(rows)`` of what it chooses tokens with; ``threads`` how many it uses, None where that means
     nothing; ``block_multiple`` divides the size of a block of the cache;
     ``activations`` are the ways it multiplies, ``matrix_unit(activations)`` where its matrix unit pays, and ``options``
-    what was chosen of that; ``batch_invariant`` are the weight formats whose products, without that unit, are rounded
-    alike in any company; ``memory`` is a cap in bytes; ``layers`` the layers (first, last) a person gave it, None
+    what was chosen of that; ``memory`` is a cap in bytes; ``layers`` the layers (first, last) a person gave it, None
     for an even share; ``declared`` says what a device that is not here is.
     """
 
@@ -38,7 +37,6 @@ class Target:
     block_multiple: int = 1
     activations: tuple[str, ...] = ("exact",)
     matrix_unit: Callable[[str], Mapping[str, int]] = lambda activations: {}
-    batch_invariant: tuple[str, ...] = ()
     sampling: Callable[[int], int] = lambda rows: 0
     options: KernelOptions = DEFAULT_OPTIONS
     memory: int | None = None

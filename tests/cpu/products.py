@@ -7,6 +7,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from labinfer.backends.cpu import features, isa
 from labinfer.backends.cpu.layout import (
+    DIGIT_TILES,
     activation_bytes,
     activations_bytes,
     glu_chunk,
@@ -65,7 +66,7 @@ class Activations:
         sizes = np.exp(spread * rng.standard_normal((tokens, weight.columns)))
         self.x = (rng.standard_normal((tokens, weight.columns)) * sizes).astype(np.float32)
         self.form = vector_form(weight.format) if form is None else form
-        self.digits = max(self.form, 0)
+        self.digits = 2 if self.form == DIGIT_TILES else max(self.form, 0)
         self.stride = activation_bytes(self.form, weight.columns)
         self.rows = aligned(activations_bytes(self.form, tokens, weight.columns), fill=0xFF)
         quantize_rows(

@@ -53,24 +53,16 @@ def test_the_plan_says_where_the_matrix_unit_begins(model: Path, tmp_path: Path)
     assert plan.devices["cpu"].matrix_unit == {"q4_0": crossover.fewest_tokens("exact")["q4_0"]}
     (tmp_path / "plan.json").write_text(plan.dump())
     assert load_plan(tmp_path / "plan.json") == plan
-    with_it, without = logits(plan), logits(changed(plan, {}))
-    reference = logits(model, devices="reference", max_model_len=64)
-    assert 0 < error(with_it, reference) < error(without, reference)
-    np.testing.assert_array_equal(logits(changed(plan, {"q4_0": 65})), without)
+    np.testing.assert_array_equal(logits(plan), logits(changed(plan, {})))  # it changes no bit of quantized products
 
 
-def test_without_the_matrix_unit_company_changes_no_bit(model: Path, tmp_path: Path) -> None:
-    with labinfer.load(model, devices="cpu", max_model_len=64, max_logits_rows=64, batch_invariant=True) as loaded:
-        assert loaded.plan.devices["cpu"].matrix_unit == {}
+def test_company_changes_no_bit(model: Path) -> None:
+    with labinfer.load(model, devices="cpu", max_model_len=64, max_logits_rows=64) as loaded:
         whole = loaded.logits(PROMPT)
         for size in (1, 3, 33):
             with loaded.session() as session:
                 pieces = [session.append(PROMPT[start : start + size]) for start in range(0, len(PROMPT), size)]
             np.testing.assert_array_equal(np.concatenate(pieces), whole)
-    with pytest.raises(labinfer.errors.DoesNotFit, match="'cpu' rounds products with bf16"):
-        labinfer.compile(write_llama(tmp_path / "m.gguf", {}, LARGE, "bf16"), devices="cpu", batch_invariant=True)
-    with pytest.raises(labinfer.errors.DoesNotFit, match="'reference' rounds products"):
-        labinfer.compile(model, devices="reference", batch_invariant=True)
 
 
 def changed(plan: Plan, matrix_unit: dict[str, int]) -> Plan:

@@ -1,8 +1,7 @@
-"""``linear`` on the matrix unit against float64 products with the dequantized weight, number by number.
+"""``linear`` on the matrix unit: plain weights against float64 products, quantized ones against the vector kernels.
 
-Two parts: an activation is off by ``2**-18`` of itself, a weight by ``2**-15``, and the product of the lower parts, up
-to ``2**-16``, is left out. Three parts of an activation are all of it, and plain weights are exact. One part: ``2**-9``
-each.
+Three parts of an activation are all of it, and plain weights are exact. One part: ``2**-9`` each, of quantized weights
+too. Two digits give the same bits as on vectors.
 """
 
 import numpy as np
@@ -12,34 +11,49 @@ from numpy.testing import assert_array_equal
 pytest.importorskip("numba")
 
 from labinfer.backends.cpu.features import has_matrix_unit
-from labinfer.backends.cpu.layout import CHUNK_TOKENS, PANEL_FORMATS, STRETCH_COLUMNS
+from labinfer.backends.cpu.layout import CHUNK_TOKENS, DIGIT_TILES, PANEL_FORMATS, STRETCH_COLUMNS
 from labinfer.backends.cpu.tape import ACCUMULATE
 from tests.cpu.products import SENTINEL, Activations, Weight, check_gated_unit, product, quantize_rows
 
 pytestmark = pytest.mark.skipif(not has_matrix_unit(), reason="this CPU has no matrix unit")
 
-FORMATS = [format for format in PANEL_FORMATS if format != "f32"]
-FEW = ["q4_1", "q6_k", "bf16", "f16"]
+QUANTIZED = [format for format, layout in PANEL_FORMATS.items() if layout.quantized]
+PLAIN = ["bf16", "f16"]
+FEW = ["q4_1", "q6_k", "q8_0", *PLAIN]
 
 
 def exact_and_bound(w: Weight, a: Activations) -> tuple[np.ndarray, np.ndarray]:
-    x = a.x.astype(np.float64)
-    worst = {-1: 2.0**-7.9, -2: 2.0**-14.4, -3: 0.0}[a.form]
-    return x @ w.meaning.T, (worst + 2e-6) * (np.abs(x) @ np.abs(w.meaning).T)
+    """The product and what each number may be off by."""
+    exact = a.x.astype(np.float64) @ w.meaning.T
+    if a.form == DIGIT_TILES:
+        return exact, a.bound(w)
+    worst = {-1: 2.0**-7.9, -3: 0.0}[a.form] + 2e-6
+    return exact, worst * (np.abs(a.x) @ np.abs(w.meaning).T)
 
 
 def exact_form(format: str) -> int:
-    return -2 if PANEL_FORMATS[format].quantized else -3
+    return DIGIT_TILES if PANEL_FORMATS[format].quantized else -3
 
 
-@pytest.mark.parametrize("lossy", [False, True])
-@pytest.mark.parametrize("format", FORMATS)
-def test_every_number_of_tokens(format, lossy):
+@pytest.mark.parametrize(
+    ("format", "parts"), [*((each, 3) for each in PLAIN), *((each, 1) for each in QUANTIZED + PLAIN)]
+)
+def test_every_number_of_tokens(format, parts):
     w = Weight(format, 50, 256)
     for tokens in (*range(1, 35), 47, 48, 64, 65):
-        a = Activations(w, tokens, -1 if lossy else exact_form(format))
+        a = Activations(w, tokens, -parts)
         exact, bound = exact_and_bound(w, a)
         assert (np.abs(product(w, a, tokens) - exact) <= bound).all()
+
+
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_digits_give_the_bits_of_the_vector_kernels(format):
+    for rows, columns in ((50, 256), (33, STRETCH_COLUMNS + 512)):
+        w, bias = Weight(format, rows, columns), np.random.default_rng(rows).standard_normal(rows, np.float32)
+        for tokens in (*range(1, 35), 47, 48, 65, 2 * CHUNK_TOKENS + 20) if columns == 256 else (1, 70):
+            on_vectors = product(w, Activations(w, tokens, 2), tokens, bias, ACCUMULATE)
+            on_tiles = product(w, Activations(w, tokens, DIGIT_TILES), tokens, bias, ACCUMULATE, parts=2)
+            assert_array_equal(on_tiles, on_vectors)
 
 
 @pytest.mark.parametrize("format", FEW)
@@ -61,7 +75,7 @@ def test_more_than_a_chunk_and_a_stretch(format):
     exact, bound = exact_and_bound(w, a)
     y = product(w, a, len(a.x))
     assert (np.abs(y - exact) <= bound).all()
-    assert np.abs(y - exact).max() <= (2e-5 if a.form == -2 else 2e-6) * np.abs(exact).max()
+    assert np.abs(y - exact).max() <= (2e-4 if a.form == DIGIT_TILES else 2e-6) * np.abs(exact).max()
 
 
 @pytest.mark.parametrize("format", ["q4_0", "bf16"])

@@ -84,7 +84,7 @@ def test_bytes_of_tensors_and_activations():
     assert activation_bytes(2, 64) == 2 * (16 + 64)
     assert activation_bytes(1, 256) == 8 * (16 + 32)
     assert activation_bytes(0, 77) == 78 * 4
-    assert activations_bytes(-2, 17, 64) == 32 * 64 * 4
+    assert activations_bytes(-2, 17, 64) == 32 * 2 * (16 + 2 * 64)
     with pytest.raises(WeightsError, match="no kernel for weights in format 'i32'"):
         panel_bytes("i32", 64)
 

@@ -2,7 +2,7 @@
 
 from labinfer.backends.base import Capabilities
 from labinfer.backends.cpu.crossover import fewest_tokens
-from labinfer.backends.cpu.layout import PANEL_FORMATS, weight_bytes
+from labinfer.backends.cpu.layout import weight_bytes
 from labinfer.backends.cpu.machine import default_threads
 from labinfer.backends.cpu.workspace import BLOCK_MULTIPLE, scratch_bytes
 from labinfer.backends.rope_tables import table_bytes
@@ -26,6 +26,5 @@ CAPABILITIES = Capabilities(
     block_multiple=BLOCK_MULTIPLE,
     activations=("exact", "int8"),
     matrix_unit=fewest_tokens,
-    batch_invariant=tuple(name for name, layout in PANEL_FORMATS.items() if layout.quantized),
     kernels=kernels,
 )

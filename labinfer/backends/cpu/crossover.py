@@ -30,8 +30,11 @@ from labinfer.backends.cpu.layout import (
 from labinfer.home import cache_dir
 from labinfer.ops.base import KernelOptions
 
-_QUANTIZED = {name: 16 for name, layout in PANEL_FORMATS.items() if layout.quantized}
-_BUILT_IN = {"exact": {**_QUANTIZED, "bf16": 2, "f16": 12, "q8_0": 20}, "int8": {**_QUANTIZED, "bf16": 2, "f16": 8}}
+_QUANTIZED = [name for name, layout in PANEL_FORMATS.items() if layout.quantized]
+_BUILT_IN = {
+    "exact": {**dict.fromkeys(_QUANTIZED, 12), "bf16": 2, "f16": 12, "q8_0": 24},
+    "int8": {**dict.fromkeys(_QUANTIZED, 16), "bf16": 2, "f16": 8},
+}
 
 _TOKENS = (2, 4, 8, 12, 16, 20, 24, 32, 48, 64)
 _ROWS, _COLUMNS, _ROUNDS = 2048, 2048, 7

@@ -7,7 +7,7 @@ from typing import Any
 
 from numba import types
 
-from labinfer.backends.cpu import driver, linear, lora, matrix_unit, panels, peers, steps
+from labinfer.backends.cpu import digit_tiles, driver, linear, lora, matrix_unit, panels, peers, steps
 
 _I = types.int64
 
@@ -16,6 +16,7 @@ STEP = types.void(_I, _I, _I, _I)
 
 _FORMATTED: dict[str, tuple[Callable[..., Any], Any]] = {
     "linear": (lambda format, digits: linear.linear_kernel(format, int(digits)), linear.LINEAR),
+    "digits": (digit_tiles.digit_tiles_kernel, linear.LINEAR),
     "matrix": (lambda format, parts: matrix_unit.matrix_kernel(format, int(parts)), linear.LINEAR),
     "pack": (panels.pack_kernel, panels.PACK),
     "unpack": (panels.unpack_kernel, panels.UNPACK),

@@ -66,6 +66,10 @@ _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 @cache
 def has_matrix_unit() -> bool:
     """Whether this process may use the CPU's matrix unit (AMX); Linux grants its registers to processes that ask."""
-    if LEVEL != "avx512vnni" or sys.platform != "linux" or not FEATURES.issuperset(("amxtile", "amxbf16")):
+    if (
+        LEVEL != "avx512vnni"
+        or sys.platform != "linux"
+        or not FEATURES.issuperset(("amxtile", "amxbf16", "avx512vbmi"))
+    ):
         return False
     return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0)

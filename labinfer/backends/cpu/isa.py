@@ -193,6 +193,11 @@ def tile_dpbf16(b: Value, total: int, x: int, y: int) -> None:
     _tiles(b, "tdpbf16ps", _tile(total), _tile(x), _tile(y))
 
 
+def permute_bytes(b: Value, table: Value, index: Value) -> Value:
+    """``table[index]`` for 64 bytes each; the upper two bits of an index do not count. Needs AVX-512 VBMI."""
+    return call(b, "llvm.x86.avx512.permvar.qi.512", I8X64, table, index)
+
+
 def bf16_low(b: Value, pairs: Value) -> Value:
     """The lower bf16 of each int32 lane as float32."""
     return b.bitcast(b.shl(pairs, const(16, I32X16)), F32X16)

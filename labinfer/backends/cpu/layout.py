@@ -13,8 +13,9 @@ A weight is cut into panels of 16 rows; the last one is padded with zero rows. P
 
 An activation row is float32 for the plain formats, padded to an even length. For the quantized ones it is a record for
 each 32 columns: its scale, the sums that a zero point or a minimum needs, and one or two signed digits of each number.
-For the matrix unit, activations lie in tiles: for 16 tokens and 32 columns, 16 lines of bf16 with the first parts of
-their numbers, then 16 with the second ones, and so on; then the tokens' next 32 columns.
+For the matrix unit, activations lie in tiles: for 16 tokens and 32 columns, 16 lines of bf16 with the first digits or
+parts of their numbers, then 16 with the second ones, and so on; behind digits, a line each of the 16 tokens' scales and
+sums, as in a record; then the tokens' next 32 columns. A line of digits has columns 0, 2, 1, 3 of each four.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ VECTOR_CHUNK, MAX_GLU_CHUNK = 64, 512
 STRETCH_COLUMNS = 2048
 """Columns that the matrix unit multiplies at once: two unpacked panels then take 256 kB of the L2 cache."""
 
-CHUNK_BYTES, CHUNK_TOKENS = 1 << 20, 128
-"""Activations that are multiplied at once: as many as take 1 MB, but of enough tokens to be worth the unpacking."""
+CHUNK_BYTES, CHUNK_TOKENS, SUMS_TOKENS = 1 << 20, 128, 256
+"""Activations that are multiplied at once: as many as take 1 MB, but of enough tokens to be worth the unpacking; and of
+digits of no more tokens than there is room for sums."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,9 @@ PANEL_FORMATS = {
     "q6_k": PanelFormat(32, 384, 384 + 4 + 2 * 16),  # a scale for each 16 columns
 }
 """Every format this backend multiplies with, by name."""
+
+DIGIT_TILES = -2
+"""The form of activations whose two digits lie in tiles."""
 
 HEADER_BYTES = 16
 """An activation record's scale, and scale times the sum of all its digits, of its first 16 and of its last 16."""
@@ -112,22 +117,26 @@ def scattered_form(format: str, options: KernelOptions) -> int:
 def activation_form(format: str, columns: int, tokens: int, options: KernelOptions) -> int:
     """How ``tokens`` rows of activations lie when they meet a weight in ``format``.
 
-    0: as float32. 1 or 2: as so many signed digits with a scale for each 32 columns. -1, -2 or -3: as so many bf16
-    parts, in tiles, for the matrix unit.
+    0: as float32. 1 or 2: as so many signed digits with a scale for each 32 columns. For the matrix unit, in tiles: -1
+    or -3: as so many bf16 parts; -2 (``DIGIT_TILES``): as two digits.
     """
     fewest = options.matrix_unit.get(format)
     if fewest is not None and tokens >= fewest and columns % TILE_COLUMNS == 0:
-        return -1 if options.activations == "int8" else -2 if panel_format(format).quantized else -3
+        return -1 if options.activations == "int8" else DIGIT_TILES if panel_format(format).quantized else -3
     return scattered_form(format, options)
 
 
 def product_kernel(format: str, form: int) -> str:
     """The name of the kernel for a weight in ``format`` and activations in a form."""
-    return f"linear/{format}/{form}" if form >= 0 else f"matrix/{format}/{-form}"
+    if form >= 0:
+        return f"linear/{format}/{form}"
+    return f"digits/{format}" if form == DIGIT_TILES else f"matrix/{format}/{-form}"
 
 
 def activation_bytes(form: int, columns: int) -> int:
     """Bytes of one token's activation row in a form."""
+    if form == DIGIT_TILES:
+        return columns // 32 * (HEADER_BYTES + 2 * 64)
     if form < 0:
         return columns * 2 * -form
     if form == 0:
@@ -140,12 +149,15 @@ def activations_bytes(form: int, tokens: int, columns: int) -> int:
     return (tokens if form >= 0 else -(-tokens // TILE_ROWS) * TILE_ROWS) * activation_bytes(form, columns)
 
 
-def matrix_chunk(columns: int, parts: int) -> int:
-    """Tokens that two panels meet, one pair after another, on the matrix unit: what a part of the L2 cache holds."""
+def matrix_chunk(columns: int, token_bytes: int) -> int:
+    """Tokens that two panels meet, one pair after another, on the matrix unit: what a part of the L2 cache holds.
+
+    ``token_bytes`` are those of one token's activation row.
+    """
     stretches = (columns + STRETCH_COLUMNS - 1) // STRETCH_COLUMNS
-    return max(CHUNK_BYTES // (columns // stretches * 2 * parts) // 32 * 32, CHUNK_TOKENS)
+    return max(CHUNK_BYTES * stretches // token_bytes // 32 * 32, CHUNK_TOKENS)
 
 
 def glu_chunk(form: int, columns: int) -> int:
     """Tokens that go through gate and up together."""
-    return min(matrix_chunk(columns, -form), MAX_GLU_CHUNK) if form < 0 else VECTOR_CHUNK
+    return min(matrix_chunk(columns, activation_bytes(form, columns)), MAX_GLU_CHUNK) if form < 0 else VECTOR_CHUNK

@@ -1,13 +1,11 @@
 """``linear`` for many tokens on the CPU's matrix unit (AMX): products of 16 x 32 and 32 x 16 bf16 numbers at once.
 
 A number is the sum of bf16 parts, of 8 bits each, and the products of the parts are summed in float32, but for the
-smallest ones. bf16 weights have one part, exactly, and lie in memory as the unit wants them. All others are unpacked to
-two, a pair of panels by a stretch of columns at a time, into a buffer that stays in the cache while it meets the
-tokens. Activations come in tiles of 16 tokens x 32 columns (``quantize``), with three parts for plain weights, two for
-quantized ones. The lossy option has one part of each.
-
-Error against float64 for the same dequantized weight. Plain formats: that of a float32 sum. Quantized ones: a product
-of two numbers is off by up to ``2**-14`` of itself; as the errors have both signs, less than 2e-5 of max |y| is left.
+smallest ones. bf16 weights have one part, exactly, and lie in memory as the unit wants them. float16 ones are unpacked
+to two, a pair of panels by a stretch of columns at a time, into a buffer that stays in the cache while it meets the
+tokens. Activations come in tiles of 16 tokens x 32 columns (``quantize``), with three parts; the error against float64
+is that of a float32 sum. The lossy option has one part of each. Quantized weights come here only with that;
+``digit_tiles`` is for all their bits.
 """
 
 from __future__ import annotations
@@ -100,14 +98,15 @@ def _release(e: Emit) -> None:
     isa.tile_release(e.b)
 
 
-_load_config, _release_tiles = kernel(_configure), kernel(_release)
+_load_config, release_tiles = kernel(_configure), kernel(_release)
 
 
 @njit
-def configure(at: int, tokens: int, rows: int) -> None:
-    """Cut the tiles to ``tokens`` and ``rows``, each up to 32; ``at`` are 64 bytes for their description.
+def configure(at: int, tokens: int, rows: int, depth: int) -> None:
+    """Cut the tiles to ``tokens`` and ``rows``, each up to 32, and ``depth`` pairs of columns, up to 16.
 
-    Tile ``2 * i + j`` sums up token tile ``i`` (number ``4 + i``) times panel ``j`` (number ``6 + j``).
+    ``at`` are 64 bytes for their description. Tile ``2 * i + j`` sums up token tile ``i`` (number ``4 + i``) times
+    panel ``j`` (number ``6 + j``).
     """
     for i in range(8):
         i64p(at)[i] = 0
@@ -115,9 +114,9 @@ def configure(at: int, tokens: int, rows: int) -> None:
     for i in range(2):
         height, width = min(max(tokens - 16 * i, 0), 16), min(max(rows - 16 * i, 0), 16)
         if height:
-            _set_tile(at, 4 + i, height, 16)
+            _set_tile(at, 4 + i, height, depth)
         if width:
-            _set_tile(at, 6 + i, 16, width)
+            _set_tile(at, 6 + i, depth, width)
         for j in range(2):
             other = min(max(rows - 16 * j, 0), 16)
             if height and other:
@@ -153,7 +152,8 @@ def _store_pair(e: Emit, first: Value, second: Value, at: Value, weight_parts: i
         e.store(_upper_halves(b, *low), e.add(at, TILE), 64)
 
 
-def _unpack_quants(format: str, weight_parts: int) -> Callable[..., None]:
+def _unpack_quants(format: str) -> Callable[..., None]:
+    """One part of each weight."""
     (unpack, scales_of), layout = QUANTIZED[format], PANEL_FORMATS[format]
 
     def emit(e: Emit, panel: Value, blocks: Value, first: Value, count: Value, out: Value) -> None:
@@ -164,15 +164,11 @@ def _unpack_quants(format: str, weight_parts: int) -> Callable[..., None]:
             scales = scales_of(e, e.add(panel, e.mul(blocks, layout.quant_bytes)), blocks, k)
             for j, four in enumerate(quants):
                 scale, minimum = scales[j * len(scales) // 8]
-                columns = [
-                    e.fma(
-                        b.uitofp(b.and_(b.lshr(four, const(8 * i, I32X16)), const(255, I32X16)), F32X16), scale, minimum
-                    )
-                    for i in range(4)
-                ]
+                numbers = [b.and_(b.lshr(four, const(8 * i, I32X16)), const(255, I32X16)) for i in range(4)]
+                columns = [e.fma(b.uitofp(v, F32X16), scale, minimum) for v in numbers]
                 for pair in (0, 1):
-                    at = e.add(out, e.mul(turn, weight_parts * TILE), 64 * (2 * j + pair))
-                    _store_pair(e, columns[2 * pair], columns[2 * pair + 1], at, weight_parts)
+                    at = e.add(out, e.mul(turn, TILE), 64 * (2 * j + pair))
+                    _store_pair(e, columns[2 * pair], columns[2 * pair + 1], at, 1)
 
     return emit
 
@@ -204,7 +200,7 @@ def _linear(w, columns, x, x_stride, y, y_stride, tokens, g0, g1, rows, bias, mo
     at, tiles, row = _scratch(), columns // TILE_COLUMNS, 4 * y_stride
     panel = (tiles * panel_tile_bytes + 63) // 64 * 64
     stretches = (tiles + STRETCH - 1) // STRETCH
-    chunk_tokens, blocks = _chunk(columns, parts), (tokens + 31) // 32
+    chunk_tokens, blocks = _chunk(columns, x_stride), (tokens + 31) // 32
     chunks = (tokens + chunk_tokens - 1) // chunk_tokens
     cut_tokens, cut_rows = 0, 0
     for chunk in range(chunks):
@@ -221,12 +217,12 @@ def _linear(w, columns, x, x_stride, y, y_stride, tokens, g0, g1, rows, bias, mo
                 for t in range(t0, t1, 32):
                     if min(t1 - t, 32) != cut_tokens or count != cut_rows:
                         cut_tokens, cut_rows = min(t1 - t, 32), count
-                        configure(at, cut_tokens, cut_rows)
+                        configure(at, cut_tokens, cut_rows, TILE_COLUMNS // 2)
                     multiply(
                         x + t * x_stride + k0 * parts * TILE, 16 * x_stride, b, b_size, k1 - k0,
                         y + t * row + 64 * g, row, k0 > 0 or mode != 0, cut_tokens, cut_rows, at,
                     )  # fmt: skip
-    _release_tiles()
+    release_tiles()
     if bias:
         for t in range(tokens):
             out = y + t * row + 64 * g0
@@ -256,7 +252,7 @@ def matrix_kernel(format: str, parts: int) -> Any:
     Activation rows are in tiles, ``x_stride`` the bytes of one token.
     """
     layout, weight_parts = panel_format(format), 1 if format == "bf16" else min(parts, 2)
-    unpack = _unpack_quants(format, weight_parts) if layout.quantized else _unpack_halves(weight_parts)
+    unpack = _unpack_quants(format) if layout.quantized else _unpack_halves(weight_parts)
     shapes = {f"block_{m}{n}": _block(m, n, parts, weight_parts) for m in (1, 2) for n in (1, 2)}
     return specialize(
         _linear,

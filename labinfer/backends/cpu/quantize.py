@@ -1,55 +1,78 @@
-"""Activations as the linear kernels take them: float32 rows, signed digits with a scale for each 32 columns, or tiles.
+"""Activations as the linear kernels take them: float32, signed digits with a scale for each 32 columns, or bf16 parts.
 
 With two digits a number is ``scale * (128 * high + low)``: 15 bits and a sign of the block's greatest (14 at the levels
 without VNNI), which is within what float32 kernels differ by among themselves. With one digit it is int8, as in
-llama.cpp; that changes tokens. In tiles a number is the sum of one, two or three bf16 parts: 8, 16 or all 24 bits.
+llama.cpp; that changes tokens. For the matrix unit two digits lie in tiles, as bf16 numbers, the higher ones times 128.
+With plain weights a number is there the sum of three bf16 parts, all 24 bits, and with int8 activations of one: 8 bits.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from llvmlite import ir
 
 from labinfer.backends.cpu.features import DIGIT_MAX
-from labinfer.backends.cpu.isa import F32, I8, I32, I32X16, Value, njit, vector
-from labinfer.backends.cpu.layout import HEADER_BYTES
+from labinfer.backends.cpu.isa import F32, F32X16, I8, I16, I32, I32X16, Value, njit, vector
+from labinfer.backends.cpu.layout import DIGIT_TILES, HEADER_BYTES
 from labinfer.backends.cpu.simd import Emit, f32p, kernel
 
 SMALLEST = 1e-30  # a block of zeros gets this as its greatest
 
 
-def _quantize(e: Emit, x: Value, blocks: Value, out: Value, digits: int) -> None:
-    """One row of float32 [32 * blocks] at ``x`` to records at ``out`` (see ``layout``)."""
+def _digits(e: Emit, x: Value, digits: int) -> tuple[list[Value], list[list[Value]]]:
+    """Of 32 float32 at ``x``: their scale, sums of all, of the first and of the last 16; the digits of each 16, int32.
+
+    The higher digit comes first.
+    """
     b, top = e.b, DIGIT_MAX * 128.0 ** (digits - 1)
+    halves = [e.load(e.add(x, 64 * half)) for half in (0, 1)]
+    # The sizes are compared as integers, where a NaN is the greatest: it must reach the scale.
+    sizes = [b.bitcast(e.abs(half), I32X16) for half in halves]
+    greatest = b.bitcast(e.hmax(b.select(b.icmp_signed(">", *sizes), *sizes)), F32)
+    tiny = b.fcmp_ordered("<", greatest, ir.Constant(F32, SMALLEST))
+    greatest = b.select(tiny, ir.Constant(F32, SMALLEST), greatest)
+    scale = b.fmul(greatest, ir.Constant(F32, 1.0 / top))
+    inverse = e.splat(b.fdiv(ir.Constant(F32, top), greatest))
+    whole = [b.fptosi(e.round(b.fmul(half, inverse)), I32X16) for half in halves]
+    sums = [b.fmul(b.sitofp(e.sum(v), F32), scale) for v in (b.add(*whole), *whole)]
+    if digits == 1:
+        return [scale, *sums], [[v] for v in whole]
+    # Balanced: the low digit is within -64 .. 63.
+    high = [b.ashr(b.add(v, e.const(64, I32X16)), e.const(7, I32X16)) for v in whole]
+    low = [b.sub(v, b.shl(h, e.const(7, I32X16))) for v, h in zip(whole, high, strict=True)]
+    return [scale, *sums], [[h, rest] for h, rest in zip(high, low, strict=True)]
+
+
+def _records(digits: int) -> Any:
+    """One row of float32 [32 * blocks] at ``x`` to records at ``out`` (see ``layout``)."""
+
+    def emit(e: Emit, x: Value, blocks: Value, out: Value) -> None:
+        with e.loop(blocks) as k:
+            record = e.add(out, e.mul(k, HEADER_BYTES + 32 * digits))
+            header, halves = _digits(e, e.add(x, e.mul(k, 128)), digits)
+            for index, value in enumerate(header):
+                e.store(value, e.add(record, 4 * index))
+            for half, values in enumerate(halves):
+                for index, v in enumerate(values):
+                    e.store(e.b.trunc(v, vector(I8, 16)), e.add(record, HEADER_BYTES + 16 * half + 32 * index))
+
+    return kernel(emit)
+
+
+def _digit_tiles(e: Emit, x: Value, blocks: Value, out: Value, token: Value) -> None:
+    """Two digits to lines of tiles; ``out`` is where the first tiles of the 16 tokens begin, ``token`` 0 to 15."""
+    b, order = e.b, [four + column for four in range(0, 16, 4) for column in (0, 2, 1, 3)]
     with e.loop(blocks) as k:
-        record = e.add(out, e.mul(k, HEADER_BYTES + 32 * digits))
-        halves = [e.load(e.add(x, e.mul(k, 128), 64 * half)) for half in (0, 1)]
-        # The sizes are compared as integers, where a NaN is the greatest: it must reach the scale.
-        sizes = [b.bitcast(e.abs(half), I32X16) for half in halves]
-        greatest = b.bitcast(e.hmax(b.select(b.icmp_signed(">", *sizes), *sizes)), F32)
-        tiny = b.fcmp_ordered("<", greatest, ir.Constant(F32, SMALLEST))
-        greatest = b.select(tiny, ir.Constant(F32, SMALLEST), greatest)
-        scale = b.fmul(greatest, ir.Constant(F32, 1.0 / top))
-        inverse = e.splat(b.fdiv(ir.Constant(F32, top), greatest))
-        whole = [b.fptosi(e.round(b.fmul(half, inverse)), I32X16) for half in halves]
-        sums = [b.fmul(b.sitofp(e.sum(v), F32), scale) for v in (b.add(*whole), *whole)]
-        for index, value in enumerate((scale, *sums)):
-            e.store(value, e.add(record, 4 * index))
-        for index, v in enumerate(whole):
-            at = e.add(record, HEADER_BYTES + 16 * index)
-            if digits == 2:  # balanced: the low digit is within -64 .. 63
-                high = b.ashr(b.add(v, e.const(64, I32X16)), e.const(7, I32X16))
-                low = b.sub(v, b.shl(high, e.const(7, I32X16)))
-                e.store(b.trunc(low, vector(I8, 16)), e.add(at, 32))
-                v = high
-            e.store(b.trunc(v, vector(I8, 16)), at)
-
-
-def _quantize_1(e: Emit, x: Value, blocks: Value, out: Value) -> None:
-    _quantize(e, x, blocks, out, 1)
-
-
-def _quantize_2(e: Emit, x: Value, blocks: Value, out: Value) -> None:
-    _quantize(e, x, blocks, out, 2)
+        tiles = e.add(out, e.mul(k, 16 * (HEADER_BYTES + 2 * 64)))
+        header, halves = _digits(e, e.add(x, e.mul(k, 128)), 2)
+        for index, value in enumerate(header):
+            e.store(value, e.add(tiles, 2 * 1024 + 64 * index, e.mul(token, 4)))
+        for half, (high, low) in enumerate(halves):
+            for index, v in enumerate((b.shl(high, e.const(7, I32X16)), low)):
+                bits = b.lshr(b.bitcast(b.sitofp(v, F32X16), I32X16), e.const(16, I32X16))
+                line = b.trunc(b.shuffle_vector(bits, bits, ir.Constant(vector(I32, 16), order)), vector(I16, 16))
+                e.store(line, e.add(tiles, 1024 * index + 32 * half, e.mul(token, 64)))
 
 
 def _split(e: Emit, x: Value, tiles: Value, out: Value, parts: int) -> None:
@@ -68,16 +91,12 @@ def _split_1(e: Emit, x: Value, tiles: Value, out: Value) -> None:
     _split(e, x, tiles, out, 1)
 
 
-def _split_2(e: Emit, x: Value, tiles: Value, out: Value) -> None:
-    _split(e, x, tiles, out, 2)
-
-
 def _split_3(e: Emit, x: Value, tiles: Value, out: Value) -> None:
     _split(e, x, tiles, out, 3)
 
 
-_one_digit, _two_digits = kernel(_quantize_1), kernel(_quantize_2)
-_one_part, _two_parts, _three_parts = kernel(_split_1), kernel(_split_2), kernel(_split_3)
+_one_digit, _two_digits = _records(1), _records(2)
+_tiles_of_digits, _one_part, _three_parts = kernel(_digit_tiles), kernel(_split_1), kernel(_split_3)
 
 
 @njit
@@ -86,18 +105,17 @@ def quantize_row(form: int, x: int, columns: int, out: int, nbytes: int, t: int)
 
     ``form`` is that of ``layout.activation_form``, ``nbytes`` its ``layout.activation_bytes``.
     """
+    tiles, token = out + t // 16 * 16 * nbytes, t % 16
     if form == 1:
         _one_digit(x, columns // 32, out + t * nbytes)
     elif form == 2:
         _two_digits(x, columns // 32, out + t * nbytes)
-    elif form < 0:
-        line = out + t // 16 * 16 * nbytes + t % 16 * 64
-        if form == -1:
-            _one_part(x, columns // 32, line)
-        elif form == -2:
-            _two_parts(x, columns // 32, line)
-        else:
-            _three_parts(x, columns // 32, line)
+    elif form == DIGIT_TILES:
+        _tiles_of_digits(x, columns // 32, tiles, token)
+    elif form == -1:
+        _one_part(x, columns // 32, tiles + 64 * token)
+    elif form == -3:
+        _three_parts(x, columns // 32, tiles + 64 * token)
     else:
         source, target = f32p(x), f32p(out + t * nbytes)
         for i in range(columns):

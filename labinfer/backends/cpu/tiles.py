@@ -112,6 +112,9 @@ QUANTIZED: dict[str, tuple[Callable[[Emit, Value], list[Value]], Callable[[Emit,
 }
 """How a format's quants and scales are read."""
 
+SCALES = {format: 2 if format == "q6_k" else 1 for format in QUANTIZED}
+"""Scales that a block of 32 columns has in a format: one for all of it, or one for each half."""
+
 
 def _dot(e: Emit, quants: list[Value], first: Value, digits: int, ahead: list[Value]) -> Value:
     """The products of weight vectors with one token's digits, which begin at ``first``, as float32 [16 rows].
