@@ -181,14 +181,18 @@ def streamed(folder: Path) -> None:
 
 def predicted(folder: Path) -> None:
     patience, cpu, threads = Patience(0), "cpu:0", len(available_cores())
-    room = Room(str(folder / "llama-1b-bf16.gguf"), patience, {"cuda:0": None, cpu: threads}, quick=True, again=False)
+    model_file = str(folder / "llama-1b-bf16.gguf")
+    placed = labinfer.compile(model_file, devices=f"cuda:0,{cpu}").devices.values()
+    shared = set.intersection(*(set(device.fusions) for device in placed))  # a plan has the fused ops of all
+    alone = Room(model_file, patience, {"cuda:0": None}, quick=True, again=False)
+    room = Room(model_file, patience, {"cuda:0": None, cpu: threads}, quick=True, again=False, fusions=shared)
     gpu, both = "'cuda:0': {}", f"'cuda:0': {{}}, '{cpu}': {{threads: {threads}}}"
     cut = len(room.units) - 5
     pins = ", ".join(f"{unit}: '{cpu if number >= cut else 'cuda:0'}'" for number, unit in enumerate(room.units))
-    plans = {"whole": room.compile(gpu), "GPU + CPU": room.compile(both, pins)}
-    plans |= {f"{layers} streamed": room.compile(gpu, streamed_layers=layers) for layers in (4, 16)}
+    plans = {"whole": (alone, alone.compile(gpu)), "GPU + CPU": (room, room.compile(both, pins))}
+    plans |= {f"{layers} streamed": (alone, alone.compile(gpu, streamed_layers=layers)) for layers in (4, 16)}
     print("\n| plan | step | predicted, ms | measured, ms | error |\n|---|---|---|---|---|")
-    for name, plan in plans.items():
+    for name, (room, plan) in plans.items():
         with Model(plan, SyntheticCheckpoint(plan), cache=CacheOptions(enable_prefix_caching=False)) as model:
             warm_up(model)
             for step in STEPS:

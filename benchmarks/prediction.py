@@ -52,9 +52,7 @@ RUNS = 9
 class Room:
     """What is known of the devices for one model."""
 
-    def __init__(
-        self, model: str, patience: Patience, devices: Mapping[str, int | None] = DEVICES, **how: bool
-    ) -> None:
+    def __init__(self, model: str, patience: Patience, devices: Mapping[str, int | None] = DEVICES, **how: Any) -> None:
         self.model, self.patience = model, patience
         self.costs: dict[str, Costs] = {
             name: Measured(profile_device(model, name, threads, silent, patience, **how))
