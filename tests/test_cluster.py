@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import cache
 from pathlib import Path
 
@@ -208,7 +208,8 @@ def test_garbage_on_the_port_is_hung_up_on_and_stages_live(one_host: tuple[Hosts
         stranger.sendall(garbage)
         stranger.shutdown(socket.SHUT_WR)
         stranger.settimeout(5)
-        assert stranger.recv(1) == b""
+        with suppress(ConnectionResetError):  # how a connection ends whose last bytes nobody has read
+            assert stranger.recv(1) == b""
     assert model.generate([PROMPTS[0]], labinfer.SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
     assert len(hosts.stages("alpha")) == 1
 
