@@ -211,13 +211,14 @@ class Model:
             assert result.logits is not None
             return result.logits
         values: dict[str, tuple[Device, Any]] = {}
+        began = time.perf_counter()
         for interpreter in self.interpreters:
-            began = time.perf_counter()
             received = {name: values[name] for name in interpreter.stage.inputs}
             made = interpreter.run(batch, received)
             values.update({name: (interpreter.device, array) for name, array in made.items()})
-            self.device_seconds[interpreter.stage.device] += time.perf_counter() - began
-        began = time.perf_counter()
+            ended = time.perf_counter()
+            self.device_seconds[interpreter.stage.device] += ended - began
+            began = ended
         device, made_last = values[self.plan.stages[-1].outputs[-1]]
         logits: np.ndarray = device.host_array(made_last)
         self.device_seconds[self.plan.stages[-1].device] += time.perf_counter() - began

@@ -20,7 +20,7 @@ from labinfer.backends.cpu import isa
 from labinfer.backends.cpu.elementwise import add_row, copy_row, zero_row
 from labinfer.backends.cpu.isa import F32X16, I8X64, I16X32, I32X16, Value, const, njit, specialize, vector
 from labinfer.backends.cpu.layout import PANEL_FORMATS, STRETCH_COLUMNS, SUMS_TOKENS, matrix_chunk
-from labinfer.backends.cpu.matrix_unit import TILE, configure, release_tiles
+from labinfer.backends.cpu.matrix_unit import TILE, block_of_shape, configure, release_tiles
 from labinfer.backends.cpu.simd import Emit, kernel
 from labinfer.backends.cpu.tape import ACCUMULATE
 from labinfer.backends.cpu.tiles import QUANTIZED, SCALES
@@ -44,10 +44,6 @@ Round = list[tuple[int, int]]
 # What the body below finds among its globals; ``specialize`` gives each kernel its own.
 multiply: Any = None
 unpack_panel: Any = None
-block_11: Any = None
-block_12: Any = None
-block_21: Any = None
-block_22: Any = None
 block_size, panel_block_bytes, record_bytes, depth = 1, 1, 1, 16
 
 
@@ -244,8 +240,8 @@ def _linear(w, columns, x, x_stride, y, y_stride, tokens, g0, g1, rows, bias, mo
                         cut_tokens, cut_rows = min(t1 - t, 32), count
                         configure(at, cut_tokens, cut_rows, depth)
                     multiply(
-                        x + t * x_stride + k0 * record_bytes * 16, 16 * x_stride, at + WEIGHTS, STRETCH * block_size,
-                        k1 - k0, cut_tokens, cut_rows, at + DOTS, at + SUMS + 128 * (t - t0),
+                        cut_tokens, cut_rows, x + t * x_stride + k0 * record_bytes * 16, 16 * x_stride, at + WEIGHTS,
+                        STRETCH * block_size, k1 - k0, cut_tokens, at + DOTS, at + SUMS + 128 * (t - t0),
                     )  # fmt: skip
             for t in range(t0, t1):
                 total, out = at + SUMS + 128 * (t - t0), y + t * row + 64 * g
@@ -258,28 +254,15 @@ def _linear(w, columns, x, x_stride, y, y_stride, tokens, g0, g1, rows, bias, mo
     release_tiles()
 
 
-def _multiply(a, a_size, w, w_size, steps, tokens, rows, dots, total):  # type: ignore[no-untyped-def]
-    """A pair of panels for up to 32 tokens."""
-    if tokens > 16 and rows > 16:
-        block_22(a, a_size, w, w_size, steps, tokens, dots, total)
-    elif tokens > 16:
-        block_21(a, a_size, w, w_size, steps, tokens, dots, total)
-    elif rows > 16:
-        block_12(a, a_size, w, w_size, steps, tokens, dots, total)
-    else:
-        block_11(a, a_size, w, w_size, steps, tokens, dots, total)
-
-
 def digit_tiles_kernel(format: str) -> Any:
     """The kernel ``digits/FORMAT``, to be compiled with the signature ``linear.LINEAR``; called as ``linear``.
 
     Activation rows are in tiles of digits, ``x_stride`` the bytes of one token.
     """
-    shapes = {f"block_{m}{n}": _block(m, n, format) for m in (1, 2) for n in (1, 2)}
     return specialize(
         _linear,
         f"digits_{format}",
-        multiply=njit(specialize(_multiply, f"multiply_digits_{format}", **shapes)),
+        multiply=block_of_shape(f"multiply_digits_{format}", lambda m, n: _block(m, n, format)),
         unpack_panel=kernel(_unpack(format)),
         block_size=TILE + SCALES[format] * 128,
         panel_block_bytes=PANEL_FORMATS[format].bytes,

@@ -38,6 +38,7 @@ and two unpacked panels."""
 # What the body below finds among its globals; ``specialize`` gives each kernel its own.
 multiply: Any = None
 unpack_panel: Any = None
+block: Any = None
 block_11: Any = None
 block_12: Any = None
 block_21: Any = None
@@ -229,18 +230,28 @@ def _linear(w, columns, x, x_stride, y, y_stride, tokens, g0, g1, rows, bias, mo
             add_row(bias + 64 * g0, out, out, min(16 * g1, rows) - 16 * g0)
 
 
+def _of_shape(tokens, rows, *arguments):  # type: ignore[no-untyped-def]
+    """The block for so many tokens and rows, up to 32 of each."""
+    if tokens > 16 and rows > 16:
+        block_22(*arguments)
+    elif tokens > 16:
+        block_21(*arguments)
+    elif rows > 16:
+        block_12(*arguments)
+    else:
+        block_11(*arguments)
+
+
+def block_of_shape(name: str, make: Callable[[int, int], Any]) -> Any:
+    """Code that calls, by its first two arguments, tokens and rows, that of the ``make(1 or 2, 1 or 2)`` they need."""
+    shapes = {f"block_{m}{n}": make(m, n) for m in (1, 2) for n in (1, 2)}
+    return njit(specialize(_of_shape, name, **shapes))
+
+
 def _multiply(a, a_size, w, w_size, steps, y, y_stride, add, tokens, rows, at):  # type: ignore[no-untyped-def]
     """A pair of panels for up to 32 tokens. What is added is summed apart, as ``y`` may be much larger."""
     c, c_stride = (at + SUMS, 128) if add else (y, y_stride)
-    if tokens > 16:
-        if rows > 16:
-            block_22(a, a_size, w, w_size, steps, c, c_stride, at + IDLE)
-        else:
-            block_21(a, a_size, w, w_size, steps, c, c_stride, at + IDLE)
-    elif rows > 16:
-        block_12(a, a_size, w, w_size, steps, c, c_stride, at + IDLE)
-    else:
-        block_11(a, a_size, w, w_size, steps, c, c_stride, at + IDLE)
+    block(tokens, rows, a, a_size, w, w_size, steps, c, c_stride, at + IDLE)
     if add:
         for t in range(tokens):
             add_row(c + 128 * t, y + t * y_stride, y + t * y_stride, rows)
@@ -253,11 +264,11 @@ def matrix_kernel(format: str, parts: int) -> Any:
     """
     layout, weight_parts = panel_format(format), 1 if format == "bf16" else min(parts, 2)
     unpack = _unpack_quants(format) if layout.quantized else _unpack_halves(weight_parts)
-    shapes = {f"block_{m}{n}": _block(m, n, parts, weight_parts) for m in (1, 2) for n in (1, 2)}
+    block = block_of_shape(f"block_{format}_{parts}", lambda m, n: _block(m, n, parts, weight_parts))
     return specialize(
         _linear,
         f"matrix_{format}_{parts}",
-        multiply=njit(specialize(_multiply, f"multiply_{format}_{parts}", **shapes)),
+        multiply=njit(specialize(_multiply, f"multiply_{format}_{parts}", block=block)),
         unpack_panel=kernel(unpack),
         unpacked=format != "bf16",
         panel_tile_bytes=layout.bytes * (TILE_COLUMNS // layout.columns),

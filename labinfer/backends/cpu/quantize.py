@@ -75,28 +75,24 @@ def _digit_tiles(e: Emit, x: Value, blocks: Value, out: Value, token: Value) -> 
                 e.store(line, e.add(tiles, 1024 * index + 32 * half, e.mul(token, 64)))
 
 
-def _split(e: Emit, x: Value, tiles: Value, out: Value, parts: int) -> None:
+def _split(parts: int) -> Any:
     """One row of float32 [32 * tiles] at ``x`` to a line of each tile; the first line is at ``out``."""
-    b, wide = e.b, vector(I32, 16)
-    with e.loop(tiles) as k:
-        for half in (0, 1):
-            rest = e.load(e.add(x, e.mul(k, 128), 64 * half))
-            for part in range(parts):
-                bits = e.bf16_bits(rest)
-                e.store(bits, e.add(out, e.mul(k, 1024 * parts), 1024 * part + 32 * half))
-                rest = b.fsub(rest, b.bitcast(b.shl(b.zext(bits, wide), e.const(16, wide)), rest.type))
 
+    def emit(e: Emit, x: Value, tiles: Value, out: Value) -> None:
+        b, wide = e.b, vector(I32, 16)
+        with e.loop(tiles) as k:
+            for half in (0, 1):
+                rest = e.load(e.add(x, e.mul(k, 128), 64 * half))
+                for part in range(parts):
+                    bits = e.bf16_bits(rest)
+                    e.store(bits, e.add(out, e.mul(k, 1024 * parts), 1024 * part + 32 * half))
+                    rest = b.fsub(rest, b.bitcast(b.shl(b.zext(bits, wide), e.const(16, wide)), rest.type))
 
-def _split_1(e: Emit, x: Value, tiles: Value, out: Value) -> None:
-    _split(e, x, tiles, out, 1)
-
-
-def _split_3(e: Emit, x: Value, tiles: Value, out: Value) -> None:
-    _split(e, x, tiles, out, 3)
+    return kernel(emit)
 
 
 _one_digit, _two_digits = _records(1), _records(2)
-_tiles_of_digits, _one_part, _three_parts = kernel(_digit_tiles), kernel(_split_1), kernel(_split_3)
+_tiles_of_digits, _one_part, _three_parts = kernel(_digit_tiles), _split(1), _split(3)
 
 
 @njit

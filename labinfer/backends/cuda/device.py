@@ -20,8 +20,7 @@ except ModuleNotFoundError:
 
 from labinfer.backends.base import Buffer, Device, FunctionTable, Kernel, Lane, Program
 from labinfer.backends.cuda import compile, cublas, driver, gpu_number, nvrtc
-from labinfer.backends.cuda.emit import EMITTERS
-from labinfer.backends.cuda.emitter import Emitter, address
+from labinfer.backends.cuda.emit import EMITTERS, Emitted, emit_calls
 from labinfer.backends.cuda.layout import FEW_TOKENS, matrix_bytes
 from labinfer.backends.cuda.memory import CopyLane, CudaAllocator, PinnedRing, mark
 from labinfer.backends.cuda.partition import partition_of
@@ -61,11 +60,6 @@ class CudaKernel:
             call = replace(call, workspace=cupy.empty(scratch_bytes(bounds) // 4, np.int32))
             self.device.program([(self, call)])(0, 0)
             self.device.synchronize()
-
-
-def is_product(kernel: Kernel) -> bool:
-    """Whether a kernel is one product and no more than an addition."""
-    return isinstance(kernel, CudaKernel) and kernel.kind in ("linear", "linear_add")
 
 
 def sequences_of(step: Step | None) -> int:
@@ -256,31 +250,14 @@ class CudaDevice(Device):
     # Tapes
 
     def rows(self, calls: Sequence[tuple[Kernel, Call]], sequences: int) -> tuple[list[Row | Runnable], list[Any]]:
-        """The rows of the tape for ``calls``, and the arrays they point to that nothing else keeps."""
-        rows, kept, narrow = list[Row | Runnable](), list[Any]([call for _, call in calls]), False
-        for number, (kernel, call) in enumerate(calls):
-            assert isinstance(kernel, CudaKernel)
-            emitter = Emitter(self, call, sequences, narrow, self.narrow_output(calls, number, sequences))
-            EMITTERS[kernel.kind](emitter, call)
-            rows += emitter.rows
-            kept += emitter.kept
-            narrow = emitter.leaves_narrow
-        return rows, kept
+        """The rows of the tape for ``calls``, and what they point to that nothing else keeps."""
+        each = self.rows_of_each(calls, sequences)
+        return [row for rows, _ in each for row in rows], [kept for _, kept in each]
 
-    def narrow_output(self, calls: Sequence[tuple[Kernel, Call]], number: int, sequences: int) -> str | None:
-        """The format of 16 bits in which call ``number`` can leave its result: only the next call reads it, so."""
-        (_, call), *later = calls[number:]
-        if not later or len(call.outputs) != 1 or not is_product(later[0][0]):
-            return None
-        y, readers = call.outputs[0], 0
-        for _, each in later:
-            readers += sum(address(x) == address(y) for x in each.inputs)
-            if any(address(made) == address(y) for made in each.outputs):
-                break
-        next_reads = any(address(x) == address(y) for x in later[0][1].inputs)
-        if readers != 1 or not next_reads or y.ndim != 2 or y.shape[1] % 32:
-            return None
-        return Emitter(self, later[0][1], sequences).takes_narrow()
+    def rows_of_each(self, calls: Sequence[tuple[Kernel, Call]], sequences: int) -> list[Emitted]:
+        """The same for each of ``calls`` by itself, as it is among the others."""
+        kinds = [kernel.kind for kernel, _ in calls if isinstance(kernel, CudaKernel)]
+        return emit_calls(self, list(zip(kinds, (call for _, call in calls), strict=True)), sequences)
 
     def prepare(self, calls: Sequence[tuple[Kernel, Call]], progress: Callable[[int, int], None]) -> None:
         """Compile what is missing of the kernels that ``calls`` need."""
@@ -311,7 +288,8 @@ class CudaDevice(Device):
     def timed(self, calls: Sequence[tuple[Kernel, Call]]) -> Callable[[], Sequence[float]]:
         """Events between the calls, in one graph, and the time of the whole without them."""
         self.use()
-        return TimedCalls(self, [self.rows([each], sequences_of(each[1].step)) for each in calls]).run
+        step = next((call.step for _, call in calls if call.step is not None), None)
+        return TimedCalls(self, self.rows_of_each(calls, sequences_of(step))).run
 
     def sampler(self, rows: int, vocab_size: int) -> CudaSampler | None:
         """What chooses tokens here, if their ids leave room for sums of their weights in 63 bits."""

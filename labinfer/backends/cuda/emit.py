@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import Structure, c_float, c_int
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from labinfer.backends.cuda import emit_attention
-from labinfer.backends.cuda.emitter import Emitter, Linear, format_defines, stride
+from labinfer.backends.cuda.emitter import Emitter, Linear, address, format_defines, stride
 from labinfer.backends.cuda.layout import ACTIVATION_CODES
+from labinfer.backends.cuda.tape import Row, Runnable
 from labinfer.ops.base import Call
+
+if TYPE_CHECKING:
+    from labinfer.backends.cuda.device import CudaDevice
 
 
 class Routing(Structure):
@@ -162,3 +166,35 @@ EMITTERS: dict[str, Callable[[Emitter, Call], None]] = {
     "linear_add": _linear_add,
 }
 """Every op this backend runs, and how."""
+
+
+Emitted = tuple[Sequence[Row | Runnable], Sequence[Any]]
+"""Rows of a tape, and what they point to that nothing else keeps."""
+
+
+def emit_calls(device: CudaDevice, calls: Sequence[tuple[str, Call]], sequences: int) -> list[Emitted]:
+    """What each call, with the kind of its op, is in a tape of them all."""
+    made, narrow = list[Emitted](), False
+    for number, (kind, call) in enumerate(calls):
+        e = Emitter(device, call, sequences, narrow, narrow_output(device, calls[number:], sequences))
+        EMITTERS[kind](e, call)
+        made.append((e.rows, [call, *e.kept]))
+        narrow = e.leaves_narrow
+    return made
+
+
+def narrow_output(device: CudaDevice, calls: Sequence[tuple[str, Call]], sequences: int) -> str | None:
+    """The format of 16 bits in which the first call can leave its result: only the next one reads it, a product, so."""
+    (_, call), *later = calls
+    if not later or len(call.outputs) != 1 or later[0][0] not in ("linear", "linear_add"):
+        return None
+    y, readers = call.outputs[0], 0
+    for _, each in later:
+        readers += sum(address(x) == address(y) for x in each.inputs)
+        if any(address(made) == address(y) for made in each.outputs):
+            break
+    following = later[0][1]
+    next_reads = any(address(x) == address(y) for x in following.inputs)
+    if readers != 1 or not next_reads or y.ndim != 2 or y.shape[1] % 32:
+        return None
+    return Emitter(device, following, sequences).takes_narrow()

@@ -83,7 +83,7 @@ class CopyLane(Lane):
     def send(self, host: Any, destination: Any) -> Any:
         """See ``Lane.send``."""
         runtime.setDevice(self.number)
-        follow(self.stream, self.compute)
+        self.stream.wait_event(mark(self.compute))
         source, target = host.ctypes.data, destination.data.ptr
         runtime.memcpyAsync(target, source, host.nbytes, runtime.memcpyHostToDevice, self.stream.ptr)
         return mark(self.stream)
@@ -99,8 +99,3 @@ def mark(stream: Any) -> Any:
     event = cupy.cuda.Event(block=False, disable_timing=True)
     event.record(stream)
     return event
-
-
-def follow(later: Any, earlier: Any) -> None:
-    """Let what one stream is asked for from now on wait for what another, of the current GPU, was asked for."""
-    later.wait_event(mark(earlier))

@@ -93,8 +93,9 @@ DEV void scores_of(float (&c)[KEYS / 8][4], const Shared &s, int slot, const Que
     for (int d = 0; d < HEAD_DIM; d += 16) {
         u32 a[4], b[4];
         if (!KEPT) load_query(a, s, d);
-        #pragma unroll
-        for (int i = 0; i < 4; i++) a[i] = KEPT ? kept.a[d / 16][i] : a[i];
+        else
+            #pragma unroll
+            for (int i = 0; i < 4; i++) a[i] = kept.a[d / 16][i];
         #pragma unroll
         for (int n = 0; n < KEYS / 8; n += 2) {
             ldmatrix(b, &s.k[slot][8 * n + lane / 16 * 8 + lane % 8][d + lane / 8 % 2 * 8]);
@@ -118,11 +119,13 @@ DEV void mask(float (&c)[KEYS / 8][4], const Parameters &p, int start, int mine,
             if (edge && (key > query || (p.window && key <= query - p.window))) c[n][j] = -INFINITY;
         }
 }
+
 // A warp's running maximum, sum of weights and weighted sum of values, for queries g and g + 8 of each lane.
 struct State {
     float out[VALUE_DIM / 8][4], top[2], sum[2];
 };
-DEV void attend(State &state, const Shared &s, int slot, const Queries &queries, const Parameters &p, int start, int mine, bool edge) {
+DEV void attend(
+    State &state, const Shared &s, int slot, const Queries &queries, const Parameters &p, int start, int mine, bool edge) {
     int lane = threadIdx.x % 32;
     float c[KEYS / 8][4], high[2] = {state.top[0], state.top[1]};
     scores_of(c, s, slot, queries);

@@ -9,7 +9,7 @@
 #define REACH 32.f  // e^-32 is nothing: less than half a unit
 #define NOT_A_NUMBER -1
 #define ALL_BANNED -2
-struct Rule {  // labinfer.backends.base.RULE
+struct Rule {  // labinfer.backends.sampling.RULE
     double temperature, top_p, floor;  // floor: what a logit may be below the greatest one, by min_p
     u64 seed;
     int index, number, top_k, source;  // source: where the sequence's last token stands if the host does not know it, or -1
@@ -86,6 +86,16 @@ extern "C" __global__ void __launch_bounds__(256) adjust(
     if (threadIdx.x == 0 && fresh >= 0 && !was_there) logits[fresh] = penalized(r, get(logits + fresh), 1);
 }
 
+// The greater key and the lesser rank, of two, and of a warp's lanes.
+DEV void join(u64 &key, u32 &rank, u64 other_key, u32 other_rank) {
+    if (other_key > key) key = other_key;
+    rank = min(rank, other_rank);
+}
+DEV void join_lanes(u64 &key, u32 &rank) {
+    #pragma unroll
+    for (int o = 16; o; o >>= 1) join(key, rank, shuffled(key, o), __shfl_xor_sync(FULL, rank, o));
+}
+
 // The greatest key, and the rank of the least logit above minus infinity, of a part (y) of a row (x).
 extern "C" __global__ void __launch_bounds__(256) extremes(const float *logits, int row, int n, u64 *best, u32 *least) {
     __shared__ u64 keys[8];
@@ -98,19 +108,11 @@ extern "C" __global__ void __launch_bounds__(256) extremes(const float *logits, 
         if (other > key) key = other;
         if (v != -INFINITY) rank = min(rank, (u32)(other >> 32));
     });
-    #pragma unroll
-    for (int o = 16; o; o >>= 1) {
-        u64 other = shuffled(key, o);
-        if (other > key) key = other;
-        rank = min(rank, __shfl_xor_sync(FULL, rank, o));
-    }
+    join_lanes(key, rank);
     if (threadIdx.x % 32 == 0) keys[threadIdx.x / 32] = key, ranks[threadIdx.x / 32] = rank;
     __syncthreads();
     if (threadIdx.x) return;
-    for (int w = 1; w < 8; w++) {
-        if (keys[w] > key) key = keys[w];
-        rank = min(rank, ranks[w]);
-    }
+    for (int w = 1; w < 8; w++) join(key, rank, keys[w], ranks[w]);
     best[blockIdx.x * gridDim.y + blockIdx.y] = key;
     least[blockIdx.x * gridDim.y + blockIdx.y] = rank;
 }
@@ -127,17 +129,8 @@ struct Scale {
 DEV Scale scale_of(const Rule &r, const u64 *best, const u32 *least, int parts) {
     u64 key = 0;
     u32 rank = 0xffffffffu;
-    for (int i = threadIdx.x % 32; i < parts; i += 32) {
-        u64 other = load_u64(best + i);
-        if (other > key) key = other;
-        rank = min(rank, (u32)get((const int *)least + i));
-    }
-    #pragma unroll
-    for (int o = 16; o; o >>= 1) {
-        u64 other = shuffled(key, o);
-        if (other > key) key = other;
-        rank = min(rank, __shfl_xor_sync(FULL, rank, o));
-    }
+    for (int i = threadIdx.x % 32; i < parts; i += 32) join(key, rank, load_u64(best + i), get((const int *)least + i));
+    join_lanes(key, rank);
     Scale s;
     s.best = key, s.top = value_of(key);
     s.by = BINS / fminf(s.top - value_of((u64)rank << 32), REACH * (float)r.temperature);

@@ -2,7 +2,8 @@
 // by bulk copies that are issued before the wait for the kernel before, while that still runs; with several blocks on a
 // multiprocessor, and SLOTS tiles under way for each, one's tile comes while another's is multiplied. Columns are a
 // multiple of 64, rows of 16 (8 for GLU). CLUSTER blocks share a tile, each taking every CLUSTER-th chunk of its columns.
-// BLOCKS of them are to fit on a multiprocessor. Weights are 16 bits wide, or, with FORMAT, in a block format: as in `formats.cuh`, with the tile's rows for all rows.
+// BLOCKS of them are to fit on a multiprocessor. Weights are 16 bits wide, or, with FORMAT, in a block format: as in
+// `formats.cuh`, with the tile's rows for all rows.
 //
 // In 16 bits, lane 4 g + t feeds 16 bytes of rows g, g + 8 and of x straight to two mma: any order of the columns is
 // right that is the same on both sides. Rows begin in the same bank, so odd rows read their second 64 bytes first; up to
