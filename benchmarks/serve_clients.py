@@ -1,13 +1,18 @@
-"""Clients that behave badly, for ``serve.py``: they read nothing, leave at any time, or ask for anything."""
+"""Clients for ``serve.py`` and ``serve_faults.py``: some read nothing, leave at any time, or ask for anything; others
+know what they should be told.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 import socket
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -119,3 +124,59 @@ async def random_load(
 
     await asyncio.gather(watch(), *(client() for _ in range(24)))
     return counts
+
+
+@dataclass(slots=True)
+class Watch:
+    """How answers ended, and the longest time in which no client read anything."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    last: float = field(default_factory=time.monotonic)
+    silence: float = 0.0
+
+    def heard(self) -> None:
+        """A client has read something."""
+        now = time.monotonic()
+        self.silence, self.last = max(self.silence, now - self.last), now
+
+
+async def ask_again(
+    to: Target, bodies: Sequence[Body], expected: Sequence[str], end: float, watch: Watch, model: str | None
+) -> None:
+    """Ask one of ``bodies`` after the other, of ``model`` if it is given, until ``end``; each has an expected text."""
+    places = list(range(len(bodies)))
+    random.shuffle(places)
+    while time.monotonic() < end:
+        place = places[0]
+        places = [*places[1:], place]
+        body = bodies[place] | {"stream": True} | ({"model": model} if model else {})
+        ended = await outcome(to, body, expected[place], watch)
+        watch.outcomes[ended] += 1
+        if ended != "right":
+            await asyncio.sleep(0.2)
+
+
+async def outcome(to: Target, body: Body, expected: str, watch: Watch) -> str:
+    """How an answer ended: ``right``, ``wrong``, ``told`` that it failed, ``lost``, or ``nobody`` was there."""
+    said = b""
+    try:
+        async with asyncio.timeout(60):
+            reader, writer = await asyncio.open_connection(to.host, to.port)
+            try:
+                writer.write(to.request(body))
+                while data := await reader.read(1 << 16):
+                    said += data
+                    watch.heard()
+            finally:
+                writer.close()
+    except ConnectionRefusedError:
+        return "nobody"
+    except (OSError, TimeoutError):
+        return "lost"
+    lines = [line for line in said.split(b"\n") if line.startswith(b"data: ")]
+    if b'"error":' in said:
+        return "told"
+    if not lines or lines[-1] != b"data: [DONE]":
+        return "lost"
+    texts = [choice["text"] for line in lines[:-1] for choice in json.loads(line[6:])["choices"]]
+    return "right" if "".join(texts) == expected else "wrong"

@@ -20,15 +20,14 @@ KEY = "a-key-for-benchmarks"
 
 
 class Service:
-    """A service that listens on ``port`` once it answers ``/health``. ``command`` starts it; its log goes nowhere."""
+    """A service that listens on ``port`` once it answers ``/health``. ``command`` starts it; ``log`` gets its log."""
 
-    def __init__(self, command: Sequence[str], port: int) -> None:
+    def __init__(self, command: Sequence[str], port: int, log: Path = Path(os.devnull)) -> None:
         self.port, self.url = port, f"http://127.0.0.1:{port}"
         environment = os.environ | {"LABINFER_API_KEY": KEY}
         self.began = time.perf_counter()
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd="/"
-        )
+        with log.open("wb") as stderr:
+            self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, env=environment, cwd="/")
         while not self.healthy():
             if self.process.poll() is not None:
                 raise SystemExit(f"it ended with code {self.process.returncode}: {' '.join(command)}")
@@ -73,6 +72,12 @@ class Service:
         folder = f"/proc/{self.process.pid}"
         return len(os.listdir(f"{folder}/task")), len(os.listdir(f"{folder}/fd"))
 
+    def stages(self) -> list[int]:
+        """The processes that run stages for it."""
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        children = [pid for each in tasks for pid in each.read_text().split()]
+        return [int(pid) for pid in children if b"pipeline" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
     def seconds(self) -> tuple[float, float]:
         """CPU time of the main thread, which has the event loop, and of all threads."""
         folder = Path(f"/proc/{self.process.pid}/task")
@@ -92,7 +97,9 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def labinfer_service(model: str, threads: int, slots: int, length: int, *flags: str) -> Service:
+def labinfer_service(
+    model: str, threads: int, slots: int, length: int, *flags: str, log: Path = Path(os.devnull)
+) -> Service:
     """``labinfer serve``, with room for ``slots`` sequences of ``length`` tokens in a step, and further ``flags``."""
     port = free_port()
     options = {
@@ -100,7 +107,8 @@ def labinfer_service(model: str, threads: int, slots: int, length: int, *flags: 
         "max-num-batched-tokens": 512, "kv-dtype": "f16", "devices": "cpu",
     }  # fmt: skip
     given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    return Service([sys.executable, "-m", "labinfer", "-q", "serve", str(Path(model).resolve()), *given, *flags], port)
+    command = [sys.executable, "-m", "labinfer", "-q", "serve", str(Path(model).resolve()), *given, *flags]
+    return Service(command, port, log)
 
 
 def llama_service(program: str, model: str, threads: int, slots: int, length: int) -> Service:

@@ -151,6 +151,22 @@ def test_echo_scores_the_prompt_as_the_model_does(api: Served, max_tokens: int) 
     assert found["usage"]["completion_tokens"] == max_tokens
 
 
+def test_prompt_logprobs_are_the_models(api: Served) -> None:
+    prompts = [[5, 9, 30, 12], [7, 8]]
+    found = post(api, "/v1/completions", prompt=prompts, prompt_logprobs=2, **GREEDY)
+    for prompt, choice in zip(prompts, found["choices"], strict=True):
+        logits = api.model.logits(prompt).astype(np.float64)
+        expected = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        first, *others = choice["prompt_logprobs"]
+        assert first is None
+        for place, (token, told) in enumerate(zip(prompt[1:], others, strict=True)):
+            assert np.isclose(told[str(token)]["logprob"], expected[place, token], atol=1e-4)
+            assert told[str(token)]["decoded_token"] == f"w{token}"
+            assert {1, 2} <= {each["rank"] for each in told.values()}
+    chat = post(api, "/v1/chat/completions", **CHAT, prompt_logprobs=0)
+    assert len(chat["prompt_logprobs"]) == chat["usage"]["prompt_tokens"]
+
+
 def test_chat_logprobs_have_as_many_likeliest_as_asked_for(api: Served) -> None:
     chunks = events(api, "/v1/chat/completions", **CHAT, logprobs=True, top_logprobs=3)
     streamed = [each for c in chunks if c["choices"][0]["logprobs"] for each in c["choices"][0]["logprobs"]["content"]]
@@ -246,6 +262,12 @@ def test_a_prompt_too_long_is_refused_with_counts(api: Served) -> None:
         ("top_logprobs", {"top_logprobs": 2}),
         ("top_logprobs", {"logprobs": True, "top_logprobs": 30}),
         ("chat_template_kwargs", {"chat_template_kwargs": {"messages": []}}),
+        ("guided_json", {"guided_json": {"type": "object"}}),
+        ("mirostat", {"mirostat": 2}),
+        ("use_beam_search", {"use_beam_search": True}),
+        ("truncate_prompt_tokens", {"truncate_prompt_tokens": 8}),
+        ("continue_final_message", {"continue_final_message": True}),
+        ("prompt_logprobs", {"prompt_logprobs": 2, "stream": True}),
     ],
     ids=str,
 )  # fmt: skip

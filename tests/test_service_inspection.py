@@ -51,8 +51,10 @@ def test_metrics_count_requests_and_tokens_under_vllms_names(api: Served) -> Non
         assert f"vllm:{name}_count" in after
     for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"):
         assert grown[f"vllm:{name}_count"] == 2
+    assert grown["vllm:iteration_tokens_total_sum"] == 2 * (3 + 2 * 3)
     for name in COUNTERS:
         assert f"vllm:{name}_total" in after
+    assert after["vllm:num_requests_waiting_by_reason capacity"] == 0
     assert after["vllm:num_requests_running"] == after["vllm:num_requests_waiting"] == 0
     assert after["vllm:kv_cache_usage_perc"] == 0
     assert after["labinfer:device_bytes reference weights"] > 0

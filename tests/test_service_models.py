@@ -77,6 +77,19 @@ def test_a_completion_of_an_adapter_is_the_engines(api: Served, adapter: LoRAReq
     assert choice["text"] == api.model.generate([5, 6], params, lora_request=adapter)[0].text
 
 
+def test_metrics_tell_which_adapters_are_in_use(api: Served) -> None:
+    seen = []
+
+    def scrape(logits: np.ndarray) -> None:
+        if not seen:
+            seen.append(api.http.get("/metrics").text)
+
+    with api.model.listen(api.model.plan.stages[-1].outputs[-1], scrape):
+        post(api, "/v1/completions", model="french", prompt=[5, 6], **GREEDY)
+    labels = 'max_lora="1",running_lora_adapters="french",waiting_lora_adapters=""'
+    assert f"vllm:lora_requests_info{{{labels}}}" in seen[0]
+
+
 @pytest.mark.parametrize("wrong", ["twice", "missing"])
 def test_adapters_that_cannot_be_served_are_told_at_the_start(api: Served, adapter: LoRARequest, wrong: str) -> None:
     given = [adapter, adapter] if wrong == "twice" else [LoRARequest("x", "/nowhere")]

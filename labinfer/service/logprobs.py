@@ -31,6 +31,16 @@ def chat_logprobs(tokens: Sequence[int], found: Sequence[dict[int, Logprob]], to
     ]
 
 
+def prompt_logprobs(found: Sequence[Found]) -> list[dict[str, Any] | None]:
+    """vLLM's form for the tokens of a prompt: by token id."""
+    return [None if of is None else {str(token): scored(token, each) for token, each in of.items()} for of in found]
+
+
+def scored(token: int, found: Logprob) -> dict[str, Any]:
+    """A token of a prompt, or one that might have stood in its place."""
+    return {"logprob": found.logprob, "rank": found.rank, "decoded_token": text_of(token, found)}
+
+
 def completion_logprobs(tokens: Sequence[int], found: Sequence[Found], offset: int, first: str = "") -> dict[str, Any]:
     """The form of completions; ``offset`` is the place in the text where the first token begins;
     ``first`` is the text of a token without log-probabilities.

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from labinfer.errors import LabinferError
-from labinfer.runtime.request import Request
+from labinfer.runtime.request import Request, Sequence
 from labinfer.service.plan_metrics import LABELS, plan_families
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ HISTOGRAMS = {
     "request_prompt_tokens": ("tokens of a prompt", TOKENS),
     "request_generation_tokens": ("tokens of an answer", TOKENS),
     "request_num_preemptions": ("how often a request was preempted", (0, 1, 2, 5, 10)),
+    "iteration_tokens_total": ("tokens of a step", TOKENS),
 }
 COUNTERS = {
     "prompt_tokens": "tokens of prompts",
@@ -63,6 +64,16 @@ class Metrics:
         ends = Counter("vllm:request_success", "requests, by why they ended", labels, registry=self.registry)
         self.ends = {reason: ends.labels(*own, reason) for reason in ("stop", "length", "abort", "error")}
         self.registry.register(State(service))
+        self.counted = dict.fromkeys(service.engines, time.perf_counter())  # the last step of each
+
+    def count_steps(self) -> None:
+        """Count the steps since the last time; the engines remember 1,024 of them."""
+        for engine, last in self.counted.items():
+            new = [each for each in list(engine.stats) if each.time > last]
+            for each in new:
+                self.histograms["iteration_tokens_total"].observe(each.num_tokens)
+            if new:
+                self.counted[engine] = new[-1].time
 
     def told(self, tokens: int, seconds: float | None) -> None:
         """A request has got ``tokens``, so many ``seconds`` after those before; None for its first."""
@@ -141,7 +152,20 @@ class State:
         for reason, count in service.admission.refusals.items():
             refused.add_metric([service.name, "0", reason], count)
         yield refused
+        if service.adapters:
+            yield self.of_adapters()
         yield from plan_families(service.models, service.name)
+
+    def of_adapters(self) -> GaugeMetricFamily:
+        """Which adapters are in a step and which are waited for, in the labels, as routers of requests read them."""
+        schedulers = [engine.scheduler for engine in self.service.engines]
+        running = [sequence for each in schedulers for sequence in list(each.running)]
+        waiting = [sequence for each in schedulers for _, _, sequence in list(each.waiting)]
+        labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
+        family = GaugeMetricFamily("vllm:lora_requests_info", "adapters that requests use; when", labels=labels)
+        most = str(self.service.model.plan.limits.max_loras)
+        family.add_metric([most, *map(adapters_of, (running, waiting))], time.time())
+        return family
 
     def of_replicas(self) -> Iterator[Any]:
         """What each engine does; its number is the label ``engine``."""
@@ -165,4 +189,15 @@ class State:
                 for name, (text, value) in values.items():
                     family = families.setdefault(name, kind(name, text, labels=LABELS))
                     family.add_metric([self.service.name, str(number)], value)
+            why = "vllm:num_requests_waiting_by_reason"
+            family = families.setdefault(
+                why, GaugeMetricFamily(why, "sequences that wait, by what for", labels=(*LABELS, "reason"))
+            )
+            family.add_metric([self.service.name, str(number), "capacity"], len(scheduler.waiting))
         yield from families.values()
+
+
+def adapters_of(sequences: Iterable[Sequence]) -> str:
+    """The names of the adapters that ``sequences`` use, with commas between them."""
+    requests = [request for each in sequences if (request := each.owner()) is not None]
+    return ",".join(sorted({each.lora.name for each in requests if each.lora is not None}))

@@ -114,5 +114,6 @@ class Server:
             now = time.monotonic()
             for watchdog in watchdogs:
                 watchdog.look()
+                watchdog.service.metrics.count_steps()
                 for call in list(watchdog.service.open_streams):
                     call.care(now)

@@ -14,7 +14,7 @@ from labinfer.runtime.request import Request
 from labinfer.service.call import Call, Stream
 from labinfer.service.errors import ApiError
 from labinfer.service.generation import Generation, Piece
-from labinfer.service.logprobs import chat_logprobs
+from labinfer.service.logprobs import chat_logprobs, prompt_logprobs
 from labinfer.service.prompts import chat_tokens
 from labinfer.service.schema.chat import ChatRequest
 from labinfer.service.tools.choice import ToolUse, tool_use
@@ -63,7 +63,11 @@ class Chat:
                 for piece in pieces:
                     self.chunks(piece)
         choices = [self.choice(index, answer) for index, answer in sorted(self.answers.items())]
-        return self.head | {"object": "chat.completion", "choices": choices, "usage": self.generation.usage.body()}
+        more = {}
+        if self.body.prompt_logprobs is not None:
+            more["prompt_logprobs"] = prompt_logprobs(self.generation.requests[0].prompt_logprobs)
+        usage = self.generation.usage.body()
+        return {**self.head, "object": "chat.completion", "choices": choices, "usage": usage, **more}
 
     def choice(self, index: int, answer: ChatAnswer) -> dict[str, Any]:
         """An answer as clients read it."""

@@ -14,7 +14,7 @@ from labinfer.runtime.request import Request
 from labinfer.service.call import Call, Stream
 from labinfer.service.errors import ApiError
 from labinfer.service.generation import Generation, Piece
-from labinfer.service.logprobs import completion_logprobs
+from labinfer.service.logprobs import completion_logprobs, prompt_logprobs
 from labinfer.service.prompts import list_prompts, text_tokens
 from labinfer.service.schema.completions import CompletionRequest
 from labinfer.service.wire import DONE, event
@@ -42,7 +42,7 @@ class Completion:
 
     def told(self, piece: Piece) -> dict[str, Any]:
         """The choice of a piece, which is added to the answer; an echo of the prompt goes before the first."""
-        request = self.generation.requests[piece.index // self.generation.requests[0].params.n]
+        request = self.request(piece.index)
         text, logprobs = "", []
         if piece.index not in self.choices:
             self.choices[piece.index] = Text()
@@ -71,13 +71,20 @@ class Completion:
         if self.body.logprobs is not None:
             names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
             joined = {name: [value for part in logprobs for value in part[name]] for name in names}
-        return {
+        choice = {
             "index": index,
             "text": text,
             "logprobs": joined,
             "finish_reason": answer.finish_reason,
             "stop_reason": answer.stop_reason,
         }
+        if self.body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(self.request(index).prompt_logprobs)
+        return choice
+
+    def request(self, index: int) -> Request:
+        """The request that made an answer."""
+        return self.generation.requests[index // self.generation.requests[0].params.n]
 
     def first_text(self, request: Request) -> str:
         """The text of a prompt's first token, which has no log-probability."""
@@ -130,7 +137,11 @@ def prepare(call: Call, body: CompletionRequest) -> Completion:
         )
     if body.max_tokens == 0 and not body.echo:
         raise ApiError(400, "max_tokens: 0 needs echo", param="max_tokens", code="invalid_value")
-    more = {"logprobs": body.logprobs, "prompt_logprobs": body.logprobs if body.echo else None}
+    more = {"logprobs": body.logprobs}
+    if body.echo and body.logprobs is not None:
+        if body.prompt_logprobs is not None:
+            raise ApiError(400, "prompt_logprobs: echo with logprobs tells them", param="prompt_logprobs")
+        more["prompt_logprobs"] = body.logprobs
     params = body.params(options, None if body.max_tokens is None else max(body.max_tokens, 1), **more)
     salt = f"{call.salt}{body.cache_salt or ''}"
     lora = service.adapters.get(body.model or "")

@@ -17,7 +17,10 @@ from labinfer.service.metrics import CONTENT_TYPE, joined_text
 
 async def metrics(call: Call) -> Any:
     """Measurements for Prometheus."""
-    return Reply(joined_text(each.metrics for each in call.services.all), CONTENT_TYPE)
+    found = [each.metrics for each in call.services.all]
+    for each in found:
+        each.count_steps()
+    return Reply(joined_text(found), CONTENT_TYPE)
 
 
 async def plan(call: Call) -> Any:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from labinfer.service.schema.base import Part, StreamOptions
+from labinfer.service.schema.base import Part
 from labinfer.service.schema.sampling import SamplingBody
 
 IGNORED = frozenset(
@@ -84,21 +84,21 @@ class NamedTool(Part):
 class ChatRequest(SamplingBody):
     """A conversation to go on with."""
 
-    REFUSED: ClassVar[dict[str, str]] = {
+    REFUSED: ClassVar[dict[str, str]] = SamplingBody.REFUSED | {
         "functions": "use 'tools'",
         "function_call": "use 'tool_choice'",
         "audio": "the models read and write text",
         "web_search_options": "the service does not search",
         "chat_template": "the model's own is used",
         "documents": "put them into a message",
+        "echo": "use /v1/completions",
+        "continue_final_message": "use /v1/completions",
     }
     ACCEPTED: ClassVar[frozenset[str]] = IGNORED
 
     messages: list[Message] = Field(min_length=1, max_length=4096)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     tools: list[Tool] | None = Field(default=None, max_length=256)

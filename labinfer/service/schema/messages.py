@@ -58,6 +58,12 @@ class CountRequest(Body):
 class MessagesRequest(CountRequest):
     """A conversation to go on with."""
 
+    REFUSED: ClassVar[dict[str, str]] = {
+        "mcp_servers": "the service calls no servers",
+        "container": "the service runs no code",
+        "output_format": "use /v1/chat/completions",
+    }
+
     max_tokens: int = Field(ge=1)
     stop_sequences: list[str] | None = None
     temperature: float | int | None = Field(default=None, ge=0, le=1)

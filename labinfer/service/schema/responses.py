@@ -45,6 +45,7 @@ class ResponsesRequest(Body):
         "conversation": "the server keeps no conversations: send all of it",
         "background": "an answer is given at once",
         "prompt": "the server keeps no prompts",
+        "top_logprobs": "use /v1/chat/completions",
     }
     ACCEPTED: ClassVar[frozenset[str]] = IGNORED | {"include", "reasoning", "truncation", "client_metadata"}
 

@@ -3,27 +3,51 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from labinfer.runtime.sampling import SamplingParams, StructuredOutputs
 from labinfer.service.errors import ApiError
 from labinfer.service.options import ServiceOptions
-from labinfer.service.schema.base import Body, ResponseFormat
+from labinfer.service.schema.base import Body, ResponseFormat, StreamOptions
 
 DIRECT = (
     "temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "logit_bias", "bad_words", "allowed_token_ids", "stop", "stop_token_ids",
-    "include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "n", "best_of",
+    "include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "n", "best_of", "prompt_logprobs",
 )  # fmt: skip
 """Fields that are the engine's own, of the same name."""
+
+SAMPLERS = "the samplers are temperature, top_k, top_p, min_p and typical_p"
+FORM = "use 'response_format' or 'structured_outputs'"
 
 Number = float | int
 
 
 class SamplingBody(Body):
-    """Fields that mean the same to the engine; ``None`` is the default of each."""
+    """Fields that mean the same to the engine; ``None`` is the default of each.
+
+    Those refused are what vLLM, SGLang and llama.cpp know beside ours.
+    """
+
+    REFUSED: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), FORM),
+        **dict.fromkeys(("json_schema", "regex", "grammar", "ebnf"), FORM),
+        **dict.fromkeys(
+            ("mirostat", "xtc_probability", "dry_multiplier", "dynatemp_range", "top_a", "tfs_z"), SAMPLERS
+        ),
+        "repeat_penalty": "use 'repetition_penalty'",
+        "n_predict": "use 'max_tokens'",
+        "use_beam_search": "answers are sampled",
+        "logits_processors": "functions of clients are not run",
+        "custom_logit_processor": "functions of clients are not run",
+        "stop_regex": "use 'stop'",
+        "repetition_detection": "use 'stop' or a penalty",
+        "truncate_prompt_tokens": "a prompt is never cut",
+        "prompt_embeds": "a prompt is text or token ids",
+        "return_tokens_as_token_ids": "tokens are told as texts",
+    }
 
     temperature: Number | None = Field(default=None, ge=0, le=100)
     top_p: Number | None = Field(default=None, gt=0, le=1)
@@ -45,6 +69,9 @@ class SamplingBody(Body):
     n: int | None = Field(default=None, ge=1)
     best_of: int | None = Field(default=None, ge=1)
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Any] | None = None
     cache_salt: str | None = Field(default=None, max_length=256)
@@ -52,6 +79,8 @@ class SamplingBody(Body):
 
     def params(self, options: ServiceOptions, max_tokens: int | None, **more: Any) -> SamplingParams:
         """The engine's parameters; ``max_tokens`` as the endpoint calls it, ``more`` in the engine's own names."""
+        if self.prompt_logprobs is not None and self.stream:
+            raise ApiError(400, "prompt_logprobs: they are not told in a stream", param="prompt_logprobs")
         stops = self.stop if isinstance(self.stop, list) else []
         check_bound("stop", len(stops), options.max_stops)
         check_bound("n", max(self.n or 1, self.best_of or 1), options.max_choices)
