@@ -11,7 +11,14 @@ from numpy.testing import assert_array_equal
 pytest.importorskip("numba")
 
 from labinfer.backends.cpu.features import has_matrix_unit
-from labinfer.backends.cpu.layout import CHUNK_TOKENS, DIGIT_TILES, PANEL_FORMATS, STRETCH_COLUMNS
+from labinfer.backends.cpu.layout import (
+    CHUNK_TOKENS,
+    DIGIT_TILES,
+    PANEL_FORMATS,
+    PANEL_ROWS,
+    STRETCH_COLUMNS,
+    SUMS_TOKENS,
+)
 from labinfer.backends.cpu.tape import ACCUMULATE
 from tests.cpu.products import SENTINEL, Activations, Weight, check_gated_unit, product, quantize_rows
 
@@ -48,9 +55,14 @@ def test_every_number_of_tokens(format, parts):
 
 @pytest.mark.parametrize("format", QUANTIZED)
 def test_digits_give_the_bits_of_the_vector_kernels(format):
-    for rows, columns in ((50, 256), (33, STRETCH_COLUMNS + 512)):
+    few, sums = (*range(1, 35), 47, 48, 65, 2 * CHUNK_TOKENS + 20), 2 * SUMS_TOKENS // 160  # panels with room for sums
+    for rows, columns, counts in (
+        (50, 256, few),
+        (33, STRETCH_COLUMNS + 512, (1, 70)),
+        (2 * PANEL_ROWS * sums + 3, STRETCH_COLUMNS + 512, (160,)),
+    ):
         w, bias = Weight(format, rows, columns), np.random.default_rng(rows).standard_normal(rows, np.float32)
-        for tokens in (*range(1, 35), 47, 48, 65, 2 * CHUNK_TOKENS + 20) if columns == 256 else (1, 70):
+        for tokens in counts:
             on_vectors = product(w, Activations(w, tokens, 2), tokens, bias, ACCUMULATE)
             on_tiles = product(w, Activations(w, tokens, DIGIT_TILES), tokens, bias, ACCUMULATE, parts=2)
             assert_array_equal(on_tiles, on_vectors)

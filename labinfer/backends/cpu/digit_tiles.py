@@ -36,7 +36,8 @@ SUMS = DOTS + 8 * TILE
 WEIGHTS = SUMS + 128 * SUMS_TOKENS
 SCRATCH = WEIGHTS + 2 * STRETCH * (TILE + 4 * 64)
 """Bytes on the stack: what the tiles are, then the products of a block, 32 tokens x 32 rows, twice; sums of a chunk of
-tokens; two unpacked panels: for each block a tile, then its scales and minima."""
+tokens for as many pairs of panels as have room; two unpacked panels: for each block a tile, then its scales and
+minima."""
 
 Round = list[tuple[int, int]]
 """Tiles whose products are summed up before they are scaled: bytes to the activations', to the weight's."""
@@ -219,8 +220,9 @@ _scratch, _chunk = kernel(_emit_scratch, types.int64), njit(matrix_chunk)
 
 
 def _linear(w, columns, x, x_stride, y, y_stride, tokens, g0, g1, rows, bias, mode):  # type: ignore[no-untyped-def]
-    """Panels ``g0`` .. ``g1`` - 1: a chunk of tokens and a stretch of columns at a time, by pairs of panels."""
-    at, blocks, row = _scratch(), columns // 32, 4 * y_stride
+    """Panels ``g0`` .. ``g1`` - 1: a chunk of tokens, panels that have room for their sums, a stretch of columns at a
+    time, by pairs of panels. So a stretch of activations, which the L2 cache holds, meets many panels in turn."""
+    at, blocks = _scratch(), columns // 32
     panel = (blocks * panel_block_bytes + 63) // 64 * 64
     stretches, groups = (blocks + STRETCH - 1) // STRETCH, (tokens + 31) // 32
     chunk_tokens = min(_chunk(columns, x_stride), SUMS_TOKENS)
@@ -228,30 +230,45 @@ def _linear(w, columns, x, x_stride, y, y_stride, tokens, g0, g1, rows, bias, mo
     cut_tokens, cut_rows = 0, 0
     for chunk in range(chunks):
         t0, t1 = groups * chunk // chunks * 32, min(groups * (chunk + 1) // chunks * 32, tokens)
-        for g in range(g0, g1, 2):
-            count = min(32, 16 * (g1 - g), rows - 16 * g)
-            zero_row(at + SUMS, 32 * (t1 - t0))
+        width = SUMS_TOKENS // (t1 - t0) * 2
+        for start in range(g0, g1, width):
+            stop = min(start + width, g1)
+            zero_row(at + SUMS, 32 * ((stop - start + 1) // 2) * (t1 - t0))
             for stretch in range(stretches):
                 k0, k1 = blocks * stretch // stretches, blocks * (stretch + 1) // stretches
-                for p in range(min(2, g1 - g)):
-                    unpack_panel(w + (g + p) * panel, blocks, k0, k1 - k0, at + WEIGHTS + p * STRETCH * block_size)
-                for t in range(t0, t1, 32):
-                    if min(t1 - t, 32) != cut_tokens or count != cut_rows:
-                        cut_tokens, cut_rows = min(t1 - t, 32), count
-                        configure(at, cut_tokens, cut_rows, depth)
-                    multiply(
-                        cut_tokens, cut_rows, x + t * x_stride + k0 * record_bytes * 16, 16 * x_stride, at + WEIGHTS,
-                        STRETCH * block_size, k1 - k0, cut_tokens, at + DOTS, at + SUMS + 128 * (t - t0),
-                    )  # fmt: skip
-            for t in range(t0, t1):
-                total, out = at + SUMS + 128 * (t - t0), y + t * row + 64 * g
-                if bias:
-                    add_row(total, bias + 64 * g, total, count)
-                if mode & ACCUMULATE:
-                    add_row(total, out, out, count)
-                else:
-                    copy_row(total, out, count)
+                for g in range(start, stop, 2):
+                    count = min(32, 16 * (g1 - g), rows - 16 * g)
+                    for p in range(min(2, g1 - g)):
+                        unpack_panel(w + (g + p) * panel, blocks, k0, k1 - k0, at + WEIGHTS + p * STRETCH * block_size)
+                    for t in range(t0, t1, 32):
+                        if min(t1 - t, 32) != cut_tokens or count != cut_rows:
+                            cut_tokens, cut_rows = min(t1 - t, 32), count
+                            configure(at, cut_tokens, cut_rows, depth)
+                        multiply(
+                            cut_tokens, cut_rows, x + t * x_stride + k0 * record_bytes * 16, 16 * x_stride,
+                            at + WEIGHTS, STRETCH * block_size, k1 - k0, cut_tokens, at + DOTS,
+                            at + SUMS + 64 * (g - start) * (t1 - t0) + 128 * (t - t0),
+                        )  # fmt: skip
+            for g in range(start, stop, 2):
+                b = bias + 64 * g if bias else 0
+                _write(
+                    at + SUMS + 64 * (g - start) * (t1 - t0), y + 4 * t0 * y_stride + 64 * g, 4 * y_stride, t1 - t0,
+                    min(32, 16 * (g1 - g), rows - 16 * g), b, mode,
+                )  # fmt: skip
     release_tiles()
+
+
+@njit
+def _write(total: int, y: int, y_stride: int, tokens: int, rows: int, bias: int, mode: int) -> None:
+    """The sums of ``tokens`` tokens and a pair of panels to their places in ``y``, ``y_stride`` bytes apart."""
+    for t in range(tokens):
+        found, out = total + 128 * t, y + t * y_stride
+        if bias:
+            add_row(found, bias, found, rows)
+        if mode & ACCUMULATE:
+            add_row(found, out, out, rows)
+        else:
+            copy_row(found, out, rows)
 
 
 def digit_tiles_kernel(format: str) -> Any:

@@ -38,7 +38,7 @@ VECTOR_CHUNK, MAX_GLU_CHUNK = 64, 512
 STRETCH_COLUMNS = 2048
 """Columns that the matrix unit multiplies at once: two unpacked panels then take 256 kB of the L2 cache."""
 
-CHUNK_BYTES, CHUNK_TOKENS, SUMS_TOKENS = 1 << 20, 128, 256
+CHUNK_BYTES, CHUNK_TOKENS, SUMS_TOKENS = 1 << 20, 128, 1024
 """Activations that are multiplied at once: as many as take 1 MB, but of enough tokens to be worth the unpacking; and of
 digits of no more tokens than there is room for sums."""
 
