@@ -15,12 +15,9 @@ from numba import types
 from labinfer.backends.cpu import isa
 from labinfer.backends.cpu.elementwise import add_row
 from labinfer.backends.cpu.isa import I32X16, Value, const, njit, specialize
-from labinfer.backends.cpu.layout import STRETCH_COLUMNS, TILE_COLUMNS
+from labinfer.backends.cpu.layout import STRETCH_COLUMNS, TILE, TILE_COLUMNS
 from labinfer.backends.cpu.simd import Emit, Var, kernel
 from labinfer.backends.cpu.tiles import PREFETCH
-
-TILE = 1024
-"""Bytes of a tile: 16 rows of 64."""
 
 # What the body below finds among its globals; ``specialize`` gives each kernel its own.
 widen: Any = None

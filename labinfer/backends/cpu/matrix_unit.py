@@ -19,8 +19,8 @@ from numba import types
 from labinfer.backends.cpu import isa
 from labinfer.backends.cpu.elementwise import add_row
 from labinfer.backends.cpu.isa import F32X16, I16X32, I32, I32X16, Value, const, njit, specialize, vector
-from labinfer.backends.cpu.layout import PANEL_FORMATS, STRETCH_COLUMNS, TILE_COLUMNS, matrix_chunk, panel_format
-from labinfer.backends.cpu.lone_token import TILE, lone_product
+from labinfer.backends.cpu.layout import PANEL_FORMATS, STRETCH_COLUMNS, TILE, TILE_COLUMNS, matrix_chunk, panel_format
+from labinfer.backends.cpu.lone_token import lone_product
 from labinfer.backends.cpu.simd import Emit, i64p, kernel, stu8
 from labinfer.backends.cpu.tiles import QUANTIZED
 
