@@ -56,8 +56,14 @@ def test_the_plan_says_where_the_matrix_unit_begins(model: Path, tmp_path: Path)
     np.testing.assert_array_equal(logits(plan), logits(changed(plan, {})))  # it changes no bit of quantized products
 
 
-def test_company_changes_no_bit(model: Path) -> None:
-    with labinfer.load(model, devices="cpu", max_model_len=64, max_logits_rows=64) as loaded:
+@pytest.mark.parametrize(
+    ("format", "activations"), [("q4_0", "exact"), ("bf16", "exact"), ("bf16", "int8"), ("f32", "exact"), ("f16", None)]
+)
+def test_company_changes_no_bit(format: str, activations: str | None, tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "m.gguf", {}, LARGE, format)
+    options: dict[str, Any] = {"max_model_len": 64, "max_logits_rows": 64, "activations": activations or "exact"}
+    plan = labinfer.compile(model, devices="cpu", **options)
+    with labinfer.load(plan if activations else changed(plan, {})) as loaded:  # float16 on vectors only
         whole = loaded.logits(PROMPT)
         for size in (1, 3, 33):
             with loaded.session() as session:

@@ -3,6 +3,7 @@
 Unpacking weights for it costs as much as multiplying some 10 tokens does. Rows and columns hardly matter, since both
 kernels' times grow with them alike; tokens do. ``labinfer doctor --warm`` measures the numbers on the machine and
 leaves them in a file; without one, those measured on a Granite Rapids server stand in. Plans record what they used.
+bf16 weights always meet the kernel of the matrix unit, which gives a token the same bits in any company.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from labinfer.home import cache_dir
 from labinfer.ops.base import KernelOptions
 
 _QUANTIZED = [name for name, layout in PANEL_FORMATS.items() if layout.quantized]
+_TUNED = [*_QUANTIZED, "f16"]
 _BUILT_IN = {
-    "exact": {**dict.fromkeys(_QUANTIZED, 12), "bf16": 2, "f16": 12, "q8_0": 24},
-    "int8": {**dict.fromkeys(_QUANTIZED, 16), "bf16": 2, "f16": 8},
+    "exact": {**dict.fromkeys(_QUANTIZED, 12), "f16": 12, "q8_0": 24, "bf16": 1},
+    "int8": {**dict.fromkeys(_QUANTIZED, 16), "f16": 8, "bf16": 1},
 }
 
 _TOKENS = (2, 4, 8, 12, 16, 20, 24, 32, 48, 64)
@@ -55,7 +57,7 @@ def _measured(activations: str) -> dict[str, int]:
     """What ``tune`` has left on this machine; nothing, if it cannot be read."""
     try:
         found = json.loads(_file().read_text())[activations]
-        return {name: int(count) for name, count in found.items() if name in PANEL_FORMATS and int(count) > 0}
+        return {name: int(count) for name, count in found.items() if name in _TUNED and int(count) > 0}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
@@ -75,8 +77,8 @@ def tune(formats: Iterable[str]) -> None:
 
 
 def _crossover(format: str, options: KernelOptions) -> int | None:
-    """The fewest of ``_TOKENS`` from which on the matrix unit is faster; None for formats it has no kernel for."""
-    if format == "f32":
+    """The fewest of ``_TOKENS`` from which on the matrix unit is faster; None for formats that have no choice."""
+    if format not in _TUNED:
         return None
     weights = np.zeros(packed_bytes(format, _ROWS, _COLUMNS) + 64, np.uint8)
     forms = scattered_form(format, options), activation_form(format, _COLUMNS, 1, options)

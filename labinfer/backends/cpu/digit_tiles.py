@@ -19,8 +19,8 @@ from numba import types
 from labinfer.backends.cpu import isa
 from labinfer.backends.cpu.elementwise import add_row, copy_row, zero_row
 from labinfer.backends.cpu.isa import F32X16, I8X64, I16X32, I32X16, Value, const, njit, specialize, vector
-from labinfer.backends.cpu.layout import PANEL_FORMATS, STRETCH_COLUMNS, SUMS_TOKENS, matrix_chunk
-from labinfer.backends.cpu.matrix_unit import TILE, block_of_shape, configure, release_tiles
+from labinfer.backends.cpu.layout import PANEL_FORMATS, STRETCH_COLUMNS, SUMS_TOKENS, TILE, matrix_chunk
+from labinfer.backends.cpu.matrix_unit import block_of_shape, configure, release_tiles
 from labinfer.backends.cpu.simd import Emit, kernel
 from labinfer.backends.cpu.tape import ACCUMULATE
 from labinfer.backends.cpu.tiles import QUANTIZED, SCALES

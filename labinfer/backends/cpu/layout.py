@@ -32,6 +32,9 @@ PANEL_ROWS = 16
 TILE_ROWS, TILE_COLUMNS = 16, 32
 """Tokens and columns of a tile of the matrix unit; a product on it has whole tiles of columns."""
 
+TILE = 1024
+"""Bytes of a tile: 16 rows of 64."""
+
 VECTOR_CHUNK, MAX_GLU_CHUNK = 64, 512
 """Tokens that meet a panel while it is in the L1 cache; tokens that a gated unit has room for."""
 

@@ -27,7 +27,7 @@ MANY, SOME = (8, 4) if LEVEL == "avx512vnni" else (4, 2)
 """Tokens of the larger tiles: as many as have room for their sums in the vector registers."""
 
 PAIR_TOKENS = 32
-"""From so many tokens on, plain formats take two panels at once: a third fewer loads, but a worse stream of weights."""
+"""From so many tokens on, float32 takes two panels at once: a third fewer loads, but a worse stream of weights."""
 
 SCRATCH_FLOATS = 2 * PANEL_ROWS * MAX_GLU_CHUNK
 """What ``linear_glu`` keeps on the stack, and so how many panels go through gate and up at once."""
@@ -89,7 +89,7 @@ def linear_kernel(format: str, digits: int) -> Any:
         tile_one=tile(format, digits, 1),
         block_columns=layout.columns,
         block_bytes=layout.bytes,
-        paired=not layout.quantized and LEVEL == "avx512vnni",
+        paired=format == "f32" and LEVEL == "avx512vnni",
     )
 
 

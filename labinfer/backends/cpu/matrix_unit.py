@@ -19,12 +19,10 @@ from numba import types
 from labinfer.backends.cpu import isa
 from labinfer.backends.cpu.elementwise import add_row
 from labinfer.backends.cpu.isa import F32X16, I16X32, I32, I32X16, Value, const, njit, specialize, vector
-from labinfer.backends.cpu.layout import PANEL_FORMATS, STRETCH_COLUMNS, TILE_COLUMNS, matrix_chunk, panel_format
+from labinfer.backends.cpu.layout import PANEL_FORMATS, STRETCH_COLUMNS, TILE, TILE_COLUMNS, matrix_chunk, panel_format
+from labinfer.backends.cpu.lone_token import lone_product
 from labinfer.backends.cpu.simd import Emit, i64p, kernel, stu8
 from labinfer.backends.cpu.tiles import QUANTIZED
-
-TILE = 1024
-"""Bytes of a tile: 16 rows of 64."""
 
 STRETCH = STRETCH_COLUMNS // TILE_COLUMNS
 
@@ -43,6 +41,8 @@ block_11: Any = None
 block_12: Any = None
 block_21: Any = None
 block_22: Any = None
+lone: Any = None
+many: Any = None
 unpacked, panel_tile_bytes, parts = False, 1, 2
 
 
@@ -230,6 +230,14 @@ def _linear(w, columns, x, x_stride, y, y_stride, tokens, g0, g1, rows, bias, mo
             add_row(bias + 64 * g0, out, out, min(16 * g1, rows) - 16 * g0)
 
 
+def _bf16(w, columns, x, x_stride, y, y_stride, tokens, g0, g1, rows, bias, mode):  # type: ignore[no-untyped-def]
+    """``_linear``; a lone token, for which the matrix unit is no help, gets the same bits without it."""
+    if tokens == 1:
+        lone(w, columns, x, y, g0, g1, rows, bias, mode)
+    else:
+        many(w, columns, x, x_stride, y, y_stride, tokens, g0, g1, rows, bias, mode)
+
+
 def _of_shape(tokens, rows, *arguments):  # type: ignore[no-untyped-def]
     """The block for so many tokens and rows, up to 32 of each."""
     if tokens > 16 and rows > 16:
@@ -265,12 +273,15 @@ def matrix_kernel(format: str, parts: int) -> Any:
     layout, weight_parts = panel_format(format), 1 if format == "bf16" else min(parts, 2)
     unpack = _unpack_quants(format) if layout.quantized else _unpack_halves(weight_parts)
     block = block_of_shape(f"block_{format}_{parts}", lambda m, n: _block(m, n, parts, weight_parts))
-    return specialize(
+    many = specialize(
         _linear,
-        f"matrix_{format}_{parts}",
+        f"many_{format}_{parts}",
         multiply=njit(specialize(_multiply, f"multiply_{format}_{parts}", block=block)),
         unpack_panel=kernel(unpack),
         unpacked=format != "bf16",
         panel_tile_bytes=layout.bytes * (TILE_COLUMNS // layout.columns),
         parts=parts,
     )
+    if format != "bf16":
+        return many
+    return specialize(_bf16, f"matrix_bf16_{parts}", lone=lone_product(parts), many=njit(many))
