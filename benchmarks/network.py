@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from labinfer.cluster.token import kept_token, token_path
+from labinfer.runtime.cores import available_cores
 
 NETWORK, BRIDGE, PORT = "10.77.0", "labinfer0", 7700
 
@@ -22,9 +23,12 @@ def ip(*words: str, check: bool = True) -> None:
 
 
 class Namespaces:
-    """A host for each of ``names``, whose agent has one device; ``delay`` (``1ms``) is added to what it sends."""
+    """A host for each of ``names``, whose agent has one device and one core of this machine, in turn.
 
-    def __init__(self, names: Sequence[str], device: str, delay: str | None = None) -> None:
+    ``netem`` says what is done to all that a host sends, as ``tc`` does: ``("delay", "1ms", "loss", "1%")``.
+    """
+
+    def __init__(self, names: Sequence[str], device: str, netem: Sequence[str] = ()) -> None:
         kept_token()
         self.addresses = {name: f"{NETWORK}.{number}" for number, name in enumerate(names, 2)}
         self.device, self.agents = device, dict[str, subprocess.Popen[bytes]]()
@@ -40,8 +44,8 @@ class Namespaces:
             self.inside(name, "ip", "address", "add", f"{address}/24", "dev", there)
             for device_name in (there, "lo"):
                 self.inside(name, "ip", "link", "set", device_name, "up")
-            if delay:
-                self.inside(name, "tc", "qdisc", "add", "dev", there, "root", "netem", "delay", delay)
+            if netem:
+                self.inside(name, "tc", "qdisc", "add", "dev", there, "root", "netem", *netem)
             self.start(name)
 
     def inside(self, name: str, *command: str) -> None:
@@ -56,6 +60,9 @@ class Namespaces:
         assert agent.stdout is not None
         assert agent.stdout.readline().startswith(b"listening"), f"the agent of {name} did not start"
         agent.stdout.close()
+        cores = available_cores()
+        number = list(self.addresses).index(name)
+        os.sched_setaffinity(agent.pid, [cores[number % len(cores)]])  # its threads and stages inherit it
 
     def cluster_file(self, path: Path) -> Path:
         """Write the cluster file."""
@@ -66,8 +73,11 @@ class Namespaces:
 
     def stages(self, name: str) -> list[int]:
         """The processes of the stages of a host."""
-        tasks = Path(f"/proc/{self.agents[name].pid}/task").glob("*/children")
-        return [int(each) for task in tasks for each in task.read_text().split()]
+        found = list[int]()
+        for task in Path(f"/proc/{self.agents[name].pid}/task").glob("*/children"):
+            with contextlib.suppress(OSError):  # a thread that has ended
+                found += map(int, task.read_text().split())
+        return found
 
     def link(self, name: str, state: str) -> None:
         """Cut the link of a host (``down``), or mend it (``up``)."""
