@@ -32,6 +32,11 @@ def answer(model: LLM, params: labinfer.SamplingParams) -> tuple[list[int], floa
     return list(output.token_ids), output.metrics.inter_token_seconds
 
 
+def layers_of(model: LLM) -> list[int]:
+    """How many layers each stage has."""
+    return [len(stage.layers) for stage in model.plan.stages]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
@@ -50,7 +55,7 @@ def main() -> None:
         with (
             tempfile.TemporaryDirectory() as folder,
             labinfer.load(options.model, devices=names, threads=1, **LIMITS) as here,
-            load(options.model, hosts.cluster_file(Path(folder) / "cluster.yaml"), **LIMITS) as there,
+            load(options.model, hosts.cluster_file(Path(folder) / "cluster.yaml", layers_of(here)), **LIMITS) as there,
         ):
             stages = len(there.plan.stages)
             turns = [(answer(here, params), answer(there, params)) for _ in range(options.turns)]

@@ -56,18 +56,11 @@ TRIALS = [
 
 
 def cluster_file(hosts: Namespaces, layers: Sequence[int], hop: LinkProfile, path: Path) -> Path:
-    """The cluster file whose first hosts have so many layers, and what stands before and behind them."""
-    hosts.cluster_file(path)
-    cuts = [sum(layers[:number]) for number in range(len(layers) + 1)]
-    pins = [
-        f"  layers.{layer}: {hosts.device}@{name}"
-        for name, (start, stop) in zip(HOSTS, pairwise(cuts), strict=False)
-        for layer in range(start, stop)
-    ]
-    ends = [f"  start: {hosts.device}@{HOSTS[0]}", f"  end: {hosts.device}@{HOSTS[len(layers) - 1]}"]
+    """The cluster file whose first hosts have so many layers, and what was measured of hops."""
     link = f"latency: {1e6 * hop.latency:.1f}us, bandwidth: {hop.bandwidth:.0f}"
     links = [f"  - {{between: [{one}, {other}], {link}}}" for one, other in pairwise(HOSTS)]
-    path.write_text("\n".join([path.read_text(), "pins:", *pins, *ends, "links:", *links]))
+    text = hosts.cluster_file(path, layers).read_text()
+    path.write_text("\n".join([text, "links:", *links]))
     return path
 
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from labinfer.cluster.token import kept_token, token_path
@@ -64,12 +64,21 @@ class Namespaces:
         number = list(self.addresses).index(name)
         os.sched_setaffinity(agent.pid, [cores[number % len(cores)]])  # its threads and stages inherit it
 
-    def cluster_file(self, path: Path) -> Path:
-        """Write the cluster file."""
+    def cluster_file(self, path: Path, layers: Sequence[int] = ()) -> Path:
+        """Write the cluster file; if ``layers`` are given, so many are on each of the first hosts."""
         hosts = [f"  {name}: {{address: '{address}:{PORT}'}}" for name, address in self.addresses.items()]
         devices = [f"  {self.device}@{name}: {{threads: 1}}" for name in self.addresses]
-        path.write_text("\n".join(["hosts:", *hosts, "devices:", *devices]))
+        path.write_text("\n".join(["hosts:", *hosts, "devices:", *devices, *self.pins(layers)]) + "\n")
         return path
+
+    def pins(self, layers: Sequence[int]) -> Iterator[str]:
+        """Lines of a cluster file: so many layers are on each of the first hosts, what is beside them on the ends."""
+        if layers:
+            used = list(self.addresses)[: len(layers)]
+            owners = [name for name, count in zip(used, layers, strict=True) for _ in range(count)]
+            units = {"start": used[0], **{f"layers.{n}": name for n, name in enumerate(owners)}, "end": used[-1]}
+            yield "pins:"
+            yield from (f"  {unit}: {self.device}@{name}" for unit, name in units.items())
 
     def stages(self, name: str) -> list[int]:
         """The processes of the stages of a host."""
