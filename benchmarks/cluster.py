@@ -1,6 +1,6 @@
 """What three hosts cost beside three stages in one process: network namespaces, real weights, one sequence.
 
-    python benchmarks/cluster.py [MODEL] [--device cpu] [--delay 1] [--loss 1] [--tokens 100]
+    python benchmarks/cluster.py [MODEL] [--device cpu] [--delay 1] [--loss 1] [--tokens 40]
 
 Bar: the tokens are those of one process, and the time per token is at most 3 hops of 60 microseconds, and the delay of
 three links, longer; where frames are lost only the former. Runs take turns, and the quickest of each counts, since
@@ -43,8 +43,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--delay", type=float, help="milliseconds that each link takes", default=0)
     parser.add_argument("--loss", type=float, help="percent of packets that each link loses", default=0)
-    parser.add_argument("--tokens", type=int, default=100)
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--turns", type=int, default=40)
     options = parser.parse_args()
     params = labinfer.SamplingParams(temperature=0, max_tokens=options.tokens, ignore_eos=True)
     names = [f"{options.device}:{number}" for number in range(len(HOSTS))]

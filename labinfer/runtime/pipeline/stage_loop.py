@@ -82,6 +82,7 @@ class StageLoop:
         self.tape: Tape | None = None
         self.header = Header(STEP, 0, ())
         self.outgoing: Sequence[memoryview] = ()  # the frame of what the step makes
+        self.result: Sequence[memoryview] = ()  # that of its tokens, for the engine
         self.failure = bytearray()
 
     def run(self) -> None:
@@ -124,6 +125,8 @@ class StageLoop:
         makes = [view(self.chosen[:rows])] if self.last else [view(self.times), *self.values.leaving]
         for channel in self.onwards:
             self.outgoing = channel.pack(TOKENS if self.last else VALUES, self.header.tag, makes)
+        for channel in self.links.outbound if self.last else ():
+            self.result = channel.pack(TOKENS, self.header.tag, [*makes, view(self.times)])
         if self.number:
             self.links.inbound.expect(VALUES, self.header.tag, [view(self.times), *self.values.arriving])
         if self.links.tokens_in is not None and len(message.pending):
@@ -198,7 +201,8 @@ class StageLoop:
         if wants_logits:
             self.send_on(LOGITS, views([tokens, self.times, logits]))
         else:
-            self.send_on(TOKENS, views([tokens, self.times]))
+            for channel in self.links.outbound:
+                channel.write(self.result)
 
     def send_outgoing(self) -> None:
         """Send what the step has made to whoever computes next."""
