@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from labinfer.cluster.token import kept_token, token_path
+from labinfer.runtime.cores import available_cores
 
 NETWORK, BRIDGE, PORT = "10.77.0", "labinfer0", 7700
 
@@ -22,9 +23,12 @@ def ip(*words: str, check: bool = True) -> None:
 
 
 class Namespaces:
-    """A host for each of ``names``, whose agent has one device; ``delay`` (``1ms``) is added to what it sends."""
+    """A host for each of ``names``, whose agent has one device and one core of this machine, in turn.
 
-    def __init__(self, names: Sequence[str], device: str, delay: str | None = None) -> None:
+    ``netem`` says what is done to all that a host sends, as ``tc`` does: ``("delay", "1ms", "loss", "1%")``.
+    """
+
+    def __init__(self, names: Sequence[str], device: str, netem: Sequence[str] = ()) -> None:
         kept_token()
         self.addresses = {name: f"{NETWORK}.{number}" for number, name in enumerate(names, 2)}
         self.device, self.agents = device, dict[str, subprocess.Popen[bytes]]()
@@ -40,8 +44,8 @@ class Namespaces:
             self.inside(name, "ip", "address", "add", f"{address}/24", "dev", there)
             for device_name in (there, "lo"):
                 self.inside(name, "ip", "link", "set", device_name, "up")
-            if delay:
-                self.inside(name, "tc", "qdisc", "add", "dev", there, "root", "netem", "delay", delay)
+            if netem:
+                self.inside(name, "tc", "qdisc", "add", "dev", there, "root", "netem", *netem)
             self.start(name)
 
     def inside(self, name: str, *command: str) -> None:
@@ -56,18 +60,33 @@ class Namespaces:
         assert agent.stdout is not None
         assert agent.stdout.readline().startswith(b"listening"), f"the agent of {name} did not start"
         agent.stdout.close()
+        cores = available_cores()
+        number = list(self.addresses).index(name)
+        os.sched_setaffinity(agent.pid, [cores[number % len(cores)]])  # its threads and stages inherit it
 
-    def cluster_file(self, path: Path) -> Path:
-        """Write the cluster file."""
+    def cluster_file(self, path: Path, layers: Sequence[int] = ()) -> Path:
+        """Write the cluster file; if ``layers`` are given, so many are on each of the first hosts."""
         hosts = [f"  {name}: {{address: '{address}:{PORT}'}}" for name, address in self.addresses.items()]
         devices = [f"  {self.device}@{name}: {{threads: 1}}" for name in self.addresses]
-        path.write_text("\n".join(["hosts:", *hosts, "devices:", *devices]))
+        path.write_text("\n".join(["hosts:", *hosts, "devices:", *devices, *self.pins(layers)]) + "\n")
         return path
+
+    def pins(self, layers: Sequence[int]) -> Iterator[str]:
+        """Lines of a cluster file: so many layers are on each of the first hosts, what is beside them on the ends."""
+        if layers:
+            used = list(self.addresses)[: len(layers)]
+            owners = [name for name, count in zip(used, layers, strict=True) for _ in range(count)]
+            units = {"start": used[0], **{f"layers.{n}": name for n, name in enumerate(owners)}, "end": used[-1]}
+            yield "pins:"
+            yield from (f"  {unit}: {self.device}@{name}" for unit, name in units.items())
 
     def stages(self, name: str) -> list[int]:
         """The processes of the stages of a host."""
-        tasks = Path(f"/proc/{self.agents[name].pid}/task").glob("*/children")
-        return [int(each) for task in tasks for each in task.read_text().split()]
+        found = list[int]()
+        for task in Path(f"/proc/{self.agents[name].pid}/task").glob("*/children"):
+            with contextlib.suppress(OSError):  # a thread that has ended
+                found += map(int, task.read_text().split())
+        return found
 
     def link(self, name: str, state: str) -> None:
         """Cut the link of a host (``down``), or mend it (``up``)."""

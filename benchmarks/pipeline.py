@@ -89,7 +89,7 @@ def main() -> None:
             found += [run]
             if options.trace:
                 with open(options.trace, "w", encoding="utf-8") as file:
-                    file.write(render_steps(times, ["cpu:0", "cpu:1"]))
+                    file.write(render_steps({f"cpu:{stage}": times[:, stage] for stage in range(2)}))
         found += [alone]
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:

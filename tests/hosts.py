@@ -24,10 +24,10 @@ class Hosts:
         for name in names:
             self.start(name)
 
-    def start(self, name: str) -> None:
-        """Start the agent of a host, at the port it had before."""
-        command = [sys.executable, "-m", "labinfer.cluster.agent", "--address", f"127.0.0.1:{self.ports[name]}"]
-        command += ["--token-file", str(token_path())]
+    def start(self, name: str, within: Sequence[str] = ()) -> None:
+        """Start the agent of a host, at the port it had before, by the command ``within`` if one is given."""
+        command = [*within, sys.executable, "-m", "labinfer.cluster.agent", "--token-file", str(token_path())]
+        command += ["--address", f"127.0.0.1:{self.ports.get(name, 0)}"]
         agent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert agent.stdout is not None
         line = agent.stdout.readline()

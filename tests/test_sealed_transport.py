@@ -183,6 +183,57 @@ def test_frames_go_both_ways_whole_and_in_order(ends: tuple[Sealed, Sealed]) -> 
             assert inbox.receive() == (kind, tag, sections)
 
 
+@pytest.mark.parametrize("fetches", [True, False], ids=["fetched before", "not fetched"])
+@pytest.mark.parametrize("sizes", [(0, 3), (48, 2304, 0), (70_000,)])
+def test_an_expected_frame_is_received_into_its_sections(
+    sizes: tuple[int, ...], fetches: bool, ends: tuple[Sealed, Sealed]
+) -> None:
+    sender, receiver = ends
+    for tag in range(3):
+        sent = [bytes([tag + 1]) * size for size in sizes]
+        taken = [bytearray(size) for size in sizes]
+        receiver.expect(1, tag, [memoryview(each) for each in taken])
+        sender.send(1, tag, [memoryview(each) for each in sent])
+        while fetches and not receiver.fetch():
+            pass
+        header = receiver.receive(lambda header, taken=taken: [memoryview(each) for each in taken])
+        assert (header, taken) == (Header(1, tag, sizes), sent)
+
+
+def test_another_frame_may_come_than_was_expected(ends: tuple[Sealed, Sealed]) -> None:
+    sender, receiver = ends
+    inbox = Inbox(receiver)
+    untouched = bytearray(4)
+    for kind, tag, text in [(2, 0, b"four"), (1, 1, b"four"), (1, 0, b"three"), (1, 0, b"four")]:
+        receiver.expect(1, 0, [memoryview(untouched)])
+        sender.send(kind, tag, [memoryview(text)])
+        while not receiver.fetch():
+            pass
+        if (kind, tag, text) != (1, 0, b"four"):
+            assert inbox.receive() == (kind, tag, [text])
+            assert untouched == bytes(4)
+    receiver.receive(inbox.place)
+    assert untouched == b"four"
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_an_expected_frame_that_was_changed_is_never_taken_for_one(data: st.DataObject) -> None:
+    heard = bytearray(record([b"first section"]))
+    heard[data.draw(st.integers(0, len(heard) - 1))] ^= data.draw(st.integers(1, 255))
+    one, other = connected()
+    receiver, taken = Sealed(other, LIMIT, Keys(*reversed(KEYS))), bytearray(13)
+    with closing(one), closing(other):
+        receiver.expect(1, 7, [memoryview(taken)])
+        one.sendall(heard)
+        one.shutdown(socket.SHUT_WR)
+        while not receiver.fetch():
+            pass
+        with pytest.raises((ChannelClosed, LabinferError)):
+            Inbox(receiver).receive()
+        assert taken == bytes(13)
+
+
 def test_a_frame_beyond_the_limit_is_refused_before_its_memory_is_taken(ends: tuple[Sealed, Sealed]) -> None:
     sender, receiver = ends
     sender.limit *= 1 << 30

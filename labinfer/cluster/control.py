@@ -1,6 +1,7 @@
 """What a head and an agent say to each other: JSON objects, some with bytes behind them, over a sealed connection.
 
-Both sides beat four times a second; one that hears nothing for a while takes the other for lost.
+Both sides beat four times a second; one that hears nothing for a while takes the other for lost. Beats also tell how
+far the two clocks are apart.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import threading
 import time
 from typing import Any
 
+from labinfer.cluster.clock import PeerClock
 from labinfer.errors import LabinferError
 from labinfer.runtime.pipeline.process import BEAT
 from labinfer.runtime.pipeline.transport import ChannelClosed, Header, Keys, Sealed
@@ -53,7 +55,7 @@ class Control:
     def __init__(self, connection: socket.socket, keys: Keys, silence: float) -> None:
         self.channel, self.saying = Sealed(connection, MESSAGE_BYTES, keys), threading.Lock()
         self.most_missed, self.missed = round(silence / BEAT), 0
-        self.closed = False
+        self.closed, self.clock = False, PeerClock()
         self.beating = threading.Thread(target=self.beat, name="labinfer-beat", daemon=True)
         self.beating.start()
 
@@ -83,7 +85,9 @@ class Control:
                 raise ChannelClosed(f"no message: {error}") from None
             if header.kind != CONTROL or not isinstance(message, dict):
                 raise ChannelClosed("no message of the control connection")
-            if message.get("do") != "beat":
+            if message.get("do") == "beat":
+                self.clock.hear(message, time.monotonic())
+            else:
                 return message, bytes(sections[1]) if len(sections) > 1 else b""
 
     def ask(self, payload: bytes | memoryview = b"", **message: Any) -> dict[str, Any]:
@@ -96,14 +100,14 @@ class Control:
 
     def beat(self) -> None:
         """Until it is closed, or the other end is silent."""
-        beat = memoryview(json.dumps({"do": "beat"}).encode())
         with contextlib.suppress(ChannelClosed):
             while not self.closed and self.missed < self.most_missed:
                 # Who does not hear, since it reads a checkpoint, say, takes nobody for silent who has said something.
                 self.missed = 0 if self.channel.ready() else self.missed + 1
                 if self.saying.acquire(timeout=BEAT):  # not where something large is on its way to who does not read
                     try:
-                        self.channel.send(CONTROL, 0, [beat])
+                        beat = json.dumps({"do": "beat", **self.clock.stamp(time.monotonic())}).encode()
+                        self.channel.send(CONTROL, 0, [memoryview(beat)])
                     finally:
                         self.saying.release()
                 time.sleep(BEAT)

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from labinfer.cluster.agent import notice_cuts
 from labinfer.cluster.checkpoints import provide
 from labinfer.cluster.control import END_SECONDS, Address, Control, open_control
@@ -163,6 +165,10 @@ class HostedStages(Workers):
             self.died, problem = died, self.problem
         if problem is not None:
             died(problem.message)
+
+    def clock_offsets(self) -> np.ndarray:
+        """See ``Workers.clock_offsets``."""
+        return np.array([self.controls[host].clock.offset for host in self.hosts])
 
     def kill(self) -> None:
         """See ``Workers.kill``: agents end the stages of a head that is gone."""

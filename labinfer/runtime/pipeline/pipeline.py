@@ -38,7 +38,7 @@ MAX_SPANS = 4096
 class StepResult:
     """What a step made: the likeliest token of each row of logits (int32, -1 where there is none), and float32 logits
     [rows, vocab_size] if they were wanted. ``times`` [stages, 2] is when each stage (its first rank) began and ended,
-    ``time.monotonic``.
+    ``time.monotonic`` of this machine.
     """
 
     tokens: np.ndarray
@@ -105,6 +105,7 @@ class Pipeline:
             while True:
                 number, result = self.receive()
                 if isinstance(result, StepResult):
+                    result.times -= self.workers.clock_offsets()[:, None]
                     self.spans.append(result.times)
                 with self.arrived:
                     self.results[number] = result

@@ -15,7 +15,7 @@ import numpy as np
 
 from labinfer.compiler.plan import Plan
 from labinfer.errors import LabinferError
-from labinfer.runtime.cores import stay_on
+from labinfer.runtime.cores import make_way, stay_on
 from labinfer.runtime.interpreter import Tape
 from labinfer.runtime.pipeline.crossing import CrossingValues
 from labinfer.runtime.pipeline.message import (
@@ -82,6 +82,7 @@ class StageLoop:
         self.tape: Tape | None = None
         self.header = Header(STEP, 0, ())
         self.outgoing: Sequence[memoryview] = ()  # the frame of what the step makes
+        self.result: Sequence[memoryview] = ()  # that of its tokens, for the engine
         self.failure = bytearray()
 
     def run(self) -> None:
@@ -95,6 +96,7 @@ class StageLoop:
                 failure = unprepared or lost or caught(self.compute)
                 if failure is not None:
                     self.send_failure(failure)
+                make_way()  # the next stage may share the core, and nobody waits for what comes now
         except (ChannelClosed, LabinferError):  # the latter of a channel that brings what is no step
             pass
         finally:
@@ -123,6 +125,10 @@ class StageLoop:
         makes = [view(self.chosen[:rows])] if self.last else [view(self.times), *self.values.leaving]
         for channel in self.onwards:
             self.outgoing = channel.pack(TOKENS if self.last else VALUES, self.header.tag, makes)
+        for channel in self.links.outbound if self.last else ():
+            self.result = channel.pack(TOKENS, self.header.tag, [*makes, view(self.times)])
+        if self.number:
+            self.links.inbound.expect(VALUES, self.header.tag, [view(self.times), *self.values.arriving])
         if self.links.tokens_in is not None and len(message.pending):
             self.fill_in(message)
             interpreter.step_memory.load_token_ids(batch)
@@ -172,9 +178,10 @@ class StageLoop:
         assert self.tape is not None
         batch = self.message.batch
         self.times[self.number, 0] = time.monotonic()
-        made = self.stage.interpreter.execute(self.tape, len(batch.token_ids), len(batch.logits_rows))
+        rows = len(batch.logits_rows)
+        self.stage.interpreter.compute(self.tape, len(batch.token_ids), rows)
         if self.links.outbound and self.last:
-            self.send_tokens(made[self.stage.stage.outputs[-1]], self.message.wants_logits)
+            self.send_tokens(self.tape.values[self.stage.stage.outputs[-1]][:rows], self.message.wants_logits)
         elif self.links.outbound:
             self.values.move_out()
             self.times[self.number, 1] = time.monotonic()
@@ -194,7 +201,8 @@ class StageLoop:
         if wants_logits:
             self.send_on(LOGITS, views([tokens, self.times, logits]))
         else:
-            self.send_on(TOKENS, views([tokens, self.times]))
+            for channel in self.links.outbound:
+                channel.write(self.result)
 
     def send_outgoing(self) -> None:
         """Send what the step has made to whoever computes next."""

@@ -39,6 +39,10 @@ class Workers(ABC):
     def watch(self, died: Callable[[str], None]) -> None:
         """Call ``died`` from now on, once, with how the first of them died."""
 
+    def clock_offsets(self) -> np.ndarray:
+        """Seconds that the clock of each stage, float64 [stages], is ahead of ours: none on this machine."""
+        return np.zeros(1)
+
     @abstractmethod
     def kill(self) -> None:
         """End them at once, and wake whoever waits for them."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from itertools import zip_longest
 from math import isfinite
 from typing import Any
 
+import numpy as np
+
+from labinfer.render.step_trace import render_steps
 from labinfer.runtime.model import Model
 from labinfer.runtime.step_costs import StepCosts
 from labinfer.runtime.step_stats import StepStats
@@ -82,8 +86,11 @@ def stages(model: Model, replica: int) -> list[dict[str, Any]]:
 async def trace(call: Call) -> Any:
     """The last steps, oldest first; ``?after=T`` gives those that ended after ``T``, a ``time`` of an earlier answer.
 
-    ``predicted_seconds`` is what a step of its size takes by the engine's running estimate.
+    ``predicted_seconds`` is what a step of its size takes by the engine's running estimate. ``?format=perfetto`` gives
+    what each stage of a pipeline did and when instead, on all hosts, by this machine's clock.
     """
+    if (form := call.query("format") or "json") != "json":
+        return stages_trace(call.service.models, form)
     text = call.query("after") or "-inf"
     try:
         after = float(text)
@@ -98,6 +105,20 @@ async def trace(call: Call) -> Any:
         if each.time > after
     ]
     return {"now": time.perf_counter(), "steps": sorted(steps, key=lambda step: step["time"])}
+
+
+def stages_trace(models: Sequence[Model], form: str) -> Reply:
+    """The last steps of all stages as a trace that Perfetto shows."""
+    if form != "perfetto":
+        raise ApiError(400, "format: json or perfetto", param="format", code="invalid_value")
+    tracks: dict[str, np.ndarray] = {}
+    for number, model in enumerate(models):
+        if model.pipeline is not None:
+            spans, groups = list(model.pipeline.spans), model.pipeline.plan.groups
+            times = np.array(spans).reshape(-1, len(groups), 2)
+            replica = f"replica {number}, " if len(models) > 1 else ""
+            tracks |= {f"{replica}stage {at} ({each[0].device})": times[:, at] for at, each in enumerate(groups)}
+    return Reply(render_steps(tracks).encode())
 
 
 def predicted(costs: StepCosts, step: StepStats) -> float | None:

@@ -32,7 +32,7 @@ class Arrivals:
         began = time.monotonic()
         if not self.channel.ready(max(0.0, self.usual - EARLY)):
             until = began + self.usual + LATE
-            while not self.channel.ready():
+            while not self.channel.fetch():
                 if time.monotonic() > until:
                     self.channel.ready(None)
                     break

@@ -122,6 +122,16 @@ class Channel(ABC):
     def ready(self, seconds: float | None = 0.0) -> bool:
         """Whether a frame, or the end, has arrived; waits for it so long, or until it comes (None)."""
 
+    def fetch(self) -> bool:
+        """``ready`` at once, for the one thread that receives: it may take what has come from the system already."""
+        return self.ready()
+
+    def expect(self, kind: int, tag: int, sections: Sequence[memoryview]) -> None:  # noqa: B027  it need not help
+        """Get ready for a frame that goes to ``sections``, so that little is left to do once it comes.
+
+        It is received as any other, and another may come instead.
+        """
+
     @property
     @abstractmethod
     def descriptors(self) -> tuple[int, ...]:
