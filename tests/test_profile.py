@@ -24,7 +24,7 @@ from labinfer.compiler.costs import (
     StreamProfile,
     load_profile,
 )
-from labinfer.compiler.costs.plans import pipeline_seconds, predict_plan, stage_ops, stage_signer
+from labinfer.compiler.costs.plans import predict_pipeline, predict_plan, stage_ops, stage_signer
 from labinfer.compiler.costs.store import profile_path, store_link, store_profile, stored_links
 from labinfer.compiler.costs.table import interpolate
 from labinfer.errors import LabinferError, UsageError
