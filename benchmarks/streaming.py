@@ -4,8 +4,9 @@
 
 Copying is timed with nothing else running, as a step copies: where the device leaves a core to it (the default here)
 with that and with the core that else computes. A step is then at least as long as one of resident weights, and as the
-work of both cores shared evenly: copying, and half of such a step. A device that computes with all cores (``--threads``)
-copies with them as well, so its bound is the sum of both. Bar: 80 % of it, with the tokens of resident weights.
+work of both cores shared evenly: copying, and half of such a step. A device that computes with all cores
+(``--threads``) copies with them as well, so its bound is the sum of both. Bar: 80 % of it, with the tokens of resident
+weights.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def profile_device(
     resident, some, streamed = (
         sampled(compile_for(model, name, streamed_layers=n, **options)) for n in (0, -(-layers // 3), layers)
     )
-    check_memory(resident)
+    check_memory(resident, streamed)
     fresh = measure_device(resident, grid, quick, patience, progress)
     fresh.pipeline = PipelineProfile(around=measure_around(resident, grid, patience))
     if streamed.stages[0].streamed:
@@ -153,15 +153,16 @@ def blocks_for(grid: Grid, block_size: int) -> int:
     return max(s.sequences * -(-(s.past + s.tokens // s.sequences) // block_size) for s in grid.steps())
 
 
-def check_memory(plan: Plan) -> None:
-    """Raise ``DoesNotFit`` where the machine has too little memory free to run the layers that are measured."""
+def check_memory(plan: Plan, streamed: Plan) -> None:
+    """Raise ``DoesNotFit`` where the machine has too little memory free to run the layers that are measured, resident and
+    ``streamed`` at the same time."""
     ((name, device),) = plan.devices.items()
     manager = Manager()
     try:
         free, _ = manager.device(name, device.threads).memory()
     finally:
         manager.close()
-    needed = plan.stages[0].bytes.total
+    needed = plan.stages[0].bytes.total + streamed.stages[0].bytes.total
     if needed > free:
         message = f"measuring '{plan.source.name}' on '{name}' takes {human_bytes(needed)} of {human_bytes(free)} free"
         raise DoesNotFit("profile.memory", message, remedy="end other programs, or lower --max-num-seqs")
