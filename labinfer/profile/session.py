@@ -154,8 +154,8 @@ def blocks_for(grid: Grid, block_size: int) -> int:
 
 
 def check_memory(plan: Plan, streamed: Plan) -> None:
-    """Raise ``DoesNotFit`` where the machine has too little memory free to run the layers that are measured, resident and
-    ``streamed`` at the same time."""
+    """Raise ``DoesNotFit`` where the machine has too little memory free to run the layers that are measured, those that
+    stay and those that are ``streamed`` at the same time."""
     ((name, device),) = plan.devices.items()
     manager = Manager()
     try:
