@@ -63,12 +63,14 @@ class Room:
 
     def __init__(self, model: str, patience: Patience, devices: Mapping[str, int | None] = DEVICES, **how: Any) -> None:
         self.model, self.patience = model, patience
-        alike = {threads: name for name, threads in devices.items()}
+        alike = {(name.partition(":")[0], threads): name for name, threads in devices.items()}
         known = {
-            threads: Measured(profile_device(model, name, threads, silent, patience, **how))
-            for threads, name in alike.items()
+            kind: Measured(profile_device(model, name, kind[1], silent, patience, **how))
+            for kind, name in alike.items()
         }
-        self.costs: dict[str, Costs] = {name: known[threads] for name, threads in devices.items()}
+        self.costs: dict[str, Costs] = {
+            name: known[name.partition(":")[0], threads] for name, threads in devices.items()
+        }
         self.links: dict[tuple[str, str], LinkProfile] = profile_links(devices)
         self.hops = profile_hops(how["again"])
         layers = {
