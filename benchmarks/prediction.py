@@ -1,11 +1,14 @@
 """How well predicted times of plans match measured ones, and how good the plan is that costs choose.
 
     python benchmarks/prediction.py MODEL.gguf ...       # thirteen plans of each: one process, and pipelines of two
+    python benchmarks/prediction.py --plans 8 9 MODEL    # some of them
     python benchmarks/prediction.py --choose MODEL.gguf  # the chosen plan beside others, where memory is capped
+    python benchmarks/prediction.py --of FILE ...        # the summary of what was written with --json
 
 Devices are CPUs of unequal threads in one process, and of a thread each in the processes of a pipeline. Profiles are
-measured first where they are missing (--quick: at few sizes of steps), on made-up weights as always. Steps run on the
-model's own, on a machine as quiet as LABINFER_PATIENCE seconds of waiting make it.
+measured first where they are missing (--quick: at few sizes of steps; --again: just before each plan, since what else
+a machine does changes within minutes), on made-up weights as always. Steps run on the model's own, on a machine as
+quiet as LABINFER_PATIENCE seconds of waiting make it.
 """
 
 from __future__ import annotations
@@ -14,9 +17,10 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -24,10 +28,18 @@ from typing import Any
 
 import labinfer
 from labinfer.compiler.costs import Costs, LinkProfile, Measured, StepShape
-from labinfer.compiler.costs.plans import pipeline_seconds, predict_plan, stage_ops
+from labinfer.compiler.costs.plans import predict_pipeline, predict_plan, stage_ops
 from labinfer.compiler.plan import Plan
 from labinfer.errors import DoesNotFit
-from labinfer.profile.measure import measure_step, prepared_step, warm_up
+from labinfer.profile.measure import (
+    BUDGET_SECONDS,
+    FEWEST_RUNS,
+    MOST_RUNS,
+    measure_step,
+    prepared_step,
+    settle,
+    warm_up,
+)
 from labinfer.profile.quiet import Patience
 from labinfer.profile.session import profile_device, profile_hops, profile_links
 from labinfer.progress import silent
@@ -45,18 +57,19 @@ PROMPT, OUTPUT, ROUNDS = 512, 128, 2
 PIPELINES = (("shm", 2, 0), ("shm", 3, 0), ("shm", 4, 0), ("tcp", 2, 0), ("tcp", 4, 0), ("shm", 3, 5))
 """Pipelines: how the stages talk, sixths of the units that are on the first, streamed layers of each."""
 
-RUNS = 9
-"""How often each step of a pipeline is run."""
-
 
 class Room:
     """What is known of the devices for one model."""
 
     def __init__(self, model: str, patience: Patience, devices: Mapping[str, int | None] = DEVICES, **how: Any) -> None:
         self.model, self.patience = model, patience
+        alike = {(name.partition(":")[0], threads): name for name, threads in devices.items()}
+        known = {
+            kind: Measured(profile_device(model, name, kind[1], silent, patience, **how))
+            for kind, name in alike.items()
+        }
         self.costs: dict[str, Costs] = {
-            name: Measured(profile_device(model, name, threads, silent, patience, **how))
-            for name, threads in devices.items()
+            name: known[name.partition(":")[0], threads] for name, threads in devices.items()
         }
         self.links: dict[tuple[str, str], LinkProfile] = profile_links(devices)
         self.hops = profile_hops(how["again"])
@@ -84,24 +97,38 @@ class Trial:
     transport: str | None = None
 
 
-def trials(path: str, patience: Patience, **how: bool) -> Iterator[Trial]:
-    """Each device alone, with none, a third and all of its layers streamed; a third of them on the slower one; and
-    pipelines of two devices that are alike."""
+def by_itself(device: str, part: float, path: str, patience: Patience, **how: bool) -> Trial:
+    """A device alone, with a part of its layers streamed."""
+    threads = DEVICES[device]
+    room = Room(path, patience, {device: threads}, **how)
+    layers = int(part * len(room.units))
+    plan = room.compile(f"'{device}': {{threads: {threads}}}", **({"streamed_layers": layers} if layers else {}))
+    return Trial(f"{threads} threads, {len(plan.stages[0].streamed)} streamed", room, plan)
+
+
+def in_turn(path: str, patience: Patience, **how: bool) -> Trial:
+    """Both devices in this process, a third of the layers on the slower one."""
     room = Room(path, patience, DEVICES, **how)
-    each = [f"'{name}': {{threads: {threads}}}" for name, threads in DEVICES.items()]
-    for device, threads in zip(each, DEVICES.values(), strict=True):
-        for layers in (0, len(room.units) // 3, len(room.units)):
-            plan = room.compile(device, **({"streamed_layers": layers} if layers else {}))
-            yield Trial(f"{threads} threads, {len(plan.stages[0].streamed)} streamed", room, plan)
-    yield Trial("1 + 2 threads", room, room.compile(", ".join(each), pins(room.units, len(room.units) // 3, 1, 0)))
-    room = Room(path, patience, dict.fromkeys(DEVICES, 1), quick=how["quick"], again=False)
-    each = [f"'{name}': {{threads: 1}}" for name in DEVICES]
-    for transport, thirds, streamed in PIPELINES:
-        cut = thirds * len(room.units) // 6
-        options = {"streamed_layers": streamed} if streamed else {}
-        plan = room.compile(", ".join(each), pins(room.units, cut, 0, 1), **options)
-        name = f"{cut} + {len(room.units) - cut}, {transport}"
-        yield Trial(f"{name}, {streamed} streamed each" if streamed else name, room, plan, transport)
+    devices = ", ".join(f"'{name}': {{threads: {threads}}}" for name, threads in DEVICES.items())
+    return Trial("1 + 2 threads", room, room.compile(devices, pins(room.units, len(room.units) // 3, 1, 0)))
+
+
+def pipelined(transport: str, sixths: int, streamed: int, path: str, patience: Patience, **how: bool) -> Trial:
+    """Two processes of a thread each."""
+    room = Room(path, patience, dict.fromkeys(DEVICES, 1), **how)
+    cut = sixths * len(room.units) // 6
+    devices = ", ".join(f"'{name}': {{threads: 1}}" for name in DEVICES)
+    options = {"streamed_layers": streamed} if streamed else {}
+    plan = room.compile(devices, pins(room.units, cut, 0, 1), **options)
+    name = f"{cut} + {len(room.units) - cut}, {transport}"
+    return Trial(f"{name}, {streamed} streamed each" if streamed else name, room, plan, transport)
+
+
+TRIALS: list[Callable[..., Trial]] = [
+    *(partial(by_itself, device, part) for device in DEVICES for part in (0, 1 / 3, 1)),
+    in_turn,
+    *(partial(pipelined, *each) for each in PIPELINES),
+]
 
 
 def pins(units: Sequence[str], cut: int, first: int, second: int) -> str:
@@ -117,14 +144,15 @@ def accuracy(trial: Trial, patience: Patience) -> list[dict[str, Any]]:
             warm_up(model)
         for step in reversed(STEPS):  # long ones first: memory is then as it is in a service
             stages = predict_plan(plan, room.costs, room.links, step)
-            predicted = [sum(stage.total for stage in stages), *(stage.seconds for stage in stages)]
             if trial.transport:
-                predicted[0] += pipeline_seconds(stages, room.hops[trial.transport])
+                alone = predict_pipeline(plan, stages, room.costs, room.hops[trial.transport], step)
+                predicted = [alone.seconds, *alone.stages]
                 measured = seconds_of_step(model, step, patience)
             else:
                 times = measure_step(model, step, patience)
                 measured = [times.whole, *(float(times.of_stage(number).sum()) for number in range(len(stages)))]
-                predicted[1:] = [sum(seconds for _, seconds in stage.ops) for stage in stages]
+                computing = (sum(seconds for _, seconds in stage.ops) for stage in stages)
+                predicted = [sum(stage.total for stage in stages), *computing]
             names = ["whole", *(f"stage on {stage.device}" for stage in plan.stages)]
             what = f"{step.phase} {step.tokens} after {step.past}"
             each = {"model": Path(room.model).stem, "plan": trial.name, "step": what}
@@ -139,8 +167,9 @@ def seconds_of_step(model: Model, step: StepShape, patience: Patience) -> list[f
     assert model.pipeline is not None
     patience.wait()
     with prepared_step(model, step) as batch:
-        runs = []
-        for _ in range(RUNS):
+        settle(model, batch)
+        runs: list[list[float]] = []
+        while len(runs) < FEWEST_RUNS or (len(runs) < MOST_RUNS and sum(run[0] for run in runs) < BUDGET_SECONDS):
             started = time.perf_counter()
             model.run(batch)
             whole = time.perf_counter() - started
@@ -207,7 +236,9 @@ def seconds_of(room: Room, name: str, plan: Plan) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+")
+    parser.add_argument("models", nargs="*")
+    parser.add_argument("--plans", type=int, nargs="+", default=range(len(TRIALS)), help="by number, from 0")
+    parser.add_argument("--of", nargs="+", default=[], metavar="FILE", help="sum these results up")
     parser.add_argument("--choose", action="store_true", help="compare the chosen plan with others")
     parser.add_argument("--quick", action="store_true", help="measure few sizes of steps for the profiles")
     parser.add_argument("--again", action="store_true", help="measure profiles that are known, too")
@@ -219,12 +250,9 @@ def main() -> None:
         for row in found:
             print(f"{row['measured_ms']:10.2f} ms, predicted {row['predicted_ms']:10.2f}  {row['plan']}")
     else:
-        found = [
-            row
-            for path in options.models
-            for trial in trials(path, patience, **how)
-            for row in accuracy(trial, patience)
-        ]
+        found = [row for path in options.of for row in json.loads(Path(path).read_text())]
+        for path, number in product(options.models, options.plans):
+            found += accuracy(TRIALS[number](path, patience, **how), patience)
         print("\n".join(summary(found)))
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n")

@@ -24,7 +24,7 @@ from labinfer.compiler.costs import (
     StreamProfile,
     load_profile,
 )
-from labinfer.compiler.costs.plans import pipeline_seconds, predict_plan, stage_ops, stage_signer
+from labinfer.compiler.costs.plans import predict_pipeline, predict_plan, stage_ops, stage_signer
 from labinfer.compiler.costs.store import profile_path, store_link, store_profile, stored_links
 from labinfer.compiler.costs.table import interpolate
 from labinfer.errors import LabinferError, UsageError
@@ -36,9 +36,11 @@ from labinfer.profile.measure import StepTimes
 from labinfer.profile.quiet import Foreign, Patience
 from labinfer.profile.sample import layer_ops, sampled
 from labinfer.profile.session import profile_device, profile_hops, profile_links
+from labinfer.profile.streaming import measure_stage_streaming, own_cores
 from labinfer.profile.synthetic import BYTES, SyntheticCheckpoint
 from labinfer.profile.validate import validate_plan
 from labinfer.progress import silent
+from labinfer.runtime.cores import available_cores, call_on
 from labinfer.runtime.model import Model
 from labinfer.runtime.pipeline.transport import TRANSPORTS
 
@@ -127,17 +129,51 @@ def test_predictions_add_up_the_ops_of_each_stage() -> None:
 
 
 @pytest.mark.usefixtures("home")
-def test_the_hops_of_every_transport_are_measured_once_and_count_in_a_pipeline() -> None:
+def test_the_hops_of_every_transport_are_measured_once() -> None:
     hops = profile_hops()
     assert set(hops) == set(TRANSPORTS)
     assert profile_hops() == stored_links().transports == hops  # nothing is measured again
     store_link("cpu", "cpu", hops["shm"])
     assert stored_links().transports == hops
-    plan = labinfer.compile(_MODEL, devices="reference:0=0-0,reference:1=1-2", **_SMALL)
-    costs, links = dict.fromkeys(plan.devices, Measured(_profile(_MODEL))), profile_links(dict.fromkeys(plan.devices))
-    stages = predict_plan(plan, costs, links, StepShape.prefill(16))
-    hop = LinkProfile(latency=1.0, bandwidth=4.0)
-    assert pipeline_seconds(stages, hop) == 4 + 16 * 24 + plan.vocab_size  # float32: hidden states, then logits
+
+
+@pytest.mark.usefixtures("home")
+def test_a_pipeline_takes_its_stages_the_hops_between_them_and_what_is_around() -> None:
+    profile, step = _profile(_MODEL), StepShape.prefill(16)
+    assert profile.pipeline is not None
+    around = profile.pipeline.around
+    assert around.seconds("prefill", 16, 0) > 0 < around.seconds("decode", 1, 0)
+    plan = labinfer.compile(_MODEL, devices="reference:0=0-0,reference:1=1-2", streamed_layers=1, **_SMALL)
+    links, hop = profile_links(dict.fromkeys(plan.devices)), LinkProfile(latency=1.0, bandwidth=4.0)
+    for streamed in (None, 100.0):  # the latter on own cores
+        profile.pipeline.streamed = streamed
+        costs = dict.fromkeys(plan.devices, Measured(profile))
+        stages = predict_plan(plan, costs, links, step)
+        alone = predict_pipeline(plan, stages, costs, hop, step)
+        assert alone.around == around.seconds("prefill", 16, 0) + 1 + 16 * 24  # of float32
+        for stage, cost, seconds in zip(plan.stages, stages, alone.stages, strict=True):
+            waits = cost.streaming if streamed is None else stage.bytes.host / streamed
+            assert seconds == pytest.approx(sum(each for _, each in cost.ops) + waits)
+        assert alone.seconds == pytest.approx(sum(alone.stages) + alone.around)
+
+
+def test_a_stage_keeps_to_as_many_cores_as_its_device_has_threads() -> None:
+    pytest.importorskip("numba", reason="the CPU backend needs numba")
+    cores = available_cores()
+    plans = [labinfer.compile(_MODEL, devices="cpu", threads=count) for count in range(1, len(cores) + 1)]
+    assert [own_cores(plan) for plan in plans] == [cores[:count] for count in range(1, len(cores))] + [[]]
+    assert own_cores(labinfer.compile(_MODEL, devices="reference")) == []
+
+
+@pytest.mark.skipif(len(available_cores()) < 2, reason="needs two cores")
+def test_streaming_to_a_stage_is_measured_on_its_own_cores() -> None:
+    pytest.importorskip("numba", reason="the CPU backend needs numba")
+    resident, streamed = (
+        labinfer.compile(_MODEL, devices="cpu", threads=1, streamed_layers=count, **_SMALL) for count in (0, 1)
+    )
+    measured = call_on(own_cores(resident), lambda: measure_stage_streaming(resident, streamed, Patience(0)))
+    assert measured > 0
+    assert available_cores() != own_cores(resident)  # this thread may use all of them still
 
 
 def test_a_hop_whose_other_end_dies_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

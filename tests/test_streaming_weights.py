@@ -31,6 +31,7 @@ from labinfer.runtime.streamed_weights import Arrival
 from .test_pipeline import DEVICES, greedy, on_one_device, prompts
 from .tiny import GOLDEN, tiny_checkpoint, tiny_map, tiny_plan
 
+HOSTED = "llama-llama3"
 FAMILIES = ("llama-odd_heads_tied", "gemma3_text-linear_global", "mixtral-window", "deepseek_v2-group_limited")
 
 
@@ -54,6 +55,17 @@ def test_tokens_are_the_same_over_stages_transports_and_residencies(
         assert len(model.plan.stages) == stages
         assert all(bool(stage.streamed) == bool(streamed) for stage in model.plan.stages)
         assert greedy(model, prompts(name)) == on_one_device(name)
+
+
+@pytest.mark.parametrize("transport", [None, *TRANSPORTS])
+@pytest.mark.parametrize("devices", ["reference=0-0,cpu=1-2", "cpu=0-0,reference=1-2"])
+def test_tokens_are_the_same_where_the_processor_of_the_host_computes_layers(
+    devices: str, transport: str | None
+) -> None:
+    pytest.importorskip("numba", reason="the CPU backend needs numba")
+    with labinfer.load(GOLDEN / HOSTED, devices=devices, transport=transport) as model:
+        assert [stage.device for stage in model.plan.stages] == [each.split("=")[0] for each in devices.split(",")]
+        assert greedy(model, prompts(HOSTED)) == on_one_device(HOSTED)
 
 
 class HostLane(Lane):

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
 
-from labinfer.compiler.costs.plans import StageCost, pipeline_seconds, predict_plan
+from labinfer.compiler.costs.plans import StageCost, predict_pipeline, predict_plan
 from labinfer.compiler.costs.predict import StepShape
+from labinfer.compiler.costs.table import LinkProfile
 from labinfer.compiler.partition import Partition
 from labinfer.compiler.partition.solve import objective_value
 from labinfer.compiler.place_by_cost import Goal, PlacedByCost
@@ -44,7 +45,7 @@ def record_placement(plan: Plan, placed: PlacedByCost, goal: Goal) -> None:
         served=rounded(placed.served.units_per_second * decode.sequences),
         stages=predictions(placed, *costs),
         origins=origins(placed, goal),
-        transports=transports(goal, *costs) if len(plan.stages) > 1 else {},
+        transports=transports(plan, goal, (decode, prefill), costs) if len(plan.stages) > 1 else {},
         reasons=placed.told.reasons,
         runner_ups=[other_placement(placed, each) for each in placed.told.runner_ups],
         changes=[Change(what=each.what, value=rounded(each.value)) for each in placed.told.changes],
@@ -118,9 +119,12 @@ def origins(placed: PlacedByCost, goal: Goal) -> dict[str, str]:
     return found
 
 
-def transports(goal: Goal, decode: Sequence[StageCost], prefill: Sequence[StageCost]) -> dict[str, tuple[float, float]]:
-    """What the hops of a pipeline add to both steps, by each transport that was measured."""
-    return {
-        name: (rounded(pipeline_seconds(decode, link)), rounded(pipeline_seconds(prefill, link)))
-        for name, link in goal.transports.items()
-    }
+def transports(
+    plan: Plan, goal: Goal, steps: Sequence[StepShape], costs: Sequence[Sequence[StageCost]]
+) -> dict[str, tuple[float, float]]:
+    """What both ``steps``, whose stages cost so much, take in a pipeline by each transport that was measured."""
+
+    def whole(number: int, link: LinkProfile) -> float:
+        return rounded(predict_pipeline(plan, costs[number], goal.costs, link, steps[number]).seconds)
+
+    return {name: (whole(0, link), whole(1, link)) for name, link in goal.transports.items()}

@@ -69,7 +69,7 @@ class PlanPlacement(PlanModel):
     stages: list[StagePrediction] = Field(description="predictions by stage")
     origins: dict[str, str] = Field(description="devices and links: whether numbers are measured, borrowed or derived")
     transports: dict[str, tuple[NonNegativeFloat, NonNegativeFloat]] = Field(
-        default={}, description="what the hops of a pipeline add to a decode and to a prefill step, by transport"
+        default={}, description="seconds of a decode and of a prefill step in a pipeline, by transport"
     )
     reasons: dict[str, str] = Field(default={}, description="why each device is used or not")
     runner_ups: list[OtherPlacement] = Field(default=[], description="the best other placements")

@@ -11,7 +11,7 @@ from typing import Any
 from labinfer.api import compile_options, read_model
 from labinfer.backends.base import fingerprint
 from labinfer.compiler.compile import compile_plan
-from labinfer.compiler.costs import DeviceProfile, LinkProfile
+from labinfer.compiler.costs import DeviceProfile, LinkProfile, PipelineProfile
 from labinfer.compiler.costs.plans import stage_ops, stage_signer
 from labinfer.compiler.costs.store import (
     store_link,
@@ -29,10 +29,12 @@ from labinfer.profile.grid import Grid, grid_for
 from labinfer.profile.hops import measure_hop
 from labinfer.profile.links import measure_link
 from labinfer.profile.measure import measure_device
+from labinfer.profile.pipeline import measure_around
 from labinfer.profile.quiet import Patience
-from labinfer.profile.sample import sampled
-from labinfer.profile.streaming import measure_streaming
+from labinfer.profile.sample import layer_ops, sampled
+from labinfer.profile.streaming import measure_stage_streaming, measure_streaming, own_cores
 from labinfer.progress import Progress
+from labinfer.runtime.cores import call_on
 from labinfer.runtime.manager import Manager
 from labinfer.runtime.pipeline.transport import TRANSPORTS
 from labinfer.targets import real_target
@@ -42,9 +44,6 @@ SIGNED_OPTIONS = (
     "weights", "config", "block_size", "kv_dtype", "activations", "fuse", "max_num_batched_tokens", "max_num_seqs"
 )  # fmt: skip
 """Options of a compile that decide which ops there are, or how large steps get."""
-
-MOST_LAYERS = 4096
-"""More than a model has, to have all of them streamed."""
 
 SEQUENCES = 16
 """Sequences of the largest decode step that is measured, unless more are asked for."""
@@ -76,11 +75,17 @@ def profile_device(
     if not again and is_known(stored, plan, quick, grid):
         return stored
     options["num_blocks"] = blocks_for(grid, limits.block_size)
-    resident, streamed = (sampled(compile_for(model, name, streamed_layers=n, **options)) for n in (0, MOST_LAYERS))
-    check_memory(resident)
+    layers = len(layer_ops(plan.stages[0]))
+    resident, some, streamed = (
+        sampled(compile_for(model, name, streamed_layers=n, **options)) for n in (0, -(-layers // 3), layers)
+    )
+    check_memory(resident, streamed)
     fresh = measure_device(resident, grid, quick, patience, progress)
+    fresh.pipeline = PipelineProfile(around=measure_around(resident, grid, patience))
     if streamed.stages[0].streamed:
-        fresh.stream = measure_streaming(streamed, fresh, patience)
+        fresh.stream = measure_streaming(resident, streamed, patience)
+        if cores := own_cores(resident):
+            fresh.pipeline.streamed = call_on(cores, lambda: measure_stage_streaming(resident, some, patience))
     fresh.ops = {**stored.ops, **fresh.ops}
     store_profile(fresh)
     return fresh
@@ -139,7 +144,8 @@ def is_known(profile: DeviceProfile, plan: Plan, quick: bool, grid: Grid) -> boo
         if table is None or (table.quick and not quick) or table.most_tokens() < largest:
             return False
     matrices = layer_matrices(stage_ops(stage), unfold_weights(plan))
-    return bool(profile.overhead.step) and (profile.stream is not None or not matrices)
+    known = profile.overhead.step and profile.pipeline is not None
+    return bool(known) and (profile.stream is not None or not matrices)
 
 
 def blocks_for(grid: Grid, block_size: int) -> int:
@@ -147,15 +153,16 @@ def blocks_for(grid: Grid, block_size: int) -> int:
     return max(s.sequences * -(-(s.past + s.tokens // s.sequences) // block_size) for s in grid.steps())
 
 
-def check_memory(plan: Plan) -> None:
-    """Raise ``DoesNotFit`` where the machine has too little memory free to run the layers that are measured."""
+def check_memory(plan: Plan, streamed: Plan) -> None:
+    """Raise ``DoesNotFit`` where the machine has too little memory free to run the layers that are measured, those that
+    stay and those that are ``streamed`` at the same time."""
     ((name, device),) = plan.devices.items()
     manager = Manager()
     try:
         free, _ = manager.device(name, device.threads).memory()
     finally:
         manager.close()
-    needed = plan.stages[0].bytes.total
+    needed = plan.stages[0].bytes.total + streamed.stages[0].bytes.total
     if needed > free:
         message = f"measuring '{plan.source.name}' on '{name}' takes {human_bytes(needed)} of {human_bytes(free)} free"
         raise DoesNotFit("profile.memory", message, remedy="end other programs, or lower --max-num-seqs")

@@ -39,9 +39,9 @@ def placement_lines(plan: Plan, width: int) -> Iterator[Line]:
     if links:
         yield from fact("links", "; ".join(links), width)
     if found.transports:
-        added = (f"{name} {seconds(a)} and {seconds(b)}" for name, (a, b) in found.transports.items())
-        text = f"a pipeline adds to a decode and a prefill step by {'; '.join(added)} (measured)"
-        yield from fact("hops", text, width)
+        wholes = (f"by {name} {seconds(a)} and {seconds(b)}" for name, (a, b) in found.transports.items())
+        text = f"a decode and a prefill step that are alone in it take {'; '.join(wholes)}"
+        yield from fact("pipeline", text, width)
     for other in found.runner_ups:
         runs = ", ".join(f"{device} {span(first, last)}" for device, first, last in other.stages)
         yield from fact("instead", f"{runs}: {seconds(other.value)}", width)

@@ -7,6 +7,7 @@ from labinfer.compiler.costs.table import (
     DeviceProfile,
     Fingerprint,
     LinkProfile,
+    PipelineProfile,
     StreamProfile,
     load_profile,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "Fingerprint",
     "LinkProfile",
     "Measured",
+    "PipelineProfile",
     "Signer",
     "StepShape",
     "StreamProfile",

@@ -37,6 +37,19 @@ class StageCost:
         return self.seconds + self.hop
 
 
+@dataclass(frozen=True, slots=True)
+class PipelineCost:
+    """Seconds of a step in a pipeline: of each stage while it computes, and of all that is around and between them."""
+
+    stages: tuple[float, ...]
+    around: float
+
+    @property
+    def seconds(self) -> float:
+        """The whole step."""
+        return sum(self.stages) + self.around
+
+
 def stage_signer(plan: Plan, stage: Stage) -> Signer:
     """Writes the signatures of a stage's ops."""
     types = dict.fromkeys(GRAPH_INPUTS, TensorType(("T",), "i32"))
@@ -70,7 +83,22 @@ def predict_plan(
     return found
 
 
-def pipeline_seconds(stages: Sequence[StageCost], transport: LinkProfile) -> float:
-    """What the hops of a pipeline add to a step: to its first stage, on from each, with the logits back, and from the
-    thread that receives them to the engine's."""
-    return 2 * transport.latency + sum(transport.seconds(stage.nbytes) for stage in stages)
+def predict_pipeline(
+    plan: Plan,
+    stages: Sequence[StageCost],
+    costs: Mapping[str, Costs],
+    transport: LinkProfile,
+    step: StepShape,
+) -> PipelineCost:
+    """What a step of this size, whose ``stages`` are predicted, takes in a pipeline where no other is on its way.
+
+    Stages get ready while the one before computes, and stream layers with no core beside their own.
+    """
+    spans = []
+    for stage, cost in zip(plan.stages, stages, strict=True):
+        known = costs[stage.device].pipeline
+        streamed = stage.bytes.host / known.streamed if known and known.streamed else cost.streaming
+        spans.append(sum(seconds for _, seconds in cost.ops) + streamed)
+    first = costs[plan.stages[0].device].pipeline
+    around = first.around.seconds(step.phase, step.tokens, 0) if first else 0.0
+    return PipelineCost(tuple(spans), around + sum(transport.seconds(cost.nbytes) for cost in stages[:-1]))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
 from labinfer.compiler.costs.signature import Signer
-from labinfer.compiler.costs.table import DeviceProfile, LinkProfile, Origin, StreamProfile
+from labinfer.compiler.costs.table import DeviceProfile, LinkProfile, Origin, PipelineProfile, StreamProfile
 from labinfer.compiler.graph import Op
 from labinfer.errors import DoesNotFit
 
@@ -51,6 +51,10 @@ class Costs(Protocol):
     def stream(self) -> StreamProfile | None:
         """How layers are streamed to it from the host; None where they are not."""
 
+    @property
+    def pipeline(self) -> PipelineProfile | None:
+        """What differs for a stage of a pipeline; None where nobody knows."""
+
     def op_seconds(self, signer: Signer, op: Op, step: StepShape) -> float:
         """Seconds of one op, which is no view, in a step; ``DoesNotFit`` where nobody knows."""
 
@@ -74,6 +78,11 @@ class Measured:
     def stream(self) -> StreamProfile | None:
         """How layers are streamed to it from the host."""
         return self.profile.stream
+
+    @property
+    def pipeline(self) -> PipelineProfile | None:
+        """What differs for a stage of a pipeline."""
+        return self.profile.pipeline
 
     def op_seconds(self, signer: Signer, op: Op, step: StepShape) -> float:
         """Between what was measured."""

@@ -15,7 +15,7 @@ from pydantic import Field, PositiveFloat
 
 from labinfer.compiler.costs.predict import StepShape
 from labinfer.compiler.costs.signature import Signer
-from labinfer.compiler.costs.table import LinkProfile, Origin, Record, StreamProfile
+from labinfer.compiler.costs.table import LinkProfile, Origin, PipelineProfile, Record, StreamProfile
 from labinfer.compiler.graph import Op
 from labinfer.compiler.source import load_yaml
 from labinfer.errors import DoesNotFit, Place, did_you_mean
@@ -62,6 +62,11 @@ class Roofline:
     @property
     def stream(self) -> StreamProfile | None:
         """Not modelled: no layer is streamed to it."""
+        return None
+
+    @property
+    def pipeline(self) -> PipelineProfile | None:
+        """Not modelled."""
         return None
 
     def op_seconds(self, signer: Signer, op: Op, step: StepShape) -> float:

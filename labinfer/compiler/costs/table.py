@@ -114,6 +114,17 @@ class StreamProfile(Record):
         return copying - self.overlap * min(computing, copying)
 
 
+class PipelineProfile(Record):
+    """What differs for a device that runs a stage of a pipeline: what a step takes ``around`` the stages if this is the
+    first, and, where the stage keeps to its own cores, by how much layers lengthen it that are streamed from the host.
+    """
+
+    around: CostTable = Field(default=CostTable(), description="what a step takes beside its stages and hops")
+    streamed: PositiveFloat | None = Field(
+        default=None, description="bytes per second of streamed layers, on own cores"
+    )
+
+
 class Links(Record):
     """A file of links between the devices of a machine, by the kinds at both ends: ``cpu to cpu``; and of the hops of
     its pipelines by transport."""
@@ -137,7 +148,7 @@ class DeviceProfile(Record):
 
     ``ops`` has a table for each signature;
     ``overhead`` is what a stage takes beside its ops, ``out`` the way from the device to the host, ``stream`` the way
-    of streamed layers from the host.
+    of streamed layers from the host, ``pipeline`` what differs for a stage of a pipeline.
     """
 
     labinfer_profile: Literal[1] = Field(default=1, description="version of this format")
@@ -146,6 +157,7 @@ class DeviceProfile(Record):
     overhead: CostTable = Field(default=CostTable(), description="what a step takes beside its ops")
     out: LinkProfile | None = Field(default=None, description="from the device's memory to the host's")
     stream: StreamProfile | None = Field(default=None, description="layers from the host's memory, in every step")
+    pipeline: PipelineProfile | None = Field(default=None, description="what differs in a pipeline")
 
     def dump(self) -> str:
         """The profile as JSON text, an op and a phase a line."""
