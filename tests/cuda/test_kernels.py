@@ -39,7 +39,7 @@ def attention(head_dim: int, value_dim: int, lanes: int, cache: int) -> Source:
 
 
 def decode(dim: int, heads: int, *defines: str) -> Source:
-    return Source("decode", (f"HEAD_DIM={dim}", f"VALUE_DIM={dim}", f"HEADS={heads}", "CACHE=2", *defines))
+    return Source("decode", (f"HEAD_DIM={dim}", f"VALUE_DIM={dim}", f"HEADS={heads}", "SLOTS=2", "CACHE=2", *defines))
 
 
 SOURCES = {

@@ -13,6 +13,9 @@ from labinfer.ops.base import Call
 MAX_CLUSTER = 8
 """Blocks of a cluster that every GPU with clusters can run."""
 
+DECODE_KEYS = 4 * 16
+"""Keys that a block of ``decode.cu`` takes at once."""
+
 PLAIN_HEADS = 4
 """As ``SHARED_HEADS``, where products are not on tensor cores."""
 
@@ -180,7 +183,7 @@ def decode(
 ) -> None:
     """Token by token; with few of them, the context is split among blocks."""
     step, value_dim, group = e.step, attrs.v_head_dim or attrs.head_dim, attrs.num_heads // attrs.num_kv_heads
-    source, heads, shape = decode_kernel(call, attrs.head_dim, value_dim, group)
+    source, heads, shape, shared = decode_kernel(call, attrs.head_dim, value_dim, group)
     items = len(y) * attrs.num_kv_heads * -(-group // heads)
     wanted = max(1, -(-SPLIT_BLOCKS // items)) if items < SPLIT_BLOCKS else 1
     clusters = e.device.clusters
@@ -198,21 +201,23 @@ def decode(
     defines = (cache_define(call), *shape, *turn, *blocks, *softcap(attrs))
     defines += e.result_defines()
     grid, cluster = (items // len(y), len(y), splits), (1, 1, splits) if together else (1, 1, 1)
-    e.add(source, source, grid, 128, parameters, *fresh, defines=defines, cluster=cluster)
+    e.add(source, source, grid, 128, parameters, *fresh, defines=defines, shared=shared, cluster=cluster)
     if merged:
         e.add(source, "merge", (attrs.num_heads, len(y), 1), 64, parameters, defines=defines)
 
 
-def decode_kernel(call: Call, head_dim: int, value_dim: int, group: int) -> tuple[str, int, tuple[str, ...]]:
-    """The kernel for heads so wide: its file, how many of a ``group`` share the reading of a key, its macros."""
+def decode_kernel(call: Call, head_dim: int, value_dim: int, group: int) -> tuple[str, int, tuple[str, ...], int]:
+    """The kernel for heads so wide: its file, how many of a ``group`` share the reading of a key, macros, shared bytes."""
     dims, widest = (f"HEAD_DIM={head_dim}", f"VALUE_DIM={value_dim}"), max(head_dim, value_dim)
     if call.cache["k"].itemsize == 2 and {head_dim, value_dim} <= {64, 128}:
         heads = min(group, SHARED_HEADS)
-        return "decode", heads, (*dims, f"HEADS={heads}", *half(call))
+        slots = 3 if heads * value_dim <= 512 else 2  # so that two blocks have room on a multiprocessor
+        shared = 2 * slots * DECODE_KEYS * (head_dim + value_dim)
+        return "decode", heads, (*dims, f"HEADS={heads}", f"SLOTS={slots}", *half(call)), shared
     if widest > 256:
         raise LabinferError("cuda.head-dim", f"heads of {widest} numbers are wider than 256")
     heads, lanes = min(group, PLAIN_HEADS), 1 << (-(-widest // 8) - 1).bit_length()
-    return "attention", heads, (*dims, f"HEADS={heads}", f"LANES={lanes}")
+    return "attention", heads, (*dims, f"HEADS={heads}", f"LANES={lanes}"), 0
 
 
 def half(call: Call) -> tuple[str, ...]:

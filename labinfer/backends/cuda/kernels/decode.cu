@@ -1,16 +1,16 @@
-// Attention of each query to its sequence's cached keys on tensor cores, with a 16-bit cache and heads of 64 or
-// 128: `attention.cu` does the same for the rest. Each warp takes KEYS keys at a time, straight to registers: as `mma`
-// takes them, but for the order of a head's numbers, which products do not mind. The rows of a product are heads; queries,
+// Attention of each query to its sequence's cached keys on tensor cores, with a 16-bit cache and heads of 64 or 128:
+// `attention.cu` does the same for the rest. Each warp takes KEYS keys at a time, which come to its own part of shared
+// memory while those before are used, up to SLOTS times KEYS of them under way. The rows of a product are heads; queries,
 // in 16 bits, have what that leaves out in rows 8 to 15, so that scores are as from float32. See `attention.cuh`.
 #define KEYS 16
 #define BLOCKS (HEAD_DIM + VALUE_DIM <= 128 ? 4 : 2)
-#define UNITS (HEAD_DIM / 8)  // of eight numbers of a head
-struct Keys {  // lane 4 g + t: of keys g + 8 n, numbers 8 t + 32 j and the seven after them
-    uint4 at[KEYS / 8][HEAD_DIM / 32];
+#define UNITS (HEAD_DIM / 8)  // of eight numbers, 16 bytes, of a head
+#define VALUE_UNITS (VALUE_DIM / 8)
+struct Slot {  // eight lanes that read at once read different banks: units are permuted within a row
+    uint4 k[KEYS][UNITS], v[KEYS][VALUE_UNITS];
 };
-struct Values {  // of keys 2 t, 2 t + 1, 2 t + 8, 2 t + 9, numbers 8 g + 64 i and the seven after them
-    uint4 at[4][VALUE_DIM / 64];
-};
+DEV int key_unit(int row, int unit) { return unit ^ row % 2 * 4; }
+DEV int value_unit(int row, int unit) { return unit ^ row / 2 % 4 * 2; }
 struct State {  // of head g: greatest score; for it, of numbers 16 t + j (0) and 16 t + 8 + j (1), + 64 i, the weighted sum
     float max, sum, out[VALUE_DIM / 64][8][2];
 };
@@ -29,37 +29,34 @@ DEV void mma_upper(float &d0, float &d1, u32 a0, u32 a2, u32 b0, u32 b1) {
 }
 DEV u32 word(const uint4 &v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
-DEV void load_keys(Keys &k, const Parameters &p, u32 rows) {
-    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+// Asks for KEYS keys and values, whose rows in the cache the first lanes have: 0 for those beyond the `count` that exist.
+DEV void ask(Slot &slot, const Parameters &p, u32 rows, int count) {
+    int lane = threadIdx.x % 32;
     #pragma unroll
-    for (int n = 0; n < KEYS / 8; n++) {
-        const u16 *from = p.k + (size_t)__shfl_sync(FULL, rows, 8 * n + g) * HEAD_DIM + 8 * t;
-        #pragma unroll
-        for (int j = 0; j < HEAD_DIM / 32; j++) k.at[n][j] = get((const uint4 *)(from + 32 * j));
+    for (int i = 0; i < KEYS * UNITS / 32; i++) {
+        int row = (lane + 32 * i) / UNITS, unit = lane % UNITS;
+        copy16(&slot.k[row][key_unit(row, unit)], (const uint4 *)p.k + (size_t)__shfl_sync(FULL, rows, row) * UNITS + unit, row < count);
     }
-}
-DEV void load_values(Values &v, const Parameters &p, u32 rows) {
-    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     #pragma unroll
-    for (int n = 0; n < 4; n++) {
-        const u16 *from = p.v + (size_t)__shfl_sync(FULL, rows, 2 * t + n % 2 + n / 2 * 8) * VALUE_DIM + 8 * g;
-        #pragma unroll
-        for (int i = 0; i < VALUE_DIM / 64; i++) v.at[n][i] = get((const uint4 *)(from + 64 * i));
+    for (int i = 0; i < KEYS * VALUE_UNITS / 32; i++) {
+        int row = (lane + 32 * i) / VALUE_UNITS, unit = lane % VALUE_UNITS;
+        copy16(&slot.v[row][value_unit(row, unit)], (const uint4 *)p.v + (size_t)__shfl_sync(FULL, rows, row) * VALUE_UNITS + unit, row < count);
     }
 }
 
-// Weights, in 16 bits, of keys 2 t, 2 t + 1 (0) and 2 t + 8, 2 t + 9 (1) for head g, of which the first `count` exist.
-DEV uint2 weigh(State &state, const Parameters &p, const Shared &s, const Keys &k, int count) {
+// The weights, in 16 bits, of keys 2 t, 2 t + 1 (x) and 2 t + 8, 2 t + 9 (y) of a slot for head g; `count` keys exist.
+DEV uint2 weigh(State &state, const Parameters &p, const Shared &s, const Slot &slot, int count) {
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     float d[KEYS / 8][4] = {}, score[KEYS / 8][2], top = state.max;
     #pragma unroll
-    for (int j = 0; j < HEAD_DIM / 32; j++) {
+    for (int j = 0; j < HEAD_DIM / 32; j++) {  // lane 4 g + t has numbers 8 t + 32 j and the seven after them
         uint4 q = make_uint4(0, 0, 0, 0), rest = q;
         if (g < HEADS) q = *(const uint4 *)&s.q[0][g][8 * t + 32 * j], rest = *(const uint4 *)&s.q[1][g][8 * t + 32 * j];
         #pragma unroll
         for (int n = 0; n < KEYS / 8; n++) {
-            mma(d[n], q.x, rest.x, q.y, rest.y, k.at[n][j].x, k.at[n][j].y);
-            mma(d[n], q.z, rest.z, q.w, rest.w, k.at[n][j].z, k.at[n][j].w);
+            uint4 k = slot.k[8 * n + g][key_unit(g, t + 4 * j)];
+            mma(d[n], q.x, rest.x, q.y, rest.y, k.x, k.y);
+            mma(d[n], q.z, rest.z, q.w, rest.w, k.z, k.w);
         }
     }
     #pragma unroll
@@ -85,19 +82,27 @@ DEV uint2 weigh(State &state, const Parameters &p, const Shared &s, const Keys &
     return make_uint2(
         two(weight_of(score[0][0], top), weight_of(score[0][1], top)), two(weight_of(score[1][0], top), weight_of(score[1][1], top)));
 }
-DEV void add_values(State &state, uint2 weights, const Values &v) {
+DEV void add_values(State &state, uint2 weights, const Slot &slot) {
+    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     u32 ones = two(1.f, 1.f);
     float same = 0.f;
     mma_upper(state.sum, same, weights.x, weights.y, ones, ones);
     #pragma unroll
-    for (int i = 0; i < VALUE_DIM / 64; i++)
+    for (int i = 0; i < VALUE_DIM / 64; i++) {
+        uint4 v[4];  // numbers 8 g + 64 i and the seven after them
+        #pragma unroll
+        for (int n = 0; n < 4; n++) {
+            int row = 2 * t + n % 2 + n / 2 * 8;
+            v[n] = slot.v[row][value_unit(row, g + 8 * i)];
+        }
         #pragma unroll
         for (int j = 0; j < 8; j++) {
             u32 half = j % 2 ? 0x7632 : 0x5410;
-            u32 low = __byte_perm(word(v.at[0][i], j / 2), word(v.at[1][i], j / 2), half);
-            u32 high = __byte_perm(word(v.at[2][i], j / 2), word(v.at[3][i], j / 2), half);
+            u32 low = __byte_perm(word(v[0], j / 2), word(v[1], j / 2), half);
+            u32 high = __byte_perm(word(v[2], j / 2), word(v[3], j / 2), half);
             mma_upper(state.out[i][j][0], state.out[i][j][1], weights.x, weights.y, low, high);
         }
+    }
 }
 
 // A block's queries to shared memory; `load` brings a thread's eight numbers of a head.
@@ -127,6 +132,7 @@ DEV void keep(u16 *shared, u16 *cache, const float (&v)[8]) {
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) decode(const __grid_constant__ Parameters p FRESH) {
+    extern __shared__ __align__(128) u8 memory[];
     __shared__ Shared s;
 #ifdef CLUSTER
     cluster_arrive();
@@ -138,18 +144,21 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) decode(const __
 #endif
     Item item = item_of(p);
     int key0 = item.start + warp * KEYS, end = item.end;
+    Slot *slots = (Slot *)memory + warp * SLOTS;
 #ifdef TURN  // what earlier steps left does not wait for the kernel before: a tape's first kernel has waited for them
     bool has_fresh = end == item.position + 1 && item.start < end;
     u32 fresh_row = has_fresh ? row_of(p, item, item.position) : 0;
     end -= has_fresh;
     Eighth e = eighth_of(fresh.turn, item.token, item.position, d);
 #endif
-    auto rows_of = [&](int key0) { return key0 < end ? (u32)row_of(p, item, min(key0 + lane % KEYS, end - 1)) : 0; };
-    u32 rows = rows_of(key0);
-    Keys k;
-    Values v;
-    if (key0 < end) load_keys(k, p, rows), load_values(v, p, rows);
-    rows = rows_of(key0 + WARPS * KEYS);
+    auto rows_of = [&](int key0) { return key0 + lane % KEYS < end ? (u32)row_of(p, item, key0 + lane % KEYS) : 0; };
+    #pragma unroll 1
+    for (int i = 0; i < SLOTS; i++) {
+        int start = key0 + i * WARPS * KEYS;
+        ask(slots[i], p, rows_of(start), end - start);
+        copies_commit();
+    }
+    u32 rows = rows_of(key0 + SLOTS * WARPS * KEYS);
 #ifdef TURN
     pdl_wait();
     auto load = [&](float (&r)[8], const float *row) {
@@ -178,26 +187,27 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) decode(const __
     stage_queries(s, p, item, d, load);
     __syncthreads();
     State state = {-INFINITY};
+    int at = 0;
     #pragma unroll 1
-    for (; key0 < end; key0 += WARPS * KEYS) {
-        bool more = key0 + WARPS * KEYS < end;
-        uint2 weights = weigh(state, p, s, k, end - key0);
-        if (more) load_keys(k, p, rows);
-        add_values(state, weights, v);
-        if (more) load_values(v, p, rows);
-        rows = rows_of(key0 + 2 * WARPS * KEYS);
+    for (; key0 < end; key0 += WARPS * KEYS, at = at + 1 < SLOTS ? at + 1 : 0) {
+        copies_wait<SLOTS - 1>();
+        __syncwarp();
+        uint2 weights = weigh(state, p, s, slots[at], end - key0);
+        add_values(state, weights, slots[at]);
+        __syncwarp();
+        int next = key0 + SLOTS * WARPS * KEYS;
+        ask(slots[at], p, rows, end - next);
+        copies_commit();
+        rows = rows_of(next + WARPS * KEYS);
     }
 #ifdef TURN
     if (has_fresh && warp == (end - item.start + KEYS - 1) / KEYS % WARPS) {  // the warp with the fewest keys
-        #pragma unroll
-        for (int n = 0; n < KEYS / 8; n++)
-            #pragma unroll
-            for (int j = 0; j < HEAD_DIM / 32; j++) k.at[n][j] = *(const uint4 *)&s.k[8 * t + 32 * j];
-        #pragma unroll
-        for (int n = 0; n < 4; n++)
-            #pragma unroll
-            for (int i = 0; i < VALUE_DIM / 64; i++) v.at[n][i] = *(const uint4 *)&s.v[8 * g + 64 * i];
-        add_values(state, weigh(state, p, s, k, 1), v);
+        copies_wait<0>();
+        __syncwarp();
+        if (lane < UNITS) slots->k[0][key_unit(0, lane)] = ((const uint4 *)s.k)[lane];
+        if (lane < VALUE_UNITS) slots->v[0][value_unit(0, lane)] = ((const uint4 *)s.v)[lane];
+        __syncwarp();
+        add_values(state, weigh(state, p, s, *slots, 1), *slots);
     }
 #endif
     if (g < HEADS) {
