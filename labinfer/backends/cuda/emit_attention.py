@@ -207,7 +207,7 @@ def decode(
 
 
 def decode_kernel(call: Call, head_dim: int, value_dim: int, group: int) -> tuple[str, int, tuple[str, ...], int]:
-    """The kernel for heads so wide: its file, how many of a ``group`` share the reading of a key, macros, shared bytes."""
+    """The kernel for such heads: its file, how many of a ``group`` share the reading of a key, macros, shared bytes."""
     dims, widest = (f"HEAD_DIM={head_dim}", f"VALUE_DIM={value_dim}"), max(head_dim, value_dim)
     if call.cache["k"].itemsize == 2 and {head_dim, value_dim} <= {64, 128}:
         heads = min(group, SHARED_HEADS)
