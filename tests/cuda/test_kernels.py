@@ -39,7 +39,7 @@ def attention(head_dim: int, value_dim: int, lanes: int, cache: int) -> Source:
 
 
 def decode(dim: int, heads: int, *defines: str) -> Source:
-    return Source("decode", (f"HEAD_DIM={dim}", f"VALUE_DIM={dim}", f"HEADS={heads}", "SLOTS=2", "CACHE=2", *defines))
+    return Source("decode", (f"HEAD_DIM={dim}", f"VALUE_DIM={dim}", f"HEADS={heads}", "CACHE=2", *defines))
 
 
 SOURCES = {
@@ -65,8 +65,8 @@ SOURCES = {
     "attention-turn": (Source("attention", (*attention(64, 64, 8, 2).defines, "TURN=0")), 168),
     "decode-plain": (decode(64, 1, "SOFTCAP"), 128),
     "decode-64": (decode(64, 4, "TURN=0", "NARROW=2"), 128),
-    "decode-128": (decode(128, 8, "TURN=0"), 255),
-    "decode-dynamic": (decode(128, 8, "TURN=2", "HALF"), 255),
+    "decode-128": (decode(128, 8, "TURN=0"), 168),
+    "decode-dynamic": (decode(128, 8, "TURN=2", "HALF"), 168),
     "decode-cluster": (decode(64, 4, "TURN=0", "CLUSTER=8", "SPARSE=1"), 128),
     **{f"prefill-{dim}": (prefill(dim), 255) for dim in (64, 128, 256)},
     "prefill-half": (prefill(64, "HALF", "SOFTCAP", "NARROW=1"), 255),

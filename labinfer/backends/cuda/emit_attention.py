@@ -13,8 +13,8 @@ from labinfer.ops.base import Call
 MAX_CLUSTER = 8
 """Blocks of a cluster that every GPU with clusters can run."""
 
-DECODE_KEYS = 4 * 16
-"""Keys that a block of ``decode.cu`` takes at once."""
+DECODE_KEYS = 4 * 2 * 16
+"""Keys that are under way to a block of ``decode.cu``: WARPS times SLOTS times KEYS."""
 
 PLAIN_HEADS = 4
 """As ``SHARED_HEADS``, where products are not on tensor cores."""
@@ -211,9 +211,8 @@ def decode_kernel(call: Call, head_dim: int, value_dim: int, group: int) -> tupl
     dims, widest = (f"HEAD_DIM={head_dim}", f"VALUE_DIM={value_dim}"), max(head_dim, value_dim)
     if call.cache["k"].itemsize == 2 and {head_dim, value_dim} <= {64, 128}:
         heads = min(group, SHARED_HEADS)
-        slots = 3 if heads * value_dim <= 512 else 2  # so that two blocks have room on a multiprocessor
-        shared = 2 * slots * DECODE_KEYS * (head_dim + value_dim)
-        return "decode", heads, (*dims, f"HEADS={heads}", f"SLOTS={slots}", *half(call)), shared
+        shared = 2 * DECODE_KEYS * (head_dim + value_dim)
+        return "decode", heads, (*dims, f"HEADS={heads}", *half(call)), shared
     if widest > 256:
         raise LabinferError("cuda.head-dim", f"heads of {widest} numbers are wider than 256")
     heads, lanes = min(group, PLAIN_HEADS), 1 << (-(-widest // 8) - 1).bit_length()

@@ -1,9 +1,10 @@
 // Attention of each query to its sequence's cached keys on tensor cores, with a 16-bit cache and heads of 64 or 128:
 // `attention.cu` does the same for the rest. Each warp takes KEYS keys at a time, which come to its own part of shared
-// memory while those before are used, up to SLOTS times KEYS of them under way. The rows of a product are heads; queries,
+// memory while those before are used. The rows of a product are heads; queries,
 // in 16 bits, have what that leaves out in rows 8 to 15, so that scores are as from float32. See `attention.cuh`.
 #define KEYS 16
-#define BLOCKS (HEAD_DIM + VALUE_DIM <= 128 ? 4 : 2)
+#define SLOTS 2  // measured: with more, blocks start later and fewer have room
+#define BLOCKS (HEAD_DIM + VALUE_DIM <= 128 ? 4 : 3)
 #define UNITS (HEAD_DIM / 8)  // of eight numbers, 16 bytes, of a head
 #define VALUE_UNITS (VALUE_DIM / 8)
 struct Slot {  // eight lanes that read at once read different banks: units are permuted within a row
@@ -48,7 +49,7 @@ DEV void ask(Slot &slot, const Parameters &p, u32 rows, int count) {
 DEV uint2 weigh(State &state, const Parameters &p, const Shared &s, const Slot &slot, int count) {
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     float d[KEYS / 8][4] = {}, score[KEYS / 8][2], top = state.max;
-    #pragma unroll
+    #pragma unroll 2  // more takes registers that another block needs
     for (int j = 0; j < HEAD_DIM / 32; j++) {  // lane 4 g + t has numbers 8 t + 32 j and the seven after them
         uint4 q = make_uint4(0, 0, 0, 0), rest = q;
         if (g < HEADS) q = *(const uint4 *)&s.q[0][g][8 * t + 32 * j], rest = *(const uint4 *)&s.q[1][g][8 * t + 32 * j];
