@@ -271,9 +271,11 @@ def workload(folder: Path, bandwidth: float) -> None:
         if not (folder / f"{shape}-bf16.gguf").exists():
             continue
         options = {"max_num_seqs": 256, "max_logits_rows": 256, "num_blocks": 256 * 80, "max_num_batched_tokens": 8192}
+        options["enable_prefix_caching"] = False  # which would serve the second run's prompts from the first's
         with loaded(folder, "bf16", shape, **options) as (model, device):
             short = SamplingParams(temperature=0.6, ignore_eos=True, detokenize=False)
-            each = [replace(short, max_tokens=3 + 3 * (index // 8)) for index in range(256)]
+            ends = [index // 8 + max(0, index - 248) for index in range(256)]
+            each = [replace(short, max_tokens=3 + 3 * end) for end in ends]
             model.generate([[index, 1, 2, 3] for index in range(256)], each)  # each size of a decode step
             for text in (False, True):
                 prompts, params = requests(text)

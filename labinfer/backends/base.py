@@ -278,6 +278,10 @@ class Device(ABC):
         """
         return count
 
+    def kinds_of_decode(self, limit: int) -> Sequence[int]:
+        """Numbers of sequences, at most ``limit``, such that their decode steps need all kernels that others do."""
+        return (1,)
+
     def program(self, calls: Sequence[tuple[Kernel, Call]]) -> Program:
         """One callable that runs ``calls`` in order; a failing kernel is a ``KernelFailure``.
 
@@ -310,8 +314,13 @@ class Device(ABC):
 
         return run
 
-    def prepare(self, calls: Sequence[tuple[Kernel, Call]], progress: Callable[[int, int], None]) -> None:  # noqa: B027
-        """Get ready what ``calls`` need; a device that compiles does it here and tells ``progress`` (done, total)."""
+    def prepare(  # noqa: B027
+        self, steps: Sequence[tuple[Sequence[tuple[Kernel, Call]], int]], progress: Callable[[int, int], None]
+    ) -> None:
+        """Get ready what the calls of ``steps``, each with its number of sequences, need.
+
+        A device that compiles does it here and tells ``progress`` (done, total).
+        """
 
     @abstractmethod
     def fill(self, buffer: Buffer, byte: int) -> None:

@@ -198,9 +198,10 @@ class Interpreter:
         return self.bounds[count, limit]
 
     def warm(self, compiling: Callable[[int, int], None]) -> None:
-        """Get the kernels of the smallest and of the largest step ready, and bind the tape of a decode step."""
+        """Get the kernels of decode steps and of the largest step ready, and bind the tape of one sequence's decode."""
         largest = self.limits.max_num_batched_tokens, self.limits.max_logits_rows
-        self.device.prepare([*self.calls(1, 1), *self.calls(*largest)], compiling)
+        decodes = self.device.kinds_of_decode(self.max_decodes)
+        self.device.prepare([*((self.calls(n, n), n) for n in decodes), (self.calls(*largest), 1)], compiling)
         size = self.bound_for(1, 1)
         self.tapes[size] = self.bind(*size)
 

@@ -38,6 +38,10 @@ def attention(head_dim: int, value_dim: int, lanes: int, cache: int) -> Source:
     return Source("attention", shape)
 
 
+def decode(dim: int, heads: int, *defines: str) -> Source:
+    return Source("decode", (f"HEAD_DIM={dim}", f"VALUE_DIM={dim}", f"HEADS={heads}", "CACHE=2", *defines))
+
+
 SOURCES = {
     "elementwise": (Source("elementwise"), 40),
     "narrow": (Source("elementwise", ("HALF",)), 40),
@@ -59,10 +63,18 @@ SOURCES = {
         for sparse, budget in ((0, 168), (1, 216))
     },
     "attention-turn": (Source("attention", (*attention(64, 64, 8, 2).defines, "TURN=0")), 168),
+    "decode-plain": (decode(64, 1, "SOFTCAP"), 128),
+    "decode-64": (decode(64, 4, "TURN=0", "NARROW=2"), 128),
+    "decode-128": (decode(128, 8, "TURN=0"), 168),
+    "decode-dynamic": (decode(128, 8, "TURN=2", "HALF"), 168),
+    "decode-cluster": (decode(64, 4, "TURN=0", "CLUSTER=8", "SPARSE=1"), 128),
     **{f"prefill-{dim}": (prefill(dim), 255) for dim in (64, 128, 256)},
     "prefill-half": (prefill(64, "HALF", "SOFTCAP", "NARROW=1"), 255),
     **{f"stream-{n}": (stream("bf16", n, 1, "NORM", "GLU"), 128) for n in (1, 2, 4, 8)},
     **{f"stream-{format}": (stream(format, 1, 1, "NORM", "GLU"), 128) for format in FORMATS[3:]},
+    "stream-narrow": (stream("bf16", 4, 1, "NARROW_INPUT", "ADD"), 128),
+    "stream-narrow-q4_k": (stream("q4_k", 1, 2, "NARROW_INPUT", "ADD"), 128),
+    "stream-leaves-narrow": (stream("bf16", 1, 1, "NORM", "GLU", "NARROW=2"), 128),
     **{f"stream-q4_0-{n}": (stream("q4_0", n, 1, "NORM", "GLU"), 128) for n in (2, 4, 8)},
     **{f"stream-{format}-8": (stream(format, 8, 1, "ADD"), 128) for format in ("q8_0", "q6_k")},
     **{f"stream-{format}-cluster": (stream(format, 1, 2, "ADD"), 128) for format in ("bf16", "q4_0", "q5_k")},

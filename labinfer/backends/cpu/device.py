@@ -151,8 +151,11 @@ class CpuDevice(HostDevice):
                 rows.append(Row("clock_step", (clock.ctypes.data + 8 * number,), then_wait=False))
         return rows, kept
 
-    def prepare(self, calls: Sequence[tuple[Kernel, Call]], progress: Callable[[int, int], None]) -> None:
-        """Compile what is missing of the kernels that ``calls`` need."""
+    def prepare(
+        self, steps: Sequence[tuple[Sequence[tuple[Kernel, Call]], int]], progress: Callable[[int, int], None]
+    ) -> None:
+        """Compile what is missing of the kernels that ``steps`` need."""
+        calls = [call for calls, _ in steps for call in calls]
         machine_code.prepare(kernels_of(self.rows(calls)[0]), progress)
 
     def bound_for(self, count: int, limit: int, options: KernelOptions) -> int:

@@ -259,16 +259,22 @@ class CudaDevice(Device):
         kinds = [kernel.kind for kernel, _ in calls if isinstance(kernel, CudaKernel)]
         return emit_calls(self, list(zip(kinds, (call for _, call in calls), strict=True)), sequences)
 
-    def prepare(self, calls: Sequence[tuple[Kernel, Call]], progress: Callable[[int, int], None]) -> None:
-        """Compile what is missing of the kernels that ``calls`` need."""
+    def prepare(
+        self, steps: Sequence[tuple[Sequence[tuple[Kernel, Call]], int]], progress: Callable[[int, int], None]
+    ) -> None:
+        """Compile what is missing of the kernels that ``steps`` need."""
         self.use()
-        rows, _ = self.rows(calls, 1)
+        rows = [row for calls, sequences in steps for row in self.rows(calls, sequences)[0]]
         compile.build([row.source for row in rows if isinstance(row, Row)], self.arch, progress)
 
     def decodes_for(self, count: int, limit: int) -> int:
         """The next multiple of 8, of 16 from 64 on; the kernels for few tokens are not given more."""
         multiple = 1 if count <= FEW_TOKENS else 8 if count <= 64 else 16
         return min(-(-count // multiple) * multiple, limit)
+
+    def kinds_of_decode(self, limit: int) -> Sequence[int]:
+        """Powers of two: how many tokens kernels are made for, and into how many parts attention is split."""
+        return [1 << n for n in range(limit.bit_length())]
 
     def program(self, calls: Sequence[tuple[Kernel, Call]]) -> Program:
         """The calls as one tape for each number of sequences, made when it first runs."""

@@ -6,16 +6,22 @@ from ctypes import Structure, c_float, c_int, c_uint, c_uint64
 from typing import Any
 
 from labinfer.backends.cuda.emitter import Emitter, Turn, address, cache_define, format_defines, stride
-from labinfer.backends.cuda.workspace import SPLIT_BLOCKS, SPLIT_HEADS, partials_bytes
+from labinfer.backends.cuda.workspace import SHARED_HEADS, SPLIT_BLOCKS, partials_bytes
 from labinfer.errors import LabinferError
 from labinfer.ops.base import Call
 
 MAX_CLUSTER = 8
 """Blocks of a cluster that every GPU with clusters can run."""
 
+DECODE_KEYS = 4 * 2 * 16
+"""Keys that are under way to a block of ``decode.cu``: WARPS times SLOTS times KEYS."""
+
+PLAIN_HEADS = 4
+"""As ``SHARED_HEADS``, where products are not on tensor cores."""
+
 
 class DecodeParameters(Structure):
-    """``Parameters`` of ``attention.cu``."""
+    """``Parameters`` of ``attention.cuh``."""
 
     _fields_ = (
         *((name, c_uint64) for name in ("q", "y", "partials", "k", "v", "positions", "query_start", "block_table")),
@@ -27,7 +33,7 @@ class DecodeParameters(Structure):
 
 
 class Fresh(Structure):
-    """``Fresh`` of ``attention.cu``: keys and values of the step."""
+    """``Fresh`` of ``attention.cuh``: keys and values of the step."""
 
     _fields_ = (
         ("k", c_uint64),
@@ -150,9 +156,8 @@ def prefill(e: Emitter, call: Call, attrs: Any, q: Any, y: Any) -> None:
         attrs.scale, attrs.softcap or 0.0, reciprocal(step.block_size),
     )  # fmt: skip
     rows, keys, blocks = prefill_tile(max(attrs.head_dim, value_dim), bool(attrs.softcap))
-    half = str(call.cache["k"].dtype) == "float16"
     dims = (f"HEAD_DIM={attrs.head_dim}", f"VALUE_DIM={value_dim}", f"ROWS={rows}", f"KEYS={keys}", f"BLOCKS={blocks}")
-    defines = (*dims, *["HALF"] * half, *softcap(attrs), *e.result_defines())
+    defines = (*dims, *half(call), *softcap(attrs), *e.result_defines())
     shared = 2 * ((rows + 2 * keys) * (attrs.head_dim + 8) + 2 * keys * (value_dim + 8))
     tiles = min(len(q), len(q) // rows + e.sequences)
     e.add("prefill", "prefill", (attrs.num_heads, tiles, 1), 2 * rows, parameters, defines=defines, shared=shared)
@@ -177,12 +182,8 @@ def decode(
     e: Emitter, call: Call, attrs: Any, q: Any, y: Any, fresh: tuple[Fresh, ...] = (), turn: tuple[str, ...] = ()
 ) -> None:
     """Token by token; with few of them, the context is split among blocks."""
-    step, value_dim = e.step, attrs.v_head_dim or attrs.head_dim
-    lanes = 1 << (-(-max(attrs.head_dim, value_dim) // 8) - 1).bit_length()
-    if lanes > 32:
-        raise LabinferError("cuda.head-dim", f"heads of {max(attrs.head_dim, value_dim)} numbers are wider than 256")
-    group = attrs.num_heads // attrs.num_kv_heads
-    heads = min(group, SPLIT_HEADS)
+    step, value_dim, group = e.step, attrs.v_head_dim or attrs.head_dim, attrs.num_heads // attrs.num_kv_heads
+    source, heads, shape, shared = decode_kernel(call, attrs.head_dim, value_dim, group)
     items = len(y) * attrs.num_kv_heads * -(-group // heads)
     wanted = max(1, -(-SPLIT_BLOCKS // items)) if items < SPLIT_BLOCKS else 1
     clusters = e.device.clusters
@@ -194,16 +195,33 @@ def decode(
         stride(q), e.row_of(y), stride(step.block_table), e.sequences, group, attrs.num_kv_heads, step.block_size,
         attrs.window or 0, splits, attrs.scale, attrs.softcap or 0.0, reciprocal(step.block_size),
     )  # fmt: skip
-    shape = (f"HEADS={heads}", f"LANES={lanes}", f"HEAD_DIM={attrs.head_dim}", f"VALUE_DIM={value_dim}")
     together = splits > 1 and clusters
     sparse = int(items * splits <= e.device.multiprocessors)
     blocks = (f"CLUSTER={splits}", f"SPARSE={sparse}") if together else ()
     defines = (cache_define(call), *shape, *turn, *blocks, *softcap(attrs))
     defines += e.result_defines()
     grid, cluster = (items // len(y), len(y), splits), (1, 1, splits) if together else (1, 1, 1)
-    e.add("attention", "attention", grid, 128, parameters, *fresh, defines=defines, cluster=cluster)
+    e.add(source, source, grid, 128, parameters, *fresh, defines=defines, shared=shared, cluster=cluster)
     if merged:
-        e.add("attention", "merge", (attrs.num_heads, len(y), 1), 64, parameters, defines=defines)
+        e.add(source, "merge", (attrs.num_heads, len(y), 1), 64, parameters, defines=defines)
+
+
+def decode_kernel(call: Call, head_dim: int, value_dim: int, group: int) -> tuple[str, int, tuple[str, ...], int]:
+    """The kernel for such heads: its file, how many of a ``group`` share the reading of a key, macros, shared bytes."""
+    dims, widest = (f"HEAD_DIM={head_dim}", f"VALUE_DIM={value_dim}"), max(head_dim, value_dim)
+    if call.cache["k"].itemsize == 2 and {head_dim, value_dim} <= {64, 128}:
+        heads = min(group, SHARED_HEADS)
+        shared = 2 * DECODE_KEYS * (head_dim + value_dim)
+        return "decode", heads, (*dims, f"HEADS={heads}", *half(call)), shared
+    if widest > 256:
+        raise LabinferError("cuda.head-dim", f"heads of {widest} numbers are wider than 256")
+    heads, lanes = min(group, PLAIN_HEADS), 1 << (-(-widest // 8) - 1).bit_length()
+    return "attention", heads, (*dims, f"HEADS={heads}", f"LANES={lanes}"), 0
+
+
+def half(call: Call) -> tuple[str, ...]:
+    """The macro for products in f16, where the cache holds that."""
+    return ("HALF",) if str(call.cache["k"].dtype) == "float16" else ()
 
 
 def softcap(attrs: Any) -> tuple[str, ...]:

@@ -204,15 +204,17 @@ class Emitter:
         self, x: Any, products: Sequence[Linear], norm: Call | None, residual: Any, function: str | None = None
     ) -> None:
         """Up to three products for few tokens in one launch; with ``function``, the two of a gated unit."""
-        weight, x_row = products[0].weight, stride(x)
+        weight, x_row = products[0].weight, x.shape[1] if self.narrow_input else stride(x)
         tokens, width = few_tokens(len(x)), 8 if function else 16
         tiles = sum(-(-each.weight.rows // width) for each in products[: 1 if function else 3])
         parts = [
             Part(each.weight.address, address(each.bias), address(each.y), stride(each.y), each.weight.rows)
             for each in products
         ]
-        defines = (f"TOKENS={tokens}", *["NORM"] * bool(norm))
-        defines += (*["GLU"] * bool(function), *["ADD"] * (residual is not None))
+        defines = (f"TOKENS={tokens}", *["NORM"] * bool(norm), *["ADD"] * (residual is not None))
+        if function:
+            defines += ("GLU", *self.result_defines())
+            parts[0].y_row = self.row_of(products[0].y)
         gain, eps, offset = (norm.weights.get("weight"), norm.attrs.eps, norm.attrs.offset) if norm else (None, 0, 0)
         arguments = (
             x, x_row, len(x), weight.columns, gain, float(eps), float(offset), residual, stride(residual),
@@ -245,6 +247,7 @@ class Emitter:
         waves = 4 if plain and tiles <= 8 * processors else resident  # measured: a fourth block that waits is worth it
         blocks = cluster * tiles if cluster > 1 else min(tiles, waves * processors)
         form = ("HALF",) * (weight.format == "f16") if plain else (*format_defines(weight.format), "STAGED")
+        form += ("NARROW_INPUT",) * self.narrow_input
         self.add(
             "stream", "stream", (blocks, 1, 1), 256, *arguments, cluster=(cluster, 1, 1),
             defines=(*form, *defines, f"CLUSTER={cluster}", f"BLOCKS={resident}"),
@@ -316,12 +319,16 @@ class Emitter:
         return at
 
     def takes_narrow(self) -> str | None:
-        """The 16-bit format in which the op's product, one by cuBLAS, could take its input; else None."""
+        """The 16-bit format in which the op's product could take its input, as it multiplies it; else None."""
         product = self.call.parts[0] if self.call.parts else self.call
         weight, x = product.weights["weight"], product.inputs[0]
-        once = len(self.call.inputs) == 1 or address(self.call.inputs[-1]) != address(x)  # not the residual as well
-        few = self.is_few([Linear(weight, None, None)], x)
-        return weight.format if once and not few and self.is_large(weight.format) else None
+        if len(self.call.inputs) > 1 and address(self.call.inputs[-1]) == address(x):  # the residual as well
+            return None
+        products = [Linear(weight, None, None)]
+        if self.is_streamed(products, x, 16):
+            return "bf16" if weight.format == "bf16" else "f16"
+        few = self.is_few(products, x)
+        return weight.format if not few and self.is_large(weight.format) else None
 
     def result_defines(self) -> tuple[str, ...]:
         """The macro of a kernel that leaves the result as it is asked for."""

@@ -8,8 +8,8 @@ from labinfer.ops.base import KernelBounds, TensorType, dim
 SPLIT_BLOCKS = 264
 """Blocks that attention is split into where there are fewer queries: two for each multiprocessor of a large GPU."""
 
-SPLIT_HEADS = 4
-"""Query heads that share the reading of a key."""
+SHARED_HEADS = 8
+"""Query heads that share the reading of a key, at most."""
 
 
 def scratch_bytes(bounds: KernelBounds) -> int:
@@ -25,7 +25,7 @@ def narrow_bytes(tokens: int, columns: int) -> int:
 
 def partials_bytes(value_dim: int) -> int:
     """Bytes for what the parts of a split attention leave."""
-    return rounded(2 * SPLIT_BLOCKS * SPLIT_HEADS * (value_dim + 2) * 4)
+    return rounded(2 * SPLIT_BLOCKS * SHARED_HEADS * (value_dim + 2) * 4)
 
 
 def _matrices(bounds: KernelBounds) -> list[tuple[str, tuple[int, ...]]]:

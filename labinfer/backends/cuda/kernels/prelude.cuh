@@ -129,8 +129,15 @@ DEV float block_sum(float v, float *scratch) {
     return warp_sum(v);
 }
 
-// Clusters (sm_90): blocks that can write to each other's shared memory.
 DEV u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+// Copies to shared memory that go on beside the kernel (sm_80), in groups.
+DEV void copy16(void *to, const void *from, bool inside) {  // zeros where not inside
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(inside ? 16 : 0) : "memory");
+}
+DEV void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> DEV void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// Clusters (sm_90): blocks that can write to each other's shared memory.
 #if __CUDA_ARCH__ >= 900
 DEV void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 DEV void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }

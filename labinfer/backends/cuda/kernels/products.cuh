@@ -33,7 +33,7 @@ template <class Sum> DEV void finish(const Parts &parts, int tile, int tokens, f
     int row = threadIdx.x % 8, m = threadIdx.x / 8, at = tile * 8 + row;
     if (m >= tokens || at >= parts.p[0].rows) return;
     float gate = sum(row, m) + (parts.p[0].bias ? parts.p[0].bias[at] : 0.f), up = sum(row + 8, m) + (parts.p[1].bias ? parts.p[1].bias[at] : 0.f);
-    parts.p[0].y[(size_t)m * parts.p[0].y_row + at] = activate(function, gate) * up;
+    ((Out *)parts.p[0].y)[(size_t)m * parts.p[0].y_row + at] = out_of(activate(function, gate) * up);
 #else
     int row = threadIdx.x % 16, m = threadIdx.x / 16, part = part_of(parts, tile), at = tile * 16 + row;
     if (m >= tokens || at >= parts.p[part].rows) return;

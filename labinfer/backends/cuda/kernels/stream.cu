@@ -99,6 +99,22 @@ DEV uint2 pairs_of(const float4 &v) {
 #endif
 }
 // Rows of x from column `start` on to shared memory; all loads are under way before the first is used.
+#ifdef NARROW_INPUT  // they are as they are multiplied: a lane brings eight columns
+typedef u16 In;
+DEV void stage(u16 *xs, Shared &, const u16 *x, int x_row, int tokens, int start, int width, const Gain &, bool) {
+    int lane = threadIdx.x % 32, eighth = lane % 16, part = (threadIdx.x / 32 + lane / 16 * WARPS) * 128;
+    uint4 v[TOKENS];
+    #pragma unroll
+    for (int m = 0; m < TOKENS; m++) {
+        bool inside = m < tokens && part + 8 * eighth < width;
+        v[m] = inside ? get((const uint4 *)(x + (size_t)m * x_row + start + part + 8 * eighth)) : make_uint4(0, 0, 0, 0);
+    }
+    #pragma unroll
+    for (int m = 0; m < TOKENS; m++) *(uint4 *)(xs + m * (CHUNK + 32) + part + place_of(2 * eighth)) = v[m];
+    __syncwarp();
+}
+#else
+typedef float In;
 DEV void stage(u16 *xs, Shared &s, const float *x, int x_row, int tokens, int start, int width, const Gain &gain, bool first) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float4 v[TOKENS][STEPS];
@@ -129,6 +145,7 @@ DEV void stage(u16 *xs, Shared &s, const float *x, int x_row, int tokens, int st
     }
     __syncwarp();
 }
+#endif
 
 #ifdef FORMAT
 DEV void multiply(float (&d)[4][4], const u8 *ws, const u16 *xs, int width) {
@@ -192,7 +209,7 @@ DEV void reduce(Shared &s, const float (&d)[4][4]) {
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) stream(
-    const float *x, int x_row, int tokens, int columns, const float *weight, float eps, float offset,
+    const In *x, int x_row, int tokens, int columns, const float *weight, float eps, float offset,
     const float *residual, int residual_row, int function, int tiles, const __grid_constant__ Parts parts) {
     extern __shared__ __align__(128) u8 memory[];
     u16 *xs = (u16 *)(memory + SLOTS * slot_bytes(columns));
