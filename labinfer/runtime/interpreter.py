@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import Any
 
 from labinfer.backends.base import Buffer, Device, Kernel, KernelFailure, Program
+from labinfer.backends.exchange import RankPeers
 from labinfer.compiler.fold import GRAPH_INPUTS, Slot, steps, unfold_inputs, unfold_ops
 from labinfer.compiler.graph import Op
 from labinfer.compiler.plan import Limits, Stage
@@ -21,7 +22,6 @@ from labinfer.errors import DoesNotFit, LabinferError, UsageError, did_you_mean
 from labinfer.ops.base import DEFAULT_OPTIONS, Call, Dim, KernelOptions, dim
 from labinfer.ops.fusions import is_view
 from labinfer.runtime.kv_cache import KVCache
-from labinfer.runtime.peers import SharedPeers
 from labinfer.runtime.poison import Poison
 from labinfer.runtime.step_memory import StepBatch, StepMemory, filled_up, is_decode
 from labinfer.runtime.streamed_window import StreamedWindow
@@ -85,7 +85,7 @@ class Interpreter:
         cache: KVCache,
         options: KernelOptions = DEFAULT_OPTIONS,
         streamed: StreamedWindow | None = None,
-        peers: SharedPeers | None = None,
+        peers: RankPeers | None = None,
     ) -> None:
         self.stage, self.device, self.limits = stage, device, limits
         self.parameters, self.cache, self.options, self.streamed = parameters, cache, options, streamed
