@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,11 @@ from labinfer.compiler.plan import load_plan
 from labinfer.compiler.shares import apportion, cut_heads, width
 from labinfer.compiler.verify_plan import verify_plan
 from labinfer.errors import DoesNotFit, Errors, LabinferError, UsageError
-from labinfer.llm import LLM
 from labinfer.ops.formats import FORMATS
 from labinfer.runtime.parameters import transformed
 
 from .choosing import choosing
-from .hf.agreement import assert_agree
+from .golden_models import assert_golden
 from .tiny import GOLDEN
 
 FAMILIES = sorted(expected.parent.name for expected in GOLDEN.glob("*/expected.npz"))
@@ -40,22 +38,6 @@ LLAMA = GOLDEN / "llama-llama3"
 
 def devices(ranks: int, kind: str = "reference") -> str:
     return ",".join(f"{kind}:{rank}" for rank in range(ranks))
-
-
-@cache
-def golden(name: str) -> dict[str, Any]:
-    with np.load(GOLDEN / name / "expected.npz") as expected:
-        return dict(expected)
-
-
-def assert_golden(model: LLM, name: str) -> None:
-    """Logits of every position within the tolerance of one device, and the same tokens."""
-    expected, prompt = golden(name), golden(name)["prompt"].tolist()
-    assert_agree(model.logits(prompt), expected["prompt_logits"], name)
-    steps = len(expected["step_logits"])
-    greedy = labinfer.SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True)
-    [answer] = model.generate([prompt], greedy)
-    assert list(answer.token_ids) == expected["generated"].tolist()[:steps]
 
 
 @pytest.mark.parametrize(

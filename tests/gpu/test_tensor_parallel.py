@@ -18,7 +18,7 @@ from labinfer.errors import LabinferError
 from labinfer.ops.base import OPS, Call
 from labinfer.runtime.manager import Manager
 from labinfer.runtime.pipeline.device_engine import DeviceEngine
-from tests.test_tensor_parallel import assert_golden
+from tests.golden_models import assert_golden
 from tests.tiny import GOLDEN
 
 OPTIONS: dict[str, Any] = {"max_model_len": 64, "arena_effort_seconds": 0.05}
