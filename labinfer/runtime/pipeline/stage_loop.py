@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from labinfer.backends.sampling import NOT_A_NUMBER, RULE, Choices
 from labinfer.compiler.plan import Plan
 from labinfer.errors import LabinferError
 from labinfer.runtime.cores import stay_on
@@ -83,6 +84,8 @@ class StageLoop:
         self.header = Header(STEP, 0, ())
         self.outgoing: Sequence[memoryview] = ()  # the frame of what the step makes
         self.failure = bytearray()
+        chooses = self.last and links.outbound
+        self.sampler = stage.device.sampler(plan.limits.max_chosen, plan.vocab_size) if chooses else None
 
     def run(self) -> None:
         """Run steps until the channels are closed. What goes wrong in a step is told to whoever waits for it."""
@@ -99,6 +102,8 @@ class StageLoop:
             pass
         finally:
             self.stage.interpreter.leave()
+            if self.sampler is not None:
+                self.sampler.close()
 
     def take_batch(self) -> None:
         """Receive the batch of a step, and let the next stage have it at once."""
@@ -174,7 +179,7 @@ class StageLoop:
         self.times[self.number, 0] = time.monotonic()
         made = self.stage.interpreter.execute(self.tape, len(batch.token_ids), len(batch.logits_rows))
         if self.links.outbound and self.last:
-            self.send_tokens(made[self.stage.stage.outputs[-1]], self.message.wants_logits)
+            self.choose(made[self.stage.stage.outputs[-1]], self.message.wants_logits)
         elif self.links.outbound:
             self.values.move_out()
             self.times[self.number, 1] = time.monotonic()
@@ -183,18 +188,29 @@ class StageLoop:
             while self.links.tokens_in.ready():  # nobody may ever ask for them
                 self.take_tokens()
 
-    def send_tokens(self, logits: Any, wants_logits: bool) -> None:
-        """Close the ring: the first stage may go on with the tokens; then let the engine know."""
-        logits = np.ascontiguousarray(self.stage.device.host_array(logits))
+    def choose(self, logits: Any, wants_logits: bool) -> None:
+        """Take the likeliest tokens, on the device where that can and nobody wants the logits, and send them."""
         tokens = self.chosen[: len(logits)]
-        if len(logits):
-            tokens[:] = likeliest(logits)
+        if wants_logits or self.sampler is None:
+            logits = np.ascontiguousarray(self.stage.device.host_array(logits))
+            if len(logits):
+                tokens[:] = likeliest(logits)
+        elif len(logits):
+            nothing = np.zeros(0, np.int32)
+            greedy = Choices(np.zeros(len(logits), RULE), None, nothing, nothing)
+            assert self.tape is not None
+            bound = self.tape.values[self.stage.stage.outputs[-1]]  # of few sizes, for each of which it has a program
+            tokens[:] = np.maximum(self.sampler.choose(bound, greedy)(), NOT_A_NUMBER)
+        self.send_tokens(tokens, logits if wants_logits else None)
+
+    def send_tokens(self, tokens: np.ndarray, logits: np.ndarray | None) -> None:
+        """Close the ring: the first stage may go on with the tokens; then let the engine know."""
         self.times[self.number, 1] = time.monotonic()
         self.send_outgoing()
-        if wants_logits:
-            self.send_on(LOGITS, views([tokens, self.times, logits]))
-        else:
+        if logits is None:
             self.send_on(TOKENS, views([tokens, self.times]))
+        else:
+            self.send_on(LOGITS, views([tokens, self.times, logits]))
 
     def send_outgoing(self) -> None:
         """Send what the step has made to whoever computes next."""
