@@ -168,7 +168,7 @@ class Interpreter:
     def prepare(self, batch: StepBatch) -> Tape:
         """The tape for a batch of this size, with its arrays in place."""
         reuses = self.reuses_tapes and not self.listeners  # which see arrays of just this size
-        if reuses and is_decode(batch):
+        if reuses and is_decode(batch) and not self.stage.inputs:  # values come for the batch's own rows only
             batch = filled_up(batch, self.device.decodes_for(len(batch.token_ids), self.max_decodes))
         self.step_memory.load(batch)
         size = len(batch.token_ids), len(batch.logits_rows)
