@@ -136,19 +136,18 @@ def collective_time(devices: Sequence[CudaDevice], peers: Sequence[Any], kind: s
 def collectives() -> None:
     print("\n| numbers of a part | words, µs | pieces, µs | GB/s each way | gathered: words, µs | pieces, µs |")
     print("|---|---|---|---|---|---|")
-    few = emit_exchange.EXCHANGE_FEW
+    in_words = emit_exchange.in_words
     with closing(Manager()) as manager:
         devices = [device for name in TWO if isinstance(device := manager.device(name), CudaDevice)]
         with closing(devices[0].exchange(devices)) as exchange:
             for rows in (1, 2, 4, 8, 16, 32, 64, 256, 2048):
                 times = []
                 for kind in ("all_reduce", "all_gather"):
-                    for limit in (few, 0):
-                        emit_exchange.EXCHANGE_FEW = limit  # which way is taken
-                        fits = limit == 0 or rows * 1024 <= few
-                        found = collective_time(devices, exchange.peers, kind, rows, 4096) if fits else None
-                        times.append(found)
-                emit_exchange.EXCHANGE_FEW = few
+                    for words in (True, False):
+                        fits = in_words(rows * 1024) or not words
+                        emit_exchange.in_words = lambda fours, words=words: words
+                        times.append(collective_time(devices, exchange.peers, kind, rows, 4096) if fits else None)
+                emit_exchange.in_words = in_words
                 texts = ["–" if each is None else f"{each:.1f}" for each in times]
                 rate = rows * 4096 * 4 / min(each for each in times[:2] if each) / 1e3
                 print(f"| {rows} x 4096 | {texts[0]} | {texts[1]} | {rate:.0f} | {texts[2]} | {texts[3]} |", flush=True)

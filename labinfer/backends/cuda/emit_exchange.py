@@ -46,6 +46,11 @@ def exchange_defines(ranks: int) -> tuple[str, ...]:
     return (f"RANKS={ranks}", *sizes, f"BYTES={exchange_bytes(ranks)}")
 
 
+def in_words(fours: int) -> bool:
+    """Whether a part of so many fours of numbers travels in words, for which there is room and which are quicker."""
+    return fours <= EXCHANGE_FEW
+
+
 def all_reduce(e: Emitter, call: Call) -> None:
     """``y``: the sum of all ranks' ``x``."""
     _sum(e, call, None)
@@ -79,7 +84,7 @@ def _exchange(e: Emitter, kernel: str, x: Any, n: int, result: Structure) -> Non
     fours = -(-n // 4)
     own = Own(address(x), stride(x), columns, rows, n)
     arguments, defines = (peers.argument, own, result), exchange_defines(peers.ranks)
-    if rows * fours <= EXCHANGE_FEW:
+    if in_words(rows * fours):
         threads = min(256, -(-fours // 32) * 32)
         e.add("exchange", f"{kernel}_few", (-(-fours // threads), rows, 1), threads, *arguments, defines=defines)
         return

@@ -144,5 +144,5 @@ template <class Use> DEV void many(const Peers &peers, const Own &own, const Use
 
 extern "C" __global__ void all_reduce_few(Peers peers, Own own, Sum sum) { few(peers, own, sum); }
 extern "C" __global__ void all_gather_few(Peers peers, Own own, Join join) { few(peers, own, join); }
-extern "C" __global__ void __launch_bounds__(PIECE) all_reduce_many(Peers peers, Own own, Sum sum) { many(peers, own, sum); }
-extern "C" __global__ void __launch_bounds__(PIECE) all_gather_many(Peers peers, Own own, Join join) { many(peers, own, join); }
+extern "C" __global__ void __launch_bounds__(PIECE, 1) all_reduce_many(Peers peers, Own own, Sum sum) { many(peers, own, sum); }
+extern "C" __global__ void __launch_bounds__(PIECE, 1) all_gather_many(Peers peers, Own own, Join join) { many(peers, own, join); }
