@@ -120,7 +120,7 @@ def stream_shared_bytes(format: str, tokens: int, columns: int) -> int:
 MAX_RANKS = 8
 """GPUs that run a stage together (``Peers`` of ``exchange.cu``): as many as one host connects directly."""
 
-EXCHANGE_FEW, EXCHANGE_BLOCKS, EXCHANGE_PIECE = 1 << 15, 256, 512
+EXCHANGE_FEW, EXCHANGE_BLOCKS, EXCHANGE_PIECE = 1 << 14, 256, 512
 """``FEW``, ``BLOCKS`` and ``PIECE`` of ``exchange.cu``; the first and last in fours of numbers."""
 
 
