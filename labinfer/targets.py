@@ -23,4 +23,5 @@ def real_target(name: str) -> Target:
         activations=known.activations,
         matrix_unit=known.matrix_unit,
         sampling=known.sampling,
+        exchange=known.exchange,
     )

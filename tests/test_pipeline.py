@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from labinfer.errors import UsageError
 from labinfer.llm import LLM
 from labinfer.runtime.pipeline.transport import TRANSPORTS
 
+from .choosing import choosing
 from .tiny import GOLDEN
 
 # One per mechanism that a cut between stages could break: windows, experts, latent cache, learned positions, tied ends.
@@ -60,6 +62,33 @@ def test_tokens_are_those_of_one_device(name: str, devices: str) -> None:
         assert greedy(model, prompts(name)) == on_one_device(name)
         assert model.blocks.usage == 0
         model.blocks.check_integrity()
+
+
+def test_a_last_device_that_chooses_tokens_takes_the_likeliest() -> None:
+    """Those that are not simply the likeliest the engine still chooses."""
+    name = FAMILIES[0]
+    drawn = labinfer.SamplingParams(temperature=1.0, seed=2, max_tokens=STEPS, ignore_eos=True)
+    with open_model(name, "local") as model:
+        expected = [answer.token_ids for answer in model.generate(prompts(name), drawn)]
+    likeliest = on_one_device(name)
+    with choosing() as samplers, open_model(name, "local") as model:
+        assert greedy(model, prompts(name)) == likeliest
+        [sampler] = samplers
+        assert sampler.chosen >= STEPS * len(prompts(name))
+        assert [answer.token_ids for answer in model.generate(prompts(name), drawn)] == expected
+
+
+@pytest.mark.parametrize("transport", [None, "local"])
+def test_rows_that_fill_a_step_up_spoil_no_cache(transport: str | None) -> None:
+    """Devices that fill decode steps up do so on the first stage only: later ones get no values for such rows."""
+    name = FAMILIES[0]
+    drawn = labinfer.SamplingParams(temperature=1.0, seed=2, max_tokens=STEPS, ignore_eos=True)
+    found = []
+    ways: list[AbstractContextManager[Any]] = [nullcontext(), choosing()]
+    for filling in ways:
+        with filling, labinfer.load(GOLDEN / name, devices=DEVICES, transport=transport) as model:
+            found.append([answer.token_ids for answer in model.generate(prompts(name), drawn)])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("name", ["llama-odd_heads_tied", "gemma3_text-linear_global"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,18 @@ from hypothesis import strategies as st
 
 import labinfer
 from labinfer import catalogue
+from labinfer.backends.cuda.layout import exchange_bytes
 from labinfer.compiler.fold import unfold_ops, unfold_states, unfold_weights
 from labinfer.compiler.graph import Part, Transform
 from labinfer.compiler.plan import load_plan
 from labinfer.compiler.shares import apportion, cut_heads, width
+from labinfer.compiler.verify_plan import verify_plan
 from labinfer.errors import DoesNotFit, Errors, LabinferError, UsageError
-from labinfer.llm import LLM
 from labinfer.ops.formats import FORMATS
 from labinfer.runtime.parameters import transformed
 
-from .hf.agreement import assert_agree
+from .choosing import choosing
+from .golden_models import assert_golden
 from .tiny import GOLDEN
 
 FAMILIES = sorted(expected.parent.name for expected in GOLDEN.glob("*/expected.npz"))
@@ -37,22 +38,6 @@ LLAMA = GOLDEN / "llama-llama3"
 
 def devices(ranks: int, kind: str = "reference") -> str:
     return ",".join(f"{kind}:{rank}" for rank in range(ranks))
-
-
-@cache
-def golden(name: str) -> dict[str, Any]:
-    with np.load(GOLDEN / name / "expected.npz") as expected:
-        return dict(expected)
-
-
-def assert_golden(model: LLM, name: str) -> None:
-    """Logits of every position within the tolerance of one device, and the same tokens."""
-    expected, prompt = golden(name), golden(name)["prompt"].tolist()
-    assert_agree(model.logits(prompt), expected["prompt_logits"], name)
-    steps = len(expected["step_logits"])
-    greedy = labinfer.SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True)
-    [answer] = model.generate([prompt], greedy)
-    assert list(answer.token_ids) == expected["generated"].tolist()[:steps]
 
 
 @pytest.mark.parametrize(
@@ -83,6 +68,60 @@ def test_ranks_on_the_cpu(name: str) -> None:
     pytest.importorskip("numba", reason="the CPU backend needs numba")
     with labinfer.load(GOLDEN / name, devices=devices(2, "cpu"), tensor_parallel_size=2, threads=2) as model:
         assert_golden(model, name)
+
+
+@pytest.mark.parametrize("name", ["llama-odd_heads_tied", "mixtral-window"])
+def test_ranks_that_choose_tokens_themselves(name: str) -> None:
+    """Each rank of devices that do chooses all tokens: those of the host, drawn ones too."""
+    prompts, params = [[3, 4], [5] * 9], labinfer.SamplingParams(temperature=1.1, seed=3, max_tokens=9, logprobs=1)
+    free = labinfer.SamplingParams(temperature=1.1, seed=4, max_tokens=9, ignore_eos=True)
+    options: dict[str, Any] = {"devices": devices(2), "tensor_parallel_size": 2}
+    with labinfer.load(GOLDEN / name, **options) as model:
+        expected = [answer.token_ids for answer in model.generate(prompts, [params, free])]
+    with choosing() as samplers, labinfer.load(GOLDEN / name, **options) as model:
+        assert model.pipeline is None
+        assert_golden(model, name)
+        assert [answer.token_ids for answer in model.generate(prompts, [params, free])] == expected
+        first, second = samplers
+        assert first.chosen == second.chosen > 0
+        assert first.fed == second.fed > 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_beside_the_others_ends_the_step_for_all(rank: int) -> None:
+    def fail(_: Any) -> None:
+        raise UsageError("test.failed", "the listener fails")
+
+    with choosing(), labinfer.load(LLAMA, devices=devices(2), tensor_parallel_size=2) as model:
+        model.interpreters[rank].listen("layers.1.attn.out.part", fail)
+        with pytest.raises(UsageError, match="the listener fails"):
+            model.logits([1, 2, 3])
+        with pytest.raises(LabinferError, match="another rank of this stage has failed"):
+            model.logits([1, 2, 3])
+
+
+def test_gpus_exchange_parts_in_their_own_memory() -> None:
+    """A plan needs no GPU."""
+    plan = labinfer.compile(LLAMA, devices="cuda:0,cuda:1", tensor_parallel_size=2)
+    for stage in plan.stages:
+        assert (stage.bytes.peers, stage.bytes.exchange) == (0, exchange_bytes(2))
+        parts = stage.bytes.model_dump(exclude={"peers", "host", "swap"})
+        assert stage.bytes.total == sum(parts.values())
+        assert {"all_reduce", "all_reduce_add", "all_gather"} <= {op.kind for op, _ in unfold_ops(stage)}
+    verify_plan(plan, "plan")
+    plan.stages[1].bytes.exchange = 0
+    with pytest.raises(LabinferError, match="do not exchange their parts in one way"):
+        verify_plan(plan, "plan")
+    with pytest.raises(UsageError, match="cuda:0 and reference:0 cannot exchange parts"):
+        labinfer.compile(LLAMA, devices="cuda:0,reference:0", tensor_parallel_size=2)
+    with pytest.raises(DoesNotFit, match="9 GPUs cannot run a stage together"):
+        exchange_bytes(9)
+
+
+def test_gpus_in_several_processes_are_refused() -> None:
+    plan = labinfer.compile(LLAMA, devices="cuda:0,cuda:1", tensor_parallel_size=2)
+    with pytest.raises(UsageError, match="run in one process"):
+        labinfer.load(plan, transport="shm")
 
 
 def test_ranks_of_different_kinds_work_together() -> None:

@@ -22,6 +22,7 @@ from labinfer.errors import DoesNotFit, UsageError, did_you_mean
 from labinfer.ops.base import OPS, Call, KernelBounds, KernelOptions, TensorType
 
 if TYPE_CHECKING:
+    from labinfer.backends.exchange import Exchange
     from labinfer.backends.sampling import TokenSampler
 
 Kernel = Callable[[Call], None]
@@ -62,6 +63,8 @@ class Capabilities:
     many rows of logits; ``threads`` how many it uses unless told otherwise;
     ``block_multiple`` is what the cache's block size must be a multiple of; ``activations`` says how exactly it can
     multiply, and ``matrix_unit(activations)`` the fewest tokens, by weight format, for which its matrix unit pays.
+    ``exchange(ranks)`` gives the bytes of its own memory through which it and others of its kind exchange parts, each a
+    rank of a stage; 0 for one that does so in the host's memory.
     ``machine`` says what it runs on, and ``kernels`` which version of its kernels: measured times depend on both.
     ``processors(name)`` are those of a device that has its own, of which it can be opened with some (as its
     ``threads``); None for one that computes with the machine's cores.
@@ -78,6 +81,7 @@ class Capabilities:
     block_multiple: int = 1
     activations: tuple[str, ...] = ("exact",)
     matrix_unit: Callable[[str], Mapping[str, int]] = lambda activations: {}
+    exchange: Callable[[int], int] = lambda ranks: 0
     machine: Callable[[], str] = processor
     kernels: Callable[[], str] = lambda: __version__
     processors: Callable[[str], int | None] = lambda name: None
@@ -325,6 +329,10 @@ class Device(ABC):
     @abstractmethod
     def fill(self, buffer: Buffer, byte: int) -> None:
         """Set every byte of ``buffer``."""
+
+    def exchange(self, devices: Sequence[Device]) -> Exchange:
+        """What ``devices`` exchange parts through, which are of this one's kind and the ranks of a stage."""
+        raise DoesNotFit("device.exchange", f"'{self.name}' exchanges nothing with other devices by itself")
 
     def sampler(self, rows: int, vocab_size: int) -> TokenSampler | None:
         """What chooses the tokens of up to ``rows`` rows of logits on the device; None where only the host can."""

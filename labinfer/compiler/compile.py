@@ -256,7 +256,7 @@ def _stage(
             size=arena.size, lower_bound=arena.lower_bound, optimal=arena.optimal, algorithm=arena.algorithm,
             peak_op=arena.peak_op, live_at_peak=list(arena.live_at_peak),
         ),
-        bytes=_bytes(graph, parts, target, limits, arena.size),
+        bytes=_bytes(graph, parts, target, limits, arena.size, len(options.split)),
     )  # fmt: skip
 
 
@@ -271,11 +271,12 @@ def _value(name: str, graph: OpGraph, arena: ArenaPlan) -> dict[str, Any]:
     return text
 
 
-def _bytes(graph: OpGraph, parts: Sequence[Op], target: Target, limits: Limits, arena: int) -> StageBytes:
+def _bytes(graph: OpGraph, parts: Sequence[Op], target: Target, limits: Limits, arena: int, ranks: int) -> StageBytes:
     used = [graph.weights[name] for name in dict.fromkeys(name for part in parts for name in part.weights.values())]
     longest = -(-limits.max_model_len // limits.block_size) * limits.block_size
     chooses = any(name in graph.outputs for part in parts for name in part.outputs)
     tables = sum(target.tables(attrs, longest) for attrs in {part.attrs for part in parts if part.kind == "rope"})
+    exchange = target.exchange(ranks) if ranks > 1 else 0
     size = {False: 0, True: 0}
     for weight in used:
         size[weight.adapter] += target.weight_bytes(weight.format, weight.shape)
@@ -285,7 +286,8 @@ def _bytes(graph: OpGraph, parts: Sequence[Op], target: Target, limits: Limits, 
         kv_cache=0,  # until _size_cache
         arena=arena,
         step=limits.step_bytes,
-        peers=peer_bytes(parts, graph.values, limits),
+        peers=0 if exchange else peer_bytes(parts, graph.values, limits),
+        exchange=exchange,
         tables=tables + (target.sampling(limits.max_chosen) if chooses else 0),
     )
 

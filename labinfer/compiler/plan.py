@@ -211,11 +211,15 @@ class StageBytes(PlanModel):
     swap: NonNegativeInt = Field(default=0, description="host memory for cache blocks that are swapped out")
     adapters: NonNegativeInt = Field(default=0, description="pools of LoRA adapters")
     peers: NonNegativeInt = Field(default=0, description="host memory in which other ranks read this one's parts")
+    exchange: NonNegativeInt = Field(
+        default=0, description="memory of the device itself to which other ranks write their parts, instead of `peers`"
+    )
 
     @property
     def total(self) -> int:
         """All of it on the device."""
-        return self.weights + self.kv_cache + self.arena + self.step + self.tables + self.adapters + self.window
+        own = self.weights + self.kv_cache + self.arena + self.step + self.tables + self.adapters + self.window
+        return own + self.exchange
 
 
 class Stage(PlanModel):

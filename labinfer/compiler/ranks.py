@@ -48,6 +48,11 @@ def rank_targets(targets: Sequence[Target], split: Sequence[float], given_thread
     if len(targets) % len(split):
         message = f"{len(targets)} devices cannot run stages of {len(split)} ranks each"
         raise UsageError("device.list", message, remedy=f"name {len(split)} devices for each stage")
+    for first in range(0, len(targets), len(split)):
+        group = targets[first : first + len(split)]
+        if len({target.kind for target in group}) > 1 and any(target.exchange(len(split)) for target in group):
+            message = f"{' and '.join(target.name for target in group)} cannot exchange parts of what they compute"
+            raise UsageError("device.ranks", message, remedy="let devices of one kind be the ranks of a stage")
     found = []
     for number, target in enumerate(targets):
         threads = target.threads

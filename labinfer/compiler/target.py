@@ -21,8 +21,9 @@ class Target:
     share, ``sampling(rows)`` of what it chooses tokens with; ``threads`` how many it uses, None where that means
     nothing; ``block_multiple`` divides the size of a block of the cache;
     ``activations`` are the ways it multiplies, ``matrix_unit(activations)`` where its matrix unit pays, and ``options``
-    what was chosen of that; ``memory`` is a cap in bytes; ``layers`` the layers (first, last) a person gave it, None
-    for an even share; ``declared`` says what a device that is not here is.
+    what was chosen of that; ``exchange(ranks)`` gives the bytes of its own through which ranks exchange parts;
+    ``memory`` is a cap in bytes; ``layers`` the layers (first, last) a person gave it, None for an even share;
+    ``declared`` says what a device that is not here is.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Target:
     activations: tuple[str, ...] = ("exact",)
     matrix_unit: Callable[[str], Mapping[str, int]] = lambda activations: {}
     sampling: Callable[[int], int] = lambda rows: 0
+    exchange: Callable[[int], int] = lambda ranks: 0
     options: KernelOptions = DEFAULT_OPTIONS
     memory: int | None = None
     layers: tuple[int, int] | None = None

@@ -24,8 +24,11 @@ def verify_ranks(plan: Plan) -> Iterator[tuple[str, str]]:
         first, *others = [collectives(stage) for stage in group]
         if any(other != first for other in others):
             yield "plan.ranks", f"the ranks of stage {number} do not run the same collectives: they would wait forever"
+        alone = {plan.devices[stage.device].kind for stage in group if stage.bytes.exchange}
+        if alone and any(not stage.bytes.exchange or {plan.devices[stage.device].kind} != alone for stage in group):
+            yield "plan.ranks", f"the ranks of stage {number} do not exchange their parts in one way"
         for stage in group:
-            if (needed := exchanged(plan, stage)) != stage.bytes.peers:
+            if (needed := 0 if alone else exchanged(plan, stage)) != stage.bytes.peers:
                 yield "plan.bytes", f"peers takes {needed} bytes, the plan says {stage.bytes.peers}"
     for line in plan.weights:
         if line.part is not None and (message := wrong_part(line)):
@@ -36,7 +39,8 @@ def collectives(stage: Stage) -> list[tuple[str, str, str]]:
     """The collectives of a stage in order: their kinds, and what makes them fit to those of other ranks."""
     return [
         (op.kind, str(op.attrs), str(made[op.outputs[0]].type))
-        for op, made in unfold_ops(stage)
+        for whole, made in unfold_ops(stage)
+        for op in whole.primitives()
         if op.kind in ("all_reduce", "all_gather")
     ]
 
@@ -44,9 +48,11 @@ def collectives(stage: Stage) -> list[tuple[str, str, str]]:
 def exchanged(plan: Plan, stage: Stage) -> int:
     """Bytes for the largest part that a rank offers, twice, each in whole cache lines."""
     slots, largest = unfold_inputs(stage), 0
-    for op, made in unfold_ops(stage):
+    for whole, made in unfold_ops(stage):
         slots |= made
-        if op.kind in ("all_reduce", "all_gather"):
+        for op in whole.primitives():
+            if op.kind not in ("all_reduce", "all_gather"):
+                continue
             sent = slots[op.inputs[0]].type
             row = 4 * max(getattr(op.attrs, "sizes", (natural_row(sent) // 4,)))
             rows = dim(sent.shape[0], plan.limits.max_num_batched_tokens, plan.limits.max_logits_rows)

@@ -156,7 +156,7 @@ class Call:
     token ``j`` of cache block ``b``. ``workspace`` is scratch memory. A fused op has the calls of its ``parts``, where
     values that never leave the kernel are None. ``options`` are the plan's. ``rows_symbol`` is what the first dimension
     of the op's values stands for, T or R, where a program may serve steps of other sizes. ``peers`` are the ranks of a
-    collective.
+    collective: ``Peers`` in host memory, or what the device has instead.
     """
 
     attrs: Any
@@ -169,7 +169,7 @@ class Call:
     parts: tuple[Call, ...] = ()
     options: KernelOptions = DEFAULT_OPTIONS
     rows_symbol: Dim | None = None
-    peers: Peers | None = None
+    peers: Any = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,7 @@ FUSIONS: tuple[Fusion, ...] = (
     declare("rope_attention", "q = rope(a, p)", "k = rope(b, p)", "kv_write(k, v)", "y = attention(q)"),
     declare("rope_kv_write", "q = rope(a, p)", "k = rope(b, p)", "kv_write(k, v)", inplace={0: (0,)}),
     declare("linear_add", "o = linear(x)", "y = add(r, o)", inplace={0: (1,)}),
+    declare("all_reduce_add", "s = all_reduce(x)", "y = add(r, s)", inplace={0: (1,)}),
 )
 """Every fusion, longest first: where two could match, the earlier one wins."""
 

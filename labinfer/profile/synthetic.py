@@ -37,7 +37,7 @@ class SyntheticCheckpoint(Checkpoint):
 
 
 def _tensors(weight: Weight) -> list[TensorInfo]:
-    shape = weight.shape if weight.stack is None else weight.shape[1:]
+    shape = weight.whole_shape if weight.stack is None else weight.whole_shape[1:]  # ranks cut theirs out of it
     stored = shape[::-1] if weight.transform.transpose else shape
     size = stored_bytes(weight.format, stored)
     return [TensorInfo(name, weight.format, stored, size, Path("synthetic"), 0) for name in weight.tensors()]

@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import Any
 
 from labinfer.backends.base import Buffer, Device, Kernel, KernelFailure, Program
+from labinfer.backends.exchange import RankPeers
 from labinfer.compiler.fold import GRAPH_INPUTS, Slot, steps, unfold_inputs, unfold_ops
 from labinfer.compiler.graph import Op
 from labinfer.compiler.plan import Limits, Stage
@@ -21,7 +22,6 @@ from labinfer.errors import DoesNotFit, LabinferError, UsageError, did_you_mean
 from labinfer.ops.base import DEFAULT_OPTIONS, Call, Dim, KernelOptions, dim
 from labinfer.ops.fusions import is_view
 from labinfer.runtime.kv_cache import KVCache
-from labinfer.runtime.peers import SharedPeers
 from labinfer.runtime.poison import Poison
 from labinfer.runtime.step_memory import StepBatch, StepMemory, filled_up, is_decode
 from labinfer.runtime.streamed_window import StreamedWindow
@@ -85,7 +85,7 @@ class Interpreter:
         cache: KVCache,
         options: KernelOptions = DEFAULT_OPTIONS,
         streamed: StreamedWindow | None = None,
-        peers: SharedPeers | None = None,
+        peers: RankPeers | None = None,
     ) -> None:
         self.stage, self.device, self.limits = stage, device, limits
         self.parameters, self.cache, self.options, self.streamed = parameters, cache, options, streamed
@@ -172,7 +172,7 @@ class Interpreter:
     def prepare(self, batch: StepBatch) -> Tape:
         """The tape for a batch of this size, with its arrays in place."""
         reuses = self.reuses_tapes and not self.listeners  # which see arrays of just this size
-        if reuses and is_decode(batch):
+        if reuses and is_decode(batch) and not self.stage.inputs:  # values come for the batch's own rows only
             batch = filled_up(batch, self.device.decodes_for(len(batch.token_ids), self.max_decodes))
         self.step_memory.load(batch)
         size = len(batch.token_ids), len(batch.logits_rows)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from labinfer.backends.base import Device
+from labinfer.backends.base import Device, backend_class
+from labinfer.backends.exchange import RankPeers
 from labinfer.compiler.plan import Plan
 from labinfer.errors import DoesNotFit, LabinferError, UsageError, did_you_mean
 from labinfer.runtime.batch import Batch, Part
@@ -29,6 +30,7 @@ from labinfer.runtime.pipeline.pipeline import Pipeline
 from labinfer.runtime.pipeline.process import StageDied
 from labinfer.runtime.pipeline.transport import check_transport
 from labinfer.runtime.pipeline.workers import Fleet, ProcessFleet, StageThreads
+from labinfer.runtime.ranks import Ranks
 from labinfer.runtime.stage import LoadedStage
 from labinfer.runtime.step_memory import StepBatch
 from labinfer.runtime.variables import Tensor, Variable
@@ -55,9 +57,9 @@ Message = Mapping[str, Any]
 class Model:
     """Runs a plan. Use it as a context manager, or ``close`` it: weights, cache and arenas are given back at once.
 
-    Without a ``transport`` its stages run one after another in the thread that asks; with one they are a pipeline, in
-    threads (``local``, and where several ranks run a stage), processes (``shm``, ``tcp``) or wherever a ``Fleet`` runs
-    them.
+    Without a ``transport`` its stages run one after another; with one they are a pipeline, in threads (``local``, and
+    where several ranks run a stage on devices that compute in these), processes (``shm``, ``tcp``) or wherever a
+    ``Fleet`` runs them.
     """
 
     def __init__(
@@ -84,9 +86,10 @@ class Model:
         self.device_seconds: dict[str, float] = defaultdict(float)  # that steps kept each device busy
         if isinstance(transport, str):
             check_transport(transport)
-        if transport is None and plan.ranks > 1:
+        if transport is None and plan.ranks > 1 and not all(backend_class(name).overlaps for name in plan.devices):
             transport = "local"
         self.stages: list[LoadedStage] = []  # those of this process
+        self.groups: list[Ranks] = []  # the same stages by group
         self.pipeline: Pipeline | None = None
         self.fleet: Fleet | None = None  # what stages run on that are not in this process
         self.closed = False
@@ -99,7 +102,7 @@ class Model:
             if transport in (None, "local"):
                 self.load_stages(checkpoint, progress, compiling)
             caches = [stage.cache for stage in self.stages]
-            self.cache = Cache(plan, caches, cache or CacheOptions(), swaps=transport is None)
+            self.cache = Cache(plan, caches, cache or CacheOptions(), swaps=transport is None and plan.ranks == 1)
             self.memory.callback(self.cache.close)
             self.blocks = self.cache.blocks
             if isinstance(transport, str) and transport != "local":
@@ -115,13 +118,23 @@ class Model:
     def load_stages(self, checkpoint: Checkpoint, progress: Progress, compiling: Callable[[int, int], None]) -> None:
         """Open the devices, and get all stages ready in this process."""
         plan = self.plan
-        shared = [private_peer_memory(plan, group) for group in range(len(plan.groups))]
-        for number, stage in enumerate(plan.stages):
-            device = self.manager.device(stage.device, plan.devices[stage.device].threads)
-            peers = peers_of(shared[number // plan.ranks], plan, number)
-            self.stages.append(self.memory.enter_context(closing(LoadedStage(plan, number, device, peers))))
+        for group, stages in enumerate(plan.groups):
+            devices = [self.manager.device(stage.device, plan.devices[stage.device].threads) for stage in stages]
+            first = len(self.stages)
+            for number, (device, peers) in enumerate(zip(devices, self.peers(group, devices), strict=True), first):
+                self.stages.append(self.memory.enter_context(closing(LoadedStage(plan, number, device, peers))))
+            ranks = Ranks([loaded.interpreter for loaded in self.stages[first:]])
+            self.groups.append(self.memory.enter_context(closing(ranks)))
         for loaded in self.stages:
             loaded.load(checkpoint, progress, compiling)
+
+    def peers(self, group: int, devices: Listing[Device]) -> Listing[RankPeers | None]:
+        """What each rank of stage ``group``, on ``devices``, sees of the others; None where it is alone."""
+        plan = self.plan
+        if any(stage.bytes.exchange for stage in plan.groups[group]) and plan.ranks > 1:
+            return self.memory.enter_context(closing(devices[0].exchange(devices))).peers
+        memory, first = private_peer_memory(plan, group), group * plan.ranks
+        return [peers_of(memory, plan, number) for number in range(first, first + plan.ranks)]
 
     def claim(self, plan: Plan, transport: str | None) -> None:
         """Ask the manager for memory, and for cores where stages run at the same time."""
@@ -210,18 +223,23 @@ class Model:
             result = self.pipeline.wait(self.pipeline.submit(StepMessage(batch, wants_logits=True)))
             assert result.logits is not None
             return result.logits
-        values: dict[str, tuple[Device, Any]] = {}
+        values: list[dict[str, tuple[Device, Any]]] = [{} for _ in range(self.plan.ranks)]  # of each rank
+
+        def run(interpreter: Interpreter) -> None:
+            known = values[interpreter.stage.rank]
+            made = interpreter.run(batch, {name: known[name] for name in interpreter.stage.inputs})
+            known.update({name: (interpreter.device, array) for name, array in made.items()})
+
         began = time.perf_counter()
-        for interpreter in self.interpreters:
-            received = {name: values[name] for name in interpreter.stage.inputs}
-            made = interpreter.run(batch, received)
-            values.update({name: (interpreter.device, array) for name, array in made.items()})
+        for ranks in self.groups:
+            ranks.each(run)
             ended = time.perf_counter()
-            self.device_seconds[interpreter.stage.device] += ended - began
+            for interpreter in ranks.interpreters:
+                self.device_seconds[interpreter.stage.device] += ended - began
             began = ended
-        device, made_last = values[self.plan.stages[-1].outputs[-1]]
+        device, made_last = values[0][self.plan.stages[-1].outputs[-1]]
         logits: np.ndarray = device.host_array(made_last)
-        self.device_seconds[self.plan.stages[-1].device] += time.perf_counter() - began
+        self.device_seconds[device.name] += time.perf_counter() - began
         return logits
 
     def check_open(self) -> None:

@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 
 from labinfer.backends.base import Device
+from labinfer.backends.exchange import RankPeers
 from labinfer.compiler.fold import layer_matrices, unfold_ops, unfold_states, unfold_weights
 from labinfer.compiler.graph import Op, Weight
 from labinfer.compiler.plan import Plan, Stage
 from labinfer.runtime.interpreter import Interpreter, check_kernels
 from labinfer.runtime.kv_cache import KVCache
 from labinfer.runtime.parameters import Parameters, Progress
-from labinfer.runtime.peers import SharedPeers
 from labinfer.runtime.queued_weights import streamed_weights
 from labinfer.runtime.streamed_window import StreamedWindow
 from labinfer.runtime.weights import Checkpoint
@@ -25,7 +25,7 @@ class LoadedStage:
     ``peers`` are the other ranks that run it, if there are any.
     """
 
-    def __init__(self, plan: Plan, number: int, device: Device, peers: SharedPeers | None = None) -> None:
+    def __init__(self, plan: Plan, number: int, device: Device, peers: RankPeers | None = None) -> None:
         self.plan, self.stage, self.device = plan, plan.stages[number], device
         check_kernels(self.stage, device)
         ops = [part for op, _ in unfold_ops(self.stage) for part in op.primitives()]

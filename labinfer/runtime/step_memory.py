@@ -100,8 +100,10 @@ class StepMemory:
             self.device.move_in(slots, step.slot_mapping)
 
     def load_token_ids(self, batch: StepBatch) -> None:
-        """Copy the token ids of ``batch``, which have changed since it was loaded."""
-        self.device.move_in(batch.token_ids, self.arrays["token_ids"][: len(batch.token_ids)])
+        """Copy the token ids of ``batch``, which have changed since it was loaded, filled up or not."""
+        used = self.steps[0].token_ids
+        more = np.repeat(batch.token_ids[-1:], len(used) - len(batch.token_ids))
+        self.device.move_in(np.concatenate([batch.token_ids, more]), used)
 
     def close(self) -> None:
         """Give the memory back."""

@@ -10,6 +10,7 @@ import pytest
 from labinfer.backends.cuda import compile, nvrtc
 from labinfer.backends.cuda.compile import Source
 from labinfer.backends.cuda.emit_attention import prefill_tile
+from labinfer.backends.cuda.emit_exchange import exchange_defines
 from labinfer.backends.cuda.layout import EIGHT_BLOCKS, FORMATS, stream_blocks
 from labinfer.errors import LabinferError
 
@@ -91,6 +92,7 @@ SOURCES = {
         for tokens in (2, 4, 8)
     },
     **{f"tiles-{format}": (product("tiles", format), 168) for format in FORMATS[1:]},
+    **{f"exchange-{ranks}": (Source("exchange", exchange_defines(ranks)), 80) for ranks in (2, 8)},
     "tiles-experts": (product("tiles", "q4_k", "EXPERTS"), 168),
 }
 """Each with the registers that a thread may take."""

@@ -2,7 +2,7 @@
 
 from labinfer.backends.base import Capabilities, local_name
 from labinfer.backends.cuda import driver
-from labinfer.backends.cuda.layout import sampling_bytes, weight_bytes
+from labinfer.backends.cuda.layout import exchange_bytes, sampling_bytes, weight_bytes
 from labinfer.backends.cuda.workspace import scratch_bytes
 from labinfer.backends.rope_tables import table_bytes
 from labinfer.errors import DoesNotFit
@@ -29,11 +29,12 @@ def gpu_number(name: str) -> int:
 CAPABILITIES = Capabilities(
     parameters="planes",
     weight_bytes=weight_bytes,
-    fusions=("norm_qkv", "norm_glu", "rope_attention", "rope_kv_write", "linear_add"),
+    fusions=("norm_qkv", "norm_glu", "rope_attention", "rope_kv_write", "linear_add", "all_reduce_add"),
     workspace=scratch_bytes,
     kv_dtypes=("f32", "bf16", "f16"),
     tables=table_bytes,
     machine=machine,
     processors=processors,
     sampling=sampling_bytes,
+    exchange=exchange_bytes,
 )

@@ -24,6 +24,7 @@ from labinfer.backends.cuda.emit import EMITTERS, Emitted, emit_calls
 from labinfer.backends.cuda.layout import FEW_TOKENS, matrix_bytes
 from labinfer.backends.cuda.memory import CopyLane, CudaAllocator, PinnedRing, mark
 from labinfer.backends.cuda.partition import partition_of
+from labinfer.backends.cuda.peers import CudaExchange
 from labinfer.backends.cuda.sampler import CudaSampler
 from labinfer.backends.cuda.tape import Row, Runnable, Tape
 from labinfer.backends.cuda.timing import TimedCalls
@@ -99,7 +100,7 @@ class CudaDevice(Device):
         self.allocator = CudaAllocator(self.number, self.stream, memory_limit)
         self.ring = PinnedRing(self.stream)
         self.mirrors: dict[int, np.ndarray] = {}  # pinned memory, by the address of the array it is for
-        self.neighbours: set[int] = set()  # GPUs that this one can copy from directly
+        self.neighbours: dict[int, bool] = {}  # whether this GPU reaches the memory of others
         self.blas = cublas.Blas(self.part.multiprocessors if self.part else 0) if cublas.library() else None
         self.functions: dict[tuple[compile.Source, str], driver.Function] = {}
         self.modules: dict[compile.Source, Any] = {}
@@ -199,13 +200,18 @@ class CudaDevice(Device):
         copied = mark(self.stream)
         device.stream.wait_event(copied)
 
-    def reach(self, number: int) -> None:
-        """Use this GPU, and let it copy from GPU ``number`` directly, where that is possible and not yet so."""
+    def reach(self, number: int) -> bool:
+        """Use this GPU, and let it reach the memory of GPU ``number`` where that is possible; whether it is."""
         self.use()
-        if number != self.number and number not in self.neighbours:
-            self.neighbours.add(number)
-            if runtime.deviceCanAccessPeer(self.number, number):
+        if number not in self.neighbours:
+            self.neighbours[number] = number == self.number or bool(runtime.deviceCanAccessPeer(self.number, number))
+            if self.neighbours[number] and number != self.number:
                 driver.enable_peer(number)
+        return self.neighbours[number]
+
+    def exchange(self, devices: Sequence[Device]) -> CudaExchange:
+        """Mailboxes in the memory of each."""
+        return CudaExchange([device for device in devices if isinstance(device, CudaDevice)])
 
     def lane(self) -> Lane:
         """Copies on a stream of their own."""

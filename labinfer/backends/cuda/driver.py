@@ -177,7 +177,7 @@ def driver_version() -> int:
 
 
 def enable_peer(number: int) -> None:
-    """Let the current GPU read the memory of GPU ``number``; that it may already is no error."""
+    """Let the current GPU use the memory of GPU ``number``; that it may already is no error."""
     context = c_void_p()
     check(library().cuDevicePrimaryCtxRetain(byref(context), device(number)))
     code = library().cuCtxEnablePeerAccess(context, 0)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from ctypes import Structure, c_float, c_int
 from typing import TYPE_CHECKING, Any
 
-from labinfer.backends.cuda import emit_attention
+from labinfer.backends.cuda import emit_attention, emit_exchange
 from labinfer.backends.cuda.emitter import Emitter, Linear, address, format_defines, stride
 from labinfer.backends.cuda.layout import ACTIVATION_CODES
 from labinfer.backends.cuda.tape import Row, Runnable
@@ -31,7 +31,7 @@ def _product(call: Call, y: Any) -> Linear:
 
 def _embedding(e: Emitter, call: Call) -> None:
     w, y, ids = call.weights["weight"], call.outputs[0], call.inputs[0]
-    arguments = (ids, w.memory, w.rows, w.columns, y, stride(y))
+    arguments = (ids, w.memory, call.attrs.first_id, w.rows, w.columns, y, stride(y))
     e.each("embedding", "embedding", len(y), w.columns, *arguments, defines=format_defines(w.format))
 
 
@@ -132,8 +132,8 @@ def _moe(e: Emitter, call: Call) -> None:
     bounds, order, places = (e.array((n,), "int32") for n in (a.num_experts + 1, pairs, pairs))
     g, u = e.array((pairs, a.expert_size)), e.array((pairs, a.expert_size))
     results = e.array((pairs, x.shape[1]))
-    arguments = (ids, stride(ids), tokens, top_k, a.num_experts, bounds, order, places)
-    e.add("moe", "group", (1, 1, 1), 1024, *arguments, shared=4 * (a.num_experts + 1))
+    grouped = (ids, stride(ids), tokens, top_k, a.first_expert, a.num_experts, bounds, order, places)
+    e.add("moe", "group", (1, 1, 1), 1024, *grouped, shared=4 * (a.num_experts + 1))
     e.tiles(x, gate, None, g, experts=(bounds, order, a.num_experts))
     e.tiles(x, up, None, u, experts=(bounds, order, a.num_experts))
     e.glu(a.function, g, u, g)
@@ -164,6 +164,9 @@ EMITTERS: dict[str, Callable[[Emitter, Call], None]] = {
     "rope_kv_write": emit_attention.rope_kv_write,
     "rope_attention": emit_attention.rope_attention,
     "linear_add": _linear_add,
+    "all_reduce": emit_exchange.all_reduce,
+    "all_gather": emit_exchange.all_gather,
+    "all_reduce_add": emit_exchange.all_reduce_add,
 }
 """Every op this backend runs, and how."""
 

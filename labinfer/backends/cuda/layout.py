@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from labinfer.errors import WeightsError
+from labinfer.errors import DoesNotFit, WeightsError
 from labinfer.ops.activations import FUNCTIONS
 
 FORMATS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
@@ -115,6 +115,22 @@ def stream_shared_bytes(format: str, tokens: int, columns: int) -> int:
     slots, eight = (2, EIGHT_BLOCKS[format]) if format in EIGHT_BLOCKS else (1, 512)
     tile = min(STREAM_CHUNK, columns) // 32 * 2 * eight
     return slots * (-(-tile // 128) * 128) + 2 * tokens * (STREAM_CHUNK + 32)
+
+
+MAX_RANKS = 8
+"""GPUs that run a stage together (``Peers`` of ``exchange.cu``): as many as one host connects directly."""
+
+EXCHANGE_FEW, EXCHANGE_BLOCKS, EXCHANGE_PIECE = 1 << 14, 256, 512
+"""``FEW``, ``BLOCKS`` and ``PIECE`` of ``exchange.cu``; the first and last in fours of numbers."""
+
+
+def exchange_bytes(ranks: int) -> int:
+    """Bytes of ``Mailbox`` of ``exchange.cu``."""
+    if ranks > MAX_RANKS:
+        message = f"{ranks} GPUs cannot run a stage together, at most {MAX_RANKS}"
+        raise DoesNotFit("device.ranks", message, remedy="make them stages of a pipeline, of fewer ranks each")
+    parts = 32 * EXCHANGE_FEW + 16 * EXCHANGE_BLOCKS * EXCHANGE_PIECE
+    return 128 * (1 + EXCHANGE_BLOCKS) + 2 * ranks * parts
 
 
 SAMPLE_BINS = 2048

@@ -5,6 +5,7 @@ Only for what the device cannot do does a row wait until the host has chosen its
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Listing
 from typing import Any
 
 import numpy as np
@@ -70,18 +71,18 @@ class ChoosingScheduler(GroupScheduler):
 
 
 class DeviceEngine(PipelinedEngine):
-    """Runs requests on a model whose one device has a ``sampler``; see ``Engine``."""
+    """Runs requests on a model of one stage, whose ranks have ``samplers``; see ``Engine``."""
 
     scheduler: ChoosingScheduler
 
-    def __init__(self, model: Model, sampler: TokenSampler, *args: Any) -> None:
-        self.steps = DeviceQueue(model.interpreters[0], sampler)
+    def __init__(self, model: Model, samplers: Listing[TokenSampler], *args: Any) -> None:
+        self.steps = DeviceQueue(model.groups[0], samplers)
         self.seen = np.zeros((0, model.vocab_size), np.float32)
         super().__init__(model, *args)
 
     @property
     def pipeline(self) -> DeviceQueue:
-        """The device."""
+        """The device, or those of all ranks."""
         return self.steps
 
     def new_scheduler(self, policy: Policy) -> Scheduler:
@@ -131,7 +132,7 @@ class DeviceEngine(PipelinedEngine):
             assert state is not None
             bias_ids, bias = state.rules.biases(int(rules["number"][index]))
             ids, counts = state.counted
-            if at + len(bias_ids) + len(ids) > self.steps.sampler.capacity:
+            if at + len(bias_ids) + len(ids) > self.steps.capacity:
                 by_host[index] = True
                 continue
             spans[index] = np.cumsum([at, len(bias_ids), len(ids)])
@@ -180,15 +181,17 @@ def engine_of(model: Model, *args: Any) -> Engine:
     """The engine that runs ``model`` fastest; ``args`` are those of ``Engine`` behind it."""
     if model.pipeline is not None:
         return PipelinedEngine(model, *args)
-    sampler = sampler_of(model)
-    return Engine(model, *args) if sampler is None else DeviceEngine(model, sampler, *args)
+    samplers = samplers_of(model)
+    return DeviceEngine(model, samplers, *args) if samplers else Engine(model, *args)
 
 
-def sampler_of(model: Model) -> TokenSampler | None:
-    """What chooses the tokens of a model that runs whole on one device which can, and that nothing guesses for."""
-    if model.proposer is not None or len(model.interpreters) != 1 or not overlaps(model):
-        return None
-    [interpreter] = model.interpreters
-    if interpreter.streamed is not None or interpreter.peers is not None:
-        return None
-    return interpreter.device.sampler(model.plan.limits.max_chosen, model.vocab_size)
+def samplers_of(model: Model) -> list[TokenSampler]:
+    """What chooses the tokens of a model of one stage, for each rank; empty where the host or a guess has to."""
+    if model.proposer is not None or len(model.groups) != 1 or not overlaps(model):
+        return []
+    interpreters = model.groups[0].interpreters
+    if any(interpreter.streamed is not None for interpreter in interpreters):
+        return []
+    rows = model.plan.limits.max_chosen
+    found = [interpreter.device.sampler(rows, model.vocab_size) for interpreter in interpreters]
+    return [sampler for sampler in found if sampler is not None]

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from labinfer.backends.sampling import NOT_A_NUMBER, RULE, Choices
 from labinfer.compiler.plan import Plan
 from labinfer.errors import LabinferError
 from labinfer.runtime.cores import make_way, stay_on
@@ -84,6 +85,8 @@ class StageLoop:
         self.outgoing: Sequence[memoryview] = ()  # the frame of what the step makes
         self.result: Sequence[memoryview] = ()  # that of its tokens, for the engine
         self.failure = bytearray()
+        chooses = self.last and links.outbound
+        self.sampler = stage.device.sampler(plan.limits.max_chosen, plan.vocab_size) if chooses else None
 
     def run(self) -> None:
         """Run steps until the channels are closed. What goes wrong in a step is told to whoever waits for it."""
@@ -101,6 +104,8 @@ class StageLoop:
             pass
         finally:
             self.stage.interpreter.leave()
+            if self.sampler is not None:
+                self.sampler.close()
 
     def take_batch(self) -> None:
         """Receive the batch of a step, and let the next stage have it at once."""
@@ -181,7 +186,7 @@ class StageLoop:
         rows = len(batch.logits_rows)
         self.stage.interpreter.compute(self.tape, len(batch.token_ids), rows)
         if self.links.outbound and self.last:
-            self.send_tokens(self.tape.values[self.stage.stage.outputs[-1]][:rows], self.message.wants_logits)
+            self.choose(self.tape.values[self.stage.stage.outputs[-1]], rows, self.message.wants_logits)
         elif self.links.outbound:
             self.values.move_out()
             self.times[self.number, 1] = time.monotonic()
@@ -190,19 +195,31 @@ class StageLoop:
             while self.links.tokens_in.ready():  # nobody may ever ask for them
                 self.take_tokens()
 
-    def send_tokens(self, logits: Any, wants_logits: bool) -> None:
-        """Close the ring: the first stage may go on with the tokens; then let the engine know."""
-        logits = np.ascontiguousarray(self.stage.device.host_array(logits))
-        tokens = self.chosen[: len(logits)]
-        if len(logits):
-            tokens[:] = likeliest(logits)
+    def choose(self, bound: Any, rows: int, wants_logits: bool) -> None:
+        """Take the likeliest tokens, on the device where that can and nobody wants the logits, and send them.
+
+        ``bound`` holds at least ``rows`` rows of logits; it is of few sizes, for each of which a sampler has a program.
+        """
+        tokens, logits = self.chosen[:rows], None
+        if wants_logits or self.sampler is None:
+            logits = np.ascontiguousarray(self.stage.device.host_array(bound[:rows]))
+            if rows:
+                tokens[:] = likeliest(logits)
+        elif rows:
+            nothing = np.zeros(0, np.int32)
+            greedy = Choices(np.zeros(rows, RULE), None, nothing, nothing)
+            tokens[:] = np.maximum(self.sampler.choose(bound, greedy)(), NOT_A_NUMBER)
+        self.send_tokens(logits if wants_logits else None)
+
+    def send_tokens(self, logits: np.ndarray | None) -> None:
+        """Close the ring: the first stage may go on with the tokens; then let the engine know, which may want logits."""
         self.times[self.number, 1] = time.monotonic()
         self.send_outgoing()
-        if wants_logits:
-            self.send_on(LOGITS, views([tokens, self.times, logits]))
-        else:
+        if logits is None:
             for channel in self.links.outbound:
                 channel.write(self.result)
+        else:
+            self.send_on(LOGITS, views([self.chosen[: len(logits)], self.times, logits]))
 
     def send_outgoing(self) -> None:
         """Send what the step has made to whoever computes next."""

@@ -173,6 +173,7 @@ class StageProcesses(LocalWorkers):
 
     def __init__(self, plan: Plan, fleet: ProcessFleet) -> None:
         check_adapters(plan)
+        check_exchange(plan)
         super().__init__(plan, fleet.transport)
         self.stages: list[StageProcess] = []
         self.watcher: Watch | None = None
@@ -231,3 +232,10 @@ def check_adapters(plan: Plan) -> None:
     if plan.limits.max_loras:
         message = "adapters cannot be given to stages in other processes"
         raise UsageError("pipeline.adapters", message, remedy="run the plan with --transport local")
+
+
+def check_exchange(plan: Plan) -> None:
+    """Raise ``UsageError`` for a plan whose ranks write to each other's device memory: one process has all of that."""
+    if any(stage.bytes.exchange for stage in plan.stages):
+        message = "ranks that exchange parts in the memory of their devices run in one process"
+        raise UsageError("pipeline.ranks", message, remedy="run the plan without --transport")

@@ -80,15 +80,20 @@ extern "C" __global__ void route(
 }
 
 // Sorts the pairs (token, n-th expert) by expert, one block. bounds[e]: where expert e's begin; order[i]: the token of
-// the i-th; places: where each pair has gone. A warp takes an expert, so that pairs keep their order.
+// the i-th; places: where each pair has gone, or -1: experts before `first` and after so many are other ranks'.
+// A warp takes an expert, so that pairs keep their order.
 extern "C" __global__ void group(
-    const int *ids, int ids_row, int tokens, int top_k, int experts, int *bounds, int *order, int *places) {
+    const int *ids, int ids_row, int tokens, int top_k, int first, int experts, int *bounds, int *order, int *places) {
     extern __shared__ int counts[];
     int pairs = tokens * top_k, warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     begin();
     for (int e = threadIdx.x; e <= experts; e += blockDim.x) counts[e] = 0;
     __syncthreads();
-    for (int i = threadIdx.x; i < pairs; i += blockDim.x) atomicAdd(&counts[get(ids + i / top_k * ids_row + i % top_k)], 1);
+    for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
+        int e = get(ids + i / top_k * ids_row + i % top_k) - first;
+        if ((u32)e < (u32)experts) atomicAdd(&counts[e], 1);
+        else places[i] = -1;
+    }
     __syncthreads();
     if (threadIdx.x == 0)
         for (int e = 0, sum = 0; e <= experts; e++) {
@@ -101,7 +106,7 @@ extern "C" __global__ void group(
         int at = counts[e];
         if (counts[e + 1] == at) continue;
         for (int i = 0; i < pairs; i += 32) {
-            bool mine = i + lane < pairs && get(ids + (i + lane) / top_k * ids_row + (i + lane) % top_k) == e;
+            bool mine = i + lane < pairs && get(ids + (i + lane) / top_k * ids_row + (i + lane) % top_k) - first == e;
             u32 found = __ballot_sync(FULL, mine);
             int to = at + __popc(found & ((1u << lane) - 1));
             if (mine) order[to] = (i + lane) / top_k, places[i + lane] = to;
@@ -110,15 +115,17 @@ extern "C" __global__ void group(
     }
 }
 
-// y[t] = the sum over n of weights[t][n] * results[places[t][n]]
+// y[t] = the sum over n of weights[t][n] * results[places[t][n]], where there is such a place
 extern "C" __global__ void combine(
     const float *results, const float *weights, int weights_row, const int *places, int top_k, float *y, int y_row, int n) {
     int t = blockIdx.y;
     begin();
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) {
         float sum = 0.f;
-        for (int k = 0; k < top_k; k++)
-            sum += get(weights + (size_t)t * weights_row + k) * get(results + (size_t)get(places + t * top_k + k) * n + i);
+        for (int k = 0; k < top_k; k++) {
+            int place = get(places + t * top_k + k);
+            if (place >= 0) sum += get(weights + (size_t)t * weights_row + k) * get(results + (size_t)place * n + i);
+        }
         y[(size_t)t * y_row + i] = sum;
     }
 }

@@ -1,0 +1,25 @@
+"""The interface of what ranks of a tensor-parallel group exchange their parts through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class RankPeers(Protocol):
+    """The ranks that run a stage together, as one of them sees them."""
+
+    def leave(self) -> None:
+        """Compute no more: whoever waits for this rank goes on, and finds out by ``check``."""
+
+    def check(self) -> None:
+        """Raise ``LabinferError`` where a rank has left, so that what was computed since is not right."""
+
+
+class Exchange(Protocol):
+    """Memory of several devices through which they exchange parts: ``peers`` for each of them, in order."""
+
+    peers: Sequence[RankPeers]
+
+    def close(self) -> None:
+        """Give the memory back."""
