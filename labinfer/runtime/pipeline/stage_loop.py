@@ -212,7 +212,7 @@ class StageLoop:
         self.send_tokens(logits if wants_logits else None)
 
     def send_tokens(self, logits: np.ndarray | None) -> None:
-        """Close the ring: the first stage may go on with the tokens; then let the engine know, which may want logits."""
+        """Close the ring: the first stage may go on with the tokens; then tell the engine, which may want logits."""
         self.times[self.number, 1] = time.monotonic()
         self.send_outgoing()
         if logits is None:
