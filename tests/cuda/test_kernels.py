@@ -73,6 +73,7 @@ SOURCES = {
     "prefill-half": (prefill(64, "HALF", "SOFTCAP", "NARROW=1"), 255),
     **{f"stream-{n}": (stream("bf16", n, 1, "NORM", "GLU"), 128) for n in (1, 2, 4, 8)},
     **{f"stream-{format}": (stream(format, 1, 1, "NORM", "GLU"), 128) for format in FORMATS[3:]},
+    "stream-rows": (stream("bf16", 8, 1, "NORM", "ROWS"), 128),
     "stream-narrow": (stream("bf16", 4, 1, "NARROW_INPUT", "ADD"), 128),
     "stream-narrow-q4_k": (stream("q4_k", 1, 2, "NARROW_INPUT", "ADD"), 128),
     "stream-leaves-narrow": (stream("bf16", 1, 1, "NORM", "GLU", "NARROW=2"), 128),

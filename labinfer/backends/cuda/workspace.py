@@ -37,9 +37,13 @@ def _rows(x: TensorType, bounds: KernelBounds) -> int:
 
 
 def _linear(bounds: KernelBounds) -> int:
+    return _products(bounds, _rows(bounds.inputs[0], bounds))
+
+
+def _products(bounds: KernelBounds, tokens: int) -> int:
     """Activations in 16 bits and cuBLAS's own, where the step can have more tokens than the kernel for few takes."""
     columns = max(shape[-1] for _, shape in _matrices(bounds))
-    tokens, formats = _rows(bounds.inputs[0], bounds), {format for format, _ in _matrices(bounds)}
+    formats = {format for format, _ in _matrices(bounds)}
     plain = {"f16", "bf16"} & formats
     if not plain or fits_few("bf16", tokens, columns):  # then fewer tokens do, too
         return 0
@@ -49,6 +53,11 @@ def _linear(bounds: KernelBounds) -> int:
 def _normed(bounds: KernelBounds) -> int:
     x = bounds.inputs[0]
     return rounded(4 * _rows(x, bounds) * int(x.shape[1])) + _linear(bounds)
+
+
+def _norm_head(bounds: KernelBounds) -> int:
+    """As ``_normed``, for the rows whose logits are wanted."""
+    return rounded(4 * bounds.rows * int(bounds.inputs[0].shape[1])) + _products(bounds, bounds.rows)
 
 
 def _norm_glu(bounds: KernelBounds) -> int:
@@ -83,6 +92,7 @@ _SIZERS = {
     "linear_add": _linear,
     "norm_qkv": _normed,
     "norm_glu": _norm_glu,
+    "norm_head": _norm_head,
     "attention": _attention,
     "rope_attention": _rope_attention,
     "router": _router,
