@@ -55,6 +55,15 @@ def declare(
 
 
 FUSIONS: tuple[Fusion, ...] = (
+    declare(
+        "norm_rope_attention",
+        "c = rms_norm(a)",
+        "d = rms_norm(b)",
+        "q = rope(c, p)",
+        "k = rope(d, p)",
+        "kv_write(k, v)",
+        "y = attention(q)",
+    ),
     declare("norm_qkv", "n = rms_norm(x)", "q = linear(n)", "k = linear(n)", "v = linear(n)", joined=True),
     declare("norm_glu", "n = rms_norm(x)", "g = linear(n)", "u = linear(n)", "y = glu(g, u)"),
     declare("rope_attention", "q = rope(a, p)", "k = rope(b, p)", "kv_write(k, v)", "y = attention(q)"),

@@ -170,6 +170,7 @@ EMITTERS: dict[str, Callable[[Emitter, Call], None]] = {
     "norm_head": _norm_head,
     "rope_kv_write": emit_attention.rope_kv_write,
     "rope_attention": emit_attention.rope_attention,
+    "norm_rope_attention": emit_attention.norm_rope_attention,
     "linear_add": _linear_add,
     "all_reduce": emit_exchange.all_reduce,
     "all_gather": emit_exchange.all_gather,

@@ -76,6 +76,11 @@ def _rope_attention(bounds: KernelBounds) -> int:
     return rounded(4 * bounds.tokens * int(q.shape[1])) + partials_bytes(attrs.v_head_dim or attrs.head_dim)
 
 
+def _norm_rope_attention(bounds: KernelBounds) -> int:
+    """The same, and normed keys, where they are not normed head by head."""
+    return rounded(4 * bounds.tokens * int(bounds.inputs[1].shape[1])) + _rope_attention(bounds)
+
+
 def _router(bounds: KernelBounds) -> int:
     return rounded(4 * bounds.tokens * bounds.attrs[0].num_experts) + _linear(bounds)
 
@@ -95,6 +100,7 @@ _SIZERS = {
     "norm_head": _norm_head,
     "attention": _attention,
     "rope_attention": _rope_attention,
+    "norm_rope_attention": _norm_rope_attention,
     "router": _router,
     "moe": _moe,
 }
