@@ -178,20 +178,26 @@ def ablate(folder: Path, bandwidth: float) -> None:
 
 def kernels(folder: Path, bandwidth: float) -> None:
     """Each kernel of a step by what the step takes less without it; the context stays as it is."""
-    for format, batches in (("bf16", (1, 8, 64)), ("q4_0", (1,))):
-        with loaded(folder, format, max_num_seqs=64, num_blocks=64 * 20) as (model, device):
+    for shape, format, batches, context in (
+        ("llama-1b", "bf16", (1, 8, 64), 300), ("llama-1b", "q4_0", (1,), 300), ("qwen3-0.6b", "bf16", (256,), 700)
+    ):  # fmt: skip
+        if not (folder / f"{shape}-{format}.gguf").exists():
+            continue
+        most = max(batches)
+        options = {"max_num_seqs": most, "max_logits_rows": most, "num_blocks": most * (context // 16 + 2)}
+        with loaded(folder, format, shape, **options) as (model, device):
             for batch in batches:
-                rows = sequences(model, batch, 300)
+                rows = sequences(model, batch, context)
                 step = decode_on_device(model, rows, 1)
                 made = [each for each in step.tape.rows if label(each).partition(" ")[0] not in ("advance", "slots")]
-                print_kernels(f"{format} batch {batch}, context 300", device, made)
+                print_kernels(f"{shape} {format} batch {batch}, context {context}", device, made)
                 step.close()
                 for each in rows:
                     model.batch.remove(each)
             if format == "bf16":
                 sequences(model, 1, 2049)
                 made, _ = device.rows(model.interpreters[0].calls(2048, 1), 1)
-                print_kernels("prefill of 2048 tokens", device, made)
+                print_kernels(f"{shape}: prefill of 2048 tokens", device, made)
 
 
 def print_kernels(name: str, device: CudaDevice, made: Sequence[Any]) -> None:
@@ -310,7 +316,7 @@ class StepClock:
         engine = model.engine
         assert isinstance(engine, DeviceEngine)
         self.stream, self.marks = device.stream, list[Any]()
-        self.interpreter, self.sampler = engine.steps.interpreter, engine.steps.sampler
+        self.interpreter, self.sampler = engine.steps.ranks.interpreters[0], engine.steps.samplers[0]
         execute, choose = self.interpreter.execute, self.sampler.choose
         self.interpreter.execute = lambda *args: (self.mark(), execute(*args))[1]  # type: ignore[method-assign]
         self.sampler.choose = lambda *args: (choose(*args), self.mark())[0]  # type: ignore[method-assign]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
 import labinfer
-from labinfer.compiler.plan import Plan
 from labinfer.errors import DoesNotFit, LabinferError, UsageError
 from labinfer.llm import LLM
 from labinfer.runtime.interpreter import MAX_TAPES
@@ -35,14 +34,20 @@ def test_fused_equals_unfused_to_the_bit(folder: Path) -> None:
     assert np.isfinite(plain).all()
 
 
-def test_fusing_changes_the_schedule() -> None:
-    plain, fused = (labinfer.compile(GOLDEN / "llama-llama3", fuse=fuse) for fuse in ("none", "all"))
-
-    def kinds(plan: Plan) -> set[str]:
+@pytest.mark.parametrize(
+    ("folder", "fused"),
+    [
+        ("llama-llama3", {"norm_qkv", "norm_glu", "rope_attention", "linear_add", "norm_head"}),
+        ("qwen3-bias", {"norm_rope_attention"}),
+    ],
+)
+def test_fusing_changes_the_schedule(folder: str, fused: set[str]) -> None:
+    def kinds(fuse: Literal["none", "all"]) -> set[str]:
+        plan = labinfer.compile(GOLDEN / folder, fuse=fuse)
         return {op.op for stage in plan.stages for block in stage.blocks.values() for op in block}
 
-    assert {"norm_qkv", "norm_glu", "rope_attention", "linear_add"} <= kinds(fused)
-    assert not {"norm_qkv", "norm_glu", "rope_attention", "linear_add"} & kinds(plain)
+    assert fused <= kinds("all")
+    assert not fused & kinds("none")
 
 
 @pytest.mark.parametrize("options", [{}, {"fuse": "all"}, {"devices": "reference,reference:1"}], ids=str)

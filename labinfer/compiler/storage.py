@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from labinfer.compiler.graph import Op
 from labinfer.ops.base import ITEM_SIZE, TensorType
-from labinfer.ops.fusions import inplace_of, is_view
+from labinfer.ops.fusions import inplace_of, is_joined, is_view
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,23 +62,31 @@ def plan_storage(
     storages: dict[str, Storage] = {}
     windows: dict[str, Window] = {}
 
-    def fresh(name: str, born: int, layer: int | None) -> None:
-        storages[name] = Storage(name, values[name], born, born + 1, layer)
-        put(name, Window(name, 0, row_bytes(values[name])))
+    def fresh(born: int, layer: int | None, *names: str) -> None:
+        """Memory for values, side by side; named after the first."""
+        kind, row, offset = values[names[0]], sum(row_bytes(values[name]) for name in names), 0
+        if len(names) > 1:
+            kind = TensorType((kind.shape[0], row // ITEM_SIZE[kind.dtype]), kind.dtype)
+        storages[names[0]] = Storage(names[0], kind, born, born + 1, layer)
+        for name in names:
+            put(name, Window(names[0], offset, row))
+            offset += row_bytes(values[name])
 
     def put(name: str, window: Window) -> None:
         windows[name] = window
         storages[window.storage].values.append(name)
 
     for name in inputs:
-        fresh(name, 0, None)
+        fresh(0, None, name)
     for index, op in enumerate(ops):
         column = 0
         if scratch := workspace(op):
             storages[f"{op.name}#"] = Storage(
                 f"{op.name}#", TensorType((scratch // 4,), "i32"), index, index + 1, op.layer
             )
-        for position, name in enumerate(op.outputs):
+        if is_joined(op.kind):
+            fresh(index, op.layer, *op.outputs)
+        for position, name in enumerate(() if is_joined(op.kind) else op.outputs):
             if is_view(op.kind):
                 base = windows[op.inputs[0]]
                 put(name, Window(base.storage, base.offset + column, base.row_bytes))
@@ -86,7 +94,7 @@ def plan_storage(
             elif (over := _writable(op, position, index, values, windows, storages, last_use)) is not None:
                 put(name, windows[over])
             else:
-                fresh(name, index, op.layer)
+                fresh(index, op.layer, name)
         for name in (*op.inputs, *op.outputs):
             if name in windows:
                 storages[windows[name].storage].upper = max(storages[windows[name].storage].upper, index + 1)

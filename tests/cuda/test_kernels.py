@@ -55,6 +55,7 @@ SOURCES = {
     "greedy": (Source("greedy"), 64),
     "sample": (Source("sample"), 64),
     **{f"rope-{turn}": (Source("rope", (f"TURN={turn}", "CACHE=2")), 72) for turn in range(3)},
+    "rope-norms": (Source("rope", ("TURN=0", "CACHE=2", "NORMS")), 72),
     **{f"attention-{cache}": (attention(64, 64, 8, cache), 168) for cache in range(3)},
     **{
         f"attention-cluster-{sparse}": (
@@ -67,12 +68,15 @@ SOURCES = {
     "decode-plain": (decode(64, 1, "SOFTCAP"), 128),
     "decode-64": (decode(64, 4, "TURN=0", "NARROW=2"), 128),
     "decode-128": (decode(128, 8, "TURN=0"), 168),
+    "decode-norms": (decode(128, 2, "TURN=0", "NORMS"), 168),
+    "decode-norms-cluster": (decode(64, 4, "TURN=0", "NORMS", "CLUSTER=8", "SPARSE=1"), 128),
     "decode-dynamic": (decode(128, 8, "TURN=2", "HALF"), 168),
     "decode-cluster": (decode(64, 4, "TURN=0", "CLUSTER=8", "SPARSE=1"), 128),
     **{f"prefill-{dim}": (prefill(dim), 255) for dim in (64, 128, 256)},
     "prefill-half": (prefill(64, "HALF", "SOFTCAP", "NARROW=1"), 255),
     **{f"stream-{n}": (stream("bf16", n, 1, "NORM", "GLU"), 128) for n in (1, 2, 4, 8)},
     **{f"stream-{format}": (stream(format, 1, 1, "NORM", "GLU"), 128) for format in FORMATS[3:]},
+    "stream-rows": (stream("bf16", 8, 1, "NORM", "ROWS"), 128),
     "stream-narrow": (stream("bf16", 4, 1, "NARROW_INPUT", "ADD"), 128),
     "stream-narrow-q4_k": (stream("q4_k", 1, 2, "NARROW_INPUT", "ADD"), 128),
     "stream-leaves-narrow": (stream("bf16", 1, 1, "NORM", "GLU", "NARROW=2"), 128),

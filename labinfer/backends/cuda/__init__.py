@@ -29,7 +29,16 @@ def gpu_number(name: str) -> int:
 CAPABILITIES = Capabilities(
     parameters="planes",
     weight_bytes=weight_bytes,
-    fusions=("norm_qkv", "norm_glu", "rope_attention", "rope_kv_write", "linear_add", "all_reduce_add"),
+    fusions=(
+        "norm_qkv",
+        "norm_glu",
+        "norm_head",
+        "norm_rope_attention",
+        "rope_attention",
+        "rope_kv_write",
+        "linear_add",
+        "all_reduce_add",
+    ),
     workspace=scratch_bytes,
     kv_dtypes=("f32", "bf16", "f16"),
     tables=table_bytes,

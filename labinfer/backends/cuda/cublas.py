@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import byref, c_float, c_longlong, c_size_t, c_void_p
+from ctypes import byref, c_float, c_size_t, c_void_p
 from dataclasses import dataclass
 from functools import cache
 
@@ -29,10 +29,7 @@ def library() -> ctypes.CDLL | None:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """``y = x @ w.T``, or ``y +=``: x [tokens, columns], w [rows, columns] in ``format``, y in ``out``.
-
-    ``count`` products of the same x at once: their weights and results lie ``w_step`` and ``y_step`` numbers apart.
-    """
+    """``y = x @ w.T``, or ``y +=``: x [tokens, columns], w [rows, columns] in ``format``, y in ``out``."""
 
     tokens: int
     rows: int
@@ -40,9 +37,6 @@ class Product:
     format: str
     out: str = "f32"
     accumulate: bool = False
-    count: int = 1
-    w_step: int = 0
-    y_step: int = 0
 
 
 class Blas:
@@ -90,11 +84,9 @@ class BoundProduct:
         blas.check(library.cublasSetStream_v2(handle, c_void_p(stream)))
         blas.check(library.cublasSetWorkspace_v2(handle, c_void_p(self.workspace), c_size_t(CUBLAS_BYTES)))
         blas.check(
-            library.cublasGemmStridedBatchedEx(
+            library.cublasGemmEx(
                 handle, TRANSPOSED, PLAIN, product.rows, product.tokens, product.columns, byref(one),
-                c_void_p(self.w), number, product.columns, c_longlong(product.w_step),
-                c_void_p(self.x), number, product.columns, c_longlong(0), byref(beta),
-                c_void_p(self.y), NUMBERS[product.out], self.y_row, c_longlong(product.y_step),
-                product.count, COMPUTE_F32, DEFAULT,
+                c_void_p(self.w), number, product.columns, c_void_p(self.x), number, product.columns, byref(beta),
+                c_void_p(self.y), NUMBERS[product.out], self.y_row, COMPUTE_F32, DEFAULT,
             )
         )  # fmt: skip

@@ -66,6 +66,12 @@ def _norm_glu(e: Emitter, call: Call) -> None:
     e.glu(glu.attrs.function, y, made, y)
 
 
+def _norm_head(e: Emitter, call: Call) -> None:
+    norm, _, head = call.parts
+    x, y = call.inputs[0], call.outputs[0]
+    e.linear(x[: len(y)], [_product(head, y)], norm=norm, rows=e.step.logits_rows)
+
+
 def _glu(e: Emitter, call: Call) -> None:
     gate, up = call.inputs
     e.glu(call.attrs.function, gate, up, call.outputs[0])
@@ -161,8 +167,10 @@ EMITTERS: dict[str, Callable[[Emitter, Call], None]] = {
     "moe": _moe,
     "norm_qkv": _norm_qkv,
     "norm_glu": _norm_glu,
+    "norm_head": _norm_head,
     "rope_kv_write": emit_attention.rope_kv_write,
     "rope_attention": emit_attention.rope_attention,
+    "norm_rope_attention": emit_attention.norm_rope_attention,
     "linear_add": _linear_add,
     "all_reduce": emit_exchange.all_reduce,
     "all_gather": emit_exchange.all_gather,

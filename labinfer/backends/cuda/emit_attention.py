@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import Structure, c_float, c_int, c_uint, c_uint64
 from typing import Any
 
@@ -15,6 +16,9 @@ MAX_CLUSTER = 8
 
 DECODE_KEYS = 4 * 2 * 16
 """Keys that are under way to a block of ``decode.cu``: WARPS times SLOTS times KEYS."""
+
+HEADS_AT_ONCE = 8
+"""Heads that a block of ``rope.cu`` turns: one for each warp."""
 
 PLAIN_HEADS = 4
 """As ``SHARED_HEADS``, where products are not on tensor cores."""
@@ -44,6 +48,12 @@ class Fresh(Structure):
     )
 
 
+class Norms(Structure):
+    """``Norms`` of ``rope.cuh``."""
+
+    _fields_ = (("q_gain", c_uint64), ("k_gain", c_uint64), ("eps", c_float), ("offset", c_float))
+
+
 class PrefillParameters(Structure):
     """``Parameters`` of ``prefill.cu``."""
 
@@ -71,8 +81,9 @@ def rope(e: Emitter, call: Call) -> None:
     """Each token's heads turned."""
     x, y = call.inputs[0], call.outputs[0]
     turn, code = e.turn(call)
-    arguments = (x, stride(x), y, stride(y), y.shape[1], turn)
-    e.each("rope", "rope", len(y), y.shape[1], *arguments, defines=(f"TURN={code}", "CACHE=0"))
+    heads = y.shape[1] // turn.head_dim
+    grid = -(-heads // HEADS_AT_ONCE), len(y), 1
+    e.add("rope", "rope", grid, 256, x, stride(x), y, stride(y), heads, turn, defines=(f"TURN={code}", "CACHE=0"))
 
 
 def kv_write(e: Emitter, call: Call) -> None:
@@ -83,45 +94,89 @@ def kv_write(e: Emitter, call: Call) -> None:
     e.each("rope", "kv_write", len(k), k.shape[1], *arguments, defines=("TURN=0", cache_define(call)))
 
 
-def turns(e: Emitter, rope_q: Call, rope_k: Call) -> tuple[Turn, Turn, str]:
-    """How queries and keys turn, and the macro for both."""
-    (q_turn, code), (k_turn, k_code) = e.turn(rope_q), e.turn(rope_k)
-    if code != k_code:
-        message = "queries and keys turn by angles of different kinds"
-        raise LabinferError("cuda.rope", message, remedy="compile with --fuse none")
-    return q_turn, k_turn, f"TURN={code}"
+class FreshHeads:
+    """A step's queries and keys, still to be normed and turned, and its values: the first parts of a fused op.
+
+    ``norms`` are those of queries and keys, or none.
+    """
+
+    def __init__(self, e: Emitter, norms: Sequence[Call], parts: Sequence[Call]) -> None:
+        rope_q, rope_k, write = parts
+        self.e, self.norms, self.v = e, norms, write.inputs[-1]
+        self.q, self.k = ((norms or parts)[number].inputs[0] for number in (0, 1))
+        (self.q_turn, code), (self.k_turn, k_code) = e.turn(rope_q), e.turn(rope_k)
+        if code != k_code:
+            message = "queries and keys turn by angles of different kinds"
+            raise LabinferError("cuda.rope", message, remedy="compile with --fuse none")
+        self.defines = (f"TURN={code}",)
+
+    @property
+    def alike(self) -> bool:
+        """Whether queries and keys turn by the same angles."""
+        return bytes(self.q_turn) == bytes(self.k_turn)
+
+    @property
+    def normed_by_head(self) -> bool:
+        """Whether each head is normed by itself, if any is, and those of queries as those of keys."""
+        attrs = [(each.attrs.group, each.attrs.eps, each.attrs.offset) for each in self.norms]
+        return not attrs or (attrs[0] == attrs[1] and attrs[0][0] == self.q_turn.head_dim == self.k_turn.head_dim)
+
+    def norm(self) -> tuple[tuple[Norms, ...], tuple[str, ...]]:
+        """What a kernel that norms heads is told, and its macro; nothing where there is nothing to norm."""
+        if not self.norms:
+            return (), ()
+        q_norm, k_norm = self.norms
+        gains = (address(each.weights.get("weight")) for each in (q_norm, k_norm))
+        return (Norms(*gains, q_norm.attrs.eps, q_norm.attrs.offset),), ("NORMS",)
+
+    def turn_and_write(self, call: Call, y: Any) -> None:
+        """Queries, normed and turned, to ``y``; keys likewise, and values, to the cache."""
+        e, v, cache = self.e, self.v, call.cache
+        if not self.normed_by_head:
+            q_norm, k_norm = self.norms
+            normed = e.array(self.k.shape)
+            e.rms_norm(q_norm, self.q, y, stride(y))
+            e.rms_norm(k_norm, self.k, normed, stride(normed))
+            self.q, self.k, self.norms = y, normed, ()
+        told, defines = self.norm()
+        heads, k_heads = y.shape[1] // self.q_turn.head_dim, self.k.shape[1] // self.k_turn.head_dim
+        warps = heads + k_heads + -(-v.shape[1] // 128)
+        arguments = (
+            self.q, stride(self.q), y, stride(y), heads, self.q_turn, self.k, stride(self.k), cache["k"], k_heads,
+            self.k_turn, v, stride(v), cache["v"], v.shape[1], e.step.slot_mapping, *told,
+        )  # fmt: skip
+        defines += (*self.defines, cache_define(call))
+        e.add("rope", "rope_kv_write", (-(-warps // HEADS_AT_ONCE), len(y), 1), 256, *arguments, defines=defines)
 
 
 def rope_kv_write(e: Emitter, call: Call) -> None:
     """Queries turned, keys turned and written, values written."""
-    turn_and_write(e, call, call.outputs[0])
-
-
-def turn_and_write(e: Emitter, call: Call, y: Any) -> None:
-    """The first three parts of a fused op, with the turned queries to ``y``."""
-    rope_q, rope_k, write = call.parts[:3]
-    q, k, v, cache = rope_q.inputs[0], rope_k.inputs[0], write.inputs[-1], call.cache
-    q_turn, k_turn, turn = turns(e, rope_q, rope_k)
-    arguments = (
-        q, stride(q), y, stride(y), y.shape[1], q_turn, k, stride(k), cache["k"], k.shape[1], k_turn,
-        v, stride(v), cache["v"], v.shape[1], e.step.slot_mapping,
-    )  # fmt: skip
-    e.each("rope", "rope_kv_write", len(y), y.shape[1], *arguments, defines=(turn, cache_define(call)))
+    FreshHeads(e, (), call.parts).turn_and_write(call, call.outputs[0])
 
 
 def rope_attention(e: Emitter, call: Call) -> None:
+    """Queries and keys turned, keys and values written, attention."""
+    attend_fresh(e, call, FreshHeads(e, (), call.parts[:3]))
+
+
+def norm_rope_attention(e: Emitter, call: Call) -> None:
+    """The same of queries and keys that are normed first."""
+    attend_fresh(e, call, FreshHeads(e, call.parts[:2], call.parts[2:5]))
+
+
+def attend_fresh(e: Emitter, call: Call, heads: FreshHeads) -> None:
     """One kernel where each sequence has one token, so that no other block needs what is written to the cache."""
-    rope_q, rope_k, write, attend = call.parts
-    q, k, v, y = rope_q.inputs[0], rope_k.inputs[0], write.inputs[-1], call.outputs[0]
-    if len(q) == e.sequences:
-        turn, k_turn, define = turns(e, rope_q, rope_k)
-        if bytes(turn) == bytes(k_turn) and turns_in_eighths(turn, attend.attrs, q, k, v):
-            fresh = Fresh(address(k), address(v), stride(k), stride(v), turn)
-            decode(e, call, attend.attrs, q, y, (fresh,), (define,))
-            return
+    attrs, y, q, k, v = call.parts[-1].attrs, call.outputs[0], heads.q, heads.k, heads.v
+    fits = heads.alike and turns_in_eighths(heads.q_turn, attrs, q, k, v)
+    if heads.norms:
+        fits &= heads.normed_by_head and on_tensor_cores(call, attrs)
+    if fits and len(q) == e.sequences:
+        fresh, (told, defines) = Fresh(address(k), address(v), stride(k), stride(v), heads.q_turn), heads.norm()
+        decode(e, call, attrs, q, y, (fresh, *told), (*heads.defines, *defines))
+        return
     turned = e.array(q.shape)
-    turn_and_write(e, call, turned)
-    attend_cached(e, call, attend.attrs, turned, y)
+    heads.turn_and_write(call, turned)
+    attend_cached(e, call, attrs, turned, y)
 
 
 def turns_in_eighths(turn: Turn, attrs: Any, *arrays: Any) -> bool:
@@ -179,11 +234,11 @@ def reciprocal(block_size: int) -> int:
 
 
 def decode(
-    e: Emitter, call: Call, attrs: Any, q: Any, y: Any, fresh: tuple[Fresh, ...] = (), turn: tuple[str, ...] = ()
+    e: Emitter, call: Call, attrs: Any, q: Any, y: Any, fresh: Sequence[Structure] = (), turn: Sequence[str] = ()
 ) -> None:
     """Token by token; with few of them, the context is split among blocks."""
     step, value_dim, group = e.step, attrs.v_head_dim or attrs.head_dim, attrs.num_heads // attrs.num_kv_heads
-    source, heads, shape, shared = decode_kernel(call, attrs.head_dim, value_dim, group)
+    source, heads, shape, shared = decode_kernel(call, attrs, group)
     items = len(y) * attrs.num_kv_heads * -(-group // heads)
     wanted = max(1, -(-SPLIT_BLOCKS // items)) if items < SPLIT_BLOCKS else 1
     clusters = e.device.clusters
@@ -206,10 +261,11 @@ def decode(
         e.add(source, "merge", (attrs.num_heads, len(y), 1), 64, parameters, defines=defines)
 
 
-def decode_kernel(call: Call, head_dim: int, value_dim: int, group: int) -> tuple[str, int, tuple[str, ...], int]:
+def decode_kernel(call: Call, attrs: Any, group: int) -> tuple[str, int, tuple[str, ...], int]:
     """The kernel for such heads: its file, how many of a ``group`` share the reading of a key, macros, shared bytes."""
+    head_dim, value_dim = attrs.head_dim, attrs.v_head_dim or attrs.head_dim
     dims, widest = (f"HEAD_DIM={head_dim}", f"VALUE_DIM={value_dim}"), max(head_dim, value_dim)
-    if call.cache["k"].itemsize == 2 and {head_dim, value_dim} <= {64, 128}:
+    if on_tensor_cores(call, attrs):
         heads = min(group, SHARED_HEADS)
         shared = 2 * DECODE_KEYS * (head_dim + value_dim)
         return "decode", heads, (*dims, f"HEADS={heads}", *half(call)), shared
@@ -217,6 +273,11 @@ def decode_kernel(call: Call, head_dim: int, value_dim: int, group: int) -> tupl
         raise LabinferError("cuda.head-dim", f"heads of {widest} numbers are wider than 256")
     heads, lanes = min(group, PLAIN_HEADS), 1 << (-(-widest // 8) - 1).bit_length()
     return "attention", heads, (*dims, f"HEADS={heads}", f"LANES={lanes}"), 0
+
+
+def on_tensor_cores(call: Call, attrs: Any) -> bool:
+    """Whether ``decode.cu`` takes such a cache and such heads."""
+    return call.cache["k"].itemsize == 2 and {attrs.head_dim, attrs.v_head_dim or attrs.head_dim} <= {64, 128}
 
 
 def half(call: Call) -> tuple[str, ...]:

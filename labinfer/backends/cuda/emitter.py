@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import Structure, c_float, c_int, c_uint64
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -153,15 +153,15 @@ class Emitter:
         if address(x) != address(y):
             self.each("elementwise", "scale", len(x), x.shape[1], x, stride(x), y, stride(y), x.shape[1], 1.0)
 
-    def rms_norm(self, call: Call, x: Any, y: Any, y_row: int, defines: Sequence[str] = ()) -> None:
-        """``rms_norm`` of rows of ``x`` to ``y``."""
+    def rms_norm(self, call: Call, x: Any, y: Any, y_row: int, defines: Sequence[str] = (), rows: Any = None) -> None:
+        """``rms_norm`` of each row of ``x``, or of as many at ``rows`` of it, to ``y``."""
         width, attrs = x.shape[1], call.attrs
         n = attrs.group or width
         if n > MAX_NORM:
             raise LabinferError("cuda.norm", f"rms_norm of {n} numbers: the kernel takes {MAX_NORM}")
         threads = min(512 if n <= MAX_NORM // 2 else 1024, -(-n // 128) * 32)
         grid = (len(x), width // n, 1)
-        arguments = (x, stride(x), call.weights.get("weight"), y, y_row, n, float(attrs.eps), float(attrs.offset))
+        arguments = (x, stride(x), rows, call.weights.get("weight"), y, y_row, n, float(attrs.eps), float(attrs.offset))
         self.add("norm", "rms_norm", grid, threads, *arguments, defines=defines)
 
     def glu(self, function: str, gate: Any, up: Any, y: Any) -> None:
@@ -172,23 +172,42 @@ class Emitter:
 
     # Products
 
-    def linear(self, x: Any, products: Sequence[Linear], norm: Call | None = None, residual: Any = None) -> None:
-        """``y = x @ w.T + bias`` for each product; x normed first; with ``residual``, which is added, there is one."""
+    def linear(
+        self,
+        x: Any,
+        products: Sequence[Linear],
+        norm: Call | None = None,
+        residual: Any = None,
+        rows: Any = None,
+    ) -> None:
+        """``y = x @ w.T + bias`` for each product; x normed first; with ``residual``, which is added, there is one.
+
+        With ``rows``, x is normed, and its rows, as many as it has, are those of the memory where it begins.
+        """
         by_format: dict[str, list[Linear]] = {}
         for product in products:
             by_format.setdefault(product.weight.format, []).append(product)
         for format in [format for format, group in by_format.items() if self.is_few(group, x)]:
-            self.few(x, by_format.pop(format), norm, residual)
-        normed = x
-        if norm and not all(map(self.is_large, by_format)):
-            normed = self.array(x.shape)
-            self.rms_norm(norm, x, normed, stride(normed))
+            group = by_format.pop(format)
+            if rows is None or self.is_streamed(group, x, 16):
+                self.few(x, group, norm, residual, rows=rows)
+            else:
+                self.few(self.normed(x, norm, rows), group, None, residual)
+        normed = x if all(map(self.is_large, by_format)) else self.normed(x, norm, rows)
         for format, group in by_format.items():
             if self.is_large(format):
-                self.large(x, format, group, norm, residual)
+                self.large(x, format, group, norm, residual, rows)
             else:
                 for each in group:
                     self.tiles(normed, each.weight, each.bias, each.y, residual)
+
+    def normed(self, x: Any, norm: Call | None, rows: Any = None) -> Any:
+        """x, or with ``norm`` a normed copy of it, or of its ``rows``."""
+        if norm is None:
+            return x
+        made = self.array(x.shape)
+        self.rms_norm(norm, x, made, stride(made), rows=rows)
+        return made
 
     def is_few(self, products: Sequence[Linear], x: Any, width: int = 16) -> bool:
         """Whether products of one format go through a kernel for few tokens, in tiles of ``width`` of their rows."""
@@ -201,7 +220,13 @@ class Emitter:
         return self.device.bulk_copies and whole and stride(x) % 4 == 0 and address(x) % 16 == 0
 
     def few(
-        self, x: Any, products: Sequence[Linear], norm: Call | None, residual: Any, function: str | None = None
+        self,
+        x: Any,
+        products: Sequence[Linear],
+        norm: Call | None,
+        residual: Any,
+        function: str | None = None,
+        rows: Any = None,
     ) -> None:
         """Up to three products for few tokens in one launch; with ``function``, the two of a gated unit."""
         weight, x_row = products[0].weight, x.shape[1] if self.narrow_input else stride(x)
@@ -221,7 +246,8 @@ class Emitter:
             ACTIVATION_CODES[function] if function else 0, tiles, Parts((Part * 3)(*parts)),
         )  # fmt: skip
         if self.is_streamed(products, x, width):
-            self.stream(weight, tokens, tiles, bool(norm), defines, arguments)
+            chosen = () if rows is None else ("ROWS",)
+            self.stream(weight, tokens, tiles, bool(norm), (*defines, *chosen), (*arguments, *[rows] * len(chosen)))
             return
         processors = self.device.multiprocessors
         share = next((n for n in (1, 2, 4) if tiles * n >= 12 * processors), 8)  # warps for a tile
@@ -254,39 +280,33 @@ class Emitter:
             shared=stream_shared_bytes(weight.format, tokens, weight.columns),
         )  # fmt: skip
 
-    def large(self, x: Any, format: str, products: Sequence[Linear], norm: Call | None, residual: Any) -> None:
-        """Products by cuBLAS, from activations in 16 bits; two of one shape at once."""
-        at, workspace, left = self.narrowed(x, format, norm), self.blas_scratch, list(products)
-        while left:
-            each = left.pop(0)
-            w, y = each.weight, each.y
-            if residual is not None:
-                self.copy(residual, y)
-            product = Product(len(x), w.rows, pitch(w.columns), format, accumulate=residual is not None)
-            biased = [each]
-            if left and (steps := steps_between(each, left[0])):
-                biased.append(left.pop(0))
-                product = replace(product, count=2, w_step=steps[0], y_step=steps[1])
+    def large(
+        self, x: Any, format: str, products: Sequence[Linear], norm: Call | None, residual: Any, rows: Any = None
+    ) -> None:
+        """Products by cuBLAS, from activations in 16 bits."""
+        at, workspace = self.narrowed(x, format, norm, rows), self.blas_scratch
+        if residual is not None:
+            self.copy(residual, products[0].y)
+        for first, count in runs(products):
+            w, y = first.weight, first.y
+            product = Product(len(x), count, pitch(w.columns), format, accumulate=residual is not None)
             self.rows.append(self.blas.bind(product, at, w.address, address(y), stride(y), workspace))
-            for made in biased:
-                if made.bias is not None:
-                    arguments = (made.y, stride(made.y), made.bias, w.rows)
-                    self.each("elementwise", "add_bias", len(x), w.rows, *arguments)
+        for each in products:
+            if each.bias is not None:
+                arguments = (each.y, stride(each.y), each.bias, each.weight.rows)
+                self.each("elementwise", "add_bias", len(x), each.weight.rows, *arguments)
 
     def large_glu(self, x: Any, gate: CudaWeight, up: CudaWeight, norm: Call, function: str, y: Any) -> None:
         """A gated unit by cuBLAS; between its two products and the activation, numbers have 16 bits."""
         at, workspace, format = self.narrowed(x, gate.format, norm), self.blas_scratch, gate.format
-        made = [self.scratch(2 * len(x) * gate.rows) for _ in range(2)]
-        product = Product(len(x), gate.rows, pitch(gate.columns), format, out=format)
-        if up.address > gate.address:
-            steps = (up.address - gate.address) // 2, (made[1] - made[0]) // 2
-            both = replace(product, count=2, w_step=steps[0], y_step=steps[1])
-            self.rows.append(self.blas.bind(both, at, gate.address, made[0], gate.rows, workspace))
-        else:
-            for weight, to in zip((gate, up), made, strict=True):
-                self.rows.append(self.blas.bind(product, at, weight.address, to, gate.rows, workspace))
+        made, row = self.scratch(4 * len(x) * gate.rows), 2 * gate.rows
+        behind = gate.address + 2 * gate.rows * pitch(gate.columns) == up.address
+        product = Product(len(x), row if behind else gate.rows, pitch(gate.columns), format, out=format)
+        self.rows.append(self.blas.bind(product, at, gate.address, made, row, workspace))
+        if not behind:
+            self.rows.append(self.blas.bind(product, at, up.address, made + 2 * gate.rows, row, workspace))
         half = ["HALF"] * (format == "f16")
-        arguments = (*map(c_uint64, made), y, self.row_of(y), gate.rows, ACTIVATION_CODES[function])
+        arguments = (c_uint64(made), y, self.row_of(y), gate.rows, ACTIVATION_CODES[function])
         grid = (-(-gate.rows // 2048), len(x), 1)
         self.add("elementwise", "narrow_glu", grid, 256, *arguments, defines=(*half, *self.result_defines()))
 
@@ -305,14 +325,14 @@ class Emitter:
         """Whether products of many tokens with weights in ``format`` are cuBLAS's."""
         return self.device.blas is not None and format in ("f16", "bf16")
 
-    def narrowed(self, x: Any, format: str, norm: Call | None) -> int:
+    def narrowed(self, x: Any, format: str, norm: Call | None, rows: Any = None) -> int:
         """The address of rows of ``x``, normed, in 16 bits."""
         if self.narrow_input:
             return address(x)
         tokens, columns = x.shape
         at, row = self.scratch(narrow_bytes(tokens, columns)), pitch(columns)
         if norm:
-            self.rms_norm(norm, x, c_uint64(at), row, (narrow_define(format),))
+            self.rms_norm(norm, x, c_uint64(at), row, (narrow_define(format),), rows)
         else:
             half = ["HALF"] * (format == "f16")
             self.each("elementwise", "narrow", tokens, row, x, stride(x), c_uint64(at), columns, row, defines=half)
@@ -385,12 +405,20 @@ class Emitter:
         return turn, int(bool(attrs.recompute_after))
 
 
-def steps_between(first: Linear, second: Linear) -> tuple[int, int] | None:
-    """Numbers from one product's weight and result to the other's, where they are alike and in the same order."""
-    w, v, y, z = first.weight, second.weight, first.y, second.y
-    alike = w.rows == v.rows and w.columns == v.columns and stride(y) == stride(z)
-    w_step, y_step = (v.address - w.address) // 2, (address(z) - address(y)) // 4
-    return (w_step, y_step) if alike and w_step > 0 and y_step > 0 else None
+def runs(products: Sequence[Linear]) -> list[tuple[Linear, int]]:
+    """Products of the same x as few as can be: the first of each run, and the rows of all in it.
+
+    In a run, the weights, of 16 bits, lie one behind another, and so do the columns of the results.
+    """
+    found: list[tuple[Linear, int]] = []
+    for each in products:
+        first, rows = found[-1] if found else (each, 0)
+        w, y = first.weight.address + 2 * rows * pitch(each.weight.columns), address(first.y) + 4 * rows
+        if rows and (w, y, stride(first.y)) == (each.weight.address, address(each.y), stride(each.y)):
+            found[-1] = first, rows + each.weight.rows
+        else:
+            found.append((each, each.weight.rows))
+    return found
 
 
 def narrow_define(format: str) -> str:

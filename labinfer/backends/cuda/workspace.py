@@ -37,9 +37,13 @@ def _rows(x: TensorType, bounds: KernelBounds) -> int:
 
 
 def _linear(bounds: KernelBounds) -> int:
+    return _products(bounds, _rows(bounds.inputs[0], bounds))
+
+
+def _products(bounds: KernelBounds, tokens: int) -> int:
     """Activations in 16 bits and cuBLAS's own, where the step can have more tokens than the kernel for few takes."""
     columns = max(shape[-1] for _, shape in _matrices(bounds))
-    tokens, formats = _rows(bounds.inputs[0], bounds), {format for format, _ in _matrices(bounds)}
+    formats = {format for format, _ in _matrices(bounds)}
     plain = {"f16", "bf16"} & formats
     if not plain or fits_few("bf16", tokens, columns):  # then fewer tokens do, too
         return 0
@@ -49,6 +53,11 @@ def _linear(bounds: KernelBounds) -> int:
 def _normed(bounds: KernelBounds) -> int:
     x = bounds.inputs[0]
     return rounded(4 * _rows(x, bounds) * int(x.shape[1])) + _linear(bounds)
+
+
+def _norm_head(bounds: KernelBounds) -> int:
+    """As ``_normed``, for the rows whose logits are wanted."""
+    return rounded(4 * bounds.rows * int(bounds.inputs[0].shape[1])) + _products(bounds, bounds.rows)
 
 
 def _norm_glu(bounds: KernelBounds) -> int:
@@ -67,6 +76,11 @@ def _rope_attention(bounds: KernelBounds) -> int:
     return rounded(4 * bounds.tokens * int(q.shape[1])) + partials_bytes(attrs.v_head_dim or attrs.head_dim)
 
 
+def _norm_rope_attention(bounds: KernelBounds) -> int:
+    """The same, and normed keys, where they are not normed head by head."""
+    return rounded(4 * bounds.tokens * int(bounds.inputs[1].shape[1])) + _rope_attention(bounds)
+
+
 def _router(bounds: KernelBounds) -> int:
     return rounded(4 * bounds.tokens * bounds.attrs[0].num_experts) + _linear(bounds)
 
@@ -83,8 +97,10 @@ _SIZERS = {
     "linear_add": _linear,
     "norm_qkv": _normed,
     "norm_glu": _norm_glu,
+    "norm_head": _norm_head,
     "attention": _attention,
     "rope_attention": _rope_attention,
+    "norm_rope_attention": _norm_rope_attention,
     "router": _router,
     "moe": _moe,
 }

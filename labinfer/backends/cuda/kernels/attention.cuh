@@ -23,7 +23,7 @@ struct Fresh {  // the step's keys and values
     int k_row, v_row;
     Turn turn;
 };
-#define FRESH , const __grid_constant__ Fresh fresh
+#define FRESH , const __grid_constant__ Fresh fresh NORMED
 #else
 #define FRESH
 #endif

@@ -126,6 +126,26 @@ template <class Load> DEV void stage_queries(Shared &s, const Parameters &p, con
         }
     }
 }
+#ifdef NORMS
+// Norms a head, of which UNITS neighbouring lanes have eight numbers each, and those they turn with.
+DEV void norm_head(Pairs &r, const float *gain, const Norms &norms, int d, int other) {
+    u32 lanes = ((1u << UNITS) - 1) << threadIdx.x % 32 / UNITS * UNITS;
+    float squares = 0.f;
+    #pragma unroll
+    for (int i = 0; i < 8; i++) squares += r.own[i] * r.own[i];
+    #pragma unroll
+    for (int o = UNITS / 2; o; o >>= 1) squares += __shfl_xor_sync(lanes, squares, o);
+    float scale = rsqrtf(squares / HEAD_DIM + norms.eps);
+    #pragma unroll
+    for (int i = 0; i < 8; i++) {
+        r.own[i] *= scale * (gain ? gain[d + i] + norms.offset : 1.f);
+        r.other[i] *= scale * (gain ? gain[other + i] + norms.offset : 1.f);
+    }
+}
+#define GAIN(name) norms.name
+#else
+#define GAIN(name) nullptr
+#endif
 DEV void keep(u16 *shared, u16 *cache, const float (&v)[8]) {
     uint4 r = make_uint4(two(v[0], v[1]), two(v[2], v[3]), two(v[4], v[5]), two(v[6], v[7]));
     *(uint4 *)shared = r;
@@ -162,16 +182,22 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) decode(const __
     u32 rows = rows_of(key0 + SLOTS * WARPS * KEYS);
 #ifdef TURN
     pdl_wait();
-    auto load = [&](float (&r)[8], const float *row) {
-        Pairs pairs;
-        load_pairs(pairs, row, d, e.other);
-        #pragma unroll
-        for (int i = 0; i < 8; i++) r[i] = turned(pairs, e, i);
+    auto loader = [&](const float *gain) {
+        return [&, gain](float (&r)[8], const float *row) {
+            Pairs pairs;
+            load_pairs(pairs, row, d, e.other);
+#ifdef NORMS
+            norm_head(pairs, gain, norms, d, e.other);
+#endif
+            #pragma unroll
+            for (int i = 0; i < 8; i++) r[i] = turned(pairs, e, i);
+        };
     };
+    auto load = loader(GAIN(q_gain));
     int unit = WARPS * 32 - 1 - threadIdx.x;  // the last threads take the token's own value and key
     if (has_fresh && unit < UNITS) {
         float own[8];
-        load(own, fresh.k + (size_t)item.token * fresh.k_row + item.kv_head * HEAD_DIM);
+        loader(GAIN(k_gain))(own, fresh.k + (size_t)item.token * fresh.k_row + item.kv_head * HEAD_DIM);
         keep(s.k + d, item.head0 ? nullptr : p.k + (size_t)fresh_row * HEAD_DIM + d, own);
     } else if (has_fresh && unit < UNITS + VALUE_DIM / 8) {
         float own[8];

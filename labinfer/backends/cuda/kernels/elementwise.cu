@@ -64,14 +64,15 @@ DEV void load_eight(float (&r)[8], const u16 *p, int left, bool aligned) {
         for (int j = 0; j < 8; j++) r[j] = j < left ? one(get(p + j)) : 0.f;
     }
 }
-// A gated unit from halves in that type; a thread takes eight.
-extern "C" __global__ void narrow_glu(const u16 *gate, const u16 *up, Out *y, int y_row, int n, int function) {
+// A gated unit from halves in that type, `n` of each side by side in a row; a thread takes eight.
+extern "C" __global__ void narrow_glu(const u16 *gate, Out *y, int y_row, int n, int function) {
     int i = 8 * (blockIdx.x * blockDim.x + threadIdx.x), t = blockIdx.y;
     begin();
     if (i >= n) return;
     float g[8], u[8];
-    load_eight(g, gate + (size_t)t * n + i, n - i, n % 8 == 0);
-    load_eight(u, up + (size_t)t * n + i, n - i, n % 8 == 0);
+    gate += (size_t)t * 2 * n + i;
+    load_eight(g, gate, n - i, n % 8 == 0);
+    load_eight(u, gate + n, n - i, n % 8 == 0);
     #pragma unroll
     for (int j = 0; j < 8; j++) g[j] = activate(function, g[j]) * u[j];
     y += (size_t)t * y_row + i;

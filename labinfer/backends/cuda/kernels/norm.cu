@@ -1,12 +1,12 @@
-// Normalisation: one block for each group of a row (block y) of a token (block x).
+// Normalisation: one block for each group of a row (block y) of a token (block x), or of the row of x that `rows` says.
 #define EACH(i) _Pragma("unroll 8") for (int i = threadIdx.x; i < n; i += blockDim.x)
 
 #define FOURS 8  // a thread keeps up to so many times four numbers
 extern "C" __global__ void rms_norm(
-    const float *x, int x_row, const float *weight, Out *y, int y_row, int n, float eps, float offset) {
+    const float *x, int x_row, const int *rows, const float *weight, Out *y, int y_row, int n, float eps, float offset) {
     __shared__ float scratch[32];
     begin();
-    x += (size_t)blockIdx.x * x_row + blockIdx.y * n;
+    x += (size_t)(rows ? get(rows + blockIdx.x) : blockIdx.x) * x_row + blockIdx.y * n;
     y += (size_t)blockIdx.x * y_row + blockIdx.y * n;
     float4 v[FOURS];
     float squares = 0.f;

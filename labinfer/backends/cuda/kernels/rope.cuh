@@ -9,6 +9,16 @@ struct Turn {
     float rotary_dim, theta, factor;
 };
 
+#ifdef NORMS
+struct Norms {  // heads of queries and of keys are normed before they turn
+    const float *q_gain, *k_gain;
+    float eps, offset;
+};
+#define NORMED , const Norms norms
+#else
+#define NORMED
+#endif
+
 // The cosine and sine for pair i of a token at position `row`.
 DEV float2 angle(const Turn &r, int token, int row, int i) {
 #if TURN == 2

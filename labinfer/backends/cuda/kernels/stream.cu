@@ -9,7 +9,14 @@
 // right that is the same on both sides. Rows begin in the same bank, so odd rows read their second 64 bytes first; up to
 // 4 tokens, column 2 m of the product has x in the even rows' order and column 2 m + 1 in the odd rows'.
 // In a block format that lane unpacks block 4 s + t of both rows, and x lies in the order in which lanes read it.
+//
+// ROWS: the tokens are rows of x that `selected` numbers, which was written before the first kernel of the step.
 #define CHUNK 2048
+#ifdef ROWS
+#define SELECTED , const int *selected
+#else
+#define SELECTED
+#endif
 #ifdef FORMAT
 #define SLOTS 2
 #define PAIRED false
@@ -101,13 +108,14 @@ DEV uint2 pairs_of(const float4 &v) {
 // Rows of x from column `start` on to shared memory; all loads are under way before the first is used.
 #ifdef NARROW_INPUT  // they are as they are multiplied: a lane brings eight columns
 typedef u16 In;
-DEV void stage(u16 *xs, Shared &, const u16 *x, int x_row, int tokens, int start, int width, const Gain &, bool) {
+DEV void stage(
+    u16 *xs, Shared &, const u16 *x, const int (&rows)[TOKENS], int x_row, int tokens, int start, int width, const Gain &, bool) {
     int lane = threadIdx.x % 32, eighth = lane % 16, part = (threadIdx.x / 32 + lane / 16 * WARPS) * 128;
     uint4 v[TOKENS];
     #pragma unroll
     for (int m = 0; m < TOKENS; m++) {
         bool inside = m < tokens && part + 8 * eighth < width;
-        v[m] = inside ? get((const uint4 *)(x + (size_t)m * x_row + start + part + 8 * eighth)) : make_uint4(0, 0, 0, 0);
+        v[m] = inside ? get((const uint4 *)(x + (size_t)rows[m] * x_row + start + part + 8 * eighth)) : make_uint4(0, 0, 0, 0);
     }
     #pragma unroll
     for (int m = 0; m < TOKENS; m++) *(uint4 *)(xs + m * (CHUNK + 32) + part + place_of(2 * eighth)) = v[m];
@@ -115,7 +123,9 @@ DEV void stage(u16 *xs, Shared &, const u16 *x, int x_row, int tokens, int start
 }
 #else
 typedef float In;
-DEV void stage(u16 *xs, Shared &s, const float *x, int x_row, int tokens, int start, int width, const Gain &gain, bool first) {
+DEV void stage(
+    u16 *xs, Shared &s, const float *x, const int (&rows)[TOKENS], int x_row, int tokens, int start, int width,
+    const Gain &gain, bool first) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float4 v[TOKENS][STEPS];
     #pragma unroll
@@ -124,7 +134,7 @@ DEV void stage(u16 *xs, Shared &s, const float *x, int x_row, int tokens, int st
         for (int i = 0; i < STEPS; i++) {
             int at = (warp + WARPS * i) * 128 + 4 * lane;
             bool inside = m < tokens && at < width;
-            v[m][i] = inside ? get((const float4 *)(x + (size_t)m * x_row + start + at)) : make_float4(0.f, 0.f, 0.f, 0.f);
+            v[m][i] = inside ? get((const float4 *)(x + (size_t)rows[m] * x_row + start + at)) : make_float4(0.f, 0.f, 0.f, 0.f);
         }
     #pragma unroll
     for (int m = 0; m < TOKENS; m++) {
@@ -210,7 +220,7 @@ DEV void reduce(Shared &s, const float (&d)[4][4]) {
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) stream(
     const In *x, int x_row, int tokens, int columns, const float *weight, float eps, float offset,
-    const float *residual, int residual_row, int function, int tiles, const __grid_constant__ Parts parts) {
+    const float *residual, int residual_row, int function, int tiles, const __grid_constant__ Parts parts SELECTED) {
     extern __shared__ __align__(128) u8 memory[];
     u16 *xs = (u16 *)(memory + SLOTS * slot_bytes(columns));
     __shared__ Shared s;
@@ -227,6 +237,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) stream(
 #endif
     for (int n = 0; n < SLOTS; n++) load(n);  // weights do not wait for the kernel before
     Gain gain = load_gain(weight, offset, rank * CHUNK, min(CHUNK, columns - rank * CHUNK));
+    int rows[TOKENS];
+    #pragma unroll
+    for (int m = 0; m < TOKENS; m++) {
+        rows[m] = m;
+#ifdef ROWS
+        rows[m] = m < tokens ? get(selected + m) : 0;
+#endif
+    }
     __syncthreads();
     pdl_trigger();
     pdl_wait();
@@ -240,7 +258,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) stream(
 #ifdef NORM
             if (staged >= 0 && staged != chunk) gain = load_gain(weight, offset, start, width);
 #endif
-            if (staged != chunk) stage(xs, s, x, x_row, tokens, start, width, gain, tile == first);
+            if (staged != chunk) stage(xs, s, x, rows, x_row, tokens, start, width, gain, tile == first);
             staged = chunk;
             barrier_wait(&s.barrier[at % SLOTS], at / SLOTS % 2);
             multiply(d, memory + at % SLOTS * slot_bytes(columns), xs, width);
