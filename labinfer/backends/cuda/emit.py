@@ -7,7 +7,8 @@ from ctypes import Structure, c_float, c_int
 from typing import TYPE_CHECKING, Any
 
 from labinfer.backends.cuda import emit_attention, emit_exchange
-from labinfer.backends.cuda.emitter import Emitter, Linear, address, format_defines, stride
+from labinfer.backends.cuda.arguments import Linear, address, format_defines, stride
+from labinfer.backends.cuda.emitter import Emitter
 from labinfer.backends.cuda.layout import ACTIVATION_CODES
 from labinfer.backends.cuda.tape import Row, Runnable
 from labinfer.ops.base import Call

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from ctypes import Structure, c_float, c_int, c_uint, c_uint64
 from typing import Any
 
-from labinfer.backends.cuda.emitter import Emitter, Turn, address, cache_define, format_defines, stride
+from labinfer.backends.cuda.arguments import Turn, address, cache_define, format_defines, stride
+from labinfer.backends.cuda.emitter import Emitter
 from labinfer.backends.cuda.workspace import SHARED_HEADS, SPLIT_BLOCKS, partials_bytes
 from labinfer.errors import LabinferError
 from labinfer.ops.base import Call

@@ -6,7 +6,8 @@ from ctypes import Structure, c_int, c_uint64
 from itertools import accumulate
 from typing import Any
 
-from labinfer.backends.cuda.emitter import Emitter, address, stride
+from labinfer.backends.cuda.arguments import address, stride
+from labinfer.backends.cuda.emitter import Emitter
 from labinfer.backends.cuda.layout import (
     EXCHANGE_BLOCKS,
     EXCHANGE_FEW,

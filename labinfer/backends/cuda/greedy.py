@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from labinfer.backends.base import Kernel
+from labinfer.backends.cuda.arguments import stride
 from labinfer.backends.cuda.compile import Source
-from labinfer.backends.cuda.emitter import stride
 from labinfer.backends.cuda.tape import Row, Runnable, Tape
 from labinfer.ops.base import Call, Step
 

@@ -10,9 +10,9 @@ import cupy
 import numpy as np
 from cupy.cuda import runtime
 
+from labinfer.backends.cuda.arguments import address, stride
 from labinfer.backends.cuda.compile import Source
 from labinfer.backends.cuda.driver import Launch
-from labinfer.backends.cuda.emitter import address, stride
 from labinfer.backends.cuda.layout import SAMPLE_BINS, SAMPLE_PARTS, sampling_bytes, sampling_words
 from labinfer.backends.cuda.tape import Row, Runnable, Tape
 from labinfer.backends.sampling import RULE, Choices, TokenSampler
