@@ -48,10 +48,16 @@ OPERATIONS = (
     Operation("GET", "/", page, "A page to talk to the model and to see it work"),
     Operation("GET", "/openapi.json", openapi, "This table for programs, with the bodies of requests"),
     Operation("GET", "/metrics", metrics, "Measurements for Prometheus", polled=True),
-    Operation("GET", "/labinfer/v1/plan", plan, "The plan that is run"),
-    Operation("GET", "/labinfer/v1/devices", devices, "Where the model lies, and how full its cache is", polled=True),
-    Operation("GET", "/labinfer/v1/trace", trace, "The last steps, predicted and measured", polled=True),
-    Operation("GET", "/labinfer/v1/startup", startup, "How long each phase of the start took"),
+    Operation("GET", "/labinfer/v1/plan", plan, "The plan that is run", query=("model",)),
+    Operation(
+        "GET", "/labinfer/v1/devices", devices, "Where the model lies, and how full its cache is", polled=True,
+        query=("model",),
+    ),
+    Operation(
+        "GET", "/labinfer/v1/trace", trace, "The last steps, predicted and measured", polled=True,
+        query=("model", "after", "format"),
+    ),
+    Operation("GET", "/labinfer/v1/startup", startup, "How long each phase of the start took", query=("model",)),
     Operation("GET", "/health", health, "Whether the process should go on", public=True, polled=True),
     Operation("GET", "/ready", ready, "Whether new requests are welcome", public=True, polled=True),
 )  # fmt: skip
