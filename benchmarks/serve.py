@@ -254,7 +254,7 @@ class Bench:
         """
         service, memory = self.service(16, "--kv-memory", "128MB"), list[int]()
         before = service.counts
-        counts = asyncio.run(
+        counts, reasons = asyncio.run(
             random_load(service.target(), self.random, 60 * self.options.minutes, lambda: memory.append(service.memory))
         )
         time.sleep(1)
@@ -266,14 +266,14 @@ class Bench:
         quarter = max(len(memory) // 4, 1)
         early, late = median(memory[quarter : 2 * quarter]), median(memory[-quarter:])  # the first quarter warms up
         grown = late / early - 1
-        text = self.bar(f"{100 * grown:+.2f} %", abs(grown) <= BARS["memory"], BARS["memory"])
+        text = self.bar(f"{100 * grown:+.2f} %", abs(grown) <= BARS["memory"] and not reasons, BARS["memory"])
         print("\n| minutes | answers | answers, threads, files left | memory, second to last quarter, MB | load |")
         print("|---|---|---|---|---|")
         told = ", ".join(f"{value} {name}" for name, value in counts.items())
         remains = ", ".join(f"{each:g}" for each in left)
         sizes = f"{early / 1e6:.1f} to {late / 1e6:.1f}: {text}"
         print(f"| {self.options.minutes:g} | {told} | {remains} | {sizes} | {load_average()} |")
-        self.found["soak"] = {"counts": counts, "left": left, "memory": memory}
+        self.found["soak"] = {"counts": counts, "reasons": reasons, "left": left, "memory": memory}
 
 
 def engine_seconds(model: str, threads: int, slots: int, bodies: list[Body]) -> float:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import random
 import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -99,9 +100,12 @@ async def leave_at_random(to: Target, bodies: list[Body], seconds: float) -> int
 
 async def random_load(
     to: Target, source: np.random.Generator, seconds: float, each_second: Callable[[], None]
-) -> dict[str, int]:
-    """24 clients with requests of every kind, a fifth of which are left early; how they ended."""
-    end, counts = time.monotonic() + seconds, {"good": 0, "refused": 0, "left": 0, "failed": 0}
+) -> tuple[dict[str, int], list[str]]:
+    """24 clients with requests of every kind, a fifth of which are left early; how they ended, and for each that
+    failed why, when and what it had asked for.
+    """
+    began, reasons = time.monotonic(), list[str]()
+    end, counts = began + seconds, {"good": 0, "refused": 0, "left": 0, "failed": 0}
 
     async def client() -> None:
         while time.monotonic() < end:
@@ -116,6 +120,9 @@ async def random_load(
             else:
                 refused = error is not None and error.startswith(("status 400", "status 503"))
                 counts["good" if error is None else "refused" if refused else "failed"] += 1
+                if error is not None and not refused:
+                    reasons.append(f"{error} (after {time.monotonic() - began:.0f} s: {json.dumps(body)})")
+                    print(reasons[-1], file=sys.stderr, flush=True)
 
     async def watch() -> None:
         while time.monotonic() < end:
@@ -123,7 +130,7 @@ async def random_load(
             await asyncio.sleep(1)
 
     await asyncio.gather(watch(), *(client() for _ in range(24)))
-    return counts
+    return counts, reasons
 
 
 @dataclass(slots=True)

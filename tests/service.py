@@ -14,6 +14,7 @@ import pytest
 
 import labinfer
 from labinfer import LoRARequest
+from labinfer.compiler.plan import Plan
 from labinfer.llm import LLM
 from labinfer.service.options import ServiceOptions
 from labinfer.service.server import Server, bind
@@ -74,6 +75,14 @@ def served(model: Path, limits: dict[str, Any] | None = None, **options: Any) ->
             running.close()
             assert llm.blocks.usage == 0
             llm.blocks.check_integrity()
+
+
+def placed_plan(model: Path, folder: Path) -> Plan:
+    """A plan over the device that is here, with the predictions of a placement by cost over a declared one."""
+    cluster = folder / "cluster.yaml"
+    cluster.write_text("devices: {reference: {like: epyc-9654}}")
+    declared = labinfer.compile(model, cluster=cluster, workload="prompt=3,output=8,concurrency=1")
+    return labinfer.compile(model).model_copy(update={"placement": declared.placement})
 
 
 def api_fixture(model: str, **limits: Any) -> Any:

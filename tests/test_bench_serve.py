@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labinfer.bench.load import Sample, arrivals, keeps, percentile, target
+from labinfer.bench.load import Sample, Target, arrivals, ask, keeps, percentile, target
 from labinfer.bench.load_report import quantiles, rates
 
 from .service import KEY, Served, served
@@ -60,6 +62,27 @@ def test_failed_requests_are_counted(api: Served, labinfer_cli: Cli) -> None:
     )
     assert result.returncode == 1
     assert "outside the vocabulary of 64" in result.stderr
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_token_named_error_is_no_error(failed: bool) -> None:
+    choice = {"text": "error", "logprobs": {"top_logprobs": [{"error": -0.1, "usage": -2.0}]}}
+    chunk = {"choices": [choice], "usage": None}
+    last: dict[str, Any] = {"error": {"message": "lost"}} if failed else {"usage": {"completion_tokens": 1}}
+    events = "".join(f"data: {json.dumps(each, separators=(',', ':'))}\n\n" for each in (chunk, last))
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"{}")
+        writer.write(f"HTTP/1.1 200 OK\r\n\r\n{events}".encode())
+        writer.close()
+
+    async def asked() -> Sample:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            return await ask(Target("127.0.0.1", server.sockets[0].getsockname()[1], "/", {}), {})
+
+    sample = asyncio.run(asked())
+    assert sample.tokens == int(not failed)
+    assert sample.error == ('{"message": "lost"}' if failed else None)
 
 
 @pytest.mark.parametrize(

@@ -278,7 +278,18 @@ def test_a_wrong_field_is_named(api: Served, field: str, body: dict[str, Any]) -
 
 def test_unknown_fields_are_ignored_and_said(api: Served) -> None:
     found = post(api, "/v1/chat/completions", **CHAT, frobnicate=1, store=False, prompt_cache_key="k", user="u")
-    assert found["warnings"] == ["'frobnicate' is unknown and was ignored"]
+    assert found["warnings"] == [
+        "'frobnicate' is unknown and was ignored", "'prompt_cache_key' has no effect here", "'user' has no effect here",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/chat/completions", CHAT), ("/v1/completions", {"prompt": "w5"})], ids=str
+)
+def test_a_stream_says_once_what_was_ignored(api: Served, path: str, body: dict[str, Any]) -> None:
+    answer = api.http.post(path, json={**body, "max_tokens": 4, "stream": True, "user": "u"})
+    assert answer.status_code == 200, answer.text
+    assert answer.text.count("'user' has no effect here") == 1
 
 
 def test_another_model_is_not_found(api: Served, client: openai.OpenAI) -> None:

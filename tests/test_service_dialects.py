@@ -131,7 +131,9 @@ def test_a_message_is_what_the_chat_says(api: Served) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     expected = chat_text(api, messages, temperature=0, max_tokens=8)
     body = {"model": "tiny", "max_tokens": 8, "system": "Be brief.", "messages": messages[1:], "temperature": 0}
-    found = api.http.post("/v1/messages", json=body, headers={"x-api-key": KEY, "authorization": ""}).json()
+    headers = {"x-api-key": KEY, "authorization": ""}
+    found = api.http.post("/v1/messages", json=body | {"metadata": {"user_id": "u"}}, headers=headers).json()
+    assert found["warnings"] == ["'metadata' has no effect here"]
     assert found["content"] == [{"type": "text", "text": expected}]
     assert found["stop_reason"] == "max_tokens"
     assert found["usage"]["output_tokens"] == 8
@@ -175,3 +177,4 @@ def test_what_cannot_be_is_refused(api: Served, path: str, body: dict[str, Any])
     answer = api.http.post(path, json=body)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert answer.json().get("type") == ("error" if path == "/v1/messages" else None)

@@ -13,12 +13,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import labinfer
+from labinfer import SamplingParams
 from labinfer.compiler.plan import Plan
 from labinfer.service.metrics import COUNTERS, HISTOGRAMS
 from labinfer.service.plan_metrics import plan_families
 from labinfer.service.watchdog import Watchdog
 
-from .service import KEY, Served, api_fixture, served
+from .service import KEY, Served, api_fixture, placed_plan, served
 
 BODY = {"prompt": [5, 6, 7], "max_tokens": 4, "ignore_eos": True}
 
@@ -74,20 +75,22 @@ def test_metrics_tell_how_busy_devices_are_and_what_goes_between_them(tiny_model
 
 
 def test_metrics_tell_what_the_plan_predicted_and_what_it_is(tiny_model: Path, tmp_path: Path) -> None:
-    cluster = tmp_path / "cluster.yaml"
-    cluster.write_text("devices: {reference: {like: epyc-9654}}")
-    declared = labinfer.compile(tiny_model, cluster=cluster, workload="prompt=3,output=8,concurrency=1")
-    plan = labinfer.compile(tiny_model).model_copy(
-        update={"placement": declared.placement}
-    )  # over a device that is here
+    plan = placed_plan(tiny_model, tmp_path)
     assert plan.placement is not None
     [stage] = plan.placement.stages
     with labinfer.load(plan) as model:
-        model.generate([5, 6, 7])
+        model.generate([5, 6, 7], SamplingParams(ignore_eos=True))
+        api = Served(model)
+        told = api.http.get("/labinfer/v1/devices").json()["plan_steps"]
+        api.close()
         samples = [each for family in plan_families([model], "tiny") for each in family.samples]
         found = {(each.name, each.labels["phase"]): each.value for each in samples if "phase" in each.labels}
         costs = model.engine.costs
     assert costs.per_token is not None
+    assert told == {
+        kind: {phase: found[f"labinfer:plan_{kind}_step_seconds", phase] for phase in ("decode", "prefill")}
+        for kind in ("predicted", "measured")
+    }
     assert found == {
         ("labinfer:plan_predicted_step_seconds", "decode"): stage.decode,
         ("labinfer:plan_predicted_step_seconds", "prefill"): stage.prefill,
@@ -134,6 +137,10 @@ def test_the_trace_gives_each_step_once(api: Served) -> None:
     assert len(steps) == 4
     assert [step["num_tokens"] for step in steps][1:] == [1, 1, 1]
     assert all(step["seconds"] > 0 for step in steps)
+    estimates = [step["predicted_seconds"] for step in steps]  # each from the steps before it
+    assert estimates[2] + 0.2 * (min(steps[2]["seconds"], 2 * estimates[2]) - estimates[2]) == pytest.approx(
+        estimates[3]
+    )
     assert api.http.get("/labinfer/v1/trace", params={"after": steps[-1]["time"]}).json()["steps"] == []
     for wrong in ("x", "nan", "1e999"):
         assert api.http.get("/labinfer/v1/trace", params={"after": wrong}).status_code == 400

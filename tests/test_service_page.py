@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 
+import labinfer
+from labinfer import SamplingParams
+
 from .browser import Browser, find_browser
-from .service import KEY, Served, api_fixture, wait_for
+from .service import KEY, Served, api_fixture, placed_plan, wait_for
 
 needs_browser = pytest.mark.skipif(find_browser() is None, reason="no Chromium here")
 
@@ -75,6 +80,23 @@ def test_a_chat_is_answered_and_measured(browser: Browser, api: Served, width: i
     assert "blocks of 16 tokens" in browser.run("document.getElementById('cache').textContent")
     elsewhere = [each for each in browser.complaints() if not each.startswith(api.url) and "401" not in each]
     assert elsewhere == []
+
+
+@needs_browser
+def test_what_the_plan_predicted_stands_beside_what_is_measured(
+    browser: Browser, tiny_model: Path, tmp_path: Path
+) -> None:
+    with labinfer.load(placed_plan(tiny_model, tmp_path)) as model:
+        model.generate([5, 6, 7], SamplingParams(ignore_eos=True))
+        api = Served(model)
+        try:
+            opened(browser, api)
+            told = browser.run("document.getElementById('planned').textContent")
+        finally:
+            api.close()
+    assert re.fullmatch(
+        r"planned decode step: 0.0\d+ ms predicted, [\d.]+ ms measured; planned prefill .* measured", told
+    )
 
 
 @needs_browser

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -21,18 +22,23 @@ from .service import KEY, wait_for
 LONG = {"prompt": [5, 6], "max_tokens": 120, "ignore_eos": True}
 
 
-def serve_process(model: Path, home: Path, *arguments: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
+def serve_process(
+    model: Path, home: Path, *arguments: str, stderr: int = subprocess.PIPE, files: str = ""
+) -> subprocess.Popen[str]:
+    """``files`` are limits of open files, as ``ulimit`` takes them."""
     command = [sys.executable, "-m", "labinfer", "serve", str(model), "--port", "0", *arguments]
     environment = os.environ | {"LABINFER_HOME": str(home)}
+    if files:
+        command = ["bash", "-c", f'{files}; exec "$@"', "bash", *command]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
 
 
 @contextmanager
 def serving(
-    model: Path, home: Path, *arguments: str, stderr: int = subprocess.PIPE
+    model: Path, home: Path, *arguments: str, stderr: int = subprocess.PIPE, files: str = ""
 ) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
     """A service in a process of its own, and a client of it."""
-    with serve_process(model, home, "--api-key", KEY, *arguments, stderr=stderr) as process:
+    with serve_process(model, home, "--api-key", KEY, *arguments, stderr=stderr, files=files) as process:
         try:
             assert process.stdout is not None
             url = process.stdout.readline().split()[-1].removesuffix("/v1")
@@ -103,6 +109,36 @@ def test_a_port_that_is_taken_is_named(tiny_model: Path, home: Path) -> None:
             _, log = process.communicate(timeout=20)
     assert process.returncode == 1
     assert f"port {port}" in log
+
+
+@pytest.mark.parametrize(
+    ("files", "count", "refused"),
+    [("ulimit -Sn 128", 200, False), ("ulimit -n 128", 30, True)],
+    ids=["soft", "hard"],
+)
+def test_few_open_files_lose_no_connection(tiny_model: Path, home: Path, files: str, count: int, refused: bool) -> None:
+    async def statuses(url: str) -> list[bytes]:
+        ends = [await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2])) for _ in range(count)]
+        for _, writer in ends:
+            writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        found = [(await reader.readline()).split()[1] for reader, _ in ends]
+        for _, writer in ends:
+            writer.close()
+        return found
+
+    with serving(tiny_model, home, files=files) as (process, client):
+        found = asyncio.run(statuses(str(client.base_url).rstrip("/")))
+        assert set(found) == ({b"200", b"503"} if refused else {b"200"})
+        assert end(process) == 0
+        assert ("at most 16 connections" in log_of(process)) == refused
+
+
+def test_too_few_open_files_are_told_at_the_start(tiny_model: Path, home: Path) -> None:
+    with serve_process(tiny_model, home, files="ulimit -n 64") as process:
+        _, log = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "error[serve.open-files]" in log
+    assert "ulimit -n 2144" in log
 
 
 def test_a_log_that_nobody_reads_stops_no_answer(tiny_model: Path, home: Path) -> None:

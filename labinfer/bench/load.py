@@ -110,13 +110,19 @@ async def read(reader: asyncio.StreamReader, sample: Sample) -> None:
         if any(b'"text":"' in line or b'"content":"' in line for line in lines):
             sample.times.append(now)
         for line in lines:
-            if b'"error":' in line:
-                raise ValueError(line[-300:].decode(errors="replace"))
+            if b'"error":' in line and "error" in (found := payload(line)):  # a token's text may be a key too
+                raise ValueError(json.dumps(found["error"])[:300])
             if b'"usage":{' in line:
-                usage = json.loads(line[line.index(b"{") :]).get("usage", {})
+                usage = payload(line).get("usage", {})
                 sample.tokens, sample.prompt_tokens = usage.get("completion_tokens", 0), usage.get("prompt_tokens", 0)
     if not sample.times or not sample.tokens:
         raise ValueError("the answer has no token")
+
+
+def payload(line: bytes) -> dict[str, Any]:
+    """What an event says."""
+    found: dict[str, Any] = json.loads(line[line.index(b"{") :])
+    return found
 
 
 async def load(

@@ -115,6 +115,7 @@ def serve(
     from labinfer.api import replica_options
     from labinfer.runtime.chat_template import render_chat_template
     from labinfer.runtime.manager import Manager
+    from labinfer.service.descriptors import within_descriptors
     from labinfer.service.logs import configure_logging
     from labinfer.service.options import ServiceOptions
     from labinfer.service.server import Server, bind
@@ -127,6 +128,7 @@ def serve(
     chosen = {name: options.pop(name) for name in (*OWN, "drain")}
     settings = ServiceOptions(host=host, port=port, api_keys=keys, drain_seconds=chosen.pop("drain"), **chosen)
     configure_logging(settings.log_format)
+    settings = within_descriptors(settings)
     # The process that renders chat templates starts while the model is loaded, not with the first request.
     threading.Thread(target=render_chat_template, args=("", ()), daemon=True).start()
     listener = bind(settings)  # before the weights are loaded: a port that is taken is told at once

@@ -390,12 +390,13 @@ class Engine:
         """Remember what a step cost."""
         accepted = self.speculation.accepted if self.speculation and part.proposed is not None else 0
         stats = step_stats(part, seconds, len(self.scheduler.waiting), accepted)
-        self.stats.append(stats)
+        others = stats.num_tokens - stats.num_decodes
+        self.stats.append(stats._replace(predicted_seconds=self.costs.step_seconds(stats.num_decodes, others)))
         self.num_tokens += stats.num_tokens
         if self.speculation is not None:
             self.speculation.observe(stats)
         if stats.num_prompt_tokens or not stats.num_proposed:
-            self.costs.observe(stats.num_decodes, stats.num_tokens - stats.num_decodes, seconds)
+            self.costs.observe(stats.num_decodes, others, seconds)
 
 
 def overlaps(model: Model) -> bool:

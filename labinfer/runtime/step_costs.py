@@ -48,6 +48,11 @@ class StepCosts:
         size = decodes.bit_length()
         return self.decode[min(self.decode, key=lambda known: abs(known - size))]
 
+    def step_seconds(self, decodes: int, prompt_tokens: int) -> float | None:
+        """A step of ``decodes`` sequences and ``prompt_tokens`` more tokens; None before any has decoded."""
+        base = self.decode_seconds(decodes)
+        return None if base is None else base + self.prompt_seconds(prompt_tokens)
+
     def prompt_seconds(self, tokens: int) -> float:
         """What it takes to compute so many tokens of a text again, 0 before anything was measured."""
         return (self.per_token or self.beside.per_token or 0.0) * tokens

@@ -14,7 +14,8 @@ class StepStats(NamedTuple):
     """One step: when it ended (``time.perf_counter``), how long it took, and what it computed.
 
     Of its ``num_tokens``, ``num_decodes`` were the last ones of their sequences and ``num_proposed`` guesses after
-    them, of which ``num_accepted`` were right; the others belong to prompts.
+    them, of which ``num_accepted`` were right; the others belong to prompts. ``predicted_seconds`` is what such steps
+    took until then.
     """
 
     time: float
@@ -25,6 +26,7 @@ class StepStats(NamedTuple):
     num_waiting: int
     num_proposed: int = 0
     num_accepted: int = 0
+    predicted_seconds: float | None = None
 
     @property
     def num_prompt_tokens(self) -> int:

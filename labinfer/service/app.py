@@ -31,6 +31,8 @@ from labinfer.service.schema.tokens import DetokenizeRequest, TokenizeRequest
 from labinfer.service.services import Services
 
 COMPUTES = "takes the engine's time and cache: bounded by the queue and the context; prompts of other keys stay apart"
+TEXTS = "takes time beside the engine: bounded by the body's size, a template runs in a process with limits"
+ANYONE = "tells anyone whether the engine goes on, and nothing else"
 
 OPERATIONS = (
     Operation(
@@ -40,20 +42,31 @@ OPERATIONS = (
     Operation("POST", "/v1/responses", responses, "The same in OpenAI's newer form", ResponsesRequest, threat=COMPUTES),
     Operation("POST", "/v1/embeddings", embeddings, "Texts as vectors", EmbeddingRequest, threat=COMPUTES),
     Operation("POST", "/v1/messages", messages, "The same in Anthropic's form", MessagesRequest, threat=COMPUTES),
-    Operation("POST", "/v1/messages/count_tokens", count_tokens, "Tokens of a conversation", CountRequest),
+    Operation(
+        "POST", "/v1/messages/count_tokens", count_tokens, "Tokens of a conversation", CountRequest, threat=TEXTS
+    ),
     Operation("GET", "/v1/models", models, "What is served"),
     Operation("GET", "/v1/models/{model:path}", model, "One model"),
-    Operation("POST", "/tokenize", tokenize, "Token ids of a text or a conversation", TokenizeRequest),
-    Operation("POST", "/detokenize", detokenize, "The text of token ids", DetokenizeRequest),
-    Operation("GET", "/", page, "A page to talk to the model and to see it work"),
+    Operation("POST", "/tokenize", tokenize, "Token ids of a text or a conversation", TokenizeRequest, threat=TEXTS),
+    Operation("POST", "/detokenize", detokenize, "The text of token ids", DetokenizeRequest, threat=TEXTS),
+    Operation(
+        "GET", "/", page, "A page to talk to the model and to see it work",
+        threat="runs in a browser beside other sites: its policy lets its own script run only, it has no secret",
+    ),
     Operation("GET", "/openapi.json", openapi, "This table for programs, with the bodies of requests"),
     Operation("GET", "/metrics", metrics, "Measurements for Prometheus", polled=True),
-    Operation("GET", "/labinfer/v1/plan", plan, "The plan that is run"),
-    Operation("GET", "/labinfer/v1/devices", devices, "Where the model lies, and how full its cache is", polled=True),
-    Operation("GET", "/labinfer/v1/trace", trace, "The last steps, predicted and measured", polled=True),
-    Operation("GET", "/labinfer/v1/startup", startup, "How long each phase of the start took"),
-    Operation("GET", "/health", health, "Whether the process should go on", public=True, polled=True),
-    Operation("GET", "/ready", ready, "Whether new requests are welcome", public=True, polled=True),
+    Operation("GET", "/labinfer/v1/plan", plan, "The plan that is run", query=("model",)),
+    Operation(
+        "GET", "/labinfer/v1/devices", devices, "Where the model lies, and how full its cache is", polled=True,
+        query=("model",),
+    ),
+    Operation(
+        "GET", "/labinfer/v1/trace", trace, "The last steps, predicted and measured", polled=True,
+        query=("model", "after", "format"),
+    ),
+    Operation("GET", "/labinfer/v1/startup", startup, "How long each phase of the start took", query=("model",)),
+    Operation("GET", "/health", health, "Whether the process should go on", public=True, polled=True, threat=ANYONE),
+    Operation("GET", "/ready", ready, "Whether new requests are welcome", public=True, polled=True, threat=ANYONE),
 )  # fmt: skip
 
 

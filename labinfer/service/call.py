@@ -131,7 +131,8 @@ class Call:
 
     async def fail(self, error: ApiError) -> None:
         """Answer with an error."""
-        await self.reply(Reply(json_bytes(error.body()), status=error.status, headers=error.headers()))
+        body = json_bytes(error.body(self.scope["path"]))
+        await self.reply(Reply(body, status=error.status, headers=error.headers()))
 
     async def stream(self, stream: Stream) -> None:
         """Send events as they come. What fails before the first of them has a status of its own."""

@@ -25,7 +25,8 @@ class Operation:
     """What a path does. ``handler(call)``, or ``handler(call, body)`` where there is a ``body``, gives the answer.
 
     ``public`` ones need no API key. ``polled`` ones are asked for all the time: the log has no line about a good answer
-    of theirs. ``threat`` says what could be done with it, for SECURITY.md.
+    of theirs. ``query`` are the names that may stand in its address. ``threat`` says what could be done with it, for
+    SECURITY.md.
     """
 
     method: str
@@ -35,6 +36,7 @@ class Operation:
     body: type[Body] | None = None
     public: bool = False
     polled: bool = False
+    query: tuple[str, ...] = ()
     threat: str = "reads the state of the service"
 
 
@@ -86,9 +88,9 @@ class Endpoint:
             body = self.operation.body.model_validate(read_json(data))
         except ValidationError as error:
             raise of_schema(error) from None
-        if unknown := body.unknown:
-            call.warnings = [f"'{name[:64]}' is unknown and was ignored" for name in unknown[:16]]
-            _log.info("request %s: ignored %s", call.request_id, unknown[:16], extra={"request_id": call.request_id})
+        if ignored := body.ignored[:16]:
+            call.warnings = ignored
+            _log.info("request %s: %s", call.request_id, "; ".join(ignored), extra={"request_id": call.request_id})
         return body
 
     async def answer(self, call: Call, body: Body | None) -> None:

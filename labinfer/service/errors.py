@@ -1,4 +1,4 @@
-"""What goes wrong, as a client sees it: OpenAI's error bodies and statuses."""
+"""What goes wrong, as a client sees it: error bodies and statuses of OpenAI, and of Anthropic on its path."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ KINDS = {
     421: "invalid_request_error", 503: "overloaded_error",
 }  # fmt: skip
 """The ``type`` of an error by its status; any other is a ``server_error``."""
+
+ANTHROPIC_PATH = "/v1/messages"
 
 CONTEXT_CODE = "context_length_exceeded"
 MAX_PROBLEMS = 10
@@ -47,10 +49,12 @@ class ApiError(Exception):
         """OpenAI's ``type``."""
         return KINDS.get(self.status, "server_error")
 
-    def body(self) -> dict[str, Any]:
-        """The body that OpenAI's clients read."""
-        found = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
-        return {"error": found | self.extra}
+    def body(self, path: str = "") -> dict[str, Any]:
+        """The body that clients of ``path`` read; the two forms are alike, and Anthropic's says that it is an error."""
+        found = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code} | self.extra
+        if not path.startswith(ANTHROPIC_PATH):
+            return {"error": found}
+        return {"type": "error", "error": found | ({"type": "api_error"} if self.kind == "server_error" else {})}
 
     def headers(self) -> dict[str, str]:
         """The headers that tell a client whether and when to try again."""

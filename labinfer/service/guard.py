@@ -122,7 +122,7 @@ async def refuse(record: Answered, error: ApiError, asked: Mapping[bytes, str]) 
     """
     if record.status:
         return
-    reply = Reply(json_bytes(error.body()))
+    reply = Reply(json_bytes(error.body(record.scope["path"])))
     if error.status == 401 and record.scope["path"] == "/" and "text/html" in asked.get(b"accept", ""):
         reply = page_reply()
     body, headers = reply.body, {"content-type": reply.content_type, **reply.headers, **error.headers()}

@@ -87,8 +87,11 @@ class Chat:
         async with aclosing(self.generation.pieces()) as found:
             async for pieces in found:
                 more = {"usage": self.generation.usage.body() if always else None} if usage else {}
-                chunks = [chunk for piece in pieces for chunk in self.chunks(piece)]
-                yield b"".join([event({**head, "choices": [chunk], **more}) for chunk in chunks])
+                told = []
+                for chunk in [chunk for piece in pieces for chunk in self.chunks(piece)]:
+                    told.append(event({**head, "choices": [chunk], **more}))
+                    head.pop("warnings", None)  # once is enough
+                yield b"".join(told)
         if usage:
             yield event(head | {"choices": [], "usage": self.generation.usage.body()})
         yield DONE

@@ -116,6 +116,7 @@ class Completion:
                 if usage:
                     chunk["usage"] = self.usage() if always else None
                 yield event(chunk)
+                self.head.pop("warnings", None)  # once is enough
         if usage:
             yield event(self.head | {"choices": [], "usage": self.usage()})
         yield DONE

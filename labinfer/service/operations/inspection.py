@@ -12,11 +12,10 @@ import numpy as np
 
 from labinfer.render.step_trace import render_steps
 from labinfer.runtime.model import Model
-from labinfer.runtime.step_costs import StepCosts
-from labinfer.runtime.step_stats import StepStats
 from labinfer.service.call import Call, Reply
 from labinfer.service.errors import ApiError
 from labinfer.service.metrics import CONTENT_TYPE, joined_text
+from labinfer.service.plan_metrics import measured, predicted
 
 
 async def metrics(call: Call) -> Any:
@@ -36,7 +35,10 @@ async def plan(call: Call) -> Any:
 
 
 async def devices(call: Call) -> Any:
-    """Where the model lies: devices, layers, memory, and how full the cache is."""
+    """Where the model lies: devices, layers, memory, and how full the cache is.
+
+    ``plan_steps`` are seconds of the steps that a placement by cost was made for, as predicted and as they are.
+    """
     service = call.service
     model, schedulers = service.model, [engine.scheduler for engine in service.engines]
     groups = [
@@ -53,6 +55,7 @@ async def devices(call: Call) -> Any:
         "limits": {"max_num_seqs": model.plan.limits.max_num_seqs, "max_model_len": model.max_len},
         "running": sum(len(each.running) for each in schedulers),
         "waiting": sum(len(each.waiting) for each in schedulers),
+        "plan_steps": {"predicted": predicted(model), "measured": measured(model)},
     }  # fmt: skip
 
 
@@ -86,7 +89,7 @@ def stages(model: Model, replica: int) -> list[dict[str, Any]]:
 async def trace(call: Call) -> Any:
     """The last steps, oldest first; ``?after=T`` gives those that ended after ``T``, a ``time`` of an earlier answer.
 
-    ``predicted_seconds`` is what a step of its size takes by the engine's running estimate. ``?format=perfetto`` gives
+    ``predicted_seconds`` is what a step of its size should have taken, by those before it. ``?format=perfetto`` gives
     what each stage of a pipeline did and when instead, on all hosts, by this machine's clock.
     """
     if (form := call.query("format") or "json") != "json":
@@ -99,7 +102,7 @@ async def trace(call: Call) -> Any:
     if not isfinite(after) and text != "-inf":
         raise ApiError(400, "after: give a time in seconds", param="after", code="invalid_value")
     steps = [
-        {**each._asdict(), "replica": number, "predicted_seconds": predicted(engine.costs, each)}
+        {**each._asdict(), "replica": number}
         for number, engine in enumerate(call.service.engines)
         for each in list(engine.stats)
         if each.time > after
@@ -119,12 +122,6 @@ def stages_trace(models: Sequence[Model], form: str) -> Reply:
             replica = f"replica {number}, " if len(models) > 1 else ""
             tracks |= {f"{replica}stage {at} ({each[0].device})": times[:, at] for at, each in enumerate(groups)}
     return Reply(render_steps(tracks).encode())
-
-
-def predicted(costs: StepCosts, step: StepStats) -> float | None:
-    """What a step should have taken, by what steps cost here."""
-    base = costs.decode_seconds(step.num_decodes)
-    return None if base is None else base + costs.prompt_seconds(step.num_tokens - step.num_decodes)
 
 
 async def startup(call: Call) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from labinfer.service.call import Call, Stream
-from labinfer.service.errors import ApiError
+from labinfer.service.errors import ANTHROPIC_PATH, ApiError
 from labinfer.service.operations.chat import Chat, prepare
 from labinfer.service.prompts import arguments_of, chat_tokens
 from labinfer.service.schema.chat import ChatRequest
@@ -117,7 +117,7 @@ class MessageWriter:
 
 def failure(error: ApiError) -> bytes:
     """The event of a stream that fails on the way."""
-    return event({"type": "error", "error": {"type": "api_error", "message": error.message}}, "error")
+    return event(error.body(ANTHROPIC_PATH), "error")
 
 
 async def messages(call: Call, body: MessagesRequest) -> Any:
@@ -131,6 +131,8 @@ async def messages(call: Call, body: MessagesRequest) -> Any:
         "id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": chat.head["model"],
         "content": [], "stop_reason": None, "stop_sequence": None,
     }  # fmt: skip
+    if call.warnings:
+        message["warnings"] = call.warnings
     writer = MessageWriter(chat, message)
     if body.stream:
         return Stream(writer.stream(), failure)

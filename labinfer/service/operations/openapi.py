@@ -63,10 +63,11 @@ def described(operation: Operation, parameters: Sequence[str]) -> dict[str, Any]
     }
     if operation.public:
         found["security"] = []
-    if parameters:
-        found["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in parameters
-        ]
+    found["parameters"] = [
+        {"name": name, "in": place, "required": place == "path", "schema": {"type": "string"}}
+        for place, names in (("path", parameters), ("query", operation.query))
+        for name in names
+    ]
     if operation.body is not None:
         reference = {"$ref": f"#/components/schemas/{operation.body.__name__}"}
         found["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference}}}

@@ -50,6 +50,10 @@ function showDevices(found) {
       element("p", { class: "muted mono" }, `${taken} of ${each.num_blocks} blocks of ${cache.block_size} tokens · ${name}`));
   });
   $("cache").replaceChildren(...used);
+  $("planned").textContent = Object.entries(found.plan_steps.predicted).map(([phase, seconds]) => {
+    const measured = found.plan_steps.measured[phase];
+    return `planned ${phase} step: ${milliseconds(seconds)} predicted, ${measured === undefined ? "not measured yet" : `${milliseconds(measured)} measured`}`;
+  }).join("; ");
   showNow(found);
 }
 
@@ -83,8 +87,9 @@ function drawSteps() {
   if (shown.length) tellStep(shown.at(-1));
 }
 
+const milliseconds = value => `${(1000 * value).toLocaleString("en", { maximumSignificantDigits: 3 })} ms`;
+
 function tellStep(step) {
-  const milliseconds = value => `${(1000 * value).toFixed(1)} ms`;
   const predicted = step.predicted_seconds === null ? "" : `, ${milliseconds(step.predicted_seconds)} predicted`;
   const many = (count, name) => `${count} ${name}${count === 1 ? "" : "s"}`;
   $("step").textContent = `${many(step.num_tokens, "token")} of ${many(step.num_sequences, "sequence")}: ${milliseconds(step.seconds)}${predicted}`;

@@ -13,8 +13,8 @@ class Body(BaseModel):
     """The body of a request. Numbers are numbers: texts and booleans are not taken for them.
 
     Fields of ``REFUSED`` would change the answer and are not supported, so that any value but ``IDLE`` ones is an
-    error, with the text that the table gives. Fields of ``ACCEPTED`` change nothing here and are ignored. Every other
-    unknown field is ignored too, and named in ``unknown``. ``model`` says which of the models that are served.
+    error, with the text that the table gives. Fields of ``ACCEPTED`` change nothing here and are ignored, as is every
+    field that is unknown; ``ignored`` tells which. ``model`` says which of the models that are served.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -36,9 +36,12 @@ class Body(BaseModel):
         return data
 
     @property
-    def unknown(self) -> list[str]:
-        """Names of the fields that were ignored because nothing is known of them."""
-        return sorted(name for name in self.model_extra or {} if name not in self.REFUSED.keys() | self.ACCEPTED)
+    def ignored(self) -> list[str]:
+        """What was ignored, and why."""
+        given = {name: value for name, value in sorted((self.model_extra or {}).items()) if name not in self.REFUSED}
+        unknown = [f"'{name[:64]}' is unknown and was ignored" for name in given.keys() - self.ACCEPTED]
+        known = [name for name, value in given.items() if name in self.ACCEPTED and value not in self.IDLE]
+        return sorted(unknown) + [f"'{name}' has no effect here" for name in known]
 
 
 class Part(BaseModel):
