@@ -90,8 +90,10 @@ class CacheEvents(RuleBasedStateMachine):
         row = self.blocks.open_row()
         found = self.blocks.match(text.tokens, salt)
         text.num_computed = self.blocks.attach(row, text.tokens, salt)
-        assert text.num_computed <= found < len(text.tokens)
-        assert text.num_computed % self.size == 0
+        assert text.num_computed - self.blocks.borrowed[row] <= found < len(text.tokens)
+        assert (text.num_computed - self.blocks.borrowed[row]) % self.size == 0
+        assert 0 <= self.blocks.borrowed[row] < self.size
+        assert text.num_computed < len(text.tokens)
         self.rows[row] = text
 
     @precondition(lambda self: self.rows)

@@ -119,7 +119,7 @@ class BlockManager:
         return len(self._cached_chain(token_ids, self._root(len(token_ids), salt))) * self.block_size
 
     def attach(self, row: int, token_ids: Tokens, salt: Salt = ()) -> int:
-        """Begin ``row``, which owns nothing, with what is cached of ``token_ids``, never all; how many tokens that is."""
+        """Begin ``row``, which owns nothing, with what is cached of ``token_ids``, never all; how many tokens it is."""
         root = self._root(len(token_ids), salt)
         chain = self._cached_chain(token_ids, root)
         if not self._begin(row, chain):  # a colder tier could not give back what it has, or there is no room for it
@@ -132,7 +132,7 @@ class BlockManager:
         return cached
 
     def _borrow(self, row: int, token_ids: Tokens) -> int:
-        """Let ``row`` share a cached block that begins like its next one, until it writes to it; tokens that are equal."""
+        """Share a cached block that begins like the next one of ``row``, until it is written to; tokens that are equal."""
         place, size, chain = int(self.hashed[row]), self.block_size, self.chains[row]
         if place >= self.reusable[row]:
             return 0
