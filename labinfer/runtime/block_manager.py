@@ -132,7 +132,7 @@ class BlockManager:
         return cached
 
     def _borrow(self, row: int, token_ids: Tokens) -> int:
-        """Share a cached block that begins like the next one of ``row``, until that writes; how many tokens are equal."""
+        """Share a cached block that begins like the next one of ``row``, until that writes; how many are equal."""
         place, size, chain = int(self.hashed[row]), self.block_size, self.chains[row]
         if place >= self.reusable[row]:
             return 0

@@ -41,9 +41,7 @@ def exact_form(format: str) -> int:
     return DIGIT_TILES if PANEL_FORMATS[format].quantized else -3
 
 
-@pytest.mark.parametrize(
-    ("format", "parts"), [("bf16", 3), *((each, 1) for each in [*QUANTIZED, "bf16", "f16"])]
-)
+@pytest.mark.parametrize(("format", "parts"), [("bf16", 3), *((each, 1) for each in [*QUANTIZED, "bf16", "f16"])])
 def test_every_number_of_tokens(format, parts):
     w = Weight(format, 50, 256)
     for tokens in (*range(1, 35), 47, 48, 64, 65):
