@@ -62,13 +62,13 @@ def test_of_a_block_that_only_begins_alike_the_rest_is_computed(
 
 
 def test_who_has_borrowed_tokens_of_a_block_waits_for_it_too() -> None:
-    with LLM(LLAMA, **LIMITS | {"max_num_batched_tokens": 32}) as model:
+    with LLM(LLAMA, **LIMITS | {"max_num_batched_tokens": 256}) as model:
         old = SHARED[:10] + SHARED[100:130]
         model.generate(old, GREEDY)
         requests = [model.engine.add(Request(prompt, GREEDY)) for prompt in PROMPTS[:2]]
         model.engine.step()
         rows = [sequence.row for sequence in model.engine.scheduler.running]
-        assert (model.batch.num_computed[rows].tolist(), model.blocks.borrowed[rows].tolist()) == ([42, 10], [0, 10])
+        assert (model.batch.num_computed[rows].tolist(), model.blocks.borrowed[rows].tolist()) == ([205, 10], [0, 10])
         model.engine.finish(requests)
         assert [request.metrics.num_cached_tokens for request in requests] == [10, 192]
         assert model.blocks.counters.copies == 1
