@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 import labinfer
-from labinfer.errors import DoesNotFit, UsageError
+from labinfer.errors import DoesNotFit, LabinferError, UsageError
 from labinfer.llm import LLM
+from labinfer.runtime import streaming
 from labinfer.runtime.outputs import RequestOutput, output_of
 from labinfer.runtime.request import Request
 
@@ -50,6 +51,25 @@ def test_a_stream_that_wants_an_unknown_value_is_refused(model: LLM) -> None:
     assert error.code == "run.unknown-value"
     assert len(other.token_ids) == 30
     assert not model.engine.capture.wanted
+
+
+def test_an_idle_engine_that_finds_its_books_wrong_answers_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "IDLE_SECONDS", 0.01)
+    with labinfer.load(LLAMA) as model:
+        assert len(asyncio.run(last(model, Request([1], greedy(3)))).outputs[0].token_ids) == 3
+        time.sleep(0.1)
+        assert len(asyncio.run(last(model, Request([1], greedy(3)))).outputs[0].token_ids) == 3
+        with model.lock:
+            model.blocks.groups[0].owners[0] += 1
+        model.engine.start()
+        until = time.monotonic() + 10
+        while model.engine.fault is None:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        with pytest.raises(LabinferError) as caught:
+            asyncio.run(last(model, Request([1], greedy(3))))
+        assert caught.value.code == "run.cache-integrity"
+        model.blocks.groups[0].owners[0] -= 1
 
 
 def test_a_stream_that_cannot_begin_fails_alone(model: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
