@@ -2,7 +2,8 @@
 
 After Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention"
 (arXiv:2309.06180). A full block is known by a digest of its text and all text before it, so that a later sequence with
-the same beginning finds it. A group with a window owns only the blocks that its next token looks at.
+the same beginning finds it; of one that parts from it within the block it is the one to copy. A group with a window
+owns only the blocks that its next token looks at.
 """
 
 from __future__ import annotations
