@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import signal
 import threading
 import time
 import weakref
@@ -70,6 +72,40 @@ def test_an_idle_engine_that_finds_its_books_wrong_answers_nobody(monkeypatch: p
             asyncio.run(last(model, Request([1], greedy(3))))
         assert caught.value.code == "run.cache-integrity"
         model.blocks.groups[0].owners[0] -= 1
+
+
+def test_ctrl_c_stops_no_step_of_an_engine_that_was_started() -> None:
+    with labinfer.load(LLAMA) as model:
+        expected = model.generate(PROMPTS, greedy(60))
+        model.engine.start()
+        handler = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+        try:
+            for turn in range(20):
+                watcher = threading.Thread(target=interrupt, args=(model, 0.0007 * turn))
+                with pytest.raises(KeyboardInterrupt):
+                    generate_until(watcher, model)
+                watcher.join()
+                model.blocks.check_integrity()
+                assert model.blocks.usage == 0
+        finally:
+            signal.signal(signal.SIGUSR1, handler)
+        answers = model.generate(PROMPTS, greedy(60))
+        assert [each.token_ids for each in answers] == [each.token_ids for each in expected]
+
+
+def interrupt(model: LLM, seconds: float) -> None:
+    """Signal so much later than all requests have been added."""
+    while len(model.engine.scheduler.requests) < 8 * len(PROMPTS):
+        time.sleep(0.001)
+    time.sleep(seconds)
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def generate_until(watcher: threading.Thread, model: LLM) -> None:
+    """A long generation, which the signal of ``watcher`` stops."""
+    watcher.start()
+    model.generate(PROMPTS * 8, greedy(120))
+    time.sleep(10)
 
 
 def test_a_stream_that_cannot_begin_fails_alone(model: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
