@@ -125,16 +125,18 @@ class Bench:
         self.found[f"throughput {peer}"] = {"ours": ours, "peer": theirs, "ratio": ratio}
 
     def stall(self) -> None:
-        """The gaps between tokens of 8 sequences while a prompt of 4,000 is computed, and of the same without it."""
+        """The gaps between tokens of 8 sequences while a prompt of 4,000 is computed, and of the same without it.
+
+        Both in one process, whose steps of the same work differ by less than those of two processes.
+        """
         print("\nA prompt of 4,000 tokens arrives while 8 sequences decode: ms from token to token\n")
         columns = ["stall limit", "median without", "p99 without", "median", "p99", "worst", "p99 of with / without"]
         print(f"| {' | '.join(columns)} | TTFT, s | load |")
         print("|---|---|---|---|---|---|---|---|---|")
         task = self.task("stall")
-        alone = measured("labinfer", task | {"late": None})
         for value in ("1", "0"):
             found = measured("labinfer", task, {"LABINFER_STALL": value})
-            without, during = gaps(alone, found)
+            without, during = gaps(found["alone"], found)
             ratio = float(np.percentile(np.divide(during, without), 99))
             text = f"{ratio:.2f}" if value == "0" else self.bar(f"{ratio:.2f}", ratio <= BARS["stall"], BARS["stall"])
             numbers = [
@@ -205,14 +207,14 @@ DTYPES = ("bfloat16", "float32")
 def figure(name: str, found: dict[str, Any]) -> float:
     """The figure of a workload: the worst gap in ms for ``stall``, else all tokens a second, prompts counted too."""
     if name == "stall":
-        return 1000 * max(gaps(found, found)[1])
+        return 1000 * max(gaps(found["times"], found)[1])
     return float(found["tokens"] / found["seconds"])
 
 
-def gaps(alone: dict[str, Any], found: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """Seconds from token to token while a late prompt was computed, and of the same tokens in the run without one."""
+def gaps(alone: list[list[float]], found: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Seconds from token to token of the times ``alone`` and, of the same tokens, while a late prompt was computed."""
     without, during = list[float](), list[float]()
-    for quiet, times in zip(alone["times"], found["times"], strict=True):
+    for quiet, times in zip(alone, found["times"], strict=True):
         for (before, then), (last, now) in zip(pairwise(quiet), pairwise(times), strict=True):
             if found["arrived"] < now <= found["served"]:
                 without.append(then - before)

@@ -2,8 +2,8 @@
 
 It reads JSON: ``model`` (path), ``threads``, ``slots`` (sequences at once), ``requests`` (prompt token ids,
 tokens to make), ``temperature``, ``watched`` where somebody waits for each token, ``late``, a prompt that arrives when
-all requests have made ``after`` tokens, and ``in_turn`` where each request arrives when the one before is done.
-Prints seconds, steps, and what became of the requests.
+all requests have made ``after`` tokens (they run without it first, as ``alone``), and ``in_turn`` where each request
+arrives when the one before is done. Prints seconds, steps, and what became of the requests.
 """
 
 import json
@@ -72,7 +72,8 @@ def main() -> None:
     with LLM(task["model"], devices="cpu", **room) as model:
         few = [[[token + 1 for token in prompt], 4] for prompt, _ in requests[: task["slots"]]]  # shares no beginning
         run(model, {"requests": few, "temperature": task["temperature"]})
-        print(json.dumps(run(model, task)))
+        alone = run(model, task | {"late": None})["times"] if late else []
+        print(json.dumps(run(model, task) | {"alone": alone}))
 
 
 main()

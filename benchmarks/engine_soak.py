@@ -21,7 +21,7 @@ from labinfer import SamplingParams
 from labinfer.llm import LLM
 from labinfer.runtime.request import Request
 
-CLIENTS, BLOCKS, LENGTH = 24, 64, 512
+CLIENTS, BLOCKS, LENGTH = 24, 40, 256
 KNOBS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
     {"temperature": 1.0, "seed": 5},
@@ -45,7 +45,7 @@ class Load:
         self.end = self.begin + seconds
         self.counts = {"finished": 0, "left": 0, "tokens": 0}
         self.memory: list[int] = []
-        self.prefixes = [self.tokens(int(length)) for length in self.random.integers(32, 200, size=8)]
+        self.prefixes = [self.tokens(int(length)) for length in self.random.integers(16, 96, size=8)]
 
     def tokens(self, count: int) -> list[int]:
         """So many random tokens."""
@@ -56,8 +56,8 @@ class Load:
         """A request of a random kind."""
         random = self.random
         prompt = self.prefixes[random.integers(8)] if random.random() < 0.5 else []
-        prompt = prompt + self.tokens(int(random.integers(1, 64)))
-        knobs: dict[str, Any] = {"max_tokens": int(random.integers(4, 240)), "ignore_eos": bool(random.random() < 0.5)}
+        prompt = prompt + self.tokens(int(random.integers(1, 32)))
+        knobs: dict[str, Any] = {"max_tokens": int(random.integers(4, 64)), "ignore_eos": bool(random.random() < 0.5)}
         knobs |= KNOBS[random.integers(len(KNOBS))]
         return Request(prompt, SamplingParams(**knobs), priority=int(random.integers(3)))
 

@@ -1,16 +1,19 @@
-"""Settings for all tests, and a LABINFER_HOME of their own for those that ask."""
+"""Settings for all tests, a LABINFER_HOME of their own for those that ask, and a look at every cache after each."""
 
 import contextlib
 import io
 import os
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from labinfer.runtime.model import Model
 
 if TYPE_CHECKING:
     import openai
@@ -26,6 +29,30 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # The machines that run this are slow and shared: what is checked is the result, never the time of one example.
 settings.register_profile("labinfer", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("labinfer")
+
+
+_models: weakref.WeakSet[Model] = weakref.WeakSet()
+_init = Model.__init__
+
+
+def _remembered(self: Model, *arguments: Any, **options: Any) -> None:
+    """``Model.__init__``; the model is looked at after this test and later ones."""
+    _init(self, *arguments, **options)
+    _models.add(self)
+
+
+Model.__init__ = _remembered  # type: ignore[method-assign]
+
+
+@pytest.fixture(autouse=True)
+def books_are_right(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After every test, the books of every model's cache are right, whatever became of its requests."""
+    yield
+    if request.node.get_closest_marker("interrupts"):
+        _models.clear()
+    for model in list(_models):
+        with model.lock:
+            model.blocks.check_integrity()
 
 
 @pytest.fixture

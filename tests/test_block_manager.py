@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from labinfer.compiler.plan import CacheGroup, Limits
 from labinfer.errors import LabinferError
 from labinfer.runtime.block_manager import BlockManager
+from labinfer.runtime.block_texts import BlockTexts, equal_tokens
 from labinfer.runtime.eviction import LeastRecentlyUsed
 
 TEXT = list(range(100, 200))
@@ -223,6 +226,111 @@ def test_a_fork_that_finds_no_block_changes_nothing() -> None:
     assert blocks.writable(child, 10, 11) == []
 
 
+def test_a_block_that_begins_alike_is_shared_until_it_is_written_to() -> None:
+    blocks = manager((None, 8))
+    first, _ = begin(blocks, TEXT[:12])
+    text = [*TEXT[:7], 7, 7, 7]
+    row = blocks.open_row()
+    assert blocks.match(text) == 4
+    assert blocks.attach(row, text) == 7
+    assert owned(blocks, row) == owned(blocks, first)[:2]
+    assert (blocks.counters.hits, blocks.borrowed[row]) == (7, 3)
+    blocks.check_integrity()
+    blocks.release(first)  # what is cached must stay as it is, owned or not
+    source = owned(blocks, row)[1]
+    assert blocks.grow(np.array([row]), np.array([10])) is None
+    [(group, copied, target)] = blocks.writable(row, 7, 10) or []
+    assert (group, copied, blocks.borrowed[row]) == (0, source, 0)
+    assert owned(blocks, row)[1] == target != source
+    blocks.commit(np.array([row]), np.array([10]), {row: text})
+    blocks.check_integrity()
+    assert (blocks.match([*TEXT[:12], 1]), blocks.match([*text[:8], 1])) == (12, 8)
+
+
+def test_of_a_prompt_that_is_all_cached_one_token_is_computed() -> None:
+    blocks = manager((None, 8))
+    begin(blocks, TEXT[:12])
+    row = blocks.open_row()
+    assert blocks.attach(row, TEXT[:12]) == 11
+
+
+def test_less_than_a_quarter_of_a_block_is_not_worth_a_copy() -> None:
+    blocks = manager((None, 8), block_size=16)
+    begin(blocks, TEXT[:32])
+    row = blocks.open_row()
+    for equal, found in ((3, 16), (4, 20), (15, 31)):
+        assert blocks.attach(row, [*TEXT[: 16 + equal], *[7] * 20]) == found
+        blocks.release(row)
+    blocks.check_integrity()
+
+
+def test_without_room_for_a_copy_what_is_cached_is_written_to() -> None:
+    blocks = manager((None, 3))
+    row, _ = begin(blocks, TEXT[:12])
+    blocks.release(row)
+    text = [*TEXT[:10], 7, 7]
+    assert blocks.attach(row, text) == 10
+    other = blocks.open_row()
+    blocks.fork(row, other)
+    assert blocks.writable(row, 10, 12) is None  # the other one has it too
+    blocks.check_integrity()
+    blocks.release(other)
+    assert blocks.writable(row, 10, 12) == []
+    assert (blocks.counters.evictions, blocks.match([*TEXT[:12], 1])) == (1, 8)
+    blocks.commit(np.array([row]), np.array([12]), {row: text})
+    blocks.check_integrity()
+    assert blocks.match([*text, 1]) == 12
+
+
+def test_a_block_that_begins_alike_must_be_in_every_group() -> None:
+    blocks = manager((None, 60), (8, 6))
+    row = blocks.open_row()
+    blocks.attach(row, TEXT[:40])
+    for upto in (16, 32, 40):
+        assert write(blocks, row, TEXT[:40], upto)
+    blocks.release(row)
+    assert blocks.attach(row, [*TEXT[:18], 7, 7]) == 16  # the narrow group has not kept the block after the fourth
+    blocks.release(row)
+    assert blocks.attach(row, [*TEXT[:38], 7, 7]) == 38
+    assert write(blocks, row, [*TEXT[:38], 7, 7], 38)
+    blocks.check_integrity()
+
+
+def test_what_keys_of_other_lengths_hold_is_not_shared_either() -> None:
+    blocks = manager((None, 60), reuse_until=20)
+    row, _ = begin(blocks, TEXT[:20])
+    other = blocks.open_row()
+    assert blocks.attach(other, [*TEXT[:18], 7, 7]) == 18
+    blocks.release(other)
+    assert blocks.attach(other, [*TEXT[:18], *[7] * 7]) == 0
+    long = manager((None, 60), recompute_after=20)
+    row, _ = begin(long, TEXT[:20])
+    assert long.attach(row + 1, [*TEXT[:18], *[7] * 7]) == 0
+
+
+BYTES_OF_TOKENS = st.lists(st.sampled_from([0, 1, 255, 256, 1 << 24]), min_size=4, max_size=4).map(
+    lambda tokens: np.array(tokens, np.int32).tobytes()
+)
+
+
+@given(
+    kept=st.lists(BYTES_OF_TOKENS, max_size=20, unique=True), gone=st.sets(st.integers(0, 19)), wanted=BYTES_OF_TOKENS
+)
+def test_the_nearest_text_has_the_longest_common_beginning(kept: list[bytes], gone: set[int], wanted: bytes) -> None:
+    texts = BlockTexts()
+    for number, raw in enumerate(kept):
+        texts.add(b"before", raw, bytes([number]))
+        texts.add(b"elsewhere", raw, bytes([100 + number]))
+    for number in gone:
+        texts.remove(bytes([number]))
+    left = {bytes([number]): raw for number, raw in enumerate(kept) if number not in gone}
+    for length in (4, 3, 1, 0):
+        digest, common = texts.nearest(b"before", wanted[: 4 * length])
+        assert common == max((equal_tokens(wanted[: 4 * length], raw) for raw in left.values()), default=0)
+        assert common == 0 or equal_tokens(wanted[: 4 * length], left[digest]) == common
+    assert len(texts.after) == bool(left) + bool(kept)
+
+
 def test_blocks_grown_before_a_fork_are_copied_when_they_are_reached() -> None:
     blocks = manager((None, 20))
     row, _ = begin(blocks, TEXT[:6])
@@ -284,8 +392,9 @@ def test_rows_are_never_few() -> None:
     lambda blocks: blocks.groups[0].policy.blocks.popitem(),
     lambda blocks: blocks.chains[0].reverse(),
     lambda blocks: blocks.closed.append(0),
+    lambda blocks: blocks.groups[0].texts.add(b"", b"", b"another"),
     lambda blocks: setattr(blocks.groups[0], "fresh", 3),
-], ids=range(10))  # fmt: skip
+], ids=range(11))  # fmt: skip
 def test_broken_books_are_found(damage: Any) -> None:
     blocks = manager((None, 20))
     row, _ = begin(blocks, TEXT[:12])

@@ -72,7 +72,7 @@ class CacheEvents(RuleBasedStateMachine):
         self.swap = Swap(self.blocks, self.pool)
         if host:
             self.blocks.evict_into(self.pool)
-        self.rows, self.swapped = {}, []
+        self.rows, self.swapped, self.num_borrowed = {}, [], 0
 
     def pick(self, index: int) -> int:
         return sorted(self.rows)[index % len(self.rows)]
@@ -90,8 +90,11 @@ class CacheEvents(RuleBasedStateMachine):
         row = self.blocks.open_row()
         found = self.blocks.match(text.tokens, salt)
         text.num_computed = self.blocks.attach(row, text.tokens, salt)
-        assert text.num_computed <= found < len(text.tokens)
-        assert text.num_computed % self.size == 0
+        assert text.num_computed - self.blocks.borrowed[row] <= found < len(text.tokens)
+        assert (text.num_computed - self.blocks.borrowed[row]) % self.size == 0
+        assert 0 <= self.blocks.borrowed[row] < self.size
+        assert text.num_computed < len(text.tokens)
+        self.num_borrowed += int(self.blocks.borrowed[row])
         self.rows[row] = text
 
     @precondition(lambda self: self.rows)
@@ -277,6 +280,6 @@ def test_thousands_of_events(groups: str, size: int) -> None:
     counters, disk = events.blocks.counters, events.pool.disk
     assert disk is not None
     happened = [counters.hits, counters.cold_hits, counters.evictions, disk.hits, disk.failures]
-    happened += [counters.copies] if size > 1 else []
+    happened += [counters.copies, events.num_borrowed] if size > 1 else []
     assert min(*happened, events.swap.num_out, events.swap.num_in) > 0, happened
     events.teardown()

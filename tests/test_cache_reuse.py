@@ -81,7 +81,7 @@ def test_prompts_whose_keys_depend_on_their_length_share_nothing() -> None:
         assert model.blocks.counters.hits == 0
         model.generate([long[:12], long], GREEDY)
         assert model.generate(long[:12], GREEDY)
-        assert model.blocks.counters.hits == 8
+        assert model.blocks.counters.hits == 11  # two blocks, and what the third begins with
 
 
 @pytest.mark.parametrize("name", WINDOWED)

@@ -143,6 +143,9 @@ def test_what_the_survivors_cannot_hold_is_one_clear_error_until_hosts_return(ho
             assert lost.error.code == "cluster.no-hosts"
             hosts.start("alpha")
             hosts.start("beta")
+            until = time.monotonic() + 30
+            while None in agents.status(read_cluster(hosts.file)).values():
+                assert time.monotonic() < until
             finish(model, begun(model))
     finally:
         hosts.close()

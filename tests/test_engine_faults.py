@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import signal
 import threading
 import time
 import weakref
@@ -14,8 +16,9 @@ import numpy as np
 import pytest
 
 import labinfer
-from labinfer.errors import DoesNotFit, UsageError
+from labinfer.errors import DoesNotFit, LabinferError, UsageError
 from labinfer.llm import LLM
+from labinfer.runtime import streaming
 from labinfer.runtime.outputs import RequestOutput, output_of
 from labinfer.runtime.request import Request
 
@@ -50,6 +53,59 @@ def test_a_stream_that_wants_an_unknown_value_is_refused(model: LLM) -> None:
     assert error.code == "run.unknown-value"
     assert len(other.token_ids) == 30
     assert not model.engine.capture.wanted
+
+
+def test_an_idle_engine_that_finds_its_books_wrong_answers_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "IDLE_SECONDS", 0.01)
+    with labinfer.load(LLAMA) as model:
+        assert len(asyncio.run(last(model, Request([1], greedy(3)))).outputs[0].token_ids) == 3
+        time.sleep(0.1)
+        assert len(asyncio.run(last(model, Request([1], greedy(3)))).outputs[0].token_ids) == 3
+        with model.lock:
+            model.blocks.groups[0].owners[0] += 1
+        model.engine.start()
+        until = time.monotonic() + 10
+        while model.engine.fault is None:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        with pytest.raises(LabinferError) as caught:
+            asyncio.run(last(model, Request([1], greedy(3))))
+        assert caught.value.code == "run.cache-integrity"
+        model.blocks.groups[0].owners[0] -= 1
+
+
+def test_ctrl_c_stops_no_step_of_an_engine_that_was_started() -> None:
+    with labinfer.load(LLAMA) as model:
+        expected = model.generate(PROMPTS, greedy(60))
+        model.engine.start()
+        handler = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+        try:
+            for turn in range(20):
+                watcher = threading.Thread(target=interrupt, args=(model, 0.0007 * turn))
+                with pytest.raises(KeyboardInterrupt):
+                    generate_until(watcher, model)
+                watcher.join()
+                model.blocks.check_integrity()
+                assert model.blocks.usage == 0
+        finally:
+            signal.signal(signal.SIGUSR1, handler)
+        answers = model.generate(PROMPTS, greedy(60))
+        assert [each.token_ids for each in answers] == [each.token_ids for each in expected]
+
+
+def interrupt(model: LLM, seconds: float) -> None:
+    """Signal so much later than all requests have been added."""
+    while len(model.engine.scheduler.requests) < 8 * len(PROMPTS):
+        time.sleep(0.001)
+    time.sleep(seconds)
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def generate_until(watcher: threading.Thread, model: LLM) -> None:
+    """A long generation, which the signal of ``watcher`` stops."""
+    watcher.start()
+    model.generate(PROMPTS * 8, greedy(120))
+    time.sleep(10)
 
 
 def test_a_stream_that_cannot_begin_fails_alone(model: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

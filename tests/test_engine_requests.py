@@ -231,7 +231,7 @@ def test_priorities_then_first_come_first_served() -> None:
         assert [requests.index(request) for request in engine.run()] == [0, 4, 2, 1, 3]
 
 
-@pytest.mark.parametrize("way", ["swap", "recompute"])
+@pytest.mark.parametrize("way", ["swap", "no room to swap", "swapping is dearer"])
 @pytest.mark.parametrize("block_size", [1, 16])
 def test_preemption_changes_no_token(way: str, block_size: int) -> None:
     params = [greedy(40), SamplingParams(temperature=1.0, seed=3, max_tokens=40, ignore_eos=True)]
@@ -239,10 +239,10 @@ def test_preemption_changes_no_token(way: str, block_size: int) -> None:
     with labinfer.load(LLAMA) as model:
         expected = [model.generate([prompt], each)[0].token_ids for each in params for prompt in prompts]
     options = {"num_blocks": 192 // block_size, "block_size": block_size, "max_num_seqs": 6}
-    with labinfer.load(LLAMA, swap_space=0.01 if way == "swap" else 0, **options) as model:
+    with labinfer.load(LLAMA, swap_space=0 if way == "no room to swap" else 0.01, **options) as model:
         engine = model.engine
-        if way == "swap":
-            engine.costs.prompt_seconds = lambda tokens: float("inf")  # type: ignore[method-assign]
+        seconds = float("inf") if way == "swap" else 0.0
+        engine.costs.prompt_seconds = lambda tokens: seconds  # type: ignore[method-assign]
         requests = [engine.add(Request(prompt, each)) for each in params for prompt in prompts]
         engine.finish(requests)
         assert [request.generated for request in requests] == expected

@@ -1,4 +1,4 @@
-"""The tokens of a request do not depend on company, pieces, blocks, reuse, preemption or overlap, in any family."""
+"""The tokens of a request do not depend on company, pieces, blocks, reuse, preemption, overlap or guesses."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "recompute": {"max_num_seqs": 4},
     "swap": {"max_num_seqs": 4, "swap_space": 0.01},
     "overlap": {},
+    "guesses": {"speculative_config": {"prompt_lookup_min": 1, "num_speculative_tokens": 3}},
+    "guesses of itself": {"speculative_config": {"num_speculative_tokens": 3}},
     "overlap, small": {"num_blocks": 40, "block_size": 4, "max_num_batched_tokens": 23, "swap_space": 0.01},
 }
 """Options of the model for each way of running the same requests."""
@@ -40,8 +42,12 @@ def expected(folder: Path, count: int) -> list[list[int]]:
 @pytest.mark.parametrize("way", WAYS)
 def test_tokens_of_each_request_alone(way: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LABINFER_OVERLAP", "1" if "overlap" in way else "0")
+    monkeypatch.setenv("LABINFER_SPECULATION", "1")  # whether it pays or not
     count = 32 if way in ("batch", "overlap") else 8
-    with labinfer.LLM(folder, **{**SEQUENCES, **WAYS[way]}) as llm:
+    options = {**SEQUENCES, **WAYS[way]}
+    if way == "guesses of itself":
+        options["speculative_config"] = {**options["speculative_config"], "model": folder}
+    with labinfer.LLM(folder, **options) as llm:
         if llm.cache.swap is not None:
             llm.engine.costs.prompt_seconds = lambda tokens: float("inf")  # type: ignore[method-assign]
         preempt = way in ("recompute", "swap")
@@ -49,6 +55,9 @@ def test_tokens_of_each_request_alone(way: str, folder: Path, monkeypatch: pytes
         if preempt:
             assert llm.engine.scheduler.num_preemptions > 2
             assert (way == "swap") == (llm.cache.swap is not None and llm.cache.swap.num_out > 0)
+        if way == "guesses of itself":
+            assert llm.engine.speculation is not None
+            assert llm.engine.speculation.counted.accepted > 0
         if way == "batch":
             assert max(step.num_sequences for step in llm.engine.stats) == 32
 

@@ -40,6 +40,40 @@ def test_a_common_beginning_is_computed_once(
         model.blocks.check_integrity()
 
 
+@pytest.mark.parametrize("overlap", ["0", "1"])
+@pytest.mark.parametrize("transport", [None, "local"])
+@pytest.mark.parametrize("limits", [{}, {"num_blocks": 20}, {"max_num_batched_tokens": 16, "max_logits_rows": 16}])
+def test_of_a_block_that_only_begins_alike_the_rest_is_computed(
+    overlap: str, transport: str | None, limits: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LABINFER_OVERLAP", overlap)
+    prompts = [[*SHARED[:120], number, *RNG.integers(0, 60, 9 + number).tolist()] for number in range(8)]
+    with LLM(LLAMA, enable_prefix_caching=False, **LIMITS) as model:
+        expected = [model.generate(prompt, GREEDY)[0].token_ids for prompt in prompts]
+    with LLM(LLAMA, transport=transport, **LIMITS | limits) as model:
+        for prompt, tokens in zip([prompts[0], *prompts], [expected[0], *expected], strict=True):
+            [output] = model.generate(prompt, GREEDY)
+            assert output.token_ids == tokens
+        assert output.metrics.num_cached_tokens == 120  # seven blocks, and half of one
+        outputs = model.generate(prompts, GREEDY)
+        assert [output.token_ids for output in outputs] == expected
+        assert model.blocks.counters.copies >= 7
+        model.blocks.check_integrity()
+
+
+def test_who_has_borrowed_tokens_of_a_block_waits_for_it_too() -> None:
+    with LLM(LLAMA, **LIMITS | {"max_num_batched_tokens": 256}) as model:
+        old = SHARED[:10] + SHARED[100:130]
+        model.generate(old, GREEDY)
+        requests = [model.engine.add(Request(prompt, GREEDY)) for prompt in PROMPTS[:2]]
+        model.engine.step()
+        rows = [sequence.row for sequence in model.engine.scheduler.running]
+        assert (model.batch.num_computed[rows].tolist(), model.blocks.borrowed[rows].tolist()) == ([205, 10], [0, 10])
+        model.engine.finish(requests)
+        assert [request.metrics.num_cached_tokens for request in requests] == [10, 192]
+        assert model.blocks.counters.copies == 1
+
+
 def test_beginnings_are_shared_where_old_blocks_are_given_back() -> None:
     with LLM(WINDOW, enable_prefix_caching=False, **LIMITS | {"max_model_len": 64, "block_size": 4}) as model:
         expected = [model.generate(prompt[-50:], GREEDY)[0].token_ids for prompt in PROMPTS]

@@ -42,11 +42,17 @@ def test_greedy_tokens(llm: labinfer.LLM) -> None:
         assert list(result.token_ids) == run["generated"][:count], run["text"]
 
 
+def test_blocks_of_one_token(gguf: Path) -> None:
+    runs, sampling = _GOLDEN["runs"][:2], labinfer.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    with labinfer.LLM(gguf, devices="reference", block_size=1, max_model_len=256) as llm:  # on the CPU 16 at least
+        results = llm.generate([run["prompt"] for run in runs], sampling)
+    assert [list(result.token_ids) for result in results] == [run["generated"][:6] for run in runs]
+
+
 def test_speculation_changes_no_token(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numba", reason="the CPU backend needs numba")
     monkeypatch.setenv("LABINFER_SPECULATION", "1")
-    # One sequence at a time: steps of many tokens run on a matrix unit, where there is one, and round otherwise.
-    options = {"devices": "cpu", "max_model_len": 512, "max_num_seqs": 1}
+    options = {"devices": "cpu", "max_model_len": 512}
     prompts, answers = [run["prompt"] for run in _GOLDEN["runs"][:2]], []
     for config in (None, {"prompt_lookup_min": 1}, {"model": gguf}):
         with labinfer.LLM(gguf, speculative_config=config, **options) as model:

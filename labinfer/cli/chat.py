@@ -29,6 +29,7 @@ def chat(model: Model, answering: Answering) -> None:
     kind = "" if remembers else " (no chat template: every line is completed by itself)"
     out.note(f"{model.plan.source.name}{kind}. /help shows the commands.")
     messages: list[dict[str, str]] = []
+    model.engine.start()  # steps in a thread of its own, where Ctrl-C interrupts nothing
     with _history():
         while (line := _ask()) is not None:
             if line in ("/bye", "/exit", "/quit"):

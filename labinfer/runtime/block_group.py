@@ -9,6 +9,7 @@ import numpy as np
 
 from labinfer.compiler.plan import CacheGroup
 from labinfer.errors import LabinferError
+from labinfer.runtime.block_texts import BlockTexts
 from labinfer.runtime.eviction import EvictionPolicy
 
 
@@ -44,6 +45,7 @@ class BlockGroup:
         self.fresh = 0  # blocks from here on were never taken
         self.cached: dict[bytes, int] = {}
         self.digests: dict[int, bytes] = {}
+        self.texts = BlockTexts()  # of those whose tokens are told
         self.evictions = 0
 
     @property
@@ -111,21 +113,43 @@ class BlockGroup:
                 new.append(block)
         self.holds[new] = True
 
+    def tell(self, texts: Sequence[tuple[bytes, bytes, bytes]]) -> None:
+        """What blocks hold whose digests may be cached here: digest, that of the text before, tokens as int32 bytes."""
+        for digest, before, raw in texts:
+            if digest in self.cached:
+                self.texts.add(before, raw, digest)
+
+    def not_writable(self, blocks: np.ndarray) -> np.ndarray:
+        """Which of ``blocks``, by their place there, a row that owns them has to copy before it writes to them.
+
+        Others own them too, or they are cached: those that it owns alone are so no more where free blocks are too few.
+        """
+        others, cached = self.owners[blocks] > 1, self.holds[blocks]
+        if np.count_nonzero(others | cached) > self.num_free:
+            self.give_up(blocks[cached & ~others].tolist())
+            cached = others
+        return np.flatnonzero(others | cached)
+
     def forget(self) -> None:
         """What is cached is lost; nobody owns any of it."""
         self._evict(len(self.policy), keep=False)
 
     def _evict(self, count: int, keep: bool = True) -> None:
         blocks = [self.policy.evict() for _ in range(count)]
+        self.give_up(blocks, keep)
+        self.returned[self.num_returned : self.num_returned + count] = blocks
+        self.num_returned += count
+
+    def give_up(self, blocks: Sequence[int], keep: bool = True) -> None:
+        """What ``blocks`` hold is not cached here any more: they are about to be overwritten."""
         digests = [self.digests.pop(block) for block in blocks]
         for digest in digests:
             del self.cached[digest]
+            self.texts.remove(digest)
         if self.tier is not None and keep:
             self.tier.keep(self.number, digests, blocks)
         self.holds[blocks] = False
-        self.returned[self.num_returned : self.num_returned + count] = blocks
-        self.num_returned += count
-        self.evictions += count
+        self.evictions += len(blocks)
 
     def check(self, owners: np.ndarray) -> None:
         """Raise ``LabinferError`` unless everything agrees with ``owners``, counted from the rows' tables."""
@@ -141,6 +165,8 @@ class BlockGroup:
             fault("digests and cached blocks do not agree")
         if sorted(self.digests) != np.flatnonzero(self.holds).tolist():
             fault("blocks are marked as cached that have no digest, or the reverse")
+        if not self.texts.places.keys() <= self.cached.keys():
+            fault("the text of a block is known that is not cached")
 
 
 def fault(message: str) -> None:

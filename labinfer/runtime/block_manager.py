@@ -2,45 +2,26 @@
 
 After Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention"
 (arXiv:2309.06180). A full block is known by a digest of its text and all text before it, so that a later sequence with
-the same beginning finds it. A group with a window owns only the blocks that its next token looks at.
+the same beginning finds it; of one that parts from it within the block it is the one to copy. A group with a window
+owns only the blocks that its next token looks at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from labinfer.compiler.plan import Limits
 from labinfer.runtime.block_digests import Salt, Tokens, block_digest, block_digests, root_digest
 from labinfer.runtime.block_group import BlockGroup, Tier, fault
+from labinfer.runtime.block_records import CacheCounters, SavedRow
+from labinfer.runtime.block_texts import LEAST_BORROWED
 from labinfer.runtime.eviction import EvictionPolicy, LeastRecentlyUsed
 
 TokensOfRows = np.ndarray | Mapping[int, Tokens]
 """``token_ids[row]`` are the tokens of a row."""
-
-
-@dataclass(slots=True)
-class CacheCounters:
-    """What happened so far: prompt tokens looked up and found; blocks found colder, evicted, copied on write."""
-
-    queries: int = 0
-    hits: int = 0
-    cold_hits: int = 0
-    evictions: int = 0
-    copies: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class SavedRow:
-    """A row without its blocks: what ``BlockManager.restore`` needs to go on with it."""
-
-    first: list[int]
-    count: int
-    chain: list[bytes]
-    root: bytes
-    reusable: int
 
 
 class BlockManager:
@@ -76,6 +57,7 @@ class BlockManager:
         self.hashed = np.zeros(capacity, np.int32)  # blocks whose digests are in `chains`
         self.reusable = np.zeros(capacity, np.int32)  # blocks that may be hashed at all
         self.forked = np.zeros(capacity, bool)  # rows that `writable` has to look at
+        self.borrowed = np.zeros(capacity, np.int32)  # tokens of a cached block that begins like the row's next one
         self.roots = [b""] * capacity
         self.chains: list[list[bytes]] = [[] for _ in range(capacity)]
         self.closed = list(range(capacity))[::-1]
@@ -92,9 +74,9 @@ class BlockManager:
             capacity = len(self.counts)
             self.tables = [np.concatenate([table, np.zeros_like(table)]) for table in self.tables]
             self.first = [np.concatenate([first, np.zeros_like(first)]) for first in self.first]
-            self.counts, self.hashed, self.reusable, self.forked = (
+            self.counts, self.hashed, self.reusable, self.forked, self.borrowed = (
                 np.concatenate([each, np.zeros_like(each)])
-                for each in (self.counts, self.hashed, self.reusable, self.forked)
+                for each in (self.counts, self.hashed, self.reusable, self.forked, self.borrowed)
             )
             self.roots += [b""] * capacity
             self.chains += [[] for _ in range(capacity)]
@@ -134,20 +116,37 @@ class BlockManager:
     # Reuse of what is cached
 
     def match(self, token_ids: Tokens, salt: Salt = ()) -> int:
-        """How many tokens at the beginning of ``token_ids`` are cached: whole blocks, and never all of the tokens."""
+        """How many tokens at the beginning of ``token_ids`` whole cached blocks hold; never all of the tokens."""
         return len(self._cached_chain(token_ids, self._root(len(token_ids), salt))) * self.block_size
 
     def attach(self, row: int, token_ids: Tokens, salt: Salt = ()) -> int:
-        """Begin the text of ``row``, which owns nothing, with the cached blocks of ``token_ids``; tokens they hold."""
+        """Begin ``row``, which owns nothing, with what is cached of ``token_ids``, never all; how many tokens it is."""
         root = self._root(len(token_ids), salt)
         chain = self._cached_chain(token_ids, root)
         if not self._begin(row, chain):  # a colder tier could not give back what it has, or there is no room for it
             chain = self._cached_chain(token_ids, root, cold=False)
             self._begin(row, chain)
         self.reusable[row], self.roots[row], self.chains[row] = self._reusable(len(token_ids)), root, chain
+        cached = len(chain) * self.block_size + self._borrow(row, token_ids)
         self.counted.queries += len(token_ids)
-        self.counted.hits += len(chain) * self.block_size
-        return len(chain) * self.block_size
+        self.counted.hits += cached
+        return cached
+
+    def _borrow(self, row: int, token_ids: Tokens) -> int:
+        """Share a cached block that begins like the next one of ``row``, until that writes; how many are equal."""
+        place, size, chain = int(self.hashed[row]), self.block_size, self.chains[row]
+        if place >= self.reusable[row]:
+            return 0
+        rest = np.asarray(token_ids[place * size : min((place + 1) * size, len(token_ids) - 1)], np.int32)
+        digest, common = self.groups[0].texts.nearest(chain[-1] if chain else self.roots[row], rest.tobytes())
+        if common < LEAST_BORROWED * size or not all(group.has(digest, cold=False) for group in self.groups):
+            return 0
+        for group, table in zip(self.groups, self.tables, strict=True):
+            table[row, place] = group.cached[digest]
+            group.share(group.cached[digest])
+        self.counts[row] += 1
+        self.forked[row], self.borrowed[row] = True, common
+        return common
 
     def _begin(self, row: int, chain: list[bytes]) -> bool:
         """Make the blocks of ``chain`` the row's own, those that only a colder tier has too; False if none are."""
@@ -292,16 +291,18 @@ class BlockManager:
         if isinstance(token_ids, np.ndarray):
             raw = token_ids[owners[:, None], places[:, None] * size + np.arange(size)].astype(np.int32).tobytes()
         else:
-            texts = [token_ids[r][s * size : c * size] for r, s, c in zip(rows, starts, counts, strict=True)]
-            raw = np.concatenate([np.asarray(text, np.int32) for text in texts]).tobytes()
-        digests = []
+            parts = [token_ids[r][s * size : c * size] for r, s, c in zip(rows, starts, counts, strict=True)]
+            raw = np.concatenate([np.asarray(part, np.int32) for part in parts]).tobytes()
+        texts = []
         for number, row in enumerate(owners.tolist()):
-            chain, at = self.chains[row], 4 * size * number
-            digests.append(block_digest(chain[-1] if chain else self.roots[row], raw[at : at + 4 * size]))
-            chain.append(digests[-1])
+            chain, text = self.chains[row], raw[4 * size * number : 4 * size * (number + 1)]
+            before = chain[-1] if chain else self.roots[row]
+            chain.append(block_digest(before, text))
+            texts.append((chain[-1], before, text))
         for group, table, first in zip(self.groups, self.tables, self.first, strict=True):
             kept = np.flatnonzero(places >= first[owners])
-            group.register([digests[index] for index in kept.tolist()], table[owners[kept], places[kept]].tolist())
+            group.register([texts[index][0] for index in kept.tolist()], table[owners[kept], places[kept]].tolist())
+        self.groups[0].tell(texts)
         self.hashed[rows] = counts
 
     def _pass(self, number: int, row: int, place: int) -> None:
@@ -318,7 +319,7 @@ class BlockManager:
         for group, table, first in zip(self.groups, self.tables, self.first, strict=True):
             table[into], first[into] = table[row], first[row]
             group.owners[table[row, first[row] : self.counts[row]]] += 1
-        for each in (self.counts, self.hashed, self.reusable):
+        for each in (self.counts, self.hashed, self.reusable, self.borrowed):
             each[into] = each[row]
         self.forked[[row, into]] = True
         self.roots[into], self.chains[into] = self.roots[row], self.chains[row].copy()
@@ -327,26 +328,27 @@ class BlockManager:
         """Make the blocks of tokens ``start`` to ``stop`` of ``row`` its own, so that they can be written.
 
         Returns the blocks to copy first, as ``KVCache.copy_blocks`` takes them: (group, source, target). None, and
-        nothing has changed, where free blocks are too few. Only rows that are ``forked`` can need it.
+        no row's blocks have changed, where free blocks are too few. Only rows that are ``forked`` can need it.
         """
         if not self.forked[row]:
             return []
         shared = []
         for group, table, first in zip(self.groups, self.tables, self.first, strict=True):
             begin, end = max(start // self.block_size, int(first[row])), -(-stop // self.block_size)
-            places = begin + np.flatnonzero(group.owners[table[row, begin : min(end, self.counts[row])]] > 1)
+            places = group.not_writable(table[row, begin : min(end, self.counts[row])])
             if len(places) > group.num_free:
                 return None
-            shared.append(places)
+            shared.append(begin + places)
         copies = []
         for number, places in enumerate(shared):
             group, table = self.groups[number], self.tables[number]
             sources, targets = table[row, places], group.take(len(places))
-            group.owners[sources] -= 1
             table[row, places] = targets
+            group.give_back(sources, int(places.min(initial=0)))
             copies += [(number, int(source), int(target)) for source, target in zip(sources, targets, strict=True)]
         self.counted.copies += len(copies)
         self.forked[row] = -(-stop // self.block_size) < self.counts[row]  # what is grown later is its own
+        self.borrowed[row] = 0
         return copies
 
     def release(self, row: int) -> None:
@@ -356,7 +358,7 @@ class BlockManager:
             group.give_back(table[row, held].copy(), held.start)
             table[row, held] = 0
             first[row] = 0
-        for each in (self.counts, self.hashed, self.reusable, self.forked):
+        for each in (self.counts, self.hashed, self.reusable, self.forked, self.borrowed):
             each[row] = 0
         self.chains[row] = []
 

@@ -62,6 +62,7 @@ class Engine:
         self.starting = threading.Lock()
         self.prepared: Scheduled | None = None
         self.stepping = False
+        self.fault: LabinferError | None = None  # found in the cache's books: nothing can be computed any more
         self.ending: list[Sequence] = []  # ended, and their rows not given back yet
         self.delivery = Delivery(model.tokenizer, self.end, self.done)
         self.finished: list[Request] = []
@@ -86,6 +87,8 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Work out what ``request`` asks for; ``UsageError`` for one that can never run."""
+        if self.fault is not None:
+            raise self.fault
         tokens = request.prompt = self.model.check_tokens(request.prompt)
         if not tokens:
             raise UsageError("run.empty-prompt", "the prompt has no tokens")

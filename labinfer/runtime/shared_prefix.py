@@ -1,4 +1,7 @@
-"""Texts with a common beginning are computed once: who comes later waits for a block at work, then takes it over."""
+"""Texts with a common beginning are computed once: who comes later waits for a block at work, then takes it over.
+
+So does who has only borrowed tokens of its next block so far.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from labinfer.runtime.block_digests import block_digest
 def take_over(batch: Batch, rows: np.ndarray) -> dict[int, int]:
     """Have ``rows`` go on from what others have computed of their texts by now: by row, how many tokens more it has."""
     blocks, taken = batch.blocks, dict[int, int]()
-    for row in rows[batch.num_computed[rows] == blocks.hashed[rows] * batch.block_size].tolist():
+    known = blocks.hashed[rows] * batch.block_size + blocks.borrowed[rows]
+    for row in rows[batch.num_computed[rows] == known].tolist():
         digest, before = next_digest(batch, row), int(batch.num_computed[row])
         if digest is None or not all(group.has(digest, cold=True) for group in blocks.groups if group.window is None):
             continue
@@ -39,7 +43,7 @@ def rows_behind(batch: Batch, rows: np.ndarray, part: Part) -> list[int]:
         digest = next_digest(batch, row)
         if digest not in filled:
             filled.add(digest)
-        elif batch.num_computed[row] == known[index] * size:
+        elif batch.num_computed[row] == known[index] * size + batch.blocks.borrowed[row]:
             behind.append(row)
     return behind
 

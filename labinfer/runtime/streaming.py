@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     from labinfer.runtime.engine import Engine
 
 
+IDLE_SECONDS = 1.0
+"""How long nothing is to be done before the cache's books are checked."""
+
+
 class EngineThread:
-    """Runs the steps of an engine whenever there is something to do."""
+    """Runs the steps of an engine whenever there is something to do, and checks the cache's books when there is not."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.wake, self.closing = engine, threading.Event(), False
@@ -29,8 +33,7 @@ class EngineThread:
         """Step until closed. What a step raises ends every request, and the thread goes on."""
         while not self.closing:
             if not self.engine.busy:
-                self.wake.wait()
-                self.wake.clear()
+                self.rest()
                 continue
             try:
                 self.engine.step()
@@ -38,6 +41,17 @@ class EngineThread:
                 self.engine.fail_all(error)
             except Exception as error:
                 self.engine.fail_all(LabinferError("run.failed", f"{type(error).__name__}: {error}"))
+
+    def rest(self) -> None:
+        """Wait until there is something to do."""
+        if not self.wake.wait(IDLE_SECONDS):
+            with self.engine.model.lock:
+                try:
+                    self.engine.batch.blocks.check_integrity()
+                except LabinferError as error:
+                    self.engine.fault = error
+            self.wake.wait()
+        self.wake.clear()
 
     def close(self) -> None:
         """End the thread after the step it is in."""

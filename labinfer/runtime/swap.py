@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from labinfer.runtime.block_manager import BlockManager, SavedRow
+from labinfer.runtime.block_manager import BlockManager
+from labinfer.runtime.block_records import SavedRow
 from labinfer.runtime.host_pool import HostPool
 
 

@@ -57,13 +57,13 @@ def test_the_plan_says_where_the_matrix_unit_begins(model: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("format", "activations"), [("q4_0", "exact"), ("bf16", "exact"), ("bf16", "int8"), ("f32", "exact"), ("f16", None)]
+    ("format", "activations"),
+    [*((each, "exact") for each in ("q4_0", "q8_0", "q6_k", "bf16", "f32", "f16")), ("bf16", "int8")],
 )
-def test_company_changes_no_bit(format: str, activations: str | None, tmp_path: Path) -> None:
+def test_company_changes_no_bit(format: str, activations: str, tmp_path: Path) -> None:
     model = write_llama(tmp_path / "m.gguf", {}, LARGE, format)
-    options: dict[str, Any] = {"max_model_len": 64, "max_logits_rows": 64, "activations": activations or "exact"}
-    plan = labinfer.compile(model, devices="cpu", **options)
-    with labinfer.load(plan if activations else changed(plan, {})) as loaded:  # float16 on vectors only
+    options: dict[str, Any] = {"max_model_len": 64, "max_logits_rows": 64, "activations": activations}
+    with labinfer.load(model, devices="cpu", **options) as loaded:
         whole = loaded.logits(PROMPT)
         for size in (1, 3, 33):
             with loaded.session() as session:
@@ -79,9 +79,9 @@ def changed(plan: Plan, matrix_unit: dict[str, int]) -> Plan:
 @needs_matrix_unit
 def test_what_was_measured_here_counts(home: Path) -> None:
     built_in = dict(crossover.fewest_tokens("exact"))
-    crossover.tune(["q4_0", "f32"])
+    crossover.tune(["q4_0", "f32", "f16"])
     measured = json.loads(crossover._file().read_text())
-    assert set(measured["exact"]) == set(measured["int8"]) == {"q4_0"}
+    assert (set(measured["exact"]), set(measured["int8"])) == ({"q4_0"}, {"q4_0", "f16"})  # exact float16: on vectors
     assert dict(crossover.fewest_tokens("exact")) == built_in | measured["exact"]
     for text in ("", "[]", '{"exact": 3}', '{"exact": {"q4_0": "x"}}', '{"exact": {"q4_0": 0, "nonsense": 3}}'):
         crossover._file().write_text(text)

@@ -241,6 +241,7 @@ def run_until(timer: threading.Timer, model: labinfer.LLM) -> None:
         model.logits(PROMPT[:3])
 
 
+@pytest.mark.interrupts
 def test_ctrl_c_stops_a_long_generation_and_the_model_goes_on() -> None:
     """Signals between and within steps: none may leave the workers in the middle of one."""
     with load(GOLDEN / "llama-llama3", threads=2) as model:

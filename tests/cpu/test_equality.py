@@ -72,17 +72,25 @@ def test_seeded_tokens_of_smollm2_in_any_company(gguf: Path) -> None:
             assert together(llm, asks) == expected, size
 
 
-@pytest.mark.parametrize("way", ["batch", "chunk 1", "chunk 7", "chunk 511", "blocks of 64", "swap", "overlap"])
+SMOLLM2_WAYS: dict[str, dict[str, Any]] = {
+    "batch": {},
+    **{f"chunk {size}": {"max_num_batched_tokens": size} for size in (1, 7, 511, 512)},
+    "blocks of 64": {"block_size": 64},
+    "no reuse": {"enable_prefix_caching": False},
+    "recompute": {"max_num_seqs": 3},
+    "swap": {"max_num_seqs": 3, "swap_space": 0.1},
+    "overlap": {},
+    "guesses": {"speculative_config": {"prompt_lookup_min": 1}},
+}
+
+
+@pytest.mark.parametrize("way", SMOLLM2_WAYS)
 def test_tokens_of_smollm2(
     way: str, gguf: Path, smollm2_alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LABINFER_OVERLAP", "1" if way == "overlap" else "0")
-    options: dict[str, Any] = {
-        "blocks of 64": {"block_size": 64}, "swap": {"max_num_seqs": 3, "swap_space": 0.1},
-    }.get(way, {})  # fmt: skip
-    if way.startswith("chunk"):
-        options = {"max_num_batched_tokens": int(way.split()[1])}
-    with labinfer.LLM(gguf, **{"devices": "cpu", "max_model_len": 256, **options}) as llm:
+    monkeypatch.setenv("LABINFER_SPECULATION", "1")  # whether it pays or not
+    with labinfer.LLM(gguf, devices="cpu", max_model_len=256, **SMOLLM2_WAYS[way]) as llm:
         if llm.cache.swap is not None:
             llm.engine.costs.prompt_seconds = lambda tokens: float("inf")  # type: ignore[method-assign]
-        assert together(llm, smollm2_asks(), preempt=way == "swap") == smollm2_alone
+        assert together(llm, smollm2_asks(), preempt=way in ("swap", "recompute")) == smollm2_alone

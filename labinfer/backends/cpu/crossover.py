@@ -3,7 +3,8 @@
 Unpacking weights for it costs as much as multiplying some 10 tokens does. Rows and columns hardly matter, since both
 kernels' times grow with them alike; tokens do. ``labinfer doctor --warm`` measures the numbers on the machine and
 leaves them in a file; without one, those measured on a Granite Rapids server stand in. Plans record what they used.
-bf16 weights always meet the kernel of the matrix unit, which gives a token the same bits in any company.
+bf16 weights always meet the kernel of the matrix unit, which gives a token the same bits in any company; float16 ones,
+which would not have them there, only with the lossy option.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from labinfer.home import cache_dir
 from labinfer.ops.base import KernelOptions
 
 _QUANTIZED = [name for name, layout in PANEL_FORMATS.items() if layout.quantized]
-_TUNED = [*_QUANTIZED, "f16"]
+_TUNED = {"exact": _QUANTIZED, "int8": [*_QUANTIZED, "f16"]}
 _BUILT_IN = {
-    "exact": {**dict.fromkeys(_QUANTIZED, 12), "f16": 12, "q8_0": 24, "bf16": 1},
+    "exact": {**dict.fromkeys(_QUANTIZED, 12), "q8_0": 24, "bf16": 1},
     "int8": {**dict.fromkeys(_QUANTIZED, 16), "f16": 8, "bf16": 1},
 }
 
@@ -57,7 +58,7 @@ def _measured(activations: str) -> dict[str, int]:
     """What ``tune`` has left on this machine; nothing, if it cannot be read."""
     try:
         found = json.loads(_file().read_text())[activations]
-        return {name: int(count) for name, count in found.items() if name in _TUNED and int(count) > 0}
+        return {name: int(count) for name, count in found.items() if name in _TUNED[activations] and int(count) > 0}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
@@ -78,7 +79,7 @@ def tune(formats: Iterable[str]) -> None:
 
 def _crossover(format: str, options: KernelOptions) -> int | None:
     """The fewest of ``_TOKENS`` from which on the matrix unit is faster; None for formats that have no choice."""
-    if format not in _TUNED:
+    if format not in _TUNED[options.activations]:
         return None
     weights = np.zeros(packed_bytes(format, _ROWS, _COLUMNS) + 64, np.uint8)
     forms = scattered_form(format, options), activation_form(format, _COLUMNS, 1, options)

@@ -39,7 +39,7 @@ VECTOR_CHUNK, MAX_GLU_CHUNK = 64, 512
 """Tokens that meet a panel while it is in the L1 cache; tokens that a gated unit has room for."""
 
 STRETCH_COLUMNS = 2048
-"""Columns that the matrix unit multiplies at once: two unpacked panels then take 256 kB of the L2 cache."""
+"""Columns that the matrix unit multiplies at once: two unpacked panels then take 128 kB of the L2 cache."""
 
 CHUNK_BYTES, CHUNK_TOKENS, SUMS_TOKENS = 1 << 20, 128, 1024
 """Activations that are multiplied at once: as many as take 1 MB, but of enough tokens to be worth the unpacking; and of
@@ -123,10 +123,10 @@ def activation_form(format: str, columns: int, tokens: int, options: KernelOptio
     0: as float32. 1 or 2: as so many signed digits with a scale for each 32 columns. For the matrix unit, in tiles: -1
     or -3: as so many bf16 parts; -2 (``DIGIT_TILES``): as two digits.
     """
-    fewest = options.matrix_unit.get(format)
-    if fewest is not None and tokens >= fewest and columns % TILE_COLUMNS == 0:
-        return -1 if options.activations == "int8" else DIGIT_TILES if panel_format(format).quantized else -3
-    return scattered_form(format, options)
+    fewest, lossy = options.matrix_unit.get(format), options.activations == "int8"
+    if fewest is None or tokens < fewest or columns % TILE_COLUMNS or (format == "f16" and not lossy):
+        return scattered_form(format, options)
+    return -1 if lossy else DIGIT_TILES if panel_format(format).quantized else -3
 
 
 def product_kernel(format: str, form: int) -> str:

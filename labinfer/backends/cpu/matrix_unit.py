@@ -1,11 +1,11 @@
 """``linear`` for many tokens on the CPU's matrix unit (AMX): products of 16 x 32 and 32 x 16 bf16 numbers at once.
 
-A number is the sum of bf16 parts, of 8 bits each, and the products of the parts are summed in float32, but for the
-smallest ones. bf16 weights have one part, exactly, and lie in memory as the unit wants them. float16 ones are unpacked
-to two, a pair of panels by a stretch of columns at a time, into a buffer that stays in the cache while it meets the
-tokens. Activations come in tiles of 16 tokens x 32 columns (``quantize``), with three parts; the error against float64
-is that of a float32 sum. The lossy option has one part of each. Quantized weights come here only with that;
-``digit_tiles`` is for all their bits.
+An activation is the sum of bf16 parts, of 8 bits each, and the products of the parts are summed in float32.
+Activations come in tiles of 16 tokens x 32 columns (``quantize``), with three parts, and bf16 weights lie in memory as
+the unit wants them; the error against float64 is that of a float32 sum. The lossy option has one part. Other weights
+come here only with that: they are rounded to bf16, a pair of panels by a stretch of columns at a time, into a buffer
+that stays in the cache while it meets the tokens. ``digit_tiles`` is for all bits of quantized ones; float16 ones keep
+to vectors, whose bits would cost 2.7 times the time of a lone token here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STRETCH = STRETCH_COLUMNS // TILE_COLUMNS
 IDLE = 64
 SUMS = IDLE + TILE
 WEIGHTS = SUMS + 4 * TILE
-SCRATCH = WEIGHTS + 2 * STRETCH * 2 * TILE
+SCRATCH = WEIGHTS + 2 * STRETCH * TILE
 """Bytes on the stack: what the tiles are, then a tile that is written for nothing, sums that are to be added to ``y``,
 and two unpacked panels."""
 
@@ -49,16 +49,7 @@ unpacked, panel_tile_bytes, parts = False, 1, 2
 # ---- two panels times 32 tokens
 
 
-def _products(parts: int, weight_parts: int) -> list[tuple[int, int]]:
-    """Parts of activations and weights that are multiplied, neighbours with one in common: the greatest products."""
-    found: list[tuple[int, int]] = []
-    for w in reversed(range(weight_parts)):
-        last = found[-1][0] if found else 0
-        found += [(x, w) for x in sorted(range(parts - w), key=lambda x: x != last)]
-    return found
-
-
-def _block(tokens: int, panels: int, parts: int, weight_parts: int) -> Any:
+def _block(tokens: int, panels: int, parts: int) -> Any:
     """The intrinsic ``(a, a_size, w, w_size, steps, c, c_stride, idle)``.
 
     ``c = a @ w`` for up to 2 x 16 ``tokens`` whose tiles are ``a_size`` bytes apart and ``panels`` that are
@@ -72,16 +63,13 @@ def _block(tokens: int, panels: int, parts: int, weight_parts: int) -> Any:
         for i, j, _ in sums:
             isa.tile_zero(b, 2 * i + j)
         with e.loop(steps) as k:
-            loaded = (-1, -1)
-            for x_part, w_part in _products(parts, weight_parts):
-                for i in range(tokens if x_part != loaded[0] else 0):
-                    isa.tile_load(b, 4 + i, e.add(a, e.mul(a_size, i), e.mul(k, parts * TILE), x_part * TILE), line)
-                for j in range(panels if w_part != loaded[1] else 0):
-                    at = e.add(w, e.mul(w_size, j), e.mul(k, weight_parts * TILE), w_part * TILE)
-                    isa.tile_load(b, 6 + j, at, line)
+            for part in range(parts):
+                for i in range(tokens):
+                    isa.tile_load(b, 4 + i, e.add(a, e.mul(a_size, i), e.mul(k, parts * TILE), part * TILE), line)
+                for j in range(panels if part == 0 else 0):
+                    isa.tile_load(b, 6 + j, e.add(w, e.mul(w_size, j), e.mul(k, TILE)), line)
                 for i, j, _ in sums:
                     isa.tile_dpbf16(b, 2 * i + j, 4 + i, 6 + j)
-                loaded = x_part, w_part
             # The way from the tiles to memory falls asleep after half a microsecond and takes a third to wake up.
             with e.when(b.icmp_signed("==", b.and_(k, e.i(7)), e.i(7))):
                 isa.tile_store(b, 4, idle, line)
@@ -141,20 +129,15 @@ def _upper_halves(b: Value, first: Value, second: Value) -> Value:
     return b.shuffle_vector(*halves, ir.Constant(vector(I32, 32), lanes))
 
 
-def _store_pair(e: Emit, first: Value, second: Value, at: Value, weight_parts: int) -> None:
-    """Two columns of 16 rows, float32, as pairs of bf16 parts: the high ones at ``at``, the low ones a tile further."""
-    b, columns = e.b, [e.b.bitcast(v, I32X16) for v in (first, second)]
-    if weight_parts == 1:
-        columns = [b.add(v, const(0x8000, I32X16)) for v in columns]
+def _store_pair(e: Emit, first: Value, second: Value, at: Value) -> None:
+    """Two columns of 16 rows, float32, as pairs of bf16, rounded."""
+    b = e.b
+    columns = [b.add(b.bitcast(v, I32X16), const(0x8000, I32X16)) for v in (first, second)]
     e.store(_upper_halves(b, *columns), at, 64)
-    if weight_parts == 2:
-        high = [b.bitcast(b.and_(v, const(-65536, I32X16)), F32X16) for v in columns]
-        low = [b.fsub(v, h) for v, h in zip((first, second), high, strict=True)]
-        e.store(_upper_halves(b, *low), e.add(at, TILE), 64)
 
 
 def _unpack_quants(format: str) -> Callable[..., None]:
-    """One part of each weight."""
+    """Quantized weights."""
     (unpack, scales_of), layout = QUANTIZED[format], PANEL_FORMATS[format]
 
     def emit(e: Emit, panel: Value, blocks: Value, first: Value, count: Value, out: Value) -> None:
@@ -169,21 +152,18 @@ def _unpack_quants(format: str) -> Callable[..., None]:
                 columns = [e.fma(b.uitofp(v, F32X16), scale, minimum) for v in numbers]
                 for pair in (0, 1):
                     at = e.add(out, e.mul(turn, TILE), 64 * (2 * j + pair))
-                    _store_pair(e, columns[2 * pair], columns[2 * pair + 1], at, 1)
+                    _store_pair(e, columns[2 * pair], columns[2 * pair + 1], at)
 
     return emit
 
 
-def _unpack_halves(weight_parts: int) -> Callable[..., None]:
-    def emit(e: Emit, panel: Value, blocks: Value, first: Value, count: Value, out: Value) -> None:
-        with e.loop(count) as turn:
-            at = e.add(panel, e.mul(e.add(first, turn), TILE))
-            for pair in range(16):
-                first_column, second = (e.load_f16(e.add(at, 64 * pair + 32 * i)) for i in (0, 1))
-                target = e.add(out, e.mul(turn, weight_parts * TILE), 64 * pair)
-                _store_pair(e, first_column, second, target, weight_parts)
-
-    return emit
+def _unpack_halves(e: Emit, panel: Value, blocks: Value, first: Value, count: Value, out: Value) -> None:
+    """float16 weights."""
+    with e.loop(count) as turn:
+        at = e.add(panel, e.mul(e.add(first, turn), TILE))
+        for pair in range(16):
+            first_column, second = (e.load_f16(e.add(at, 64 * pair + 32 * i)) for i in (0, 1))
+            _store_pair(e, first_column, second, e.add(out, e.mul(turn, TILE), 64 * pair))
 
 
 # ---- the whole product
@@ -212,7 +192,7 @@ def _linear(w, columns, x, x_stride, y, y_stride, tokens, g0, g1, rows, bias, mo
                 count = min(32, 16 * (g1 - g), rows - 16 * g)
                 b, b_size = w + g * panel + k0 * TILE, panel
                 if unpacked:
-                    b, b_size = at + WEIGHTS, STRETCH * 2 * TILE
+                    b, b_size = at + WEIGHTS, STRETCH * TILE
                     for p in range(min(2, g1 - g)):
                         unpack_panel(w + (g + p) * panel, tiles, k0, k1 - k0, b + p * b_size)
                 for t in range(t0, t1, 32):
@@ -270,9 +250,9 @@ def matrix_kernel(format: str, parts: int) -> Any:
 
     Activation rows are in tiles, ``x_stride`` the bytes of one token.
     """
-    layout, weight_parts = panel_format(format), 1 if format == "bf16" else min(parts, 2)
-    unpack = _unpack_quants(format) if layout.quantized else _unpack_halves(weight_parts)
-    block = block_of_shape(f"block_{format}_{parts}", lambda m, n: _block(m, n, parts, weight_parts))
+    layout = panel_format(format)
+    unpack = _unpack_quants(format) if layout.quantized else _unpack_halves
+    block = block_of_shape(f"block_{format}_{parts}", lambda m, n: _block(m, n, parts))
     many = specialize(
         _linear,
         f"many_{format}_{parts}",

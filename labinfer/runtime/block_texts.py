@@ -1,0 +1,52 @@
+"""The texts of cached blocks, by the text before them: finds the block that begins like a text longest.
+
+Blocks after one text stand in the order of their bytes, where the one with the longest common beginning is next to the
+text looked for.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+TOKEN_BYTES = 4
+
+LEAST_BORROWED = 0.25
+"""The part of a block that must be equal: to copy a block takes about as long as to compute a few tokens."""
+
+
+class BlockTexts:
+    """``after[before]`` are the blocks after the text of digest ``before``: (tokens as int32 bytes, digest), sorted."""
+
+    def __init__(self) -> None:
+        self.after: dict[bytes, list[tuple[bytes, bytes]]] = {}
+        self.places: dict[bytes, tuple[bytes, bytes]] = {}  # by digest: what comes before, tokens
+
+    def add(self, before: bytes, raw: bytes, digest: bytes) -> None:
+        """A block of ``digest``, whose tokens are ``raw``, can be found from now on."""
+        if digest not in self.places:
+            self.places[digest] = before, raw
+            insort(self.after.setdefault(before, []), (raw, digest))
+
+    def remove(self, digest: bytes) -> None:
+        """The block of ``digest``, if it is known, is not to be found any more."""
+        if digest in self.places:
+            before, raw = self.places.pop(digest)
+            blocks = self.after[before]
+            del blocks[bisect_left(blocks, (raw, digest))]
+            if not blocks:
+                del self.after[before]
+
+    def nearest(self, before: bytes, raw: bytes) -> tuple[bytes, int]:
+        """The block after ``before`` that begins like ``raw`` longest: its digest, and how many tokens are equal."""
+        blocks = self.after.get(before, [])
+        at = bisect_left(blocks, (raw, b""))
+        found = [(equal_tokens(raw, text), digest) for text, digest in blocks[max(0, at - 1) : at + 1]]
+        common, digest = max(found, default=(0, b""))
+        return digest, common
+
+
+def equal_tokens(one: bytes, other: bytes) -> int:
+    """How many tokens two texts have in common before the first that differs."""
+    end = min(len(one), len(other))
+    differing = (at for at in range(0, end, TOKEN_BYTES) if one[at : at + TOKEN_BYTES] != other[at : at + TOKEN_BYTES])
+    return next(differing, end) // TOKEN_BYTES
