@@ -32,7 +32,8 @@ class Part(NamedTuple):
 
     ``new`` is 1 where a token is made from the last of them, else 0. ``rows`` is intp [S], with which numpy indexes
     fastest, the others int32 [S]; no count is 0. ``decodes``: every number is 1. The last ``proposed`` tokens of a row
-    are guesses, which stand behind its known tokens; None where there are none.
+    are guesses, which stand behind its known tokens; None where there are none. ``steps``: how many such steps run in
+    one call, each on the tokens of the one before.
     """
 
     rows: np.ndarray
@@ -41,6 +42,7 @@ class Part(NamedTuple):
     new: np.ndarray
     decodes: bool = False
     proposed: np.ndarray | None = None
+    steps: int = 1
 
 
 def part_of(row: int, count: int, wanted: int) -> Part:
@@ -177,7 +179,7 @@ class Batch:
             owner = np.repeat(self.numbers[:sequences], part.counts)
             positions = self.numbers[: len(owner)] + (start - query_start[:-1])[owner]
             row, total = rows[owner], np.maximum(self.total_len[rows], context)
-        tables = self.blocks.block_tables(rows, int(context.max()))
+        tables = self.blocks.block_tables(rows, int(context.max()) + part.steps - 1)
         block, offset = np.divmod(positions, size)
         return StepBatch(
             token_ids=self.token_ids[row, positions],

@@ -21,6 +21,7 @@ from labinfer.runtime.batch import Part
 from labinfer.runtime.capture import Capture
 from labinfer.runtime.delivery import Delivery
 from labinfer.runtime.model import Model
+from labinfer.runtime.multi_step import multi_step_of
 from labinfer.runtime.outputs import RequestOutput, RequestOutputKind
 from labinfer.runtime.request import Request, Sequence
 from labinfer.runtime.sampling import Sampled, SamplingRules, SamplingState, prompt_logprobs, sample
@@ -53,6 +54,7 @@ class Engine:
         self.costs, self.capture = StepCosts(), Capture(model)
         self.scheduler = self.new_scheduler(policy or Policy())
         self.speculation = speculation_of(model.proposer, self.scheduler)
+        self.multi_step = None if self.speculation or overlaps(model) else multi_step_of(model, self.scheduler)
         self.numbers, self.random = count(), random.Random(seed)
         self.is_eos = np.zeros(model.vocab_size, np.bool_)
         self.is_eos[[token for token in self.eos_ids if token < model.vocab_size]] = True
@@ -205,7 +207,9 @@ class Engine:
             finally:
                 self.stepping = False
                 self.release()
-            self.observe(scheduled.part, time.perf_counter() - started)
+            seconds = (time.perf_counter() - started) / scheduled.part.steps
+            for _ in range(scheduled.part.steps):
+                self.observe(scheduled.part, seconds)
             if not self.overlapping:
                 self.delivery.deliver()
             return self.finished
@@ -222,11 +226,15 @@ class Engine:
             else:
                 if part is not None and self.speculation is not None and not ahead:
                     part = self.speculation.extend(part)
+                if part is not None and self.multi_step is not None:
+                    part = self.multi_step.extend(part)
                 return None if part is None else Scheduled(part, self.batch.step(part))
 
     def compute(self, scheduled: Scheduled) -> np.ndarray:
         """Run the step; meanwhile tell of the tokens of the one before it and prepare the one after it."""
         try:
+            if scheduled.part.steps > 1:
+                return self.model.decode(scheduled.batch, scheduled.part.steps)
             if self.device is None or not self.overlapping:
                 return self.model.run(scheduled.batch)
             running = self.device.submit(self.model.run, scheduled.batch)
@@ -265,6 +273,8 @@ class Engine:
             rows = rows[part.new > 0]
         if part.proposed is not None and self.speculation is not None:
             self.speculation.verify(part, logits, self.take)
+        elif part.steps > 1 and self.multi_step is not None:
+            self.multi_step.take(part, logits, self.take)
         elif len(rows):
             self.take(rows, logits if part.decodes else logits[last[part.new > 0]])
         batch.commit(part)
@@ -298,8 +308,13 @@ class Engine:
                 request.prompt_logprobs[first : first + len(tokens)] = found
 
     def choose(self, rows: np.ndarray, logits: np.ndarray) -> Sampled:
-        """A token for each of ``rows`` from float32 ``logits`` [rows, vocab]."""
-        return sample(logits, self.states(rows))
+        """A token for each of ``rows``: from float32 logits [rows, vocab], or chosen already, in int32 column 0."""
+        if logits.dtype != np.int32:
+            return sample(logits, self.states(rows))
+        sampled = Sampled(logits[:, 0].astype(np.int64))
+        for index in (sampled.tokens < 0).nonzero()[0].tolist():
+            sampled.errors[index] = LabinferError("run.not-a-number", "the logits are not numbers")
+        return sampled
 
     def states(self, rows: np.ndarray) -> dict[int, SamplingState]:
         """The sampling states of those of ``rows`` that have one, by their place there."""

@@ -242,6 +242,15 @@ class Model:
         self.device_seconds[device.name] += time.perf_counter() - began
         return logits
 
+    def decode(self, batch: StepBatch, steps: int) -> np.ndarray:
+        """A decode step and those after it, on the only stage: the tokens made, int32 [steps, rows]; see ``GreedyRun``."""
+        self.check_open()
+        [interpreter] = self.interpreters
+        began = time.perf_counter()
+        made: np.ndarray = interpreter.decode(batch, steps)
+        self.device_seconds[interpreter.device.name] += time.perf_counter() - began
+        return made
+
     def check_open(self) -> None:
         """Raise ``UsageError`` once the model is closed."""
         if self.closed:
