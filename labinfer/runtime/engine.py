@@ -54,7 +54,7 @@ class Engine:
         self.costs, self.capture = StepCosts(), Capture(model)
         self.scheduler = self.new_scheduler(policy or Policy())
         self.speculation = speculation_of(model.proposer, self.scheduler)
-        self.multi_step = None if self.speculation or overlaps(model) else multi_step_of(model, self.scheduler)
+        self.multi_step = None if self.speculation or overlaps(model) else multi_step_of(self)
         self.numbers, self.random = count(), random.Random(seed)
         self.is_eos = np.zeros(model.vocab_size, np.bool_)
         self.is_eos[[token for token in self.eos_ids if token < model.vocab_size]] = True
@@ -207,9 +207,7 @@ class Engine:
             finally:
                 self.stepping = False
                 self.release()
-            seconds = (time.perf_counter() - started) / scheduled.part.steps
-            for _ in range(scheduled.part.steps):
-                self.observe(scheduled.part, seconds)
+            self.observe(scheduled.part, time.perf_counter() - started)
             if not self.overlapping:
                 self.delivery.deliver()
             return self.finished
@@ -274,7 +272,7 @@ class Engine:
         if part.proposed is not None and self.speculation is not None:
             self.speculation.verify(part, logits, self.take)
         elif part.steps > 1 and self.multi_step is not None:
-            self.multi_step.take(part, logits, self.take)
+            self.multi_step.take(part, logits)
         elif len(rows):
             self.take(rows, logits if part.decodes else logits[last[part.new > 0]])
         batch.commit(part)
@@ -402,15 +400,15 @@ class Engine:
         self.finished.append(request)
 
     def observe(self, part: Part, seconds: float) -> None:
-        """Remember what a step cost."""
+        """Remember what a step cost, or several in one call."""
         accepted = self.speculation.accepted if self.speculation and part.proposed is not None else 0
         stats = step_stats(part, seconds, len(self.scheduler.waiting), accepted)
         self.stats.append(stats)
-        self.num_tokens += stats.num_tokens
+        self.num_tokens += stats.num_tokens * stats.num_steps
         if self.speculation is not None:
             self.speculation.observe(stats)
         if stats.num_prompt_tokens or not stats.num_proposed:
-            self.costs.observe(stats.num_decodes, stats.num_tokens - stats.num_decodes, seconds)
+            self.costs.observe(stats.num_decodes, stats.num_tokens - stats.num_decodes, stats.seconds)
 
 
 def overlaps(model: Model) -> bool:

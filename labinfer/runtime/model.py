@@ -243,7 +243,7 @@ class Model:
         return logits
 
     def decode(self, batch: StepBatch, steps: int) -> np.ndarray:
-        """A decode step and those after it, on the only stage: the tokens made, int32 [steps, rows]; see ``GreedyRun``."""
+        """``steps`` decode steps, on the only stage: the tokens made, int32 [steps, rows]; see ``GreedyRun``."""
         self.check_open()
         [interpreter] = self.interpreters
         began = time.perf_counter()

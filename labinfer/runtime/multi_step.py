@@ -1,8 +1,8 @@
 """Several decode steps in one call, on a device that chooses the likeliest tokens itself.
 
-Between two steps the host takes longer than it computes: weights have passed through the caches, and what the host needs
-comes from far away. So a few steps run at a time where nothing needs the host in between. Tokens are the same, they
-come in bunches. Known as multi-step scheduling.
+Between two steps the host takes longer than its work does otherwise: weights have passed through the caches, and what
+it needs comes from far away. So a few steps run at a time where none needs the host before the last is done. The tokens
+are the same; they come in bunches. Known as multi-step scheduling.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from labinfer.runtime.batch import Part
-from labinfer.runtime.scheduler import Scheduler
 
 if TYPE_CHECKING:
-    from labinfer.runtime.model import Model
-    from labinfer.runtime.speculation.speculation import Take
+    from labinfer.runtime.engine import Engine
 
-STEPS, SECONDS = 4, 0.01
-"""Steps in one call at most, and how long they may take: so long a new request, or an end, may have to wait."""
+STEPS, SECONDS = 8, 1 / 60
+"""Steps in one call at most, and how long they may take together: whoever is new waits so long, or who ends meanwhile.
+
+A screen shows what is new as often.
+"""
 
 
 class MultiStep:
-    """Decides how many steps of ``scheduler`` run in one call on the only stage of ``model``."""
+    """Decides how many steps of ``engine`` run in one call, on the only stage of its model."""
 
-    def __init__(self, model: Model, scheduler: Scheduler) -> None:
-        [self.interpreter] = model.interpreters
-        self.scheduler, self.batch = scheduler, scheduler.batch
+    def __init__(self, engine: Engine) -> None:
+        [self.interpreter] = engine.model.interpreters
+        self.engine, self.batch, self.scheduler = engine, engine.batch, engine.scheduler
 
     def extend(self, part: Part) -> Part:
         """``part`` as several steps where that can be; its rows then own blocks for all of them."""
@@ -54,22 +55,36 @@ class MultiStep:
                 return 1
         return min(STEPS, int(SECONDS / seconds), int((batch.end[rows] - batch.num_tokens[rows]).min()))
 
-    def take(self, part: Part, made: np.ndarray, take: Take) -> None:
-        """Make the tokens ``made``, int32 [steps, rows], of ``part``; those after the end of a sequence are dropped."""
-        batch, rows, owners = self.batch, part.rows, self.scheduler.owners
-        goes_on = np.ones(len(rows), np.bool_)
+    def take(self, part: Part, made: np.ndarray) -> None:
+        """Make the tokens ``made``, int32 [steps, rows], of ``part``, of which the first is counted."""
+        batch, rows, more = self.batch, part.rows, len(made) - 1
+        first = batch.num_tokens[rows] - 1
+        if batch.watched[rows].any() or self.ends(made) or (first + len(made) >= batch.end[rows]).any():
+            self.take_each(rows, made)
+        else:
+            batch.token_ids[rows, first + np.arange(len(made))[:, None]] = made
+            batch.num_computed[rows] += more
+            batch.num_tokens[rows] += more
+
+    def ends(self, made: np.ndarray) -> bool:
+        """Whether one of the tokens ``made`` ends a text, or is none."""
+        return bool(self.engine.is_eos[made].any() or (made < 0).any())
+
+    def take_each(self, rows: np.ndarray, made: np.ndarray) -> None:
+        """``take`` step by step, as without several; tokens after the end of a sequence are dropped."""
+        batch, owners, left = self.batch, self.scheduler.owners, np.arange(len(rows))
         for step, tokens in enumerate(made):
             if step:
-                goes_on[goes_on] = [owners[row].finish_reason is None for row in rows[goes_on].tolist()]
-                batch.num_computed[rows[goes_on]] += 1
-                batch.num_tokens[rows[goes_on]] += 1
-            take(rows[goes_on], tokens[goes_on, None])
+                left = left[[owners[row].finish_reason is None for row in rows[left].tolist()]]
+                batch.num_computed[rows[left]] += 1
+                batch.num_tokens[rows[left]] += 1
+            self.engine.take(rows[left], tokens[left, None])
 
 
-def multi_step_of(model: Model, scheduler: Scheduler) -> MultiStep | None:
-    """The multi-step scheduling of an engine; None where a device cannot, or with ``LABINFER_MULTI_STEP=0``."""
+def multi_step_of(engine: Engine) -> MultiStep | None:
+    """The multi-step scheduling of an engine; None where the device cannot, or with ``LABINFER_MULTI_STEP=0``."""
+    model = engine.model
     if os.environ.get("LABINFER_MULTI_STEP") == "0" or model.pipeline is not None or len(model.interpreters) != 1:
         return None
-    [interpreter] = model.interpreters
-    able = interpreter.device.decodes_alone and interpreter.streamed is None
-    return MultiStep(model, scheduler) if able and model.batch.blocks.recompute_after is None else None
+    able = model.interpreters[0].device.decodes_alone and model.interpreters[0].streamed is None
+    return MultiStep(engine) if able and engine.batch.blocks.recompute_after is None else None

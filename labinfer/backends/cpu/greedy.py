@@ -39,9 +39,7 @@ class GreedyDecode:
         tape.append(Row("best_step", (address(logits), stride(logits), vocab, address(lanes), *best)))
         moved = self.step.token_ids, self.step.positions, self.step.context_len, self.step.total_len
         where, size = address(self.where), self.step.block_size
-        tape.append(
-            Row("advance_step", (*best, where, *map(address, moved), size, len(groups), address(described)))
-        )
+        tape.append(Row("advance_step", (*best, where, *map(address, moved), size, len(groups), address(described))))
         self.tape, self.kept = Tape(tape), (lanes, found, described, kept)
 
     def run(self, count: int, rows: int) -> np.ndarray:

@@ -6,9 +6,10 @@ from llvmlite import ir
 
 from labinfer.backends.cpu.driver import share
 from labinfer.backends.cpu.elementwise import pieces
-from labinfer.backends.cpu.isa import I32X16, Value, njit
-from labinfer.backends.cpu.simd import I32, Emit, i32p, i64p, kernel, ldf, stf
+from labinfer.backends.cpu.isa import I32, I32X16, Value, njit
+from labinfer.backends.cpu.simd import Emit, i32p, i64p, kernel, ldf, stf
 from labinfer.backends.sampling import NOT_A_NUMBER
+
 
 def _best_lanes(e: Emit, x: Value, n: Value, first: Value, out: Value) -> None:
     best, tokens = e.var(e.const(float("-inf"))), e.var(ir.Constant(I32X16, [0] * 16))
