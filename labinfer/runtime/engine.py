@@ -56,8 +56,8 @@ class Engine:
         self.speculation = speculation_of(model.proposer, self.scheduler)
         self.multi_step = None if self.speculation or overlaps(model) else multi_step_of(self)
         self.numbers, self.random = count(), random.Random(seed)
-        self.is_eos = np.zeros(model.vocab_size, np.bool_)
-        self.is_eos[[token for token in self.eos_ids if token < model.vocab_size]] = True
+        self.is_eos = np.zeros(model.vocab_size + 1, np.bool_)  # token -1 is none
+        self.is_eos[[-1, *(token for token in self.eos_ids if token < model.vocab_size)]] = True
         self.device = ThreadPoolExecutor(1, "labinfer-device") if overlaps(model) else None
         self.inbox: deque[Callable[[], None]] = deque()
         self.thread: EngineThread | None = None

@@ -36,48 +36,43 @@ class MultiStep:
         steps = self.steps(part)
         if steps < 2:
             return part
-        rows, batch = part.rows, self.batch
-        if batch.grow(Part(rows, steps * part.counts, part.wanted, part.new)) is not None:
-            batch.blocks.shrink(rows, batch.num_computed[rows] + part.counts)
+        counts = part.counts * np.int32(steps)
+        longer = part._replace(counts=counts, new=counts, steps=steps)
+        if self.batch.grow(longer) is not None:
+            self.batch.blocks.shrink(part.rows, self.batch.num_computed[part.rows] + part.counts)
             return part
-        return part._replace(steps=steps)
+        return longer
 
     def steps(self, part: Part) -> int:
-        """How many steps ``part`` may be: nobody waits, no row ends before the last, and each takes the likeliest."""
+        """How many steps ``part`` may be: nobody waits, no row ends by its length, and each takes the likeliest."""
         batch, rows, scheduler = self.batch, part.rows, self.scheduler
         if not part.decodes or scheduler.waiting or self.interpreter.listeners:
             return 1
         seconds = scheduler.costs.decode_seconds(len(rows))
-        if seconds is None or 2 * seconds > SECONDS or not batch.plain[rows].all() or batch.scored[rows].any():
+        if seconds is None or 2 * seconds > SECONDS or not batch.plain[rows].all():
             return 1
         for row in rows[batch.watched[rows]].tolist():
             if scheduler.owners[row].request.metrics.first_token_time is None:  # others may branch off
                 return 1
-        return min(STEPS, int(SECONDS / seconds), int((batch.end[rows] - batch.num_tokens[rows]).min()))
+        return min(STEPS, int(SECONDS / seconds), int((batch.end[rows] - batch.num_tokens[rows]).min()) - 1)
 
     def take(self, part: Part, made: np.ndarray) -> None:
-        """Make the tokens ``made``, int32 [steps, rows], of ``part``, of which the first is counted."""
-        batch, rows, more = self.batch, part.rows, len(made) - 1
-        first = batch.num_tokens[rows] - 1
-        if batch.watched[rows].any() or self.ends(made) or (first + len(made) >= batch.end[rows]).any():
+        """Make the tokens ``made``, int32 [steps, rows], of ``part``, which are counted already."""
+        batch, rows = self.batch, part.rows
+        places = batch.num_computed[rows] + np.arange(1 - len(made), 1)[:, None]
+        batch.token_ids[rows, places] = made
+        if self.engine.is_eos[made].any() or batch.watched[rows].any():
             self.take_each(rows, made)
-        else:
-            batch.token_ids[rows, first + np.arange(len(made))[:, None]] = made
-            batch.num_computed[rows] += more
-            batch.num_tokens[rows] += more
-
-    def ends(self, made: np.ndarray) -> bool:
-        """Whether one of the tokens ``made`` ends a text, or is none."""
-        return bool(self.engine.is_eos[made].any() or (made < 0).any())
 
     def take_each(self, rows: np.ndarray, made: np.ndarray) -> None:
-        """``take`` step by step, as without several; tokens after the end of a sequence are dropped."""
+        """``take`` where somebody must look: step by step; tokens after the end of a sequence are dropped."""
         batch, owners, left = self.batch, self.scheduler.owners, np.arange(len(rows))
-        for step, tokens in enumerate(made):
-            if step:
-                left = left[[owners[row].finish_reason is None for row in rows[left].tolist()]]
-                batch.num_computed[rows[left]] += 1
-                batch.num_tokens[rows[left]] += 1
+        batch.num_computed[rows] -= len(made)
+        batch.num_tokens[rows] -= len(made)
+        for tokens in made:
+            left = left[[owners[row].finish_reason is None for row in rows[left].tolist()]]
+            batch.num_computed[rows[left]] += 1
+            batch.num_tokens[rows[left]] += 1
             self.engine.take(rows[left], tokens[left, None])
 
 
