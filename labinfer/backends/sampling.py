@@ -30,7 +30,7 @@ NOT_A_NUMBER, ALL_BANNED = -1, -2
 
 GreedyRun = Callable[[int, int], Any]
 """Runs a decode step and those after it, so many in all, of so many sequences, each on the likeliest tokens of the one
-before; the tokens made, int32 [steps, sequences], or ``NOT_A_NUMBER``."""
+before; the tokens made, int32 [steps, sequences], or ``NOT_A_NUMBER``. Called again, it goes on from there."""
 
 
 @dataclass(slots=True)

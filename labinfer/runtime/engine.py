@@ -202,12 +202,12 @@ class Engine:
                 return self.finished
             self.begin(scheduled.part)
             try:
-                logits = self.compute(scheduled)
-                self.postprocess(scheduled.part, logits)
+                part, logits = self.compute(scheduled)
+                self.postprocess(part, logits)
             finally:
                 self.stepping = False
                 self.release()
-            self.observe(scheduled.part, time.perf_counter() - started)
+            self.observe(part, time.perf_counter() - started)
             if not self.overlapping:
                 self.delivery.deliver()
             return self.finished
@@ -228,13 +228,16 @@ class Engine:
                     part = self.multi_step.extend(part)
                 return None if part is None else Scheduled(part, self.batch.step(part))
 
-    def compute(self, scheduled: Scheduled) -> np.ndarray:
-        """Run the step; meanwhile tell of the tokens of the one before it and prepare the one after it."""
+    def compute(self, scheduled: Scheduled) -> tuple[Part, np.ndarray]:
+        """Run the step; meanwhile tell of the tokens of the one before it and prepare the one after it.
+
+        Gives what was run, of several steps perhaps fewer, and its logits or tokens; see ``choose``.
+        """
         try:
-            if scheduled.part.steps > 1:
-                return self.model.decode(scheduled.batch, scheduled.part.steps)
+            if scheduled.part.steps > 1 and self.multi_step is not None:
+                return self.multi_step.run(scheduled)
             if self.device is None or not self.overlapping:
-                return self.model.run(scheduled.batch)
+                return scheduled.part, self.model.run(scheduled.batch)
             running = self.device.submit(self.model.run, scheduled.batch)
             try:
                 self.delivery.deliver()
@@ -243,7 +246,7 @@ class Engine:
                     self.prepared = self.schedule(ahead=True)
             finally:
                 running.exception()  # waits
-            return running.result()
+            return scheduled.part, running.result()
         except BaseException:
             self.undo(scheduled.part)
             raise
@@ -272,7 +275,7 @@ class Engine:
         if part.proposed is not None and self.speculation is not None:
             self.speculation.verify(part, logits, self.take)
         elif part.steps > 1 and self.multi_step is not None:
-            self.multi_step.take(part, logits)
+            self.multi_step.take(rows, logits)
         elif len(rows):
             self.take(rows, logits if part.decodes else logits[last[part.new > 0]])
         batch.commit(part)

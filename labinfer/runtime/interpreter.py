@@ -129,13 +129,13 @@ class Interpreter:
             self.device.move_from(device, array, tape.values[name][: len(array)])
         return self.execute(tape, tokens, rows)
 
-    def decode(self, batch: StepBatch, steps: int) -> Any:
-        """Run a decode step and those after it, ``steps`` in all: the tokens made; see ``GreedyRun``."""
+    def greedy(self, batch: StepBatch) -> GreedyRun:
+        """What runs a decode step and those after it; tables of blocks in ``batch`` have room for all of them."""
         tape = self.prepare(batch)
         if tape.greedy is None:
             logits = tape.values[self.stage.outputs[-1]]
             tape.greedy = self.device.greedy_decode(calls_of(tape.bound), logits, self.step_memory.steps)
-        return tape.greedy(steps, len(batch.token_ids))
+        return tape.greedy
 
     def execute(self, tape: Tape, tokens: int, rows: int) -> dict[str, Any]:
         """Run a prepared tape whose received values are in place; see ``run``."""

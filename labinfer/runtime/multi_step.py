@@ -15,21 +15,25 @@ import numpy as np
 from labinfer.runtime.batch import Part
 
 if TYPE_CHECKING:
-    from labinfer.runtime.engine import Engine
+    from labinfer.runtime.engine import Engine, Scheduled
 
 STEPS, SECONDS = 8, 1 / 60
-"""Steps in one call at most, and how long they may take together: whoever is new waits so long, or who ends meanwhile.
+"""Steps in one call at most, and how long they may take together: so long a new request may have to wait.
 
 A screen shows what is new as often.
 """
 
+CALLS = 4
+"""Calls one after another, where nobody hears of single tokens, until one may be the last or somebody asks."""
+
 
 class MultiStep:
-    """Decides how many steps of ``engine`` run in one call, on the only stage of its model."""
+    """Decides how many steps of ``engine`` run without the host, on the only stage of its model."""
 
     def __init__(self, engine: Engine) -> None:
         [self.interpreter] = engine.model.interpreters
         self.engine, self.batch, self.scheduler = engine, engine.batch, engine.scheduler
+        self.steps_in_call = 1
 
     def extend(self, part: Part) -> Part:
         """``part`` as several steps where that can be; its rows then own blocks for all of them."""
@@ -51,14 +55,38 @@ class MultiStep:
         seconds = scheduler.costs.decode_seconds(len(rows))
         if seconds is None or 2 * seconds > SECONDS or not batch.plain[rows].all():
             return 1
-        for row in rows[batch.watched[rows]].tolist():
+        watched = rows[batch.watched[rows]].tolist()
+        for row in watched:
             if scheduler.owners[row].request.metrics.first_token_time is None:  # others may branch off
                 return 1
-        return min(STEPS, int(SECONDS / seconds), int((batch.end[rows] - batch.num_tokens[rows]).min()) - 1)
+        self.steps_in_call = min(STEPS, int(SECONDS / seconds))
+        most = self.steps_in_call * (1 if watched else CALLS)
+        return min(most, int((batch.end[rows] - batch.num_tokens[rows]).min()) - 1)
 
-    def take(self, part: Part, made: np.ndarray) -> None:
-        """Make the tokens ``made``, int32 [steps, rows], of ``part``, which are counted already."""
-        batch, rows = self.batch, part.rows
+    def run(self, scheduled: Scheduled) -> tuple[Part, np.ndarray]:
+        """Run the steps of a part; the part, of fewer where not all were, and the tokens made, int32 [steps, rows]."""
+        part, each, calls = scheduled.part, self.steps_in_call, []
+        counts = [min(each, part.steps - done) for done in range(0, part.steps, each)]
+        for tokens in self.engine.model.decode(scheduled.batch, counts):
+            calls.append(tokens)
+            if self.engine.inbox or self.engine.is_eos[tokens].any():
+                break
+        made = np.concatenate(calls)
+        return self.shorten(part, len(made)), made
+
+    def shorten(self, part: Part, steps: int) -> Part:
+        """``part`` as so many steps; what was counted for the others, and their blocks, are taken back."""
+        if steps == part.steps:
+            return part
+        batch, rows, missing = self.batch, part.rows, part.counts - np.int32(steps)
+        batch.num_computed[rows] -= missing
+        batch.num_tokens[rows] -= missing
+        batch.blocks.shrink(rows, batch.num_computed[rows])
+        return part._replace(counts=part.counts - missing, new=part.new - missing, steps=steps)
+
+    def take(self, rows: np.ndarray, made: np.ndarray) -> None:
+        """Make the tokens ``made``, int32 [steps, rows], of ``rows``, which are counted already."""
+        batch = self.batch
         places = batch.num_computed[rows] + np.arange(1 - len(made), 1)[:, None]
         batch.token_ids[rows, places] = made
         if self.engine.is_eos[made].any() or batch.watched[rows].any():
