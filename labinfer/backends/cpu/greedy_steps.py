@@ -73,7 +73,7 @@ def advance_step(a: int, sequences: int, worker: int, workers: int) -> None:
         context_len[s] += 1
         total_len[s] += 1
         block, offset = positions[s] // p[7], positions[s] % p[7]
-        for g in range(p[8]):
+        for g in range(p[8]):  # behind the last step the table may list no block: that slot is never used
             group = i64p(p[9] + 24 * g)
             i32p(group[2])[s] = i32p(group[0])[s * group[1] + block] * p[7] + offset
     where[0] += 4 * sequences
