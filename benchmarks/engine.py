@@ -53,6 +53,7 @@ ABLATIONS = (
     Ablation("LABINFER_TAPE_REUSE", "0", "bind a tape for every size of a step", "greedy"),
     Ablation("LABINFER_OVERLAP", "1", "prepare a step while the one before it runs", "greedy"),
     Ablation("LABINFER_OVERLAP", "1", "the same", "sampled"),
+    Ablation("LABINFER_MULTI_STEP", "0", "return to the host after every decode step", "alone"),
     Ablation("LABINFER_PREFIX_CACHE", "0", "compute every prompt whole", "prefix"),
     Ablation("LABINFER_STALL", "0", "let a prompt take whole steps", "stall"),
 )
@@ -81,6 +82,8 @@ class Bench:
         if name == "prefix":
             shared = tokens(1000)
             return task | {"slots": 32, "in_turn": True, "requests": [[shared + tokens(16), 4] for _ in range(32)]}
+        if name == "alone":
+            return task | {"slots": 1, "requests": [[tokens(32), 800]]}
         if name == "stall":
             return task | {
                 "slots": 9,

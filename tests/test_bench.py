@@ -26,8 +26,8 @@ def test_plan_tests_and_their_room() -> None:
     assert [test.name for test in TESTS] == ["prefill 7 x 1", "decode 5 x 1", "decode 5 x 3"]
     room = limits(plan_tests([512], [100], [1, 8]))
     assert room["max_num_seqs"] == room["max_logits_rows"] == 8
-    assert room["max_model_len"] == 512
-    assert room["num_blocks"] == 8 * 7  # 8 sequences of 100 tokens need more blocks than one of 512
+    assert room["max_model_len"] == 512 + 16
+    assert room["num_blocks"] == 8 * (7 + 1)  # 8 sequences of 100 tokens need more blocks than one of 512
 
 
 def test_decode_bytes_are_those_counted_by_hand(tiny_model: Path) -> None:
@@ -88,11 +88,20 @@ def test_decode_runs_the_steps_it_says(tiny_model: Path) -> None:
         seen: list[tuple[int, int]] = []
         run = model.run
         model.run = lambda step: seen.append((len(step.token_ids), int(step.context_len.max()))) or run(step)  # type: ignore[func-returns-value]
-        assert len(measure.decode(model, 3, 4)) == 4
+        assert len(measure.run_test(model, Workload("decode", 4, 3))) == 4
         assert seen == [(3, 1), (3, 2), (3, 3), (3, 4)]
         seen.clear()
-        assert len(measure.prefill(model, 7)) == 1
+        assert len(measure.run_test(model, Workload("prefill", 7))) == 1
         assert seen == [(7, 7)]
+
+
+def test_steps_in_one_call_are_timed_by_their_part(tiny_model: Path) -> None:
+    pytest.importorskip("numba")
+    with labinfer.load(tiny_model, devices="cpu", **limits([Workload("decode", 64)])) as model:
+        seconds = measure.run_test(model, Workload("decode", 64))
+        assert len(seconds) == 64
+        assert max(each.num_steps for each in model.engine.stats) > 1
+        assert seconds[20:24] == pytest.approx([seconds[20]] * 4)
 
 
 def test_bench_prints_one_document(labinfer_cli: Cli, tiny_model: Path) -> None:
@@ -119,7 +128,7 @@ def test_bench_prints_a_table(labinfer_cli: Cli, tiny_model: Path) -> None:
 
 def test_a_plan_keeps_its_limits(labinfer_cli: Cli, tmp_path: Path) -> None:
     path, _ = tiny_plan(tmp_path, max_model_len=16, max_num_seqs=2)
-    fits = labinfer_cli("bench", path, "--prompt-lengths", 16, "--decode-lengths", 4, "--batch", 2, "--repeat", 1)
+    fits = labinfer_cli("bench", path, "--prompt-lengths", 15, "--decode-lengths", 4, "--batch", 2, "--repeat", 1)
     assert fits.returncode == 0, fits.stderr
     for words in (["--prompt-lengths", 17], ["--prompt-lengths", 16, "--batch", 3, "--decode-lengths", 4]):
         refused = labinfer_cli("bench", path, *words)

@@ -24,7 +24,7 @@ from .tiny import GOLDEN
 from .token_memory import Knowing, expected_tokens, remember_tokens
 
 EXAMPLES, EVENTS = 30, 60
-"""For each of the ten kinds of engine: more than 10,000 events in all."""
+"""For each of the twelve kinds of engine: more than 10,000 events in all."""
 
 TEXTS = [[1, 2, 3, 4, 5, 6, 7] * 6, [1, 2, 3, 4, 5, 6, 8] * 6, [9] * 40]
 
@@ -49,6 +49,7 @@ class EngineEvents(RuleBasedStateMachine):
     options: ClassVar[dict[str, Any]] = {}
     overlap = "0"
     guesses = 0
+    steps_alone = False
     family = "llama-llama3"
 
     def __init__(self) -> None:
@@ -66,6 +67,7 @@ class EngineEvents(RuleBasedStateMachine):
             if self.model.blocks.usage:  # an example before this one failed
                 loaded.cache_clear()
                 self.model = loaded(self.family, **(limits | self.options))
+            patch.setattr(self.model.interpreters[0].device, "decodes_alone", self.steps_alone)
             patch.setenv("LABINFER_SPECULATION", "1")
             self.model.proposer = Knowing(self.model, self.guesses, wrong=4) if self.guesses else None
             self.engine = Engine(self.model, seed=0)
@@ -198,6 +200,13 @@ TestOverlapSwap = machine("OverlapSwap", options={"swap_space": 1e-4, "block_siz
 TestSmallSteps = machine("SmallSteps", options={"max_num_batched_tokens": 3, "max_logits_rows": 2, "num_blocks": 12})
 TestWindows = machine("Windows", family="gemma3_text-linear_global", options={"num_blocks": 14})
 TestAdapters = machine("Adapters", options={"max_loras": 2, "max_lora_rank": 1, "swap_space": 1e-4}, overlap="1")
+TestMultiStep = machine("MultiStep", options={"num_blocks": 20}, steps_alone=True)
+TestMultiStepWindows = machine(
+    "MultiStepWindows",
+    family="gemma3_text-linear_global",
+    options={"swap_space": 1e-4},
+    steps_alone=True,
+)
 TestSpeculation = machine("Speculation", options={"max_logits_rows": 12}, guesses=3)
 TestSpeculationSwap = machine(
     "SpeculationSwap", options={"max_logits_rows": 20, "swap_space": 1e-4, "block_size": 1, "num_blocks": 60},

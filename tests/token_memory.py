@@ -6,7 +6,8 @@ A wrong, stale or shared block changes what follows, and what should follow is k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from zlib import crc32
 
 import numpy as np
@@ -65,7 +66,26 @@ def remember_tokens(model: LLM) -> None:
             rows[row] = logits_of(texts, starts, model.vocab_size)
         return rows
 
-    model.run = run  # type: ignore[method-assign]
+    def decode(batch: StepBatch, counts: Iterable[int]) -> Iterator[np.ndarray]:
+        for count in counts:
+            made = np.empty((count, len(batch.token_ids)), np.int32)
+            for step in range(count):
+                made[step] = run(batch).argmax(1)
+                batch = next_step(batch, made[step], size)
+            yield made
+
+    model.run, model.decode = run, decode  # type: ignore[method-assign]
+
+
+def next_step(batch: StepBatch, tokens: np.ndarray, size: int) -> StepBatch:
+    """The decode step after ``batch``, which made ``tokens``."""
+    positions, rows = batch.positions + 1, np.arange(len(tokens))
+    padded = [np.pad(table, ((0, 0), (0, 1))) for table in batch.block_tables]  # the last step is followed by none
+    slots = [table[rows, positions // size] * size + positions % size for table in padded]
+    context, total = batch.context_len + 1, batch.total_len + 1
+    return replace(
+        batch, token_ids=tokens, positions=positions, context_len=context, total_len=total, slot_mappings=slots
+    )
 
 
 def expected_tokens(

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from labinfer import __version__
 from labinfer.errors import DoesNotFit, UsageError, did_you_mean
-from labinfer.ops.base import OPS, Call, KernelBounds, KernelOptions, TensorType
+from labinfer.ops.base import OPS, Call, KernelBounds, KernelOptions, Step, TensorType
 
 if TYPE_CHECKING:
     from labinfer.backends.exchange import Exchange
-    from labinfer.backends.sampling import TokenSampler
+    from labinfer.backends.sampling import GreedyRun, TokenSampler
 
 Kernel = Callable[[Call], None]
 """Runs one op: reads ``call.inputs``, ``weights``, ``cache`` and ``step``, writes ``call.outputs``."""
@@ -193,6 +193,8 @@ class Device(ABC):
     """Bytes to move in at a time where the host itself copies, so that several threads can share a copy."""
     fills_host = False
     """Whether it computes with all cores of the host, so that whoever copies meanwhile is in its way."""
+    decodes_alone = False
+    """Whether it can run several decode steps in one call, by ``greedy_decode``."""
     overlaps = False
     """Whether the host has nothing to do while the device computes, and can prepare the next step."""
 
@@ -302,6 +304,10 @@ class Device(ABC):
                 raise KernelFailure(call) from error
 
         return run
+
+    def greedy_decode(self, calls: Sequence[tuple[Kernel, Call]], logits: Any, steps: Sequence[Step]) -> GreedyRun:
+        """What runs decode steps by itself: ``calls`` compute one of them from its arrays ``steps``, to ``logits``."""
+        raise NotImplementedError(f"'{self.name}' cannot choose tokens")
 
     def timed(self, calls: Sequence[tuple[Kernel, Call]]) -> Callable[[], Sequence[float]]:
         """Like ``program``, but the callable returns the seconds that each call took."""

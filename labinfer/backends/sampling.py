@@ -28,6 +28,10 @@ sequence ``index`` and ``number`` of the token in the answer.
 NOT_A_NUMBER, ALL_BANNED = -1, -2
 """Instead of a token: the greatest logit is no finite number, or minus infinity."""
 
+GreedyRun = Callable[[int, int], Any]
+"""Runs a decode step and those after it, so many in all, of so many sequences, each on the likeliest tokens of the one
+before; the tokens made, int32 [steps, sequences], or ``NOT_A_NUMBER``. Called again, it goes on from there."""
+
 
 @dataclass(slots=True)
 class Choices:

@@ -1,4 +1,4 @@
-"""Times of prefill and decode on a model, as llama-bench measures them: random prompts, decode from an empty cache."""
+"""Times of prefill and decode by the engine, as of llama-bench: random prompts, decode from an empty cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from labinfer.bench.cost import decode_bytes, prefill_flops
 from labinfer.bench.memory import peak_rss
 from labinfer.compiler.plan import Plan
 from labinfer.errors import UsageError
-from labinfer.runtime.batch import Part, part_of
 from labinfer.runtime.model import Model
 from labinfer.runtime.request import Request
 from labinfer.runtime.sampling import SamplingParams
@@ -43,9 +42,9 @@ def plan_tests(prompt_lengths: Listing[int], decode_lengths: Listing[int], batch
     return [*prefills, *(Workload("decode", length, size) for length in decode_lengths for size in batch)]
 
 
-def limits(tests: Listing[Workload], block_size: int = 16, spare: int = 0) -> dict[str, int]:
-    """Compiler options that give ``tests`` just enough room, and each of their sequences ``spare`` tokens more."""
-    tests = [replace(test, tokens=test.tokens + spare) for test in tests]
+def limits(tests: Listing[Workload], block_size: int = 16) -> dict[str, int]:
+    """Compiler options that give ``tests`` enough room: each of their sequences a block more than their tokens."""
+    tests = [replace(test, tokens=test.tokens + block_size) for test in tests]
     batch = max(test.batch for test in tests)
     return {
         "max_num_seqs": batch,
@@ -60,67 +59,34 @@ def check_room(plan: Plan, tests: Listing[Workload]) -> None:
     """Raise ``UsageError`` for a test that the limits of ``plan`` have no room for."""
     bounds = plan.limits
     for test in tests:
-        blocks = [bounds.blocks_needed(group, *[test.tokens] * test.batch) for group in bounds.groups]
+        tokens = test.tokens + 1  # those of the prompt and of the answer
+        blocks = [bounds.blocks_needed(group, *[tokens] * test.batch) for group in bounds.groups]
         short = any(count > group.num_blocks for count, group in zip(blocks, bounds.groups, strict=True))
         batch = min(bounds.max_num_seqs, bounds.max_logits_rows, bounds.max_num_batched_tokens)
-        if test.tokens > bounds.max_model_len or test.batch > batch or short:
+        if tokens > bounds.max_model_len or test.batch > batch or short:
             message = f"the plan has no room for {test.kind} of {test.tokens} tokens, {test.batch} at once"
             raise UsageError("bench.plan-limits", message, remedy="give the model, or compile with larger limits")
 
 
-def prefill(model: Model, length: int) -> list[float]:
-    """Seconds until the first token of a random prompt, in steps as large as the plan allows."""
-    batch, chunk = model.batch, model.plan.limits.max_num_batched_tokens
-    row = batch.add(np.random.default_rng(0).integers(model.vocab_size, size=length))
-    start = time.perf_counter()
-    for first in range(0, length, chunk):
-        size = min(chunk, length - first)
-        logits = model.compute(part_of(row, size, int(first + size == length)))
-    logits.argmax()
-    seconds = time.perf_counter() - start
-    batch.remove(row)
-    return [seconds]
-
-
-def decode(model: Model, batch: int, length: int) -> list[float]:
-    """Seconds of each of ``length`` steps that add a greedy token to each of ``batch`` sequences."""
-    first = np.random.default_rng(0).integers(model.vocab_size, size=batch)
-    rows = np.array([model.batch.add([int(token)]) for token in first])
-    one = np.ones(batch, np.int32)
-    seconds = []
-    for step in range(length):
-        start = time.perf_counter()
-        chosen = model.compute(Part(rows, one, one, one, decodes=True)).argmax(1)
-        if step + 1 < length:
-            for row, token in zip(rows.tolist(), chosen, strict=True):
-                model.batch.extend(row, [token])
-        seconds.append(time.perf_counter() - start)
-    for row in rows.tolist():
-        model.batch.remove(row)
-    return seconds
-
-
-def through_engine(model: Model, test: Workload) -> list[float]:
-    """As ``prefill`` and ``decode``, but by the engine: stages of a pipeline hand tokens on without us."""
+def run_test(model: Model, test: Workload) -> list[float]:
+    """Seconds of each step of ``test``, by the model's engine; of several in one call, each has its part."""
     made, prompt = (1, test.tokens) if test.kind == "prefill" else (test.tokens, 1)
     params = SamplingParams(temperature=0, max_tokens=made, ignore_eos=True, detokenize=False)
     tokens = np.random.default_rng(0).integers(model.vocab_size, size=(test.batch, prompt))
-    salt = uuid.uuid4().hex  # nothing is cached that was measured before
-    requests = [Request(row, params, cache_salt=salt) for row in tokens.tolist()]
-    told = [time.perf_counter()]
-    requests[-1].listener = lambda sequence: told.append(time.perf_counter())
-    model.engine.finish([model.engine.add(request) for request in requests])
+    salt, engine = uuid.uuid4().hex, model.engine  # nothing is cached that was measured before
+    requests, told = [Request(row, params, cache_salt=salt) for row in tokens.tolist()], [time.perf_counter()]
+    if model.pipeline is not None:  # whose steps may be of some sequences only
+        requests[-1].listener = lambda sequence: told.append(time.perf_counter())
+    engine.finish([engine.add(request) for request in requests])
+    ended = time.perf_counter()
     for failed in (request.error for request in requests if request.error):
         raise failed
-    seconds: list[float] = np.diff(told[: made + 1]).tolist()
+    if model.pipeline is not None:
+        return np.diff(told[: made + 1]).tolist()
+    steps = [step for step in engine.stats if step.time > told[0]]
+    times, counts = [told[0], *(step.time for step in steps[:-1]), ended], [step.num_steps for step in steps]
+    seconds: list[float] = np.repeat(np.diff(times) / counts, counts).tolist()
     return seconds
-
-
-def run_test(model: Model, test: Workload) -> list[float]:
-    """Seconds of each step of ``test``; a prefill counts as one."""
-    if model.fleet is not None:
-        return through_engine(model, test)
-    return prefill(model, test.tokens) if test.kind == "prefill" else decode(model, test.batch, test.tokens)
 
 
 def weight_memory(model: Model) -> list[np.ndarray]:
@@ -133,7 +99,7 @@ def measure(model: Model, tests: Listing[Workload], repeat: int) -> dict[str, An
     """Run ``tests`` ``repeat`` times, each round beside a read of the weights; the results as plain data."""
     check_room(model.plan, tests)
     for test in tests:  # binds the tapes and compiles their kernels
-        run_test(model, test if test.kind == "prefill" else Workload("decode", min(2, test.tokens), test.batch))
+        run_test(model, test if test.kind == "prefill" else Workload("decode", min(8, test.tokens), test.batch))
     memory, threads = weight_memory(model), num_threads(model.plan)
     rounds: list[list[list[float]]] = []
     bandwidths = []

@@ -152,7 +152,7 @@ def _compile_options(model: str | None, tests: list[Workload], options: dict[str
 
     if model is not None and is_plan(model):
         return options
-    return {**limits(tests, spare=16 if "cluster" in options else 0), **options}
+    return {**limits(tests), **options}
 
 
 def _compare(model: str | None, tests: list[Workload], pairs: int, options: dict[str, Any], as_json: bool) -> None:

@@ -32,7 +32,8 @@ class Part(NamedTuple):
 
     ``new`` is 1 where a token is made from the last of them, else 0. ``rows`` is intp [S], with which numpy indexes
     fastest, the others int32 [S]; no count is 0. ``decodes``: every number is 1. The last ``proposed`` tokens of a row
-    are guesses, which stand behind its known tokens; None where there are none.
+    are guesses, which stand behind its known tokens; None where there are none. With several ``steps`` the device makes
+    as many tokens of each row in one call: they are its ``counts`` and ``new``.
     """
 
     rows: np.ndarray
@@ -41,6 +42,7 @@ class Part(NamedTuple):
     new: np.ndarray
     decodes: bool = False
     proposed: np.ndarray | None = None
+    steps: int = 1
 
 
 def part_of(row: int, count: int, wanted: int) -> Part:
@@ -142,7 +144,8 @@ class Batch:
         Rows before it have grown then.
         """
         start = self.num_computed[part.rows]
-        if part.decodes and (start % self.block_size).all() and not self.blocks.forked[part.rows].any():
+        room = part.decodes and part.steps == 1 and (start % self.block_size).all()
+        if room and not self.blocks.forked[part.rows].any():
             return None  # the last block of each has room
         stop = start + part.counts
         failed = self.blocks.grow(part.rows, stop)
@@ -169,21 +172,22 @@ class Batch:
         context = start + part.counts
         if part.decodes:
             row, owner, positions = rows, self.numbers[:sequences], start
-            query_start, logits, total = self.numbers[: sequences + 1], owner, context  # all known tokens are seen
+            query_start, logits = self.numbers[: sequences + 1], owner
+            seen = total = start + np.int32(1)  # all known tokens
         else:
             query_start = np.zeros(sequences + 1, np.int32)
             np.cumsum(part.counts, out=query_start[1:])
             logits = logits_rows(query_start, part.wanted)
             owner = np.repeat(self.numbers[:sequences], part.counts)
             positions = self.numbers[: len(owner)] + (start - query_start[:-1])[owner]
-            row, total = rows[owner], np.maximum(self.total_len[rows], context)
+            row, seen, total = rows[owner], context, np.maximum(self.total_len[rows], context)
         tables = self.blocks.block_tables(rows, int(context.max()))
         block, offset = np.divmod(positions, size)
         return StepBatch(
             token_ids=self.token_ids[row, positions],
             positions=positions,
             query_start=query_start,
-            context_len=context,
+            context_len=seen,
             total_len=total,
             logits_rows=logits,
             block_tables=tables,

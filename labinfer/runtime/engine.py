@@ -21,6 +21,7 @@ from labinfer.runtime.batch import Part
 from labinfer.runtime.capture import Capture
 from labinfer.runtime.delivery import Delivery
 from labinfer.runtime.model import Model
+from labinfer.runtime.multi_step import multi_step_of
 from labinfer.runtime.outputs import RequestOutput, RequestOutputKind
 from labinfer.runtime.request import Request, Sequence
 from labinfer.runtime.sampling import Sampled, SamplingRules, SamplingState, prompt_logprobs, sample
@@ -53,9 +54,10 @@ class Engine:
         self.costs, self.capture = StepCosts(), Capture(model)
         self.scheduler = self.new_scheduler(policy or Policy())
         self.speculation = speculation_of(model.proposer, self.scheduler)
+        self.multi_step = None if self.speculation or overlaps(model) else multi_step_of(self)
         self.numbers, self.random = count(), random.Random(seed)
-        self.is_eos = np.zeros(model.vocab_size, np.bool_)
-        self.is_eos[[token for token in self.eos_ids if token < model.vocab_size]] = True
+        self.is_eos = np.zeros(model.vocab_size + 1, np.bool_)  # token -1 is none
+        self.is_eos[[-1, *(token for token in self.eos_ids if token < model.vocab_size)]] = True
         self.device = ThreadPoolExecutor(1, "labinfer-device") if overlaps(model) else None
         self.inbox: deque[Callable[[], None]] = deque()
         self.thread: EngineThread | None = None
@@ -203,12 +205,12 @@ class Engine:
                 return self.finished
             self.begin(scheduled.part)
             try:
-                logits = self.compute(scheduled)
-                self.postprocess(scheduled.part, logits)
+                part, logits = self.compute(scheduled)
+                self.postprocess(part, logits)
             finally:
                 self.stepping = False
                 self.release()
-            self.observe(scheduled.part, time.perf_counter() - started)
+            self.observe(part, time.perf_counter() - started)
             if not self.overlapping:
                 self.delivery.deliver()
             return self.finished
@@ -225,13 +227,20 @@ class Engine:
             else:
                 if part is not None and self.speculation is not None and not ahead:
                     part = self.speculation.extend(part)
+                if part is not None and self.multi_step is not None:
+                    part = self.multi_step.extend(part)
                 return None if part is None else Scheduled(part, self.batch.step(part))
 
-    def compute(self, scheduled: Scheduled) -> np.ndarray:
-        """Run the step; meanwhile tell of the tokens of the one before it and prepare the one after it."""
+    def compute(self, scheduled: Scheduled) -> tuple[Part, np.ndarray]:
+        """Run the step; meanwhile tell of the tokens of the one before it and prepare the one after it.
+
+        Gives what was run, of several steps perhaps fewer, and its logits or tokens; see ``choose``.
+        """
         try:
+            if scheduled.part.steps > 1 and self.multi_step is not None:
+                return self.multi_step.run(scheduled)
             if self.device is None or not self.overlapping:
-                return self.model.run(scheduled.batch)
+                return scheduled.part, self.model.run(scheduled.batch)
             running = self.device.submit(self.model.run, scheduled.batch)
             try:
                 self.delivery.deliver()
@@ -240,7 +249,7 @@ class Engine:
                     self.prepared = self.schedule(ahead=True)
             finally:
                 running.exception()  # waits
-            return running.result()
+            return scheduled.part, running.result()
         except BaseException:
             self.undo(scheduled.part)
             raise
@@ -268,6 +277,8 @@ class Engine:
             rows = rows[part.new > 0]
         if part.proposed is not None and self.speculation is not None:
             self.speculation.verify(part, logits, self.take)
+        elif part.steps > 1 and self.multi_step is not None:
+            self.multi_step.take(rows, logits)
         elif len(rows):
             self.take(rows, logits if part.decodes else logits[last[part.new > 0]])
         batch.commit(part)
@@ -301,8 +312,13 @@ class Engine:
                 request.prompt_logprobs[first : first + len(tokens)] = found
 
     def choose(self, rows: np.ndarray, logits: np.ndarray) -> Sampled:
-        """A token for each of ``rows`` from float32 ``logits`` [rows, vocab]."""
-        return sample(logits, self.states(rows))
+        """A token for each of ``rows``: from float32 logits [rows, vocab], or chosen already, in int32 column 0."""
+        if logits.dtype != np.int32:
+            return sample(logits, self.states(rows))
+        sampled = Sampled(logits[:, 0].astype(np.int64))
+        for index in (sampled.tokens < 0).nonzero()[0].tolist():
+            sampled.errors[index] = LabinferError("run.not-a-number", "the logits are not numbers")
+        return sampled
 
     def states(self, rows: np.ndarray) -> dict[int, SamplingState]:
         """The sampling states of those of ``rows`` that have one, by their place there."""
@@ -390,16 +406,16 @@ class Engine:
         self.finished.append(request)
 
     def observe(self, part: Part, seconds: float) -> None:
-        """Remember what a step cost."""
+        """Remember what a step cost, or several in one call."""
         accepted = self.speculation.accepted if self.speculation and part.proposed is not None else 0
         stats = step_stats(part, seconds, len(self.scheduler.waiting), accepted)
         others = stats.num_tokens - stats.num_decodes
         self.stats.append(stats._replace(predicted_seconds=self.costs.step_seconds(stats.num_decodes, others)))
-        self.num_tokens += stats.num_tokens
+        self.num_tokens += stats.num_tokens * stats.num_steps
         if self.speculation is not None:
             self.speculation.observe(stats)
         if stats.num_prompt_tokens or not stats.num_proposed:
-            self.costs.observe(stats.num_decodes, others, seconds)
+            self.costs.observe(stats.num_decodes, others, stats.seconds)
 
 
 def overlaps(model: Model) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 from labinfer.backends.base import Buffer, Device, Kernel, KernelFailure, Program
 from labinfer.backends.exchange import RankPeers
+from labinfer.backends.sampling import GreedyRun
 from labinfer.compiler.fold import GRAPH_INPUTS, Slot, steps, unfold_inputs, unfold_ops
 from labinfer.compiler.graph import Op
 from labinfer.compiler.plan import Limits, Stage
@@ -42,13 +43,17 @@ class Bound:
     program: Program | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Tape:
-    """A stage bound for at most so many tokens and rows: ``program`` is all that a step runs."""
+    """A stage bound for at most so many tokens and rows: ``program`` is all that a step runs.
+
+    ``greedy`` runs several decode steps, once it has been asked for.
+    """
 
     program: Program
     bound: tuple[Bound, ...]
     values: Mapping[str, Any]
+    greedy: GreedyRun | None = None
 
 
 def kernel_of(device: Device, op: Op) -> Kernel:
@@ -123,6 +128,14 @@ class Interpreter:
         for name, (device, array) in received.items():
             self.device.move_from(device, array, tape.values[name][: len(array)])
         return self.execute(tape, tokens, rows)
+
+    def greedy(self, batch: StepBatch) -> GreedyRun:
+        """What runs a decode step and those after it; tables of blocks in ``batch`` have room for all of them."""
+        tape = self.prepare(batch)
+        if tape.greedy is None:
+            logits = tape.values[self.stage.outputs[-1]]
+            tape.greedy = self.device.greedy_decode(calls_of(tape.bound), logits, self.step_memory.steps)
+        return tape.greedy
 
     def execute(self, tape: Tape, tokens: int, rows: int) -> dict[str, Any]:
         """Run a prepared tape whose received values are in place; see ``run``."""

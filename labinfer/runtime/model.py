@@ -242,6 +242,20 @@ class Model:
         self.device_seconds[device.name] += time.perf_counter() - began
         return logits
 
+    def decode(self, batch: StepBatch, counts: Iterable[int]) -> Iterator[np.ndarray]:
+        """Decode steps on the only stage, ``counts`` of them in a call: what each call made, int32 [steps, rows].
+
+        See ``GreedyRun``.
+        """
+        self.check_open()
+        [interpreter] = self.interpreters
+        run = interpreter.greedy(batch)
+        for steps in counts:
+            began = time.perf_counter()
+            made = run(steps, len(batch.token_ids))
+            self.device_seconds[interpreter.device.name] += time.perf_counter() - began
+            yield made
+
     def check_open(self) -> None:
         """Raise ``UsageError`` once the model is closed."""
         if self.closed:

@@ -14,8 +14,8 @@ class StepStats(NamedTuple):
     """One step: when it ended (``time.perf_counter``), how long it took, and what it computed.
 
     Of its ``num_tokens``, ``num_decodes`` were the last ones of their sequences and ``num_proposed`` guesses after
-    them, of which ``num_accepted`` were right; the others belong to prompts. ``predicted_seconds`` is what such steps
-    took until then.
+    them, of which ``num_accepted`` were right; the others belong to prompts. Of ``num_steps`` in one call, each with as
+    many tokens, this is one, and ``seconds`` its part. ``predicted_seconds`` is what such steps took until then.
     """
 
     time: float
@@ -26,6 +26,7 @@ class StepStats(NamedTuple):
     num_waiting: int
     num_proposed: int = 0
     num_accepted: int = 0
+    num_steps: int = 1
     predicted_seconds: float | None = None
 
     @property
@@ -38,7 +39,7 @@ def step_stats(part: Part, seconds: float, num_waiting: int, num_accepted: int) 
     """The statistics of a step that has just computed ``part``."""
     now, sequences = time.perf_counter(), len(part.rows)
     if part.decodes:
-        return StepStats(now, seconds, sequences, sequences, sequences, num_waiting)
+        return StepStats(now, seconds / part.steps, sequences, sequences, sequences, num_waiting, num_steps=part.steps)
     tokens, counts, proposed = int(part.counts.sum()), part.counts, 0
     if part.proposed is not None:
         counts, proposed = counts - part.proposed, int(part.proposed.sum())

@@ -71,7 +71,8 @@ class Metrics:
         for engine, last in self.counted.items():
             new = [each for each in list(engine.stats) if each.time > last]
             for each in new:
-                self.histograms["iteration_tokens_total"].observe(each.num_tokens)
+                for _ in range(each.num_steps):
+                    self.histograms["iteration_tokens_total"].observe(each.num_tokens)
             if new:
                 self.counted[engine] = new[-1].time
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from labinfer.backends.base import Buffer, FunctionTable, Kernel, Program
-from labinfer.backends.cpu import features, machine_code
+from labinfer.backends.cpu import features, greedy, machine_code
 from labinfer.backends.cpu.crossover import tune
 from labinfer.backends.cpu.emit import EMITTERS
 from labinfer.backends.cpu.emitter import Emitter
@@ -24,6 +24,7 @@ from labinfer.backends.cpu.workers import Workers
 from labinfer.backends.cpu.workspace import scratch_bytes
 from labinfer.backends.host import DTYPES, HostDevice
 from labinfer.backends.rope_tables import RopeTables
+from labinfer.backends.sampling import GreedyRun
 from labinfer.errors import UsageError
 from labinfer.ops.base import Call, KernelBounds, KernelOptions, Step, TensorType
 from labinfer.ops.dequantization import dequantize
@@ -80,6 +81,8 @@ def _weight(kind: str, name: str, weight: Any) -> Any:
 
 class CpuDevice(HostDevice):
     """Runs ops at the speed of memory. ``threads`` workers share every op."""
+
+    decodes_alone = True
 
     def __init__(self, name: str, memory_limit: int | None = None, threads: int | None = None) -> None:
         super().__init__(name, memory_limit)
@@ -156,7 +159,7 @@ class CpuDevice(HostDevice):
     ) -> None:
         """Compile what is missing of the kernels that ``steps`` need."""
         calls = [call for calls, _ in steps for call in calls]
-        machine_code.prepare(kernels_of(self.rows(calls)[0]), progress)
+        machine_code.prepare([*kernels_of(self.rows(calls)[0]), *greedy.STEPS], progress)
 
     def bound_for(self, count: int, limit: int, options: KernelOptions) -> int:
         """The most that are multiplied by the same kernels as ``count``."""
@@ -173,6 +176,10 @@ class CpuDevice(HostDevice):
             _ = kept  # what the rows point to lives as long as what runs them
 
         return run
+
+    def greedy_decode(self, calls: Sequence[tuple[Kernel, Call]], logits: Any, steps: Sequence[Step]) -> GreedyRun:
+        """The calls as one tape that chooses the tokens too, run as often as wanted in one compiled loop."""
+        return greedy.GreedyDecode(self, calls, logits, steps).run
 
     def run_tape(self, tape: Tape, step: Step | None) -> None:
         """Run ``tape`` for ``step``."""

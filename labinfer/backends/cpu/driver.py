@@ -9,7 +9,7 @@ from __future__ import annotations
 from labinfer.backends.cpu.isa import Value, njit
 from labinfer.backends.cpu.simd import Emit, fetch_add, flag_get, flag_set, i64p, kernel, pause, sched_yield
 from labinfer.backends.cpu.tape import LINE, ROW
-from labinfer.backends.cpu.workers import AWAKE, CALLED, GO, ROWS, SEQUENCES, STOP, TABLE, TURN
+from labinfer.backends.cpu.workers import AWAKE, CALLED, GO, ROWS, SEQUENCES, STOP, TABLE, TIMES, TURN
 
 SPINS_BEFORE_YIELD, SPINS_BEFORE_SLEEP = 500, 40_000
 
@@ -35,15 +35,17 @@ def barrier(sync: int, worker: int, workers: int, turn: int) -> None:
 
 
 @njit
-def run_rows(table: int, rows: int, sequences: int, worker: int, workers: int, sync: int, turn: int) -> int:
-    """Run the tape at address ``table`` as one of ``workers``; returns the barrier count it ends with."""
-    for i in range(rows):
-        row = table + i * ROW * 8
-        head = i64p(row)
-        _call_step(head[0], row + 16, sequences, worker, workers)
-        if head[1]:
-            turn += 1
-            barrier(sync, worker, workers, turn)
+def run_rows(block: Value, worker: int, workers: int, sync: int, turn: int) -> int:
+    """Run the tape that control ``block`` announces as one of ``workers``; returns the barrier count it ends with."""
+    table, rows, sequences = block[TABLE], block[ROWS], block[SEQUENCES]
+    for _ in range(block[TIMES]):
+        for i in range(rows):
+            row = table + i * ROW * 8
+            head = i64p(row)
+            _call_step(head[0], row + 16, sequences, worker, workers)
+            if head[1]:
+                turn += 1
+                barrier(sync, worker, workers, turn)
     return turn
 
 
@@ -88,11 +90,11 @@ def serve(control: int, sync: int, worker: int, workers: int, state: int) -> Non
         own[1] += 1
         if block[STOP]:
             return
-        own[0] = run_rows(block[TABLE], block[ROWS], block[SEQUENCES], worker, workers, sync, own[0])
+        own[0] = run_rows(block, worker, workers, sync, own[0])
 
 
-def lead(control: int, sync: int, workers: int, table: int, rows: int, sequences: int, woken: int) -> int:
-    """Announce a tape and run it as worker 0; returns 0.
+def lead(control: int, sync: int, workers: int, table: int, rows: int, sequences: int, times: int, woken: int) -> int:
+    """Announce a tape and run it as worker 0, ``times`` times; returns 0.
 
     If some workers sleep, which are not being ``woken``, nothing runs: returns how many, and no other goes to sleep.
     """
@@ -102,10 +104,10 @@ def lead(control: int, sync: int, workers: int, table: int, rows: int, sequences
         asleep: int = workers - 1 - fetch_add(control + AWAKE * 8, 0)
         if asleep > 0:
             return asleep
-    block[TABLE], block[ROWS], block[SEQUENCES] = table, rows, sequences
+    block[TABLE], block[ROWS], block[SEQUENCES], block[TIMES] = table, rows, sequences, times
     fetch_add(control + GO * 8, 1)
     flag_set(control + CALLED * 8, 0)
-    block[TURN] = run_rows(table, rows, sequences, 0, workers, sync, block[TURN])
+    block[TURN] = run_rows(block, 0, workers, sync, block[TURN])
     return 0
 
 

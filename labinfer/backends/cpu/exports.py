@@ -7,7 +7,7 @@ from typing import Any
 
 from numba import types
 
-from labinfer.backends.cpu import digit_tiles, driver, linear, lora, matrix_unit, panels, peers, steps
+from labinfer.backends.cpu import digit_tiles, driver, greedy_steps, linear, lora, matrix_unit, panels, peers, steps
 
 _I = types.int64
 
@@ -25,8 +25,10 @@ _FORMATTED: dict[str, tuple[Callable[..., Any], Any]] = {
 
 _SINGLE: dict[str, tuple[Callable[..., Any], Any]] = {
     "serve": (driver.serve, types.void(_I, _I, _I, _I, _I)),
-    "lead": (driver.lead, _I(_I, _I, _I, _I, _I, _I, _I)),
+    "lead": (driver.lead, _I(_I, _I, _I, _I, _I, _I, _I, _I)),
     "announce": (driver.announce, types.void(_I)),
+    "best_step": (greedy_steps.best_step, STEP),
+    "advance_step": (greedy_steps.advance_step, STEP),
     "offer_step": (peers.offer_step, STEP),
     "all_reduce_step": (peers.all_reduce_step, STEP),
     "all_gather_step": (peers.all_gather_step, STEP),

@@ -21,7 +21,7 @@ import numpy as np
 from labinfer.backends.cpu import machine_code
 from labinfer.backends.cpu.tape import LINE
 
-GO, AWAKE, CALLED, STOP, TABLE, ROWS, SEQUENCES, TURN = 0, 8, 16, 24, 25, 26, 27, 28
+GO, AWAKE, CALLED, STOP, TABLE, ROWS, SEQUENCES, TIMES, TURN = 0, 8, 16, 24, 25, 26, 27, 28, 29
 """Places in the control block, counted in int64; what is written while others spin has a cache line of its own.
 
 ``GO`` counts steps, ``AWAKE`` the spinning workers; with ``CALLED`` set no worker goes to sleep; ``TURN`` is worker 0's
@@ -34,7 +34,7 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         machine_code.prepare(["serve", "lead", "announce"])
-        self.lead = machine_code.function("lead", c_int64, *[c_int64] * 7)
+        self.lead = machine_code.function("lead", c_int64, *[c_int64] * 8)
         serve = machine_code.function("serve", None, *[c_int64] * 5)
         announce = machine_code.function("announce", None, c_int64)
         self.count = count
@@ -53,14 +53,14 @@ class Workers:
         self.stop = weakref.finalize(self, _stop, announce, self.control, self.asleep, count - 1)
         _all.add(self)
 
-    def run(self, table: int, rows: int, sequences: int) -> None:
-        """Run ``rows`` rows of the tape at address ``table`` for a step of ``sequences`` sequences."""
+    def run(self, table: int, rows: int, sequences: int, times: int = 1) -> None:
+        """Run ``rows`` rows of the tape at address ``table`` for ``times`` steps of ``sequences`` sequences."""
         control, sync = self.at
         with self.turn:
-            asleep = self.lead(control, sync, self.count, table, rows, sequences, 0)
+            asleep = self.lead(control, sync, self.count, table, rows, sequences, times, 0)
             if asleep:
                 self.asleep.release(asleep)
-                self.lead(control, sync, self.count, table, rows, sequences, 1)
+                self.lead(control, sync, self.count, table, rows, sequences, times, 1)
 
     def close(self) -> None:
         """End the threads."""

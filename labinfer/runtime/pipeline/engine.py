@@ -22,7 +22,6 @@ from labinfer.runtime.pipeline.process import StageDied
 from labinfer.runtime.pipeline.scheduler import GroupScheduler
 from labinfer.runtime.pipeline.stage_loop import TAG_MASK
 from labinfer.runtime.request import Request, Sequence
-from labinfer.runtime.sampling import Sampled
 from labinfer.runtime.scheduler import Policy, Scheduler
 
 DEPTH = 2
@@ -247,15 +246,6 @@ class PipelinedEngine(Engine):
     def values_of(self, result: StepResult) -> np.ndarray:
         """What ``choose`` gets: logits, or tokens that are chosen already."""
         return result.tokens[:, None] if result.logits is None else result.logits
-
-    def choose(self, rows: np.ndarray, logits: np.ndarray) -> Sampled:
-        """A token for each of ``rows``: from float32 logits [rows, vocab], or chosen already, in int32 column 0."""
-        if logits.dtype != np.int32:
-            return super().choose(rows, logits)
-        sampled = Sampled(logits[:, 0].astype(np.int64))
-        for index in (sampled.tokens < 0).nonzero()[0].tolist():
-            sampled.errors[index] = LabinferError("run.not-a-number", "the logits are not numbers")
-        return sampled
 
     def lose(self, flight: Flight, error: LabinferError) -> None:
         """A step failed: so do the requests it computed."""
