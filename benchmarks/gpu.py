@@ -228,6 +228,7 @@ def graph_time(device: CudaDevice, rows: Any) -> float:
 RULES: dict[str, dict[str, float]] = {
     "greedy": {},
     "temperature 0.6": {"temperature": 0.6},
+    "temperature 0.1": {"temperature": 0.1},
     "top-k 50, top-p 0.9": {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
     "top-p 0.9": {"temperature": 0.6, "top_p": 0.9},
     "min-p 0.05": {"temperature": 1.0, "floor": float(np.log(0.05))},

@@ -135,7 +135,7 @@ DEV Scale scale_of(const Rule &r, const u64 *best, const u32 *least, int parts) 
     s.best = key, s.top = value_of(key);
     s.by = BINS / fminf(s.top - value_of((u64)rank << 32), REACH * (float)r.temperature);
     if (!is_finite(s.by)) s.by = 0.f;
-    s.lowest = (double)s.top + r.floor, s.inverse = 1. / r.temperature;
+    s.lowest = (double)s.top + fmax(r.floor, -REACH * r.temperature), s.inverse = 1. / r.temperature;  // less weighs nothing
     return s;
 }
 
