@@ -125,7 +125,11 @@ class Allocator(ABC):
         """Give ``buffer`` back; giving it back twice is an error."""
         self.buffers.remove(buffer)
         self.allocated -= buffer.nbytes
+        self.release(buffer.memory)
         buffer.memory = None
+
+    def release(self, memory: Any) -> None:  # noqa: B027  most backends' memory goes with the last array over it
+        """Give back what ``reserve`` made; arrays over it are not used any more."""
 
 
 class Lane(ABC):
@@ -302,6 +306,9 @@ class Device(ABC):
                 raise KernelFailure(call) from error
 
         return run
+
+    def ready(self, program: Program) -> None:  # noqa: B027  most devices make nothing on the way
+        """Make and load what running ``program`` on the present step needs, so that this only launches it."""
 
     def timed(self, calls: Sequence[tuple[Kernel, Call]]) -> Callable[[], Sequence[float]]:
         """Like ``program``, but the callable returns the seconds that each call took."""
