@@ -115,7 +115,8 @@ def test_a_rank_that_leaves_is_not_waited_for(before: bool) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_call_is_made_between_the_launches_of_a_step(seed: int) -> None:
-    """Two groups of two ranks launch, and others call; one group loses a rank on its way."""
+    """Two groups of two ranks launch, in one order on both devices, and others call; one group loses a rank."""
+    order: tuple[list[int], list[int]] = ([], [])
     groups, counts, over = [peers_of_two(), peers_of_two()], np.zeros((2, 2), np.int64), threading.Event()
     steps = 200
 
@@ -131,6 +132,7 @@ def test_no_call_is_made_between_the_launches_of_a_step(seed: int) -> None:
             try:
                 with peers.together():
                     counts[group, number] += 1
+                    order[number].append(group)
             except LabinferError:
                 return step
         return steps
@@ -155,4 +157,5 @@ def test_no_call_is_made_between_the_launches_of_a_step(seed: int) -> None:
         over.set()
         assert [each.result() for each in ranks] == [steps, steps, steps // 2, steps // 2]
         assert min(each.result() for each in callers) > 0
+    assert order[0] == order[1]
     assert LAUNCHES.ranks == LAUNCHES.pauses == 0

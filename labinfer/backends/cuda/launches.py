@@ -22,10 +22,13 @@ class Launches:
         self.here = threading.local()  # ``launching``: whether this thread is one of the ranks
 
     def begin(self, ranks: int) -> None:
-        """From now on so many ranks launch, each in ``rank``; waits for the calls that are on their way."""
+        """From now on so many ranks launch, each in ``rank``; waits for the calls that are on their way.
+
+        It waits for the ranks of other stages and models too: all GPUs must have them in the same order.
+        """
         with self.changed:
-            self.changed.wait_for(lambda: not self.pauses)
-            self.ranks += ranks
+            self.changed.wait_for(lambda: not self.pauses and not self.ranks)
+            self.ranks = ranks
 
     @contextmanager
     def rank(self) -> Iterator[None]:
