@@ -189,7 +189,7 @@ def pipeline() -> None:
     """Two stages work on two micro-batches at a time, so that each step of either has ``BATCH`` sequences."""
     limits = {"max_model_len": 320, "max_num_batched_tokens": 2048}
     rates = []
-    for devices, transport in ((TWO[:1], None), (TWO, "local"), (TWO, "shm")):
+    for devices, transport in ((TWO[:1], None), (TWO, "local")):
         count = BATCH * len(devices)
         with opened(LLAMA_8B, devices, transport, max_num_seqs=count, num_blocks=20 * count, **limits) as model:
             rates.append(decode_rate(model, count, 128, 128, 1))

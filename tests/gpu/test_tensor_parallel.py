@@ -136,7 +136,7 @@ def test_who_listens_sees_the_rows_of_the_batch(two: Manager, in_float32: Callab
     """Of ten sequences, which a decode step is filled up beyond; ranks beside the one that listens have as many."""
     params = labinfer.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     prompts, seen = [[3, 4, token] for token in range(10)], list[int]()
-    with load(two, in_float32(LLAMA)) as model:
+    with load(two, in_float32(LLAMA), max_num_seqs=16) as model:
         expected = [each.token_ids for each in model.generate(prompts, params)]
         with model.listen("layers.1.attn.out.part", lambda array: seen.append(len(array))):
             assert [each.token_ids for each in model.generate(prompts, params)] == expected
