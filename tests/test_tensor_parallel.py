@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from labinfer.compiler.verify_plan import verify_plan
 from labinfer.errors import DoesNotFit, Errors, LabinferError, UsageError
 from labinfer.ops.formats import FORMATS
 from labinfer.runtime.parameters import transformed
+from labinfer.runtime.peers import SharedPeers
 
 from .choosing import choosing
 from .golden_models import assert_golden
@@ -98,6 +102,41 @@ def test_a_rank_that_fails_beside_the_others_ends_the_step_for_all(rank: int) ->
             model.logits([1, 2, 3])
         with pytest.raises(LabinferError, match="another rank of this stage has failed"):
             model.logits([1, 2, 3])
+
+
+def test_all_ranks_are_ready_before_any_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With listeners too, and then all ranks have just the rows of the batch, though devices fill them up otherwise."""
+    did: list[tuple[str, int]] = []
+    rows: dict[int, list[int]] = {0: [], 1: []}
+    exchange = SharedPeers.exchange
+
+    @contextmanager
+    def together(peers: SharedPeers) -> Iterator[None]:
+        did.append(("ready", peers.rank))
+        meeting.wait(20)
+        did.append(("runs", peers.rank))
+        yield
+
+    def counted(peers: SharedPeers, part: np.ndarray, columns: Sequence[int]) -> list[np.ndarray]:
+        rows[peers.rank].append(len(part))
+        return exchange(peers, part, columns)
+
+    meeting = threading.Barrier(2)
+    monkeypatch.setattr(SharedPeers, "together", together)
+    monkeypatch.setattr(SharedPeers, "exchange", counted)
+    prompts = [[3, 4, 5], [7], [8, 9], [1, 2], [6]]
+    with choosing(), labinfer.load(LLAMA, devices=devices(2), tensor_parallel_size=2) as model:
+        for listens in (False, True):
+            seen: list[int] = []
+            with model.listen("layers.1.attn.out", lambda x: seen.append(len(x))) if listens else nullcontext():  # noqa: B023
+                model.generate(prompts, GREEDY)
+            assert rows[0] == rows[1]
+            assert (5 in seen) == listens
+            assert (8 in rows[0]) != listens
+            rows[0].clear()
+            rows[1].clear()
+        for step in range(0, len(did), 4):
+            assert [what for what, _ in did[step : step + 4]] == ["ready", "ready", "runs", "runs"]
 
 
 def test_gpus_exchange_parts_in_their_own_memory() -> None:

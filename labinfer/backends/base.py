@@ -125,7 +125,11 @@ class Allocator(ABC):
         """Give ``buffer`` back; giving it back twice is an error."""
         self.buffers.remove(buffer)
         self.allocated -= buffer.nbytes
+        self.release(buffer.memory)
         buffer.memory = None
+
+    def release(self, memory: Any) -> None:  # noqa: B027  most backends' memory goes with the last array over it
+        """Give back what ``reserve`` made; arrays over it are not used any more."""
 
 
 class Lane(ABC):
@@ -308,6 +312,9 @@ class Device(ABC):
     def greedy_decode(self, calls: Sequence[tuple[Kernel, Call]], logits: Any, steps: Sequence[Step]) -> GreedyRun:
         """What runs decode steps by itself: ``calls`` compute one of them from its arrays ``steps``, to ``logits``."""
         raise NotImplementedError(f"'{self.name}' cannot choose tokens")
+
+    def ready(self, program: Program) -> None:  # noqa: B027  most devices make nothing on the way
+        """Make and load what running ``program`` on the present step needs, so that this only launches it."""
 
     def timed(self, calls: Sequence[tuple[Kernel, Call]]) -> Callable[[], Sequence[float]]:
         """Like ``program``, but the callable returns the seconds that each call took."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 
@@ -11,6 +12,9 @@ class RankPeers(Protocol):
 
     def leave(self) -> None:
         """Compute no more: whoever waits for this rank goes on, and finds out by ``check``."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """Within, this rank runs a step for which it is ready, as all others are: what it runs may wait for theirs."""
 
     def check(self) -> None:
         """Raise ``LabinferError`` where a rank has left, so that what was computed since is not right."""

@@ -45,12 +45,12 @@ class Bound:
 
 @dataclass(slots=True)
 class Tape:
-    """A stage bound for at most so many tokens and rows: ``program`` is all that a step runs.
-
-    ``greedy`` runs several decode steps, once it has been asked for.
+    """A stage bound for at most so many tokens and rows: ``program`` is all that a step runs, ``pieces`` of it are the
+    device's own. ``greedy`` runs several decode steps, once it has been asked for.
     """
 
     program: Program
+    pieces: Sequence[Program]
     bound: tuple[Bound, ...]
     values: Mapping[str, Any]
     greedy: GreedyRun | None = None
@@ -145,11 +145,12 @@ class Interpreter:
     def compute(self, tape: Tape, tokens: int, rows: int) -> None:
         """``execute`` for whoever knows already where the outputs are."""
         try:
-            if self.listeners:
-                self.run_listened(tape, tokens, rows)
+            if self.peers is None:
+                self.run_tape(tape, tokens, rows)
             else:
-                tape.program(tokens, rows)
-            if self.peers is not None:
+                self.get_ready(tape)
+                with self.peers.together():
+                    self.run_tape(tape, tokens, rows)
                 self.peers.check()
         except KernelFailure as failure:
             self.leave()
@@ -170,20 +171,45 @@ class Interpreter:
         if self.peers is not None:
             self.peers.leave()
 
+    def get_ready(self, tape: Tape) -> None:
+        """Have the device make and load what the tape needs, or each of its ops where somebody listens."""
+        alone = (self.program_of(bound) for bound in tape.bound if bound.kernel is not None)
+        for program in alone if self.listeners else tape.pieces:
+            self.device.ready(program)
+
+    def run_tape(self, tape: Tape, tokens: int, rows: int) -> None:
+        """All ops, seen by the listeners if there are any."""
+        if self.listeners:
+            self.run_listened(tape, tokens, rows)
+        else:
+            tape.program(tokens, rows)
+
+    def program_of(self, bound: Bound) -> Program:
+        """What runs one op alone."""
+        if bound.program is None:
+            bound.program = self.device.program(calls_of([bound]))
+        return bound.program
+
     def run_listened(self, tape: Tape, tokens: int, rows: int) -> None:
         """The slow loop: each op's kernel, if it has one, then every listener."""
         for index, bound in enumerate(tape.bound):
             if self.streamed is not None:
                 self.streamed.reach(bound.op.layer)
             if bound.kernel is not None:
-                if bound.program is None:
-                    bound.program = self.device.program([(bound.kernel, bound.call)])
-                bound.program(tokens, rows)
+                self.program_of(bound)(tokens, rows)
             for listener in self.listeners:
                 listener(index, bound.op, bound.call)
 
     def prepare(self, batch: StepBatch) -> Tape:
         """The tape for a batch of this size, with its arrays in place."""
+        try:
+            return self.tape_for(batch)
+        except BaseException:
+            self.leave()
+            raise
+
+    def tape_for(self, batch: StepBatch) -> Tape:
+        """See ``prepare``."""
         reuses = self.reuses_tapes and not self.listeners  # which see arrays of just this size
         if reuses and is_decode(batch) and not self.stage.inputs:  # values come for the batch's own rows only
             batch = filled_up(batch, self.device.decodes_for(len(batch.token_ids), self.max_decodes))
@@ -226,11 +252,14 @@ class Interpreter:
         """The tape for steps of ``tokens`` tokens and ``rows`` logit rows, and what else its device lets it serve."""
         bound, values = self.resolve(tokens, rows)
         if self.streamed is not None:
-            return Tape(self.in_pieces(bound, self.streamed), bound, values)
-        return Tape(self.device.program(calls_of(bound)), bound, values)
+            return Tape(*self.in_pieces(bound, self.streamed), bound, values)
+        program = self.device.program(calls_of(bound))
+        return Tape(program, [program], bound, values)
 
-    def in_pieces(self, bound: Sequence[Bound], streamed: StreamedWindow) -> Callable[..., None]:
-        """One program for each streamed layer, run once that has arrived, and for what lies between two of them."""
+    def in_pieces(self, bound: Sequence[Bound], streamed: StreamedWindow) -> tuple[Program, Sequence[Program]]:
+        """One program for each streamed layer, run once that has arrived, and for what lies between two of them; and
+        what runs all of these.
+        """
         places = streamed.places
         layers = groupby(bound, key=lambda each: each.op.layer if each.op.layer in places else None)
         runs = [(layer, calls_of(run)) for layer, run in layers]
@@ -241,7 +270,7 @@ class Interpreter:
                 streamed.reach(layer)
                 program(*size)
 
-        return run
+        return run, [program for _, program in programs]
 
     def resolve(self, tokens: int, rows: int) -> tuple[tuple[Bound, ...], dict[str, Any]]:
         """Every op with its kernel and arrays, and every value's array."""
@@ -353,6 +382,11 @@ class Interpreter:
         self.listeners.append(listener)
         return listener
 
+    def listen_along(self) -> Listener:
+        """Run as the ranks beside this one do that somebody listens to: one op at a time, and for just as many rows."""
+        self.listeners.append(lambda index, op, call: None)
+        return self.listeners[-1]
+
     def unlisten(self, listener: Listener) -> None:
         """Forget a listener; without any, the fast path is back."""
         self.listeners.remove(listener)
@@ -360,7 +394,8 @@ class Interpreter:
             self.put_together()
 
     def close(self) -> None:
-        """Give the arena back."""
+        """Give the arena back, once nothing uses it: where a rank has failed, others may still be at work."""
+        self.device.synchronize()
         self.put_together()
         self.tapes.clear()
         self.device.deallocate(self.arena)

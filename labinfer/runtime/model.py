@@ -345,13 +345,16 @@ class Model:
         ``value`` is a name of the plan, ``layers.3.attn.out``; ``array`` is a copy, float32 [T, features].
         """
         interpreter = self.maker(value)
+        [ranks] = [group.interpreters for group in self.groups if interpreter in group.interpreters]
         with self.lock:  # no step runs meanwhile
-            listener = interpreter.listen(value, callback)
+            listeners = [(interpreter, interpreter.listen(value, callback))]
+            listeners += [(each, each.listen_along()) for each in ranks if each is not interpreter]
         try:
             yield
         finally:
             with self.lock:
-                interpreter.unlisten(listener)
+                for each, listener in listeners:
+                    each.unlisten(listener)
 
     def maker(self, value: str) -> Interpreter:
         """The interpreter of the stage that makes ``value``; ``UsageError`` if none here does."""

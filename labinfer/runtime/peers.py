@@ -11,6 +11,7 @@ import mmap
 import os
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
@@ -76,6 +77,10 @@ class SharedPeers:
         self.turns[:, 0] = turn
         rows = len(part)
         return [offered[rank, : rows * count].reshape(rows, count) for rank, count in enumerate(columns)]
+
+    def together(self) -> AbstractContextManager[None]:
+        """See ``RankPeers.together``: the host itself waits, and whoever gets ready meanwhile does so undisturbed."""
+        return nullcontext()
 
     def leave(self) -> None:
         """Compute no more: whoever waits for this rank goes on, and finds out by ``check``."""

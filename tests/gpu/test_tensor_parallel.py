@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -104,6 +106,43 @@ def test_each_gpu_holds_what_the_plan_says(two: Manager) -> None:
     assert [device.allocator.allocated for device in two.devices.values()] == before
 
 
+def test_models_come_and_go_while_others_run(two: Manager) -> None:
+    """Memory is given back and taken, and kernels are loaded, while the ranks of another model wait for each other."""
+    params = labinfer.SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
+    prompts = [[3, 4, 5], list(range(12))]
+    with load(two, LLAMA) as model, ThreadPoolExecutor(1) as thread:
+        expected = [each.token_ids for each in model.generate(prompts, params)]
+        over = threading.Event()
+
+        def run() -> int:
+            runs = 0
+            while not over.is_set():
+                assert [each.token_ids for each in model.generate(prompts, params)] == expected
+                runs += 1
+            return runs
+
+        running = thread.submit(run)
+        try:
+            for name in ("qwen3-bias", "mixtral-window", "gpt2-untied_inner"):
+                with load(two, GOLDEN / name) as other:
+                    other.generate(prompts, params)
+                gc.collect()
+        finally:
+            over.set()
+        assert running.result() > 0
+
+
+def test_who_listens_sees_the_rows_of_the_batch(two: Manager, in_float32: Callable[[Path], Path]) -> None:
+    """Of ten sequences, which a decode step is filled up beyond; ranks beside the one that listens have as many."""
+    params = labinfer.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    prompts, seen = [[3, 4, token] for token in range(10)], list[int]()
+    with load(two, in_float32(LLAMA), max_num_seqs=16) as model:
+        expected = [each.token_ids for each in model.generate(prompts, params)]
+        with model.listen("layers.1.attn.out.part", lambda array: seen.append(len(array))):
+            assert [each.token_ids for each in model.generate(prompts, params)] == expected
+    assert 10 in seen
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_who_waits_for_a_rank_that_fails_is_told(two: Manager, rank: int) -> None:
     def fail(array: Any) -> None:
@@ -118,9 +157,12 @@ def test_who_waits_for_a_rank_that_fails_is_told(two: Manager, rank: int) -> Non
             model.logits([1, 2, 3])
 
 
-def test_collectives_are_exact(two: Manager) -> None:
+@pytest.mark.parametrize("graphs", [True, False])
+def test_collectives_are_exact(two: Manager, monkeypatch: pytest.MonkeyPatch, graphs: bool) -> None:
     """Of few numbers and of many, in turns: sums in the order of ranks, and parts of unequal widths."""
     devices, random = list(two.devices.values()), np.random.default_rng(5)
+    for device in devices:
+        monkeypatch.setattr(device, "graphs", graphs)
     with (
         closing(devices[0].exchange(devices)) as exchange,
         ThreadPoolExecutor(1) as one,
@@ -150,7 +192,7 @@ def test_collectives_are_exact(two: Manager) -> None:
 def collective(
     device: Any, peers: Any, kind: str, attrs: Any, part: np.ndarray, residual: np.ndarray, shape: tuple[int, ...]
 ) -> Callable[[], np.ndarray]:
-    """Runs one op of a rank, twice so that it is a graph too; what it made."""
+    """Runs one op of a rank, again and again; what it made."""
     buffer = device.allocate(part.nbytes + residual.nbytes + 4 * shape[0] * shape[1] + 1024, "test")
     x, y = device.view(buffer, 0, part.shape, "f32"), device.view(buffer, -(-part.nbytes // 256) * 256, shape, "f32")
     device.move_in(part, x)
@@ -163,10 +205,12 @@ def collective(
     program = device.program([(device.F.kernels[kind], call)])
 
     def run() -> np.ndarray:
-        for _ in range(3):
-            if kind == "all_reduce_add":
-                device.move_in(residual, y)
-            program(0, 0)
+        device.ready(program)
+        with peers.together():
+            for _ in range(3):
+                if kind == "all_reduce_add":
+                    device.move_in(residual, y)
+                program(0, 0)
         made: np.ndarray = device.move_out(y)
         device.deallocate(buffer)
         return made

@@ -21,18 +21,19 @@ except ModuleNotFoundError:
 from labinfer.backends.base import Buffer, Device, FunctionTable, Kernel, Lane, Program
 from labinfer.backends.cuda import compile, cublas, driver, gpu_number, nvrtc
 from labinfer.backends.cuda.emit import EMITTERS, Emitted, emit_calls
+from labinfer.backends.cuda.launches import LAUNCHES
 from labinfer.backends.cuda.layout import FEW_TOKENS, matrix_bytes
 from labinfer.backends.cuda.memory import CopyLane, CudaAllocator, PinnedRing, mark
 from labinfer.backends.cuda.partition import partition_of
 from labinfer.backends.cuda.peers import CudaExchange
 from labinfer.backends.cuda.sampler import CudaSampler
-from labinfer.backends.cuda.tape import Row, Runnable, Tape
+from labinfer.backends.cuda.tape import Row, Runnable, Tapes, sequences_of
 from labinfer.backends.cuda.timing import TimedCalls
 from labinfer.backends.cuda.weights import CudaWeight, pack
 from labinfer.backends.cuda.workspace import scratch_bytes
 from labinfer.backends.rope_tables import RopeTables
 from labinfer.errors import DoesNotFit
-from labinfer.ops.base import Call, KernelBounds, Step, TensorType
+from labinfer.ops.base import Call, KernelBounds, TensorType
 from labinfer.ops.dequantization import dequantize
 
 DTYPES = {"f32": np.float32, "i32": np.int32, "f16": np.float16, "bf16": np.uint16}
@@ -63,11 +64,6 @@ class CudaKernel:
             self.device.synchronize()
 
 
-def sequences_of(step: Step | None) -> int:
-    """Sequences of a step."""
-    return 1 if step is None else len(step.context_len)
-
-
 class CudaDevice(Device):
     """One GPU, or ``threads`` of its multiprocessors (see ``partition``).
 
@@ -77,6 +73,7 @@ class CudaDevice(Device):
     loaders = 4
     overlaps = True
 
+    @LAUNCHES.paused()
     def __init__(self, name: str, memory_limit: int | None = None, threads: int | None = None) -> None:
         super().__init__(name, memory_limit, threads)
         self.number = gpu_number(name)
@@ -139,10 +136,17 @@ class CudaDevice(Device):
     def move_out(self, source: Any, out: Any = None) -> Any:
         """A copy, once the device's work before it is done."""
         self.use()
-        rows = source if source.flags.c_contiguous else cupy.ascontiguousarray(source)
         made = np.empty(source.shape, source.dtype) if out is None else out
         target = made if made.flags.c_contiguous else np.empty(source.shape, source.dtype)
-        self.enqueue_copy(target.ctypes.data, rows.data.ptr, rows.nbytes)
+        if source.flags.c_contiguous or source.ndim != 2:
+            rows = cupy.ascontiguousarray(source)
+            self.enqueue_copy(target.ctypes.data, rows.data.ptr, rows.nbytes)
+        else:
+            row_bytes = source.shape[1] * source.itemsize
+            runtime.memcpy2DAsync(
+                target.ctypes.data, row_bytes, source.data.ptr, source.strides[0], row_bytes, len(source),
+                runtime.memcpyDeviceToHost, self.stream.ptr,
+            )  # fmt: skip
         self.synchronize()
         if target is not made:
             np.copyto(made, target)
@@ -221,7 +225,8 @@ class CudaDevice(Device):
     def host_memory(self, nbytes: int) -> Any:
         """Pinned memory."""
         try:
-            memory = cupy.cuda.alloc_pinned_memory(max(nbytes, 1))
+            with LAUNCHES.paused():
+                memory = cupy.cuda.alloc_pinned_memory(max(nbytes, 1))
         except (runtime.CUDARuntimeError, MemoryError, OverflowError):
             raise DoesNotFit("host.memory", f"the machine has no {nbytes} bytes for cache blocks") from None
         made = np.frombuffer(memory, np.uint8, nbytes)
@@ -283,19 +288,13 @@ class CudaDevice(Device):
         return [1 << n for n in range(limit.bit_length())]
 
     def program(self, calls: Sequence[tuple[Kernel, Call]]) -> Program:
-        """The calls as one tape for each number of sequences, made when it first runs."""
-        step = next((call.step for _, call in calls if call.step is not None), None)
-        tapes: dict[int, Tape] = {}
+        """The calls as one tape for each number of sequences."""
+        return Tapes(self, calls)
 
-        def run(tokens: int, rows: int) -> None:
-            self.use()
-            sequences = sequences_of(step)
-            tape = tapes.get(sequences)
-            if tape is None:
-                tape = tapes[sequences] = Tape(self, *self.rows(calls, sequences))
-            tape()
-
-        return run
+    def ready(self, program: Program) -> None:
+        """The graph of the present step's tape."""
+        if isinstance(program, Tapes):
+            program.tape().ready()
 
     def timed(self, calls: Sequence[tuple[Kernel, Call]]) -> Callable[[], Sequence[float]]:
         """Events between the calls, in one graph, and the time of the whole without them."""
@@ -319,6 +318,7 @@ class CudaDevice(Device):
             function, row.grid, row.threads, row.shared, row.arguments, overlap and self.overlap, row.cluster
         )
 
+    @LAUNCHES.paused()
     def capture(self, run: Callable[[int], None]) -> Any:
         """A CUDA graph of what ``run(stream)`` puts on a stream."""
         with self.recorder:
@@ -334,6 +334,7 @@ class CudaDevice(Device):
         """Wait for the stream."""
         self.stream.synchronize()
 
+    @LAUNCHES.paused()
     def close(self) -> None:
         """Give back what is held beside buffers."""
         self.use()

@@ -24,6 +24,7 @@ from ctypes import (
 from functools import cache
 from typing import Any
 
+from labinfer.backends.cuda.launches import LAUNCHES
 from labinfer.errors import DoesNotFit, LabinferError
 
 PROGRAMMATIC_LAUNCH, CLUSTER = 6, 4
@@ -72,6 +73,7 @@ def check(code: int) -> None:
 class Function:
     """A kernel on one device, from the machine code of its file."""
 
+    @LAUNCHES.paused()
     def __init__(self, module: c_void_p, name: str) -> None:
         self.name, self.handle, own = name, c_void_p(), c_int()
         check(library().cuModuleGetFunction(byref(self.handle), module, name.encode()))
@@ -79,6 +81,7 @@ class Function:
         self.shared = UNASKED_SHARED - own.value
         check(library().cuFuncSetAttribute(self.handle, CARVEOUT, 100))  # a change between kernels would drain the SMs
 
+    @LAUNCHES.paused()
     def allow_shared(self, nbytes: int) -> None:
         """Let launches ask for ``nbytes`` of shared memory."""
         if nbytes > self.shared:
@@ -86,6 +89,7 @@ class Function:
             self.shared = nbytes
 
 
+@LAUNCHES.paused()
 def load_module(cubin: bytes) -> c_void_p:
     """Machine code in the current context."""
     module = c_void_p()
@@ -176,6 +180,7 @@ def driver_version() -> int:
     return version.value
 
 
+@LAUNCHES.paused()
 def enable_peer(number: int) -> None:
     """Let the current GPU use the memory of GPU ``number``; that it may already is no error."""
     context = c_void_p()
@@ -185,9 +190,12 @@ def enable_peer(number: int) -> None:
         check(code)
 
 
-def record(event: int, stream: int) -> None:
-    """Record an event each time that the graph runs which the stream is being captured to."""
-    check(library().cuEventRecordWithFlags(c_void_p(event), c_void_p(stream), EXTERNAL))
+def record(event: int, stream: int, flags: int = 0) -> None:
+    """Record an event; with ``EXTERNAL`` each time that the graph runs which the stream is being captured to.
+
+    CuPy's own way keeps Python's lock while a stream that is full waits, for a rank that needs the lock to launch.
+    """
+    check(library().cuEventRecordWithFlags(c_void_p(event), c_void_p(stream), flags))
 
 
 def free_memory() -> tuple[int, int]:

@@ -10,6 +10,8 @@ import numpy as np
 from cupy.cuda import runtime
 
 from labinfer.backends.base import Allocator, Lane
+from labinfer.backends.cuda import driver
+from labinfer.backends.cuda.launches import LAUNCHES
 
 SLOT_BYTES, SLOTS = 4 << 20, 8
 """Pieces of pinned memory that copies to the device go through in turn."""
@@ -21,21 +23,38 @@ class CudaAllocator(Allocator):
     def __init__(self, number: int, stream: Any, limit: int | None = None) -> None:
         super().__init__(limit)
         self.number, self.stream = number, stream
+        self.unused: list[Any] = []  # memory that could not be given back at once
 
     def reserve(self, nbytes: int) -> Any:
-        """Zeroed device memory."""
-        runtime.setDevice(self.number)
-        try:
-            memory = cupy.cuda.Memory(max(nbytes, 1))
-        except (runtime.CUDARuntimeError, cupy.cuda.memory.OutOfMemoryError) as error:
-            raise MemoryError from error
-        runtime.memsetAsync(memory.ptr, 0, max(nbytes, 1), self.stream.ptr)
-        return memory
+        """Zeroed device memory, which ``release`` gives back whoever still has arrays over it."""
+        size = max(nbytes, 1)
+        with LAUNCHES.paused():
+            self.give_back()
+            runtime.setDevice(self.number)
+            try:
+                at = runtime.malloc(size)
+            except runtime.CUDARuntimeError as error:
+                raise MemoryError from error
+        runtime.memsetAsync(at, 0, size, self.stream.ptr)
+        return cupy.cuda.UnownedMemory(at, size, None, self.number)
+
+    def release(self, memory: Any) -> None:
+        """Give it back, once the device has done what it was asked for; when ranks launch, before more is reserved."""
+        self.unused.append(memory)
+        if LAUNCHES.try_pause():
+            self.give_back()
+            LAUNCHES.resume()
+
+    def give_back(self) -> None:
+        """Free what is unused."""
+        while self.unused:
+            runtime.free(self.unused.pop().ptr)
 
 
 class PinnedRing:
     """Copies host arrays to the device in the order of a stream: each through the next free piece of pinned memory."""
 
+    @LAUNCHES.paused()
     def __init__(self, stream: Any) -> None:
         self.stream, self.lock = stream, threading.Lock()
         self.memory = cupy.cuda.alloc_pinned_memory(SLOT_BYTES * SLOTS)
@@ -64,7 +83,7 @@ class PinnedRing:
     def stage(self, host: np.ndarray) -> int:
         """Put bytes into pinned memory; where they are."""
         if self.used + host.nbytes > SLOT_BYTES:
-            self.events[self.slot].record(self.stream)
+            driver.record(self.events[self.slot].ptr, self.stream.ptr)
             self.slot, self.used = (self.slot + 1) % SLOTS, 0
             self.events[self.slot].synchronize()
         start = self.slot * SLOT_BYTES + self.used
@@ -97,5 +116,5 @@ class CopyLane(Lane):
 def mark(stream: Any) -> Any:
     """An event: what the stream, of the current GPU, was asked for so far is done."""
     event = cupy.cuda.Event(block=False, disable_timing=True)
-    event.record(stream)
+    driver.record(event.ptr, stream.ptr)
     return event

@@ -10,9 +10,9 @@ import cupy
 import numpy as np
 from cupy.cuda import runtime
 
+from labinfer.backends.cuda import driver
 from labinfer.backends.cuda.arguments import address, stride
 from labinfer.backends.cuda.compile import Source
-from labinfer.backends.cuda.driver import Launch
 from labinfer.backends.cuda.layout import SAMPLE_BINS, SAMPLE_PARTS, sampling_bytes, sampling_words
 from labinfer.backends.cuda.tape import Row, Runnable, Tape
 from labinfer.backends.sampling import RULE, Choices, TokenSampler
@@ -43,7 +43,7 @@ class CudaSampler(TokenSampler):
         self.events = [cupy.cuda.Event(block=False, disable_timing=True) for _ in range(SLOTS)]
         self.slot = 0
         self.tapes: dict[tuple[int, int, bool, bool], Tape] = {}
-        self.fed: tuple[int, Launch] | None = None
+        self.fed: tuple[int, driver.Launch] | None = None
 
     def feed(self, token_ids: Any) -> None:
         """Fill in tokens of the last step; ``token_ids`` is the same array each time."""
@@ -71,7 +71,7 @@ class CudaSampler(TokenSampler):
         made, event = self.pinned[self.slot, :count], self.events[self.slot]
         source = self.memory["made"].data.ptr
         runtime.memcpyAsync(made.ctypes.data, source, made.nbytes, runtime.memcpyDeviceToHost, device.stream.ptr)
-        event.record(device.stream)
+        driver.record(event.ptr, device.stream.ptr)
         return partial(arrived, event, made)
 
     def put(self, name: str, array: np.ndarray) -> None:

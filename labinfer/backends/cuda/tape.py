@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from labinfer.backends.base import Kernel
 from labinfer.backends.cuda.compile import Source
+from labinfer.ops.base import Call, Step
 
 if TYPE_CHECKING:
     from labinfer.backends.cuda.device import CudaDevice
@@ -38,8 +40,16 @@ class Tape:
         self.graph: Any = None
         self.runs = 0
 
+    def ready(self) -> None:
+        """Before the first run: make the graph, which loads what is loaded lazily, if only for that."""
+        if self.graph is None and not self.runs:
+            graph = self.device.capture(self.run)
+            self.graph = graph if self.device.graphs else None
+
     def __call__(self) -> None:
-        """Run once. The first run is eager, which loads what is loaded lazily; the second is captured on its way."""
+        """Run once. Unless it is ready, the first run is eager, as of many sizes there is one only, and the second is
+        captured on its way.
+        """
         if self.graph is None and self.runs > 0 and self.device.graphs:
             self.graph = self.device.capture(self.run)
         self.runs += 1
@@ -52,3 +62,30 @@ class Tape:
         """Put every launch on a stream."""
         for runnable in self.runnables:
             runnable(stream)
+
+
+def sequences_of(step: Step | None) -> int:
+    """Sequences of a step."""
+    return 1 if step is None else len(step.context_len)
+
+
+class Tapes:
+    """A device's program: its calls as one tape for each number of sequences, made when it is first needed."""
+
+    def __init__(self, device: CudaDevice, calls: Sequence[tuple[Kernel, Call]]) -> None:
+        self.device, self.calls = device, calls
+        self.step = next((call.step for _, call in calls if call.step is not None), None)
+        self.tapes: dict[int, Tape] = {}
+
+    def tape(self) -> Tape:
+        """That of the present step."""
+        self.device.use()
+        sequences = sequences_of(self.step)
+        tape = self.tapes.get(sequences)
+        if tape is None:
+            tape = self.tapes[sequences] = Tape(self.device, *self.device.rows(self.calls, sequences))
+        return tape
+
+    def __call__(self, tokens: int, rows: int) -> None:
+        """See ``Program``; sizes are those of the calls' arrays."""
+        self.tape()()

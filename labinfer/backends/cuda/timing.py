@@ -37,10 +37,10 @@ class TimedCalls:
 
     def run_parts(self, stream: int) -> None:
         """Put all calls on a stream that is being captured, with an event before, between and after them."""
-        driver.record(self.events[0].ptr, stream)
+        driver.record(self.events[0].ptr, stream, driver.EXTERNAL)
         for part, event in zip(self.parts, self.events[1:], strict=True):
             part.run(stream)
-            driver.record(event.ptr, stream)
+            driver.record(event.ptr, stream, driver.EXTERNAL)
 
     def run(self) -> list[float]:
         """Seconds of each call; their sum is what all take together."""
