@@ -258,9 +258,9 @@ def _op(node: Node, number: int, stage: int = 0) -> Box:
     types = ", ".join(str(kind) for _, kind in node.outputs)
     return Box(
         "op",
-        title=clip(node.op.kind, 15),
+        title=clip(node.op.kind, 20),
         detail=clip(made_of or node.short_name, int((OP_SIZE[0] - 24) / MONO)),
-        corner=_corner(node),
+        corner=_corner(node) if len(node.op.kind) < 15 else "",  # a long title takes its place; the tip has both
         category=node.category,
         node=number,
         stage=stage,
