@@ -157,13 +157,19 @@ def test_groups_go_on_until_their_own_windows_pass() -> None:
     blocks.check_integrity()
 
 
-def test_a_window_group_needs_only_the_window_for_a_hit() -> None:
+def cached_beside_a_narrow_group() -> tuple[BlockManager, int]:
+    """Forty tokens, cached whole in one group, and what a window of eight leaves of them in the other."""
     blocks = manager((None, 60), (8, 6))
     row = blocks.open_row()
     blocks.attach(row, TEXT[:40])
     for upto in (16, 32, 40):
         assert write(blocks, row, TEXT[:40], upto)
     blocks.release(row)
+    return blocks, row
+
+
+def test_a_window_group_needs_only_the_window_for_a_hit() -> None:
+    blocks, row = cached_beside_a_narrow_group()
     assert blocks.match([*TEXT[:40], 1]) == 40  # places 8 and 9 are there, the text before is in the other group
     assert blocks.match([*TEXT[:28], 1]) == 16  # place 5 was given to what came later, and so was 4; 2 and 3 are there
     assert blocks.match([*TEXT[:12], 1]) == 0
@@ -283,12 +289,7 @@ def test_without_room_for_a_copy_what_is_cached_is_written_to() -> None:
 
 
 def test_a_block_that_begins_alike_must_be_in_every_group() -> None:
-    blocks = manager((None, 60), (8, 6))
-    row = blocks.open_row()
-    blocks.attach(row, TEXT[:40])
-    for upto in (16, 32, 40):
-        assert write(blocks, row, TEXT[:40], upto)
-    blocks.release(row)
+    blocks, row = cached_beside_a_narrow_group()
     assert blocks.attach(row, [*TEXT[:18], 7, 7]) == 16  # the narrow group has not kept the block after the fourth
     blocks.release(row)
     assert blocks.attach(row, [*TEXT[:38], 7, 7]) == 38

@@ -252,8 +252,9 @@ def decode(
         attrs.window or 0, splits, attrs.scale, attrs.softcap or 0.0, reciprocal(step.block_size),
     )  # fmt: skip
     together = splits > 1 and clusters
-    sparse = int(items * splits <= e.device.multiprocessors)
-    blocks = (f"CLUSTER={splits}", f"SPARSE={sparse}") if together else ()
+    blocks = [f"CLUSTER={splits}"] * together
+    if together and source == "attention":
+        blocks.append(f"SPARSE={int(items * splits <= e.device.multiprocessors)}")
     defines = (cache_define(call), *shape, *turn, *blocks, *softcap(attrs))
     defines += e.result_defines()
     grid, cluster = (items // len(y), len(y), splits), (1, 1, splits) if together else (1, 1, 1)
