@@ -54,6 +54,7 @@ ABLATIONS = (
     Ablation("LABINFER_OVERLAP", "1", "prepare a step while the one before it runs", "greedy"),
     Ablation("LABINFER_OVERLAP", "1", "the same", "sampled"),
     Ablation("LABINFER_MULTI_STEP", "0", "return to the host after every decode step", "alone"),
+    Ablation("LABINFER_SPECULATION", "0", "guess no tokens, of a text that repeats itself", "repeats"),
     Ablation("LABINFER_PREFIX_CACHE", "0", "compute every prompt whole", "prefix"),
     Ablation("LABINFER_STALL", "0", "let a prompt take whole steps", "stall"),
 )
@@ -84,6 +85,8 @@ class Bench:
             return task | {"slots": 32, "in_turn": True, "requests": [[shared + tokens(16), 4] for _ in range(32)]}
         if name == "alone":
             return task | {"slots": 1, "requests": [[tokens(32), 800]]}
+        if name == "repeats":
+            return task | {"slots": 1, "speculates": True, "requests": [[8 * tokens(40), 400]]}
         if name == "stall":
             return task | {
                 "slots": 9,

@@ -2,8 +2,9 @@
 
 It reads JSON: ``model`` (path), ``threads``, ``slots`` (sequences at once), ``requests`` (prompt token ids,
 tokens to make), ``temperature``, ``watched`` where somebody waits for each token, ``late``, a prompt that arrives when
-all requests have made ``after`` tokens (they run without it first, as ``alone``), and ``in_turn`` where each request
-arrives when the one before is done. Prints seconds, steps, and what became of the requests.
+all requests have made ``after`` tokens (they run without it first, as ``alone``), ``speculates`` where tokens are
+guessed, and ``in_turn`` where each request arrives when the one before is done. Prints seconds, steps, and what became
+of the requests.
 """
 
 import json
@@ -69,7 +70,8 @@ def main() -> None:
     longest = max(len(late) + 1, *(len(prompt) + tokens for prompt, tokens in requests))
     limits = {"max_num_seqs": task["slots"], "max_logits_rows": task["slots"], "max_model_len": longest}
     room = {"kv_dtype": "f16", "max_num_batched_tokens": 512, "threads": task["threads"], **limits}
-    with LLM(task["model"], devices="cpu", **room) as model:
+    guesses = {"method": "ngram"} if task.get("speculates") else None
+    with LLM(task["model"], devices="cpu", speculative_config=guesses, **room) as model:
         few = [[[token + 1 for token in prompt], 4] for prompt, _ in requests[: task["slots"]]]  # shares no beginning
         run(model, {"requests": few, "temperature": task["temperature"]})
         alone = run(model, task | {"late": None})["times"] if late else []

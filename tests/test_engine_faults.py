@@ -74,21 +74,19 @@ def test_an_idle_engine_that_finds_its_books_wrong_answers_nobody(monkeypatch: p
         model.blocks.groups[0].owners[0] -= 1
 
 
-def test_ctrl_c_stops_no_step_of_an_engine_that_was_started() -> None:
+@pytest.mark.parametrize("started", [True, False], ids=["own thread", "main thread"])
+def test_ctrl_c_stops_no_step(started: bool) -> None:
     with labinfer.load(LLAMA) as model:
         expected = model.generate(PROMPTS, greedy(60))
-        model.engine.start()
-        handler = signal.signal(signal.SIGUSR1, signal.default_int_handler)
-        try:
-            for turn in range(20):
-                watcher = threading.Thread(target=interrupt, args=(model, 0.0007 * turn))
-                with pytest.raises(KeyboardInterrupt):
-                    generate_until(watcher, model)
-                watcher.join()
-                model.blocks.check_integrity()
-                assert model.blocks.usage == 0
-        finally:
-            signal.signal(signal.SIGUSR1, handler)
+        if started:
+            model.engine.start()
+        for turn in range(30):
+            watcher = threading.Thread(target=interrupt, args=(model, 0.0007 * turn))
+            with pytest.raises(KeyboardInterrupt):
+                generate_until(watcher, model)
+            watcher.join()
+            model.blocks.check_integrity()
+            assert model.blocks.usage == 0
         answers = model.generate(PROMPTS, greedy(60))
         assert [each.token_ids for each in answers] == [each.token_ids for each in expected]
 
@@ -98,7 +96,7 @@ def interrupt(model: LLM, seconds: float) -> None:
     while len(model.engine.scheduler.requests) < 8 * len(PROMPTS):
         time.sleep(0.001)
     time.sleep(seconds)
-    os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def generate_until(watcher: threading.Thread, model: LLM) -> None:

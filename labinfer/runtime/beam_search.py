@@ -17,6 +17,7 @@ import numpy as np
 from labinfer.errors import UsageError
 from labinfer.runtime.batch import Part
 from labinfer.runtime.generate import Prompts, list_prompts, tokenize
+from labinfer.runtime.interrupts import interrupts_held
 from labinfer.runtime.request import Request
 from labinfer.runtime.sampling.sampler import not_a_number
 
@@ -202,21 +203,28 @@ def beam_search(model: Model, prompts: Prompts, params: BeamSearchParams) -> lis
 
 def run(model: Model, searches: list[Beams]) -> None:
     """Search to the end, all of ``searches`` together; others can use the model between two steps."""
-    try:
-        with model.lock:
-            for search in searches:
-                search.start()
-        while going := [search for search in searches if search.rows]:
+    with interrupts_held() as check:
+        try:
             with model.lock:
-                logits, start = last_logits(model, [row for search in going for row in search.rows]), 0
-                for search in going:
-                    count = len(search.rows)
-                    search.step(logits[start : start + count])
-                    start += count
-    finally:
-        with model.lock:
-            for search in searches:
-                search.replace([])
+                for search in searches:
+                    search.start()
+            while going := [search for search in searches if search.rows]:
+                with model.lock:
+                    advance(model, going)
+                check()
+        finally:
+            with model.lock:
+                for search in searches:
+                    search.replace([])
+
+
+def advance(model: Model, going: list[Beams]) -> None:
+    """Make each of ``going`` longer by a token."""
+    logits, start = last_logits(model, [row for search in going for row in search.rows]), 0
+    for search in going:
+        count = len(search.rows)
+        search.step(logits[start : start + count])
+        start += count
 
 
 def last_logits(model: Model, rows: Listing[int]) -> np.ndarray:

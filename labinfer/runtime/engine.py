@@ -20,6 +20,7 @@ from labinfer.errors import LabinferError, UsageError
 from labinfer.runtime.batch import Part
 from labinfer.runtime.capture import Capture
 from labinfer.runtime.delivery import Delivery
+from labinfer.runtime.interrupts import interrupts_held
 from labinfer.runtime.model import Model
 from labinfer.runtime.multi_step import multi_step_of
 from labinfer.runtime.outputs import RequestOutput, RequestOutputKind
@@ -169,13 +170,15 @@ class Engine:
 
     def finish(self, requests: Iterable[Request]) -> None:
         """Step until ``requests``, which were added, are done; while a thread steps, wait for it."""
-        for request in requests:
-            while not request.finished:
-                if self.thread is None:
-                    self.step()
-                else:
-                    with self.delivery.concluded:
-                        self.delivery.concluded.wait(0.1)
+        with interrupts_held() as check:
+            for request in requests:
+                while not request.finished:
+                    if self.thread is None:
+                        self.step()
+                    else:
+                        with self.delivery.concluded:
+                            self.delivery.concluded.wait(0.1)
+                    check()
 
     def close(self) -> None:
         """Stop every request and end the engine's threads."""
@@ -192,10 +195,12 @@ class Engine:
     def run(self) -> Iterator[Request]:
         """Step until every request is done; each request once it is."""
         while self.busy:
-            yield from self.step()
+            with interrupts_held():
+                done = self.step()
+            yield from done
 
     def step(self) -> list[Request]:
-        """Compute one step for all requests; those that it finished."""
+        """Compute one step for all requests; those that it finished. Call it with ``interrupts_held``."""
         with self.model.lock:
             started, self.finished = time.perf_counter(), []
             self.make_changes()

@@ -7,6 +7,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from labinfer.errors import UsageError
+from labinfer.runtime.interrupts import interrupts_held
 from labinfer.runtime.lora import LoRARequest
 from labinfer.runtime.outputs import RequestOutput, output_of
 from labinfer.runtime.request import Request
@@ -42,13 +43,14 @@ def generate(
     tellers = [] if on_token is None else [Teller(index, on_token, engine.abort) for index in range(len(requests))]
     for request, teller in zip(requests, tellers, strict=False):
         request.listener, request.interactive = teller, True
-    try:
-        for request in requests:
-            engine.add(request)
-        engine.finish(requests)
-    finally:
-        for request in requests:
-            engine.abort(request)
+    with interrupts_held():
+        try:
+            for request in requests:
+                engine.add(request)
+            engine.finish(requests)
+        finally:
+            for request in requests:
+                engine.abort(request)
     for problem in [*(teller.problem for teller in tellers), *(request.error for request in requests)]:
         if problem is not None:
             raise problem

@@ -21,6 +21,7 @@ from labinfer.errors import DoesNotFit, LabinferError, UsageError, did_you_mean
 from labinfer.runtime.batch import Batch, Part
 from labinfer.runtime.cache import Cache, CacheOptions
 from labinfer.runtime.interpreter import Interpreter
+from labinfer.runtime.interrupts import interrupts_held
 from labinfer.runtime.lora import Adapters, LoRARequest
 from labinfer.runtime.manager import Manager
 from labinfer.runtime.parameters import Parameters, Progress
@@ -269,7 +270,7 @@ class Model:
 
     def logits(self, token_ids: Iterable[int], lora_request: LoRARequest | None = None) -> np.ndarray:
         """Logits of every position of one sequence: float32 [len(token_ids), vocab_size]."""
-        with self.session(lora_request) as session:
+        with interrupts_held(), self.session(lora_request) as session:
             return session.append(token_ids)
 
     def generate(

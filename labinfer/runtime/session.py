@@ -10,6 +10,7 @@ import numpy as np
 from labinfer.errors import UsageError
 from labinfer.ops.base import NO_ADAPTER
 from labinfer.runtime.batch import part_of
+from labinfer.runtime.interrupts import interrupts_held
 from labinfer.runtime.lora import LoRARequest
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class Session:
         self.model, self.row, self.adapter = model, -1, NO_ADAPTER
         if lora_request:
             model.adapters.check(lora_request)
-        with model.lock:
+        with interrupts_held(), model.lock:
             if not model.adapters.give(self, lora_request):
                 raise UsageError("lora.no-slot", f"no slot is free for adapter '{lora_request and lora_request.name}'")
             self.row = model.batch.add([])
@@ -36,7 +37,7 @@ class Session:
             raise UsageError("run.closed", "the session is closed")
         tokens, limits = model.check_tokens(token_ids), model.plan.limits
         result = np.empty((len(tokens), model.vocab_size), np.float32)
-        with model.lock:
+        with interrupts_held() as check, model.lock:
             model.mend()
             before = int(batch.num_tokens[row])
             length = before + len(tokens)
@@ -53,15 +54,16 @@ class Session:
                 logits = model.compute(part_of(row, size, size if wanted else 0))
                 if wanted:
                     result[start - before : start - before + size] = logits
+                check()
         return result
 
     def close(self) -> None:
         """Give the cache blocks and the adapter back; the session cannot be used any more."""
-        with self.model.lock:
+        with interrupts_held(), self.model.lock:
             if self.row >= 0:
                 self.model.batch.remove(self.row)
                 self.model.adapters.take(self)
-        self.row = -1
+            self.row = -1
 
     def __enter__(self) -> Session:
         return self
