@@ -82,7 +82,8 @@ class Bench:
         task: Task = {"model": self.model, "threads": self.threads, "slots": 64, "temperature": 0.0}
         if name == "prefix":
             shared = tokens(1000)
-            return task | {"slots": 32, "in_turn": True, "requests": [[shared + tokens(16), 4] for _ in range(32)]}
+            requests = [[shared + tokens(16), 1] for _ in range(32)]
+            return task | {"slots": 32, "in_turn": True, "watched": True, "requests": requests}
         if name == "alone":
             return task | {"slots": 1, "requests": [[tokens(32), 800]]}
         if name == "repeats":

@@ -389,6 +389,28 @@ def test_a_long_prompt_comes_in_pieces_while_somebody_waits_for_tokens() -> None
 
 
 @pytest.mark.parametrize(
+    ("interactive", "lengths", "steps"),
+    [
+        (True, [4] * 4, [8, 8]),
+        (False, [4] * 4, [16]),
+        (True, [40, 4, 4], [32, 8, 8]),  # the rest of the first ends soon too
+        (True, [20, 12], [32]),
+    ],
+)
+def test_prompts_that_end_soon_do_not_wait_for_one_another(
+    interactive: bool, lengths: list[int], steps: list[int]
+) -> None:
+    with labinfer.load(LLAMA, max_num_batched_tokens=32, max_num_seqs=4) as model:
+        requests = [
+            Request([first + 5] * length, greedy(1), interactive=interactive) for first, length in enumerate(lengths)
+        ]
+        for request in requests:
+            model.engine.add(request)
+        model.engine.finish(requests)
+        assert [each.num_tokens for each in model.engine.stats] == steps
+
+
+@pytest.mark.parametrize(
     ("split", "said"),
     [
         (lambda remaining: remaining * 0, "no sequence would ever go on"),

@@ -48,6 +48,12 @@ class Policy:
     where such prompts come all the time that is a tenth of all tokens.
     """
 
+    soon = 0.25
+    """Where the next prompt ends within this part of a step, no more of one is filled, if somebody waits for tokens.
+
+    Of many short ends the first would come no sooner than the last.
+    """
+
     def rank(self, sequence: Sequence) -> Any:
         """Asked once when a sequence begins to wait: the one with the smallest rank is admitted next."""
         return sequence.request.priority, sequence.request.number, sequence.index
@@ -220,10 +226,14 @@ class Scheduler:
 
     def prompt_budget(self, remaining: np.ndarray) -> int:
         """Tokens of prompts that a step may have: all that fit, unless somebody waits for the tokens of others."""
-        decoding = remaining == 1
-        if not self.limits_stalls or not self.batch.interactive[self.rows[decoding]].any():
-            return self.limits.max_num_batched_tokens
-        lengths, policy = self.batch.num_tokens[self.rows[remaining > 1]], self.policy
+        policy, most = self.policy, self.limits.max_num_batched_tokens
+        decoding, interactive = remaining == 1, self.batch.interactive[self.rows]
+        if not self.limits_stalls or not interactive.any():
+            return most
+        if not interactive[decoding].any():
+            soon = int(policy.soon * most)
+            return soon if (remaining[remaining > 1][:1] <= soon).any() else most
+        lengths = self.batch.num_tokens[self.rows[remaining > 1]]
         num_short = int(np.count_nonzero(lengths <= policy.short))
         stall = policy.short_stall * num_short + policy.stall * (len(lengths) - num_short)
         return self.costs.prompt_tokens(int(np.count_nonzero(decoding)), stall)
