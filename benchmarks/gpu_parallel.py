@@ -68,8 +68,7 @@ class RepeatedCheckpoint(SyntheticCheckpoint):
 
 
 @contextmanager
-def opened(config: dict[str, Any], devices: Sequence[str], transport: str | None = None, **options: Any
-           ) -> Iterator[Model]:  # fmt: skip
+def opened(config: dict[str, Any], devices: Sequence[str], **options: Any) -> Iterator[Model]:
     """A model of this shape on ``devices``; tells how much memory each took."""
     with closing(Manager()) as manager, tempfile.TemporaryDirectory() as folder:
         gpus = [manager.device(name) for name in devices]
@@ -80,7 +79,7 @@ def opened(config: dict[str, Any], devices: Sequence[str], transport: str | None
         plan = labinfer.compile("llama", config=path, devices=",".join(devices), **limits)
         cache = CacheOptions(enable_prefix_caching=False)
         started = time.perf_counter()
-        with Model(plan, RepeatedCheckpoint(plan), manager=manager, cache=cache, transport=transport) as model:
+        with Model(plan, RepeatedCheckpoint(plan), manager=manager, cache=cache) as model:
             print(f"<!-- {', '.join(devices)}: loaded in {time.perf_counter() - started:.0f} s -->", flush=True)
             yield model
             for gpu, start, stage in zip(gpus, before, plan.stages, strict=True):
@@ -189,11 +188,11 @@ def pipeline() -> None:
     """Two stages work on two micro-batches at a time, so that each step of either has ``BATCH`` sequences."""
     limits = {"max_model_len": 320, "max_num_batched_tokens": 2048}
     rates = []
-    for devices, transport in ((TWO[:1], None), (TWO, "local")):
+    for devices in (TWO[:1], TWO):
         count = BATCH * len(devices)
-        with opened(LLAMA_8B, devices, transport, max_num_seqs=count, num_blocks=20 * count, **limits) as model:
+        with opened(LLAMA_8B, devices, max_num_seqs=count, num_blocks=20 * count, **limits) as model:
             rates.append(decode_rate(model, count, 128, 128, 1))
-        what = f"{count} sequences, {transport or 'one GPU'}"
+        what = f"{count} sequences, {len(devices)} stages"
         print(f"| {what} | {rates[-1]:,.0f} tok/s | {rates[-1] / rates[0]:.2f} | 1.8 |", flush=True)
 
 

@@ -18,35 +18,36 @@ from labinfer.runtime.sampling.random_numbers import uniform
 class ReferenceSampler(TokenSampler):
     """What ``TokenSampler`` says, row by row; counts tokens chosen, steps fed, and steps still waited for."""
 
-    def __init__(self, rows: int, vocab_size: int, capacity: int) -> None:
+    def __init__(self, rows: int, vocab_size: int, capacity: int, groups: int) -> None:
         self.rows, self.vocab_size, self.capacity = rows, vocab_size, capacity
-        self.made = np.zeros(rows, np.int32)
-        self.chosen, self.fed, self.waiting = 0, 0, 0
+        self.made = np.zeros((groups, rows), np.int32)
+        self.chosen, self.fed, self.waiting = 0, 0, [0] * groups
 
-    def feed(self, token_ids: np.ndarray) -> None:
+    def feed(self, token_ids: np.ndarray, device: Any, group: int = 0) -> None:
         unknown = token_ids < 0
-        token_ids[unknown] = np.maximum(self.made[-1 - token_ids[unknown]], 0)
+        token_ids[unknown] = np.maximum(self.made[group][-1 - token_ids[unknown]], 0)
         self.fed += int(unknown.any())
 
-    def choose(self, logits: np.ndarray, choices: Choices) -> Callable[[], np.ndarray]:
+    def choose(self, logits: np.ndarray, choices: Choices, group: int = 0) -> Callable[[], np.ndarray]:
         assert len(choices.rules) <= min(len(logits), self.rows)
         assert len(choices.tokens) <= self.capacity
-        made = np.array([self.token(logits[row], choices, row) for row in range(len(choices.rules))], np.int32)
-        self.made[: len(made)] = made
+        last = self.made[group]
+        made = np.array([self.token(logits[row], choices, row, last) for row in range(len(choices.rules))], np.int32)
+        last[: len(made)] = made
         self.chosen += len(made)
-        self.waiting += 1
-        assert self.waiting <= 2
+        self.waiting[group] += 1
+        assert self.waiting[group] <= 2
 
         def arrived() -> np.ndarray:
-            self.waiting -= 1
+            self.waiting[group] -= 1
             return made.copy()
 
         return arrived
 
-    def token(self, logits: np.ndarray, choices: Choices, row: int) -> int:
+    def token(self, logits: np.ndarray, choices: Choices, row: int, last: np.ndarray) -> int:
         rule = choices.rules[row]
         if choices.spans is not None:
-            adjust(logits, choices, row, self.made)
+            adjust(logits, choices, row, last)
         best = int(logits.argmax())
         if not np.isfinite(logits[best]):
             return ALL_BANNED if logits[best] == -np.inf else NOT_A_NUMBER
@@ -58,7 +59,7 @@ class ReferenceSampler(TokenSampler):
         return int(token)
 
     def close(self) -> None:
-        assert self.waiting == 0
+        assert not any(self.waiting)
 
 
 def adjust(logits: np.ndarray, choices: Choices, row: int, made: np.ndarray) -> None:
@@ -82,12 +83,13 @@ def choosing(capacity: int = 1 << 16) -> Iterator[list[ReferenceSampler]]:
     """Within the context reference devices choose tokens themselves; yields their samplers."""
     samplers = []
 
-    def sampler(device: Any, rows: int, vocab_size: int) -> ReferenceSampler:
-        samplers.append(ReferenceSampler(rows, vocab_size, capacity))
+    def sampler(device: Any, rows: int, vocab_size: int, groups: int = 1) -> ReferenceSampler:
+        samplers.append(ReferenceSampler(rows, vocab_size, capacity, groups))
         return samplers[-1]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ReferenceDevice, "sampler", sampler)
         patch.setattr(ReferenceDevice, "overlaps", True)
+        patch.setattr(ReferenceDevice, "reaches", lambda device, other: True)
         patch.setattr(ReferenceDevice, "decodes_for", lambda device, count, limit: min(-(-count // 4) * 4, limit))
         yield samplers

@@ -59,9 +59,13 @@ KNOBS: list[dict[str, Any]] = [
 PROMPTS = [list(range(index, index + 1 + 5 * (index % 4))) for index in range(len(KNOBS))]
 
 
+STAGES = {"devices": "reference:0=0-0,reference:1=1-2"}
+
+
+@pytest.mark.parametrize("options", [{}, STAGES], ids=["one stage", "two stages"])
 @pytest.mark.parametrize("knobs", KNOBS, ids=lambda knobs: "-".join(knobs))
-def test_every_kind_of_request_gets_the_hosts_tokens(knobs: dict[str, Any]) -> None:
-    both([(prompt, knobs | {"ignore_eos": True}) for prompt in PROMPTS[:5]])
+def test_every_kind_of_request_gets_the_hosts_tokens(knobs: dict[str, Any], options: dict[str, Any]) -> None:
+    both([(prompt, knobs | {"ignore_eos": True}) for prompt in PROMPTS[:5]], **options)
 
 
 @pytest.mark.parametrize(
@@ -69,8 +73,9 @@ def test_every_kind_of_request_gets_the_hosts_tokens(knobs: dict[str, Any]) -> N
     [{}, {"max_num_batched_tokens": 5, "max_num_seqs": 4}, {"num_blocks": 6}, {"max_logits_rows": 3}],
     ids=str,
 )
-def test_all_kinds_together_too(options: dict[str, int]) -> None:
-    both(list(zip(PROMPTS, KNOBS, strict=True)), **options)
+@pytest.mark.parametrize("stages", [{}, STAGES], ids=["one stage", "two stages"])
+def test_all_kinds_together_too(options: dict[str, Any], stages: dict[str, Any]) -> None:
+    both(list(zip(PROMPTS, KNOBS, strict=True)), **options, **stages)
 
 
 def test_only_rows_that_need_it_are_chosen_by_the_host() -> None:
@@ -86,9 +91,22 @@ def test_the_next_step_is_sent_before_the_tokens_are_known() -> None:
         assert isinstance(engine, DeviceEngine)
         engine.add(Request([1, 2, 3], SamplingParams(temperature=1.0, max_tokens=9, ignore_eos=True)))
         engine.step()
-        assert (samplers[0].chosen, samplers[0].waiting) == (2, 1)
+        assert (samplers[0].chosen, samplers[0].waiting) == (2, [1])
         list(engine.run())
-        assert (samplers[0].chosen, samplers[0].fed, samplers[0].waiting) == (9, 8, 0)
+        assert (samplers[0].chosen, samplers[0].fed, samplers[0].waiting) == (9, 8, [0])
+
+
+def test_each_stage_has_a_micro_batch_to_compute() -> None:
+    params = SamplingParams(temperature=1.0, max_tokens=9, ignore_eos=True)
+    with choosing() as samplers, labinfer.load(LLAMA, **STAGES) as model:
+        engine = model.engine
+        assert isinstance(engine, DeviceEngine)
+        for prompt in ([1, 2, 3], [4, 5]):
+            engine.add(Request(prompt, params))
+        engine.step()
+        assert sorted(flight.group for flight in engine.flights) == [0, 1, 1]
+        list(engine.run())
+        assert (samplers[0].chosen, samplers[0].fed, samplers[0].waiting) == (18, 16, [0, 0])
 
 
 def test_lists_that_do_not_fit_are_the_hosts() -> None:
@@ -98,10 +116,11 @@ def test_lists_that_do_not_fit_are_the_hosts() -> None:
         assert run(asks) == expected
 
 
-def test_preemption_and_shared_beginnings_change_no_token() -> None:
+@pytest.mark.parametrize("stages", [{}, STAGES], ids=["one stage", "two stages"])
+def test_preemption_and_shared_beginnings_change_no_token(stages: dict[str, Any]) -> None:
     asks = workload(12, VOCABULARY)
     expected = alone(LLAMA, asks, devices="reference")
-    with choosing(), labinfer.load(LLAMA, num_blocks=30, max_num_seqs=6) as llm:
+    with choosing(), labinfer.load(LLAMA, num_blocks=30, max_num_seqs=6, **stages) as llm:
         assert together(llm, asks) == expected
 
 

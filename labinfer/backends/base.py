@@ -59,8 +59,8 @@ class Capabilities:
     ``parameters`` names the layout weights take there and ``weight_bytes(format, shape)`` gives its size; ``fusions``
     are the fused ops it has kernels for; ``workspace`` gives the scratch bytes that a kernel needs at its bounds;
     ``kv_dtypes`` are the formats it can keep keys and values in; ``tables(attrs, max_model_len)`` gives the bytes of
-    constants it keeps for all ops with these attributes, and ``sampling(rows)`` those it takes to choose tokens of so
-    many rows of logits; ``threads`` how many it uses unless told otherwise;
+    constants it keeps for all ops with these attributes, and ``sampling(rows, groups)`` those it takes to choose tokens
+    of so many rows of logits, of that many micro-batches in turn; ``threads`` how many it uses unless told otherwise;
     ``block_multiple`` is what the cache's block size must be a multiple of; ``activations`` says how exactly it can
     multiply, and ``matrix_unit(activations)`` the fewest tokens, by weight format, for which its matrix unit pays.
     ``exchange(ranks)`` gives the bytes of its own memory through which it and others of its kind exchange parts, each a
@@ -76,7 +76,7 @@ class Capabilities:
     workspace: Callable[[KernelBounds], int] = no_workspace
     kv_dtypes: tuple[str, ...] = ("f32",)
     tables: Callable[[Any, int], int] = lambda attrs, max_model_len: 0
-    sampling: Callable[[int], int] = lambda rows: 0
+    sampling: Callable[[int, int], int] = lambda rows, groups: 0
     threads: Callable[[], int | None] = lambda: None
     block_multiple: int = 1
     activations: tuple[str, ...] = ("exact",)
@@ -347,9 +347,15 @@ class Device(ABC):
         """What ``devices`` exchange parts through, which are of this one's kind and the ranks of a stage."""
         raise DoesNotFit("device.exchange", f"'{self.name}' exchanges nothing with other devices by itself")
 
-    def sampler(self, rows: int, vocab_size: int) -> TokenSampler | None:
-        """What chooses the tokens of up to ``rows`` rows of logits on the device; None where only the host can."""
+    def sampler(self, rows: int, vocab_size: int, groups: int = 1) -> TokenSampler | None:
+        """What chooses the tokens of up to ``rows`` rows of logits on the device, for steps of so many ``groups`` in
+        turn; None where only the host can.
+        """
         return None
+
+    def reaches(self, device: Device) -> bool:
+        """Whether kernels of this device can read the memory of ``device``."""
+        return device is self
 
     def tune(self, formats: Iterable[str]) -> None:  # noqa: B027  most devices have nothing to choose
         """Measure what later plans choose by, for weights in ``formats``, and keep the results on this machine."""

@@ -8,9 +8,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from labinfer.backends.base import Device
 
 RULE = np.dtype(
     [
@@ -57,12 +60,16 @@ class TokenSampler(ABC):
     capacity: int
 
     @abstractmethod
-    def feed(self, token_ids: Any) -> None:
-        """Put tokens of the last step where ``token_ids``, all a step can have, are negative: -1 - its row there."""
+    def feed(self, token_ids: Any, device: Device, group: int = 0) -> None:
+        """Put tokens of the last step of ``group`` where ``token_ids``, all a step can have, are negative: -1 - its row
+        there. They are in the memory of ``device``, which reaches that of the sampler's.
+        """
 
     @abstractmethod
-    def choose(self, logits: Any, choices: Choices) -> Callable[[], np.ndarray]:
+    def choose(self, logits: Any, choices: Choices, group: int = 0) -> Callable[[], np.ndarray]:
         """Choose a token for each of the first rows of ``logits``, as many as ``choices`` has rules, and change these.
+
+        They are of a step of ``group``, of which at most two wait for their tokens.
 
         What it returns waits for the tokens, int32 [rows].
         """

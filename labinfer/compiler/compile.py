@@ -256,7 +256,7 @@ def _stage(
             size=arena.size, lower_bound=arena.lower_bound, optimal=arena.optimal, algorithm=arena.algorithm,
             peak_op=arena.peak_op, live_at_peak=list(arena.live_at_peak),
         ),
-        bytes=_bytes(graph, parts, target, limits, arena.size, len(options.split)),
+        bytes=_bytes(graph, parts, target, limits, arena.size, len(options.split), len(placements)),
     )  # fmt: skip
 
 
@@ -271,7 +271,9 @@ def _value(name: str, graph: OpGraph, arena: ArenaPlan) -> dict[str, Any]:
     return text
 
 
-def _bytes(graph: OpGraph, parts: Sequence[Op], target: Target, limits: Limits, arena: int, ranks: int) -> StageBytes:
+def _bytes(
+    graph: OpGraph, parts: Sequence[Op], target: Target, limits: Limits, arena: int, ranks: int, groups: int
+) -> StageBytes:
     used = [graph.weights[name] for name in dict.fromkeys(name for part in parts for name in part.weights.values())]
     longest = -(-limits.max_model_len // limits.block_size) * limits.block_size
     chooses = any(name in graph.outputs for part in parts for name in part.outputs)
@@ -288,7 +290,7 @@ def _bytes(graph: OpGraph, parts: Sequence[Op], target: Target, limits: Limits, 
         step=limits.step_bytes,
         peers=0 if exchange else peer_bytes(parts, graph.values, limits),
         exchange=exchange,
-        tables=tables + (target.sampling(limits.max_chosen) if chooses else 0),
+        tables=tables + (target.sampling(limits.max_chosen, groups) if chooses else 0),
     )
 
 

@@ -18,8 +18,8 @@ class Target:
     ``parameters`` names the layout that weights take there, ``weight_bytes(format, shape)`` gives its size; ``fusions``
     are the fused ops it has kernels for; ``workspace`` gives the scratch bytes that a kernel needs at its bounds;
     ``kv_dtypes`` are the cache formats it reads; ``tables`` gives the bytes of constants that ops of equal attributes
-    share, ``sampling(rows)`` of what it chooses tokens with; ``threads`` how many it uses, None where that means
-    nothing; ``block_multiple`` divides the size of a block of the cache;
+    share, ``sampling(rows, groups)`` of what it chooses tokens with, of so many micro-batches in turn; ``threads`` how
+    many it uses, None where that means nothing; ``block_multiple`` divides the size of a block of the cache;
     ``activations`` are the ways it multiplies, ``matrix_unit(activations)`` where its matrix unit pays, and ``options``
     what was chosen of that; ``exchange(ranks)`` gives the bytes of its own through which ranks exchange parts;
     ``memory`` is a cap in bytes; ``layers`` the layers (first, last) a person gave it, None for an even share;
@@ -38,7 +38,7 @@ class Target:
     block_multiple: int = 1
     activations: tuple[str, ...] = ("exact",)
     matrix_unit: Callable[[str], Mapping[str, int]] = lambda activations: {}
-    sampling: Callable[[int], int] = lambda rows: 0
+    sampling: Callable[[int, int], int] = lambda rows, groups: 0
     exchange: Callable[[int], int] = lambda ranks: 0
     options: KernelOptions = DEFAULT_OPTIONS
     memory: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +56,16 @@ def in_float32(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Pat
         return made[folder]
 
     return widen
+
+
+@pytest.fixture(scope="module")
+def two(gpu: Any) -> Iterator[Manager]:
+    """A manager with two GPUs open."""
+    import cupy
+
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("this machine has one GPU")
+    with closing(Manager()) as manager:
+        for name in ("cuda:0", "cuda:1"):
+            manager.device(name)
+        yield manager

@@ -123,7 +123,7 @@ def test_fed_tokens_and_fresh_penalties_are_those_of_the_last_step(gpu: Any) -> 
     logits[0, 41], logits[1, 17] = 1, 1
     assert sampler.choose(put(gpu, logits), Choices(rules, None, nothing, nothing))().tolist() == [41, 17]
     ids = cupy.asarray(np.array([5, -2, -1, 9, -1], np.int32))
-    sampler.feed(ids)
+    sampler.feed(ids, gpu)
     assert gpu.move_out(ids).tolist() == [5, 17, 41, 9, 41]
     rules["presence"], rules["source"] = 2, [1, 0]
     spans = np.array([[0, 0, 1], [1, 1, 1]], np.int32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -30,19 +30,6 @@ FAMILIES = [
     "deepseek_v2-group_limited", "gpt2-untied_inner", "olmo2-odd_heads",
 ]  # fmt: skip
 TWO = "cuda:0,cuda:1"
-
-
-@pytest.fixture(scope="module")
-def two(gpu: Any) -> Iterator[Manager]:
-    """A manager with two GPUs open."""
-    import cupy
-
-    if cupy.cuda.runtime.getDeviceCount() < 2:
-        pytest.skip("this machine has one GPU")
-    with closing(Manager()) as manager:
-        for name in TWO.split(","):
-            manager.device(name)
-        yield manager
 
 
 def load(two: Manager, path: Path, **options: Any) -> Any:

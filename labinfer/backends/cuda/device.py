@@ -302,9 +302,13 @@ class CudaDevice(Device):
         step = next((call.step for _, call in calls if call.step is not None), None)
         return TimedCalls(self, self.rows_of_each(calls, sequences_of(step))).run
 
-    def sampler(self, rows: int, vocab_size: int) -> CudaSampler | None:
+    def sampler(self, rows: int, vocab_size: int, groups: int = 1) -> CudaSampler | None:
         """What chooses tokens here, if their ids leave room for sums of their weights in 63 bits."""
-        return CudaSampler(self, rows, vocab_size) if vocab_size < MAX_SAMPLED_TOKENS else None
+        return CudaSampler(self, rows, vocab_size, groups) if vocab_size < MAX_SAMPLED_TOKENS else None
+
+    def reaches(self, device: Device) -> bool:
+        """Whether both are GPUs, or parts of some, that are joined."""
+        return isinstance(device, CudaDevice) and self.reach(device.number)
 
     def launch(self, row: Row, overlap: bool) -> driver.Launch:
         """A row with its kernel, compiled and loaded when it is the first; ``overlap``: with the kernel before it."""

@@ -143,14 +143,14 @@ LISTED_TOKENS = 1024
 """Tokens with a bias or a penalty, for each row on the average, that fit on the device."""
 
 
-def sampling_words(rows: int) -> dict[str, int]:
-    """What is kept to choose the tokens of ``rows`` rows of logits, in words of four bytes."""
+def sampling_words(rows: int, groups: int) -> dict[str, int]:
+    """What is kept to choose the tokens of ``rows`` rows of logits, in words of four bytes, for ``groups`` in turn."""
     listed, parts, bins = LISTED_TOKENS * rows, SAMPLE_PARTS * rows, SAMPLE_BINS * rows
     words = {"rules": 16 * rows, "spans": 3 * rows, "tokens": listed, "numbers": listed, "best": 2 * parts}
-    words |= {"least": parts, "sums": 2 * bins, "counts": bins, "made": rows}
+    words |= {"least": parts, "sums": 2 * bins, "counts": bins, "made": groups * rows}
     return {name: -(-size // 64) * 64 for name, size in words.items()}
 
 
-def sampling_bytes(rows: int) -> int:
+def sampling_bytes(rows: int, groups: int) -> int:
     """Bytes of all that."""
-    return 4 * sum(sampling_words(rows).values())
+    return 4 * sum(sampling_words(rows, groups).values())

@@ -1,4 +1,4 @@
-"""The engine of a device that chooses tokens itself: a pipeline of one stage, which is never left without a step.
+"""The engine of devices of which the last chooses the tokens: a pipeline that is never left without a step.
 
 Only for what the device cannot do does a row wait until the host has chosen its token.
 """
@@ -58,10 +58,10 @@ def rule_of(rules: SamplingRules, sequence: Sequence) -> tuple[Any, ...]:
 
 
 class ChoosingScheduler(GroupScheduler):
-    """A scheduler of one group that knows how the tokens of its rows are chosen."""
+    """A scheduler of a group for each stage that knows how the tokens of its rows are chosen."""
 
     def __init__(self, *args: Any) -> None:
-        super().__init__(1, *args)
+        super().__init__(*args)
         self.row_rules = RowRules()
 
     def take(self, sequence: Sequence, row: int) -> None:
@@ -71,24 +71,25 @@ class ChoosingScheduler(GroupScheduler):
 
 
 class DeviceEngine(PipelinedEngine):
-    """Runs requests on a model of one stage, whose ranks have ``samplers``; see ``Engine``."""
+    """Runs requests on a model, the ranks of whose last stage have ``samplers``; see ``Engine``."""
 
     scheduler: ChoosingScheduler
 
     def __init__(self, model: Model, samplers: Listing[TokenSampler], *args: Any) -> None:
-        self.steps = DeviceQueue(model.groups[0], samplers)
+        self.steps = DeviceQueue(model.groups, samplers)
         self.seen = np.zeros((0, model.vocab_size), np.float32)
         super().__init__(model, *args)
 
     @property
     def pipeline(self) -> DeviceQueue:
-        """The device, or those of all ranks."""
+        """The devices."""
         return self.steps
 
     def new_scheduler(self, policy: Policy) -> Scheduler:
         """What decides who runs; it may swap, since the device does all in order."""
         model = self.model
-        return ChoosingScheduler(self.batch, model.plan.limits, policy, self.costs, model.cache.swap, model.adapters)
+        groups, limits = len(model.groups), model.plan.limits
+        return ChoosingScheduler(groups, self.batch, limits, policy, self.costs, model.cache.swap, model.adapters)
 
     def close(self) -> None:
         """Stop every request and give the device's memory back."""
@@ -99,18 +100,19 @@ class DeviceEngine(PipelinedEngine):
         """The step with how its tokens are chosen; rows whose token the host must choose are held until it has."""
         self.fit()
         part, row_rules = scheduled.part, self.scheduler.row_rules
-        pending = self.pending(part)
+        pending, group = self.pending(part), self.scheduler.turn
         made = part.rows[part.new > 0]
         if self.batch.scored[part.rows].any():
             self.scheduler.held[made] = True
-            return ChosenStep(scheduled.batch, pending=pending, seen=np.arange(len(scheduled.batch.logits_rows)))
+            everything = np.arange(len(scheduled.batch.logits_rows))
+            return ChosenStep(scheduled.batch, pending=pending, seen=everything, group=group)
         by_host, source = row_rules.by_host[made], np.full(len(part.rows), -1, np.int32)
         source[np.searchsorted(scheduled.batch.query_start[1:], pending[:, 0], "right")] = pending[:, 2]
         for index in self.batch.watched[made].nonzero()[0].tolist():
             by_host[index] |= self.will_branch(self.scheduler.owners[int(made[index])])
         choices = self.choices(made, source[part.new > 0], by_host) if len(made) else None
         self.scheduler.held[made[by_host]] = True
-        return ChosenStep(scheduled.batch, pending=pending, choices=choices, seen=by_host.nonzero()[0])
+        return ChosenStep(scheduled.batch, pending=pending, choices=choices, seen=by_host.nonzero()[0], group=group)
 
     def will_branch(self, sequence: Sequence) -> bool:
         """Whether the step makes the first token of a request with several answers, all from the same logits."""
@@ -186,12 +188,23 @@ def engine_of(model: Model, *args: Any) -> Engine:
 
 
 def samplers_of(model: Model) -> list[TokenSampler]:
-    """What chooses the tokens of a model of one stage, for each rank; empty where the host or a guess has to."""
-    if model.proposer is not None or len(model.groups) != 1 or not overlaps(model):
+    """What chooses the tokens of a model, for each rank of the last stage; empty where the host or a guess has to.
+
+    Stages of one rank each can follow one another, all on devices that overlap, the first of which gets the tokens.
+    """
+    first, last, groups = model.interpreters[0].device, model.groups[-1].interpreters, len(model.groups)
+    if (
+        model.proposer is not None
+        or not overlaps(model)
+        or any(each.streamed is not None for each in model.interpreters)
+    ):
         return []
-    interpreters = model.groups[0].interpreters
-    if any(interpreter.streamed is not None for interpreter in interpreters):
+    if groups > 1 and not (
+        model.plan.ranks == 1
+        and all(each.device.overlaps for each in model.interpreters)
+        and first.reaches(last[0].device)
+    ):
         return []
     rows = model.plan.limits.max_chosen
-    found = [interpreter.device.sampler(rows, model.vocab_size) for interpreter in interpreters]
+    found = [interpreter.device.sampler(rows, model.vocab_size, groups) for interpreter in last]
     return [sampler for sampler in found if sampler is not None]

@@ -86,7 +86,8 @@ class StageLoop:
         self.result: Sequence[memoryview] = ()  # that of its tokens, for the engine
         self.failure = bytearray()
         chooses = self.last and links.outbound
-        self.sampler = stage.device.sampler(plan.limits.max_chosen, plan.vocab_size) if chooses else None
+        rows, groups = plan.limits.max_chosen, len(plan.groups)
+        self.sampler = stage.device.sampler(rows, plan.vocab_size, groups) if chooses else None
 
     def run(self) -> None:
         """Run steps until the channels are closed. What goes wrong in a step is told to whoever waits for it."""
