@@ -110,13 +110,7 @@ class DeviceQueue:
             return partial(np.full, rows, HOST, np.int32), seen
         return sampler.choose(tape.values[self.output], message.choices, message.group), seen
 
-    def run(
-        self,
-        interpreter: Interpreter,
-        message: ChosenStep,
-        sampler: TokenSampler,
-        values: dict[str, tuple[Device, Any]],
-    ) -> Tape:
+    def run(self, interpreter: Interpreter, message: ChosenStep, sampler: TokenSampler, values: Values) -> Tape:
         """Put one stage of it on its device, given the ``values`` of those before, and add its own."""
         batch, device = message.batch, interpreter.device
         tape = interpreter.prepare(batch)
