@@ -168,17 +168,22 @@ def test_two_hundred_models_leave_nothing(tmp_path: Path) -> None:
             with labinfer.load(path) as model:
                 model.logits([1, 2, 3])
 
+    def grown(count: int) -> int:
+        """Bytes that Python has more after so many models."""
+        before = tracemalloc.take_snapshot()
+        cycle(count)
+        gc.collect()
+        after = tracemalloc.take_snapshot()
+        return sum(change.size_diff for change in after.compare_to(before, "filename"))
+
     cycle(20)
     gc.collect()
     files, memory = open_files(), resident()
     tracemalloc.start()
-    before = tracemalloc.take_snapshot()
-    cycle(200)
-    gc.collect()
-    after = tracemalloc.take_snapshot()
+    # Python's table of interned strings doubles once in a while, by megabytes: what models leave is in both halves.
+    halves = [grown(100), grown(100)]
     tracemalloc.stop()
-    grown = sum(change.size_diff for change in after.compare_to(before, "filename"))
-    assert grown < 200_000  # the models left behind would be 20 MB, their plans 4 MB
+    assert min(halves) < 100_000  # the models left behind would be 10 MB, their plans 2 MB
     assert resident() - memory < 40_000_000
     assert open_files() == files
 
