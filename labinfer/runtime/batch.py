@@ -7,6 +7,7 @@ something happens to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,9 @@ from labinfer.ops.base import NO_ADAPTER
 from labinfer.runtime.block_digests import Salt
 from labinfer.runtime.block_manager import BlockManager
 from labinfer.runtime.step_memory import StepBatch
+
+ZERO, ONE = np.array(0, np.int32), np.array(1, np.int32)
+"""For numpy quicker than numbers of Python's."""
 
 CopyBlocks = Callable[[Sequence[tuple[int, int, int]]], None]
 """Copies cache blocks: (group, source, target)."""
@@ -45,6 +49,18 @@ class Part(NamedTuple):
     steps: int = 1
 
 
+@dataclass(slots=True)
+class LastDecode:
+    """The last decode step: what it was, and, once it is over, which of its rows (by index) have filled a block.
+
+    The next one is mostly the same, each row a token further.
+    """
+
+    part: Part
+    step: StepBatch
+    filled: np.ndarray | None = None
+
+
 def part_of(row: int, count: int, wanted: int) -> Part:
     """A step of one row, which makes no token."""
     counts, rows_wanted, new = (np.array([number], np.int32) for number in (count, wanted, 0))
@@ -63,7 +79,9 @@ class Batch:
     """
 
     def __init__(self, limits: Limits, blocks: BlockManager, copy_blocks: CopyBlocks) -> None:
-        self.blocks, self.copy_blocks, self.block_size = blocks, copy_blocks, limits.block_size
+        self.blocks, self.copy_blocks = blocks, copy_blocks
+        self.block_size = np.array(limits.block_size, np.int32)
+        self.last: LastDecode | None = None
         rows = limits.max_num_seqs
         self.token_ids = np.zeros((rows, limits.max_model_len), np.int32)
         self.num_tokens, self.num_computed, self.total_len = (np.zeros(rows, np.int32) for _ in range(3))
@@ -143,10 +161,10 @@ class Batch:
 
         Rows before it have grown then.
         """
+        last = self.last
+        if last is not None and part is last.part and last.filled is not None:
+            return self.grow_filled(part, last.filled, last.step.context_len)
         start = self.num_computed[part.rows]
-        room = part.decodes and part.steps == 1 and (start % self.block_size).all()
-        if room and not self.blocks.forked[part.rows].any():
-            return None  # the last block of each has room
         stop = start + part.counts
         failed = self.blocks.grow(part.rows, stop)
         if failed is None:
@@ -157,6 +175,24 @@ class Batch:
                 self.copy_blocks(copies)
         return failed
 
+    def grow_filled(self, part: Part, filled: np.ndarray, lengths: np.ndarray) -> int | None:
+        """``grow`` by one token past ``lengths``, where only rows ``filled`` need another block."""
+        failed = self.blocks.grow(part.rows[filled], lengths[filled] + ONE) if len(filled) else None
+        return None if failed is None else int(filled[failed])
+
+    def again(self, rows: np.ndarray) -> Part | None:
+        """The part of the last decode step, if the next one has the same ``rows``, each of them one token further.
+
+        ``grow`` and ``step`` know it again, and do what has changed.
+        """
+        last = self.last
+        if last is None or last.filled is None or last.part.rows is not rows:
+            return None
+        computed = last.step.context_len
+        if np.count_nonzero(self.num_computed[rows] != computed):
+            return None
+        return None if np.count_nonzero(self.num_tokens[rows] != computed + ONE) else last.part
+
     def computed(self, part: Part) -> None:
         """The tokens of ``part`` are in the cache now."""
         self.num_computed[part.rows] += part.counts
@@ -164,16 +200,28 @@ class Batch:
 
     def commit(self, part: Part) -> None:
         """Full blocks of ``part``'s rows hold what their tokens say, and can be reused."""
-        self.blocks.commit(part.rows, self.num_computed[part.rows], self.token_ids)
+        rows, lengths = part.rows, self.num_computed[part.rows]
+        if part.decodes and part.steps == 1:
+            filled = (lengths % self.block_size == ZERO).nonzero()[0]
+            if self.last is not None and part is self.last.part:
+                self.last.filled = filled
+            if not self.blocks.windowed:
+                rows, lengths = rows[filled], lengths[filled]
+        if len(rows):
+            self.blocks.commit(rows, lengths, self.token_ids)
 
     def step(self, part: Part) -> StepBatch:
         """The step batch of ``part``, flat over its rows, which own the blocks it needs."""
+        last = self.last
+        if last is not None and part is last.part and last.filled is not None:
+            last.step, last.filled = self.next_step(part, last.filled, last.step), None
+            return last.step
         rows, start, size, sequences = part.rows, self.num_computed[part.rows], self.block_size, len(part.rows)
         context = start + part.counts
         if part.decodes:
             row, owner, positions = rows, self.numbers[:sequences], start
             query_start, logits = self.numbers[: sequences + 1], owner
-            seen = total = start + np.int32(1)  # all known tokens
+            seen = total = start + ONE  # all known tokens
         else:
             query_start = np.zeros(sequences + 1, np.int32)
             np.cumsum(part.counts, out=query_start[1:])
@@ -183,7 +231,7 @@ class Batch:
             row, seen, total = rows[owner], context, np.maximum(self.total_len[rows], context)
         tables = self.blocks.block_tables(rows, int(context.max()))
         block, offset = np.divmod(positions, size)
-        return StepBatch(
+        step = StepBatch(
             token_ids=self.token_ids[row, positions],
             positions=positions,
             query_start=query_start,
@@ -193,6 +241,30 @@ class Batch:
             block_tables=tables,
             slot_mappings=[table[owner, block] * size + offset for table in tables],
             adapter=self.adapters(rows) if self.has_adapters else None,
+        )
+        single = part.decodes and part.steps == 1 and not np.count_nonzero(self.blocks.forked[rows])
+        self.last = LastDecode(part, step) if single else None
+        return step
+
+    def next_step(self, part: Part, filled: np.ndarray, before: StepBatch) -> StepBatch:
+        """The step after a decode step; rows ``filled`` have another block now."""
+        positions, tables = before.context_len, before.block_tables
+        context, slots = positions + ONE, [each + ONE for each in before.slot_mappings]
+        if len(filled):
+            places = positions[filled] // self.block_size
+            tables = self.blocks.block_tables(part.rows, int(context.max()))
+            for each, table in zip(slots, tables, strict=True):
+                each[filled] = table[filled, places] * self.block_size
+        return StepBatch(
+            token_ids=self.token_ids[part.rows, positions],
+            positions=positions,
+            query_start=before.query_start,
+            context_len=context,
+            total_len=context,
+            logits_rows=before.logits_rows,
+            block_tables=tables,
+            slot_mappings=slots,
+            adapter=before.adapter,
         )
 
     def adapters(self, rows: np.ndarray) -> np.ndarray | None:

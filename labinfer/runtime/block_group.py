@@ -81,10 +81,10 @@ class BlockGroup:
             self._evict(missing)
         reused = min(count, self.num_returned)
         self.num_returned -= reused
-        blocks = np.empty(count, np.int32)
-        blocks[:reused] = self.returned[self.num_returned : self.num_returned + reused]
-        blocks[reused:] = np.arange(self.fresh, self.fresh + count - reused)
-        self.fresh += count - reused
+        blocks = self.returned[self.num_returned : self.num_returned + reused].copy()
+        if reused < count:
+            fresh = np.arange(self.fresh, self.fresh + count - reused, dtype=np.int32)
+            blocks, self.fresh = np.concatenate([blocks, fresh]), self.fresh + len(fresh)
         self.owners[blocks] = 1
         return blocks
 

@@ -45,6 +45,7 @@ class BlockManager:
         reuse_until: int | None = None,
     ) -> None:
         self.limits, self.block_size, self.caching = limits, limits.block_size, caching
+        self.size = np.array(self.block_size, np.int32)  # with arrays numpy is quicker so
         self.recompute_after, self.reuse_until = recompute_after, reuse_until
         self.groups = [
             BlockGroup(each, limits.block_size, policy(), number) for number, each in enumerate(limits.groups)
@@ -62,6 +63,7 @@ class BlockManager:
         self.chains: list[list[bytes]] = [[] for _ in range(capacity)]
         self.closed = list(range(capacity))[::-1]
         self.counted = CacheCounters()
+        self.windowed = any(group.window is not None for group in self.groups)
 
     def evict_into(self, tier: Tier | None) -> None:
         """Keep evicted blocks in ``tier``, and find them there; None loses them."""
@@ -233,11 +235,11 @@ class BlockManager:
 
         The rows before it have grown then, those from it on have not.
         """
-        missing = -(-lengths // self.block_size) - self.counts[rows]
-        growing = np.flatnonzero(missing > 0)
+        missing = -(-lengths // self.size) - self.counts[rows]
+        growing = (missing > 0).nonzero()[0]
         if not len(growing):
             return None
-        if len(growing) <= self.num_free and missing[growing].max() == 1:  # as decoding does: one block each
+        if len(growing) <= self.num_free and int(missing.max()) == 1:  # as decoding does: one block each
             at = rows[growing]
             for group, table in zip(self.groups, self.tables, strict=True):
                 table[at, self.counts[at]] = group.take(len(at))
@@ -272,7 +274,7 @@ class BlockManager:
 
         Gives back the blocks that no later token of the row looks at.
         """
-        full = np.minimum(num_computed // self.block_size, self.reusable[rows])
+        full = np.minimum(num_computed // self.size, self.reusable[rows])
         complete = (full > self.hashed[rows]).nonzero()[0]
         if len(complete):
             self._register(rows[complete], full[complete], token_ids)
@@ -300,7 +302,7 @@ class BlockManager:
             chain.append(block_digest(before, text))
             texts.append((chain[-1], before, text))
         for group, table, first in zip(self.groups, self.tables, self.first, strict=True):
-            kept = np.flatnonzero(places >= first[owners])
+            kept = (places >= first[owners]).nonzero()[0]
             group.register([texts[index][0] for index in kept.tolist()], table[owners[kept], places[kept]].tolist())
         self.groups[0].tell(texts)
         self.hashed[rows] = counts

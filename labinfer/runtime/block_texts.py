@@ -25,7 +25,11 @@ class BlockTexts:
         """A block of ``digest``, whose tokens are ``raw``, can be found from now on."""
         if digest not in self.places:
             self.places[digest] = before, raw
-            insort(self.after.setdefault(before, []), (raw, digest))
+            blocks = self.after.get(before)
+            if blocks is None:
+                self.after[before] = [(raw, digest)]
+            else:
+                insort(blocks, (raw, digest))
 
     def remove(self, digest: bytes) -> None:
         """The block of ``digest``, if it is known, is not to be found any more."""

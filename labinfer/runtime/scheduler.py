@@ -19,7 +19,7 @@ import numpy as np
 
 from labinfer.compiler.plan import Limits
 from labinfer.errors import LabinferError, UsageError
-from labinfer.runtime.batch import Batch, Part
+from labinfer.runtime.batch import ONE, Batch, Part
 from labinfer.runtime.lora import Adapters
 from labinfer.runtime.request import Request, Sequence
 from labinfer.runtime.shared_prefix import rows_behind, take_over
@@ -64,8 +64,8 @@ class Policy:
         Sequences stand in the order of their admission. Together they may compute ``budget`` tokens, and those that
         have more than one remaining ``prompt_budget``, so that the others need not wait long.
         """
-        counts: np.ndarray = np.minimum(remaining, 1)
-        prompts = (remaining > 1).nonzero()[0]
+        counts: np.ndarray = np.minimum(remaining, ONE)
+        prompts = (remaining > ONE).nonzero()[0]
         if not len(prompts) and len(counts) <= budget:
             return counts
         counts[prompts] = 0
@@ -147,7 +147,7 @@ class Scheduler:
             part = self.split(ahead, behind)
             if part is None:
                 return None
-            if ahead and not self.copies_in_order and self.batch.blocks.forked[part.rows].any():
+            if ahead and not self.copies_in_order and np.count_nonzero(self.batch.blocks.forked[part.rows]):
                 return None
             if not part.decodes:
                 if self.reuse(part):
@@ -177,10 +177,13 @@ class Scheduler:
 
     def split(self, ahead: bool, behind: Listing[int] = ()) -> Part | None:
         """The budgets divided among the running sequences but for the rows ``behind``."""
-        rows, limits, remaining = self.rows, self.limits, self.remaining(ahead)
+        rows, limits = self.rows, self.limits
+        if not (behind or ahead or self.checks_policy) and (part := self.batch.again(rows)) is not None:
+            return part
+        remaining = self.remaining(ahead)
         if behind:
             remaining[np.isin(rows, behind)] = 0
-        only_decodes = int(remaining.max()) <= 1
+        only_decodes = not np.count_nonzero(remaining > ONE)
         prompts = limits.max_num_batched_tokens if only_decodes else self.prompt_budget(remaining)
         counts = self.policy.split(remaining, limits.max_num_batched_tokens, prompts)
         if self.checks_policy:
@@ -240,8 +243,10 @@ class Scheduler:
 
     def admit(self) -> None:
         """Move waiting sequences to the running ones while there is room."""
+        if not self.waiting:
+            return
         num_free = self.batch.blocks.num_free
-        if self.running and self.waiting and self.refused == (self.waiting[0][2], num_free):
+        if self.running and self.refused == (self.waiting[0][2], num_free):
             return
         while self.waiting and len(self.running) < self.max_running:
             sequence = self.waiting[0][2]

@@ -43,9 +43,9 @@ class StepCosts:
 
     def decode_seconds(self, decodes: int) -> float | None:
         """A step of ``decodes`` sequences: the measurement of the nearest number."""
-        if not self.decode:
-            return None
         size = decodes.bit_length()
+        if not self.decode or size in self.decode:
+            return self.decode.get(size)
         return self.decode[min(self.decode, key=lambda known: abs(known - size))]
 
     def step_seconds(self, decodes: int, prompt_tokens: int) -> float | None:

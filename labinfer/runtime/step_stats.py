@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from labinfer.runtime.batch import Part
+from labinfer.runtime.step_costs import StepCosts
 
 
 class StepStats(NamedTuple):
@@ -35,13 +36,15 @@ class StepStats(NamedTuple):
         return self.num_tokens - self.num_decodes - self.num_proposed
 
 
-def step_stats(part: Part, seconds: float, num_waiting: int, num_accepted: int) -> StepStats:
-    """The statistics of a step that has just computed ``part``."""
+def step_stats(part: Part, seconds: float, num_waiting: int, num_accepted: int, costs: StepCosts) -> StepStats:
+    """The statistics of a step that has just computed ``part``; ``costs`` are those of the steps before it."""
     now, sequences = time.perf_counter(), len(part.rows)
     if part.decodes:
-        return StepStats(now, seconds / part.steps, sequences, sequences, sequences, num_waiting, num_steps=part.steps)
+        each, predicted = seconds / part.steps, costs.decode_seconds(sequences)
+        return StepStats(now, each, sequences, sequences, sequences, num_waiting, 0, 0, part.steps, predicted)
     tokens, counts, proposed = int(part.counts.sum()), part.counts, 0
     if part.proposed is not None:
         counts, proposed = counts - part.proposed, int(part.proposed.sum())
     decodes = int(np.count_nonzero((counts == 1) & (part.new == 1)))  # a piece of a prompt may be one token too
-    return StepStats(now, seconds, sequences, tokens, decodes, num_waiting, proposed, num_accepted)
+    predicted = costs.step_seconds(decodes, tokens - decodes)
+    return StepStats(now, seconds, sequences, tokens, decodes, num_waiting, proposed, num_accepted, 1, predicted)

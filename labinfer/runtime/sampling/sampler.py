@@ -35,7 +35,8 @@ def sample(logits: np.ndarray, states: Mapping[int, SamplingState]) -> Sampled:
     """
     best = logits.argmax(1)  # the first NaN of a row, if there is any
     made = Sampled(best)
-    for row in (~np.isfinite(logits[np.arange(len(best)), best])).nonzero()[0].tolist():
+    finite = np.isfinite(logits[np.arange(len(best)), best])
+    for row in (~finite).nonzero()[0].tolist() if np.count_nonzero(finite) < len(best) else ():
         made.errors[row] = not_a_number(logits[row], int(best[row]))
     for row, state in states.items():
         if row not in made.errors:
