@@ -28,8 +28,8 @@ from labinfer.backends.cpu.layout import (
     PANEL_FORMATS,
     PANEL_ROWS,
     activation_bytes,
-    activation_digits,
     packed_bytes,
+    product_kernel,
 )
 from labinfer.backends.cpu.linear import linear
 from labinfer.backends.cpu.machine_code import address
@@ -89,9 +89,9 @@ def multiply(
 
 
 @isa.njit
-def quantize_all(digits: int, x: int, columns: int, tokens: int, out: int, stride: int) -> None:
+def quantize_all(form: int, x: int, columns: int, tokens: int, out: int, stride: int) -> None:
     for t in range(tokens):
-        quantize_row(digits, x + t * columns * 4, columns, out + t * stride)
+        quantize_row(form, x + t * columns * 4, columns, out, stride, t)
 
 
 @isa.njit
@@ -190,14 +190,11 @@ class Case:
     def product(self, weights: np.ndarray, copies: int, step: int) -> Callable[[int, int, int], None]:
         """The function (address of the weights, thread, sync) to be timed."""
         x = np.random.default_rng(1).standard_normal((self.tokens, self.columns), dtype=np.float32)
-        stride = activation_bytes(self.format, self.columns, self.digits)
-        digits = activation_digits(self.format, self.digits)
+        form = self.digits if PANEL_FORMATS[self.format].quantized else 0
+        stride = activation_bytes(form, self.columns)
         activations, y = aligned(self.tokens * stride), aligned(self.tokens * self.rows * 4)
-        quantize_all(digits, x.ctypes.data, self.columns, self.tokens, activations.ctypes.data, stride)
-        code, panels = (
-            address(f"linear/{self.format}/{activation_digits(self.format, self.digits)}"),
-            -(-self.rows // PANEL_ROWS),
-        )
+        quantize_all(form, x.ctypes.data, self.columns, self.tokens, activations.ctypes.data, stride)
+        code, panels = address(product_kernel(self.format, form)), -(-self.rows // PANEL_ROWS)
 
         def product(at: int, thread: int, sync: int) -> None:
             g0, g1 = panels * thread // self.threads, panels * (thread + 1) // self.threads

@@ -79,7 +79,8 @@ class Activations:
         steps = np.zeros_like(x)
         if self.digits:
             greatest = x.reshape(len(x), -1, 32).max(axis=2)
-            steps = np.repeat(greatest * 0.5 / (features.DIGIT_MAX * 128.0 ** (self.digits - 1)), 32, axis=1)
+            top = features.DIGIT_MAX[self.digits] * 128.0 ** (self.digits - 1)
+            steps = np.repeat(greatest * 0.5 / top, 32, axis=1)
         # A zero point or minimum is taken off at the end, so that the sums are of larger numbers than the weights.
         larger = np.maximum(sizes, sizes.reshape(len(sizes), -1).max()) if self.digits else sizes
         return 1.001 * steps @ sizes.T + 2e-6 * (x @ larger.T)

@@ -49,7 +49,7 @@ def test_a_large_product_is_within_the_stated_error(format):
     a = Activations(w, 3, spread=0.5)
     exact = a.x.astype(np.float64) @ w.meaning.T
     error = np.abs(product(w, a, 3) - exact).max() / np.abs(exact).max()
-    assert error <= (2e-6 if not a.digits else 2e-4 if features.DIGIT_MAX == 127 else 4e-4)
+    assert error <= (2e-4 if a.digits else 2e-6)
 
 
 @pytest.mark.parametrize("format", [name for name, layout in PANEL_FORMATS.items() if layout.quantized])

@@ -167,7 +167,8 @@ def _unpack(format: str) -> Callable[..., None]:
     def emit(e: Emit, panel: Value, blocks: Value, first: Value, count: Value, out: Value) -> None:
         with e.loop(count) as turn:
             k = e.add(first, turn)
-            quants = unpack(e, e.add(panel, e.mul(k, layout.quant_bytes)))
+            source = e.add(panel, e.mul(k, layout.quant_bytes))
+            quants = [unpack(e, source, j) for j in range(8)]
             scales = scales_of(e, e.add(panel, e.mul(blocks, layout.quant_bytes)), blocks, k)
             target = e.add(out, e.mul(turn, TILE + len(scales) * 128))
             for j, four in enumerate(quants):

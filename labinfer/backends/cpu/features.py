@@ -56,8 +56,14 @@ LEVEL = choose_level(FEATURES, FORCED)
 HAS_HALF = LEVEL != "generic" or not X86
 """Whether float16 is converted by the CPU; x86-64 without F16C would call a library function for each number."""
 
-DIGIT_MAX = 127 if LEVEL == "avx512vnni" else 64
-"""Greatest size of an activation digit: without VNNI a pair of products must fit in 16 bits (2 * 255 * 64 < 2**15)."""
+WORDS = LEVEL != "avx512vnni"
+"""Whether the two digits of an activation are one number of 16 bits: without VNNI that makes fewer products."""
+
+DIGIT_MAX = {1: 64 if WORDS else 127, 2: 127}
+"""Greatest size of the first of so many activation digits.
+
+Without VNNI a pair of products of bytes must fit in 16 bits (2 * 255 * 64 < 2**15).
+"""
 
 
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18

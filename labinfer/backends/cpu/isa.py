@@ -123,7 +123,7 @@ def pause(b: Value) -> None:
 def dpbusd(b: Value, total: Value, unsigned: Value, signed: Value) -> Value:
     """``total`` int32 x 16 plus dot products of 4 neighbouring bytes, ``unsigned`` with ``signed`` (as int32 x 16).
 
-    Exact as long as the signed bytes are within ``DIGIT_MAX``.
+    Exact as long as the signed bytes are within ``DIGIT_MAX[1]``.
     """
     if LEVEL == "avx512vnni":
         return call(b, "llvm.x86.avx512.vpdpbusd.512", I32X16, total, unsigned, signed)
@@ -139,6 +139,35 @@ def _pairs_avx2(b: Value, unsigned: Value, signed: Value) -> Value:
         u, s = (b.bitcast(v, vector(I8, 32)) for v in (u, s))
         words = call(b, "llvm.x86.avx2.pmadd.ub.sw", vector(I16, 16), u, s)
         halves.append(call(b, "llvm.x86.avx2.pmadd.wd", vector(I32, 8), words, const(1, vector(I16, 16))))
+    return b.shuffle_vector(*halves, ir.Constant(I32X16, list(range(16))))
+
+
+def dot_words(b: Value, total: Value, words: Value, pair: Value) -> Value:
+    """``total`` int32 x 16 plus dot products of 2 neighbouring int16, ``words`` with ``pair`` (as int32 x 16)."""
+    if LEVEL == "avx2":
+        halves = []
+        for half in (0, 1):
+            lanes = ir.Constant(vector(I32, 8), list(range(8 * half, 8 * half + 8)))
+            w, p = (b.bitcast(b.shuffle_vector(v, v, lanes), vector(I16, 16)) for v in (words, pair))
+            halves.append(call(b, "llvm.x86.avx2.pmadd.wd", vector(I32, 8), w, p))
+        return b.add(total, b.shuffle_vector(*halves, ir.Constant(I32X16, list(range(16)))))
+    sixteen = const(16, I32X16)
+    low = b.mul(*(b.ashr(b.shl(v, sixteen), sixteen) for v in (words, pair)))
+    return b.add(total, b.add(low, b.mul(*(b.ashr(v, sixteen) for v in (words, pair)))))
+
+
+def as_it_is(b: Value, v: Value) -> Value:
+    """int32 x 16 as it is, which with AVX2 the compiler computes before anything that comes after it in the source.
+
+    It would rather load everything first and add up last, and has no registers for that.
+    """
+    if LEVEL != "avx2":
+        return v
+    eight, halves = vector(I32, 8), []
+    for half in (0, 1):
+        lanes = ir.Constant(eight, list(range(8 * half, 8 * half + 8)))
+        part = b.shuffle_vector(v, v, lanes)
+        halves.append(b.asm(ir.FunctionType(eight, [eight]), "", "=x,0,~{memory}", [part], True))
     return b.shuffle_vector(*halves, ir.Constant(I32X16, list(range(16))))
 
 

@@ -12,7 +12,8 @@ A weight is cut into panels of 16 rows; the last one is padded with zero rows. P
 - K-quants keep one byte for each scale and minimum of a sub-block, and float16 d (and dmin) for each 256 columns.
 
 An activation row is float32 for the plain formats, padded to an even length. For the quantized ones it is a record for
-each 32 columns: its scale, the sums that a zero point or a minimum needs, and one or two signed digits of each number.
+each 32 columns: its scale, the sums that a zero point or a minimum needs, and one or two signed digits of each number;
+without VNNI two are one int16, and of each four columns 0, 2, 1, 3 is the order.
 For the matrix unit, activations lie in tiles: for 16 tokens and 32 columns, 16 lines of bf16 with the first digits or
 parts of their numbers, then 16 with the second ones, and so on; behind digits, a line each of the 16 tokens' scales and
 sums, as in a record; then the tokens' next 32 columns. A line of digits has columns 0, 2, 1, 3 of each four.

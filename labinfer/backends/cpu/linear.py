@@ -5,9 +5,9 @@ There is one kernel for each (format, digits) and, for many tokens on a matrix u
 model uses is never compiled. Threads share a product by panels.
 
 Error against float64 for the same dequantized weight. Plain formats: that of a float32 sum. Two digits: an activation
-is off by at most half a step, ``2**-15`` of the greatest of its 32 neighbours (``2**-14`` at levels without VNNI), so a
-result by ``2**-15 * sum(greatest * abs(w))``; as the errors have both signs, less than 2e-4 of max |y| is left. One
-digit: 128 times as much.
+is off by at most half a step, ``2**-15`` of the greatest of its 32 neighbours, so a result by
+``2**-15 * sum(greatest * abs(w))``; as the errors have both signs, less than 2e-4 of max |y| is left. One digit: 128
+times as much, 256 times at levels without VNNI.
 """
 
 from __future__ import annotations

@@ -144,7 +144,8 @@ def _unpack_quants(format: str) -> Callable[..., None]:
         b = e.b
         with e.loop(count) as turn:
             k = e.add(first, turn)
-            quants = unpack(e, e.add(panel, e.mul(k, layout.quant_bytes)))
+            source = e.add(panel, e.mul(k, layout.quant_bytes))
+            quants = [unpack(e, source, j) for j in range(8)]
             scales = scales_of(e, e.add(panel, e.mul(blocks, layout.quant_bytes)), blocks, k)
             for j, four in enumerate(quants):
                 scale, minimum = scales[j * len(scales) // 8]

@@ -1,9 +1,9 @@
 """Activations as the linear kernels take them: float32, signed digits with a scale for each 32 columns, or bf16 parts.
 
-With two digits a number is ``scale * (128 * high + low)``: 15 bits and a sign of the block's greatest (14 at the levels
-without VNNI), which is within what float32 kernels differ by among themselves. With one digit it is int8, as in
-llama.cpp; that changes tokens. For the matrix unit two digits lie in tiles, as bf16 numbers, the higher ones times 128.
-With plain weights a number is there the sum of three bf16 parts, all 24 bits, and with int8 activations of one: 8 bits.
+With two digits a number is ``scale * (128 * high + low)``: 15 bits and a sign of the block's greatest, which is within
+what float32 kernels differ by among themselves. With one digit it is int8, as in llama.cpp; that changes tokens. For
+the matrix unit two digits lie in tiles, as bf16 numbers, the higher ones times 128. With plain weights a number is
+there the sum of three bf16 parts, all 24 bits, and with int8 activations of one: 8 bits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from labinfer.backends.cpu.features import DIGIT_MAX
+from labinfer.backends.cpu.features import DIGIT_MAX, WORDS
 from labinfer.backends.cpu.isa import F32, F32X16, I8, I16, I32, I32X16, Value, njit, vector
 from labinfer.backends.cpu.layout import DIGIT_TILES, HEADER_BYTES
 from labinfer.backends.cpu.simd import Emit, f32p, kernel
@@ -20,12 +20,9 @@ from labinfer.backends.cpu.simd import Emit, f32p, kernel
 SMALLEST = 1e-30  # a block of zeros gets this as its greatest
 
 
-def _digits(e: Emit, x: Value, digits: int) -> tuple[list[Value], list[list[Value]]]:
-    """Of 32 float32 at ``x``: their scale, sums of all, of the first and of the last 16; the digits of each 16, int32.
-
-    The higher digit comes first.
-    """
-    b, top = e.b, DIGIT_MAX * 128.0 ** (digits - 1)
+def _rounded(e: Emit, x: Value, digits: int) -> tuple[list[Value], list[Value]]:
+    """Of 32 float32 at ``x``: their scale, sums of all, of the first and of the last 16; each 16 as int32."""
+    b, top = e.b, DIGIT_MAX[digits] * 128.0 ** (digits - 1)
     halves = [e.load(e.add(x, 64 * half)) for half in (0, 1)]
     # The sizes are compared as integers, where a NaN is the greatest: it must reach the scale.
     sizes = [b.bitcast(e.abs(half), I32X16) for half in halves]
@@ -35,13 +32,19 @@ def _digits(e: Emit, x: Value, digits: int) -> tuple[list[Value], list[list[Valu
     scale = b.fmul(greatest, ir.Constant(F32, 1.0 / top))
     inverse = e.splat(b.fdiv(ir.Constant(F32, top), greatest))
     whole = [b.fptosi(e.round(b.fmul(half, inverse)), I32X16) for half in halves]
-    sums = [b.fmul(b.sitofp(e.sum(v), F32), scale) for v in (b.add(*whole), *whole)]
-    if digits == 1:
-        return [scale, *sums], [[v] for v in whole]
-    # Balanced: the low digit is within -64 .. 63.
-    high = [b.ashr(b.add(v, e.const(64, I32X16)), e.const(7, I32X16)) for v in whole]
-    low = [b.sub(v, b.shl(h, e.const(7, I32X16))) for v, h in zip(whole, high, strict=True)]
-    return [scale, *sums], [[h, rest] for h, rest in zip(high, low, strict=True)]
+    return [scale, *(b.fmul(b.sitofp(e.sum(v), F32), scale) for v in (b.add(*whole), *whole))], whole
+
+
+def _digits(e: Emit, v: Value) -> list[Value]:
+    """The higher and the lower digit of int32 numbers. Balanced: the lower one is within -64 .. 63."""
+    high = e.b.ashr(e.b.add(v, e.const(64, I32X16)), e.const(7, I32X16))
+    return [high, e.b.sub(v, e.b.shl(high, e.const(7, I32X16)))]
+
+
+def _even_first(e: Emit, v: Value) -> Value:
+    """16 int32 as int16, of each four columns the even ones first."""
+    order = [four + column for four in range(0, 16, 4) for column in (0, 2, 1, 3)]
+    return e.b.trunc(e.b.shuffle_vector(v, v, ir.Constant(I32X16, order)), vector(I16, 16))
 
 
 def _records(digits: int) -> Any:
@@ -50,29 +53,32 @@ def _records(digits: int) -> Any:
     def emit(e: Emit, x: Value, blocks: Value, out: Value) -> None:
         with e.loop(blocks) as k:
             record = e.add(out, e.mul(k, HEADER_BYTES + 32 * digits))
-            header, halves = _digits(e, e.add(x, e.mul(k, 128)), digits)
+            header, halves = _rounded(e, e.add(x, e.mul(k, 128)), digits)
             for index, value in enumerate(header):
                 e.store(value, e.add(record, 4 * index))
-            for half, values in enumerate(halves):
-                for index, v in enumerate(values):
-                    e.store(e.b.trunc(v, vector(I8, 16)), e.add(record, HEADER_BYTES + 16 * half + 32 * index))
+            for half, v in enumerate(halves):
+                if digits == 2 and WORDS:
+                    e.store(_even_first(e, v), e.add(record, HEADER_BYTES + 32 * half))
+                    continue
+                for index, digit in enumerate(_digits(e, v) if digits == 2 else [v]):
+                    e.store(e.b.trunc(digit, vector(I8, 16)), e.add(record, HEADER_BYTES + 16 * half + 32 * index))
 
     return kernel(emit)
 
 
 def _digit_tiles(e: Emit, x: Value, blocks: Value, out: Value, token: Value) -> None:
     """Two digits to lines of tiles; ``out`` is where the first tiles of the 16 tokens begin, ``token`` 0 to 15."""
-    b, order = e.b, [four + column for four in range(0, 16, 4) for column in (0, 2, 1, 3)]
+    b = e.b
     with e.loop(blocks) as k:
         tiles = e.add(out, e.mul(k, 16 * (HEADER_BYTES + 2 * 64)))
-        header, halves = _digits(e, e.add(x, e.mul(k, 128)), 2)
+        header, halves = _rounded(e, e.add(x, e.mul(k, 128)), 2)
         for index, value in enumerate(header):
             e.store(value, e.add(tiles, 2 * 1024 + 64 * index, e.mul(token, 4)))
-        for half, (high, low) in enumerate(halves):
+        for half, whole in enumerate(halves):
+            high, low = _digits(e, whole)
             for index, v in enumerate((b.shl(high, e.const(7, I32X16)), low)):
                 bits = b.lshr(b.bitcast(b.sitofp(v, F32X16), I32X16), e.const(16, I32X16))
-                line = b.trunc(b.shuffle_vector(bits, bits, ir.Constant(vector(I32, 16), order)), vector(I16, 16))
-                e.store(line, e.add(tiles, 1024 * index + 32 * half, e.mul(token, 64)))
+                e.store(_even_first(e, bits), e.add(tiles, 1024 * index + 32 * half, e.mul(token, 64)))
 
 
 def _split(parts: int) -> Any:

@@ -7,11 +7,12 @@ lanes from memory, and the 16 sums of a token are the 16 lanes of one accumulato
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from labinfer.backends.cpu import isa
-from labinfer.backends.cpu.isa import I8, I32, I32X16, Value, const, vector
+from labinfer.backends.cpu.features import WORDS
+from labinfer.backends.cpu.isa import I8, I16X32, I32, I32X16, Value, const, vector
 from labinfer.backends.cpu.layout import HEADER_BYTES, PANEL_FORMATS, PanelFormat
 from labinfer.backends.cpu.simd import Emit, Var, kernel
 from labinfer.backends.cpu.tape import ACCUMULATE
@@ -25,37 +26,32 @@ cost a tenth to a third again, so they are spread over the products.
 """
 
 
-# ---- quants of a block of 32 columns: eight vectors of unsigned bytes (as int32 x 16) from the address of its first
+# ---- quants of a block of 32 columns: vector ``j`` of eight, unsigned bytes (as int32 x 16); ``at`` is where the first
+# begins
 
 
-def _load(e: Emit, at: Value, count: int) -> list[Value]:
-    return [e.load(e.add(at, 64 * j), I32X16, 64) for j in range(count)]
+def _bytes(e: Emit, at: Value, j: int) -> Value:
+    return e.load(e.add(at, 64 * j), I32X16, 64)
 
 
-def _bytes(e: Emit, at: Value) -> list[Value]:
-    return _load(e, at, 8)
-
-
-def _nibbles(e: Emit, at: Value) -> list[Value]:
-    packed, low = _load(e, at, 4), const(0x0F0F0F0F, I32X16)
-    return [e.b.and_(p, low) for p in packed] + [e.b.and_(e.b.lshr(p, const(4, I32X16)), low) for p in packed]
-
-
-def _raise_bits(e: Emit, bits: Value, shift: int, mask: int) -> Value:
-    """``bits`` moved up by ``shift`` (down if negative), cut to ``mask`` in every byte."""
+def _bits(e: Emit, at: Value, j: int, shift: int, mask: int) -> Value:
+    """Vector ``j`` moved up by ``shift`` (down if negative), cut to ``mask`` in every byte."""
+    bits = e.b.bitcast(_bytes(e, at, j), I16X32)
     if shift:
-        bits = (e.b.shl if shift > 0 else e.b.lshr)(bits, const(abs(shift), I32X16))
-    return e.b.and_(bits, const(mask * 0x01010101, I32X16))
+        bits = (e.b.shl if shift > 0 else e.b.lshr)(bits, const(abs(shift), I16X32))
+    return e.b.bitcast(e.b.and_(bits, const(mask * 0x0101, I16X32)), I32X16)
 
 
-def _nibbles_and_bit(e: Emit, at: Value) -> list[Value]:
-    fifth = e.load(e.add(at, 256), I32X16, 64)
-    return [e.b.or_(low, _raise_bits(e, fifth, 4 - j, 16)) for j, low in enumerate(_nibbles(e, at))]
+def _nibbles(e: Emit, at: Value, j: int) -> Value:
+    return _bits(e, at, j % 4, -(j // 4 * 4), 15)
 
 
-def _nibbles_and_pair(e: Emit, at: Value) -> list[Value]:
-    pairs = _load(e, e.add(at, 256), 2)
-    return [e.b.or_(low, _raise_bits(e, pairs[j // 4], 4 - 2 * (j % 4), 48)) for j, low in enumerate(_nibbles(e, at))]
+def _nibbles_and_bit(e: Emit, at: Value, j: int) -> Value:
+    return e.b.or_(_nibbles(e, at, j), _bits(e, at, 4, 4 - j, 16))
+
+
+def _nibbles_and_pair(e: Emit, at: Value, j: int) -> Value:
+    return e.b.or_(_nibbles(e, at, j), _bits(e, at, 4 + j // 4, 4 - 2 * (j % 4), 48))
 
 
 # ---- scales of block ``k``: pairs (scale, minimum) with weight = scale * quant + minimum, one pair for the whole block
@@ -100,7 +96,7 @@ def _k_scales_of_16(e: Emit, at: Value, blocks: Value, k: Value) -> Scales:
     return [(scale, b.fmul(scale, const(-32.0))) for scale in scales]
 
 
-QUANTIZED: dict[str, tuple[Callable[[Emit, Value], list[Value]], Callable[[Emit, Value, Value, Value], Scales]]] = {
+QUANTIZED: dict[str, tuple[Callable[[Emit, Value, int], Value], Callable[[Emit, Value, Value, Value], Scales]]] = {
     "q8_0": (_bytes, _scale_and_zero(128)),
     "q4_0": (_nibbles, _scale_and_zero(8)),
     "q4_1": (_nibbles, _scale_and_minimum),
@@ -114,6 +110,21 @@ QUANTIZED: dict[str, tuple[Callable[[Emit, Value], list[Value]], Callable[[Emit,
 
 SCALES = {format: 2 if format == "q6_k" else 1 for format in QUANTIZED}
 """Scales that a block of 32 columns has in a format: one for all of it, or one for each half."""
+
+
+def _dots_of_words(e: Emit, quants: Iterable[Value], firsts: list[Value]) -> list[Value]:
+    """``_dot`` of all tokens, with words: of four columns the quants of the even ones, then those of the odd ones.
+
+    They are unpacked one after another: there are no registers for all of them.
+    """
+    b, sums = e.b, [const(0, I32X16)] * len(firsts)
+    for j, quant in enumerate(quants):
+        four = b.bitcast(quant, I16X32)
+        for odd, words in enumerate((b.and_(four, const(255, I16X32)), b.lshr(four, const(8, I16X32)))):
+            for t, first in enumerate(firsts):
+                pair = e.bcast(e.add(first, 8 * j + 4 * odd), I32)
+                sums[t] = isa.as_it_is(b, isa.dot_words(b, sums[t], b.bitcast(words, I32X16), pair))
+    return [b.sitofp(total, isa.F32X16) for total in sums]
 
 
 def _dot(e: Emit, quants: list[Value], first: Value, digits: int, ahead: list[Value]) -> Value:
@@ -150,8 +161,8 @@ def _quantized_sums(e: Emit, format: str, digits: int, w: Value, blocks: Value, 
     (unpack, scales_of), layout = QUANTIZED[format], PANEL_FORMATS[format]
     sums = [e.var(const(0.0)) for _ in tokens]
     with e.loop(blocks) as k:
-        ahead = _lines_ahead(e, layout, w, blocks, k)
-        quants = unpack(e, e.add(w, e.mul(k, layout.quant_bytes)))
+        ahead, quants_at = _lines_ahead(e, layout, w, blocks, k), e.add(w, e.mul(k, layout.quant_bytes))
+        quants = [unpack(e, quants_at, j) for j in range(8)]
         scales = scales_of(e, e.add(w, e.mul(blocks, layout.quant_bytes)), blocks, k)
         size = 8 // len(scales)  # vectors that share a scale
         asked = -(-len(ahead) // len(scales))  # lines that are asked for beside each product of the first token
@@ -166,6 +177,34 @@ def _quantized_sums(e: Emit, format: str, digits: int, w: Value, blocks: Value, 
                 sum_at = e.add(record, 4 if len(scales) == 1 else 8 + 4 * part)
                 result = e.fma(minimum, e.bcast(sum_at), result)
             total.set(e.fma(product, e.bcast(record), result))
+    return sums
+
+
+def _sums_of_words(e: Emit, format: str, w: Value, blocks: Value, tokens: list[Value]) -> list[Var]:
+    """``_quantized_sums`` of two digits that are words."""
+    (unpack, scales_of), layout = QUANTIZED[format], PANEL_FORMATS[format]
+    sums = [e.var(const(0.0)) for _ in tokens]
+    with e.loop(blocks) as k:
+        ahead, quants_at = _lines_ahead(e, layout, w, blocks, k), e.add(w, e.mul(k, layout.quant_bytes))
+
+        def quant(j: int) -> Value:
+            for line in ahead[j::8]:
+                e.prefetch(line)
+            return unpack(e, quants_at, j)
+
+        records = [e.add(token, e.mul(k, HEADER_BYTES + 64)) for token in tokens]
+        products = [const(0.0)] * len(sums)
+        for part in range(SCALES[format]):
+            size = 8 // SCALES[format]  # vectors that share a scale
+            share = (quant(j) for j in range(size * part, size * (part + 1)))
+            dots = _dots_of_words(e, share, [e.add(record, HEADER_BYTES + 32 * part) for record in records])
+            scale, minimum = scales_of(e, e.add(w, e.mul(blocks, layout.quant_bytes)), blocks, k)[part]
+            sum_at = 4 if SCALES[format] == 1 else 8 + 4 * part
+            for t, (dot, record) in enumerate(zip(dots, records, strict=True)):
+                products[t] = e.fma(dot, scale, products[t]) if part else e.b.fmul(dot, scale)
+                sums[t].set(e.fma(minimum, e.bcast(e.add(record, sum_at)), sums[t].get()))
+        for total, product, record in zip(sums, products, records, strict=True):
+            total.set(e.fma(product, e.bcast(record), total.get()))
     return sums
 
 
@@ -253,7 +292,9 @@ def tile(format: str, digits: int, tokens: int, panels: int = 1) -> Any:
              left: Value, bias: Value, mode: Value) -> None:  # fmt: skip
         rows = [e.add(x, e.mul(x_stride, t)) for t in range(tokens)]
         weights = [e.add(w, e.mul(size, p)) for p in range(panels)]
-        if PANEL_FORMATS[format].quantized:
+        if PANEL_FORMATS[format].quantized and WORDS and digits == 2:
+            sums = [_sums_of_words(e, format, panel, blocks, rows) for panel in weights]
+        elif PANEL_FORMATS[format].quantized:
             sums = [_quantized_sums(e, format, digits, panel, blocks, rows) for panel in weights]
         else:
             sums = _plain_sums(e, format, weights, blocks, rows)
