@@ -299,11 +299,17 @@ class BlockManager:
         for number, row in enumerate(owners.tolist()):
             chain, text = self.chains[row], raw[4 * size * number : 4 * size * (number + 1)]
             before = chain[-1] if chain else self.roots[row]
-            chain.append(block_digest(before, text))
-            texts.append((chain[-1], before, text))
+            digest = block_digest(before, text)
+            chain.append(digest)
+            texts.append((digest, before, text))
+        digests = [digest for digest, _, _ in texts]
         for group, table, first in zip(self.groups, self.tables, self.first, strict=True):
-            kept = (places >= first[owners]).nonzero()[0]
-            group.register([texts[index][0] for index in kept.tolist()], table[owners[kept], places[kept]].tolist())
+            blocks = table[owners, places].tolist()
+            if group.window is None:
+                group.register(digests, blocks)
+                continue
+            kept = (places >= first[owners]).nonzero()[0].tolist()
+            group.register([digests[index] for index in kept], [blocks[index] for index in kept])
         self.groups[0].tell(texts)
         self.hashed[rows] = counts
 
