@@ -23,8 +23,8 @@ from labinfer.backends.cpu.layout import MAX_GLU_CHUNK, PANEL_ROWS, VECTOR_CHUNK
 from labinfer.backends.cpu.simd import Emit, kernel
 from labinfer.backends.cpu.tiles import tile
 
-MANY, SOME = (8, 4) if LEVEL == "avx512vnni" else (4, 2)
-"""Tokens of the larger tiles: as many as have room for their sums in the vector registers."""
+SIXTEEN_REGISTERS = {"bf16": (2, 1), "f16": (3, 1)}
+"""Tokens of the larger tiles of 16-bit weights, which keep two sums a token, where there are 16 vector registers."""
 
 PAIR_TOKENS = 32
 """From so many tokens on, float32 takes two panels at once: a third fewer loads, but a worse stream of weights."""
@@ -38,6 +38,7 @@ tile_many: Any = None
 tile_some: Any = None
 tile_one: Any = None
 block_columns, block_bytes, paired = 1, 1, False
+many, some = 8, 4
 
 
 def _linear(w, columns, x, x_stride, y, y_stride, tokens, g0, g1, rows, bias, mode):  # type: ignore[no-untyped-def]
@@ -53,21 +54,21 @@ def _linear(w, columns, x, x_stride, y, y_stride, tokens, g0, g1, rows, bias, mo
             done = start
             if width == 2:
                 b = bias + g * 64 if bias else 0
-                while done + MANY <= end:
+                while done + many <= end:
                     tile_pair(
                         w + g * size, size, blocks, x + done * x_stride, x_stride,
                         y + g * 64 + done * row, row, rows - g * 16, b, mode,
                     )  # fmt: skip
-                    done += MANY
+                    done += many
             for p in range(g, g + width):
                 panel, out, left, t = w + p * size, y + p * 64, rows - p * 16, done
                 b = bias + p * 64 if bias else 0
-                while t + MANY <= end:
+                while t + many <= end:
                     tile_many(panel, size, blocks, x + t * x_stride, x_stride, out + t * row, row, left, b, mode)
-                    t += MANY
-                while t + SOME <= end:
+                    t += many
+                while t + some <= end:
                     tile_some(panel, size, blocks, x + t * x_stride, x_stride, out + t * row, row, left, b, mode)
-                    t += SOME
+                    t += some
                 while t < end:
                     tile_one(panel, size, blocks, x + t * x_stride, x_stride, out + t * row, row, left, b, mode)
                     t += 1
@@ -78,15 +79,21 @@ LINEAR = types.void(*[types.int64] * 12)
 
 
 def linear_kernel(format: str, digits: int) -> Any:
-    """The kernel ``linear/FORMAT/DIGITS``, to be compiled with the signature ``LINEAR``."""
+    """The kernel ``linear/FORMAT/DIGITS``, to be compiled with the signature ``LINEAR``.
+
+    The larger tiles have as many tokens as have room for their sums in the vector registers.
+    """
     layout = panel_format(format)
+    many, some = (8, 4) if LEVEL == "avx512vnni" else SIXTEEN_REGISTERS.get(format, (4, 2))
     return specialize(
         _linear,
         f"linear_{format}_{digits}",
-        tile_pair=tile(format, digits, MANY, 2),
-        tile_many=tile(format, digits, MANY),
-        tile_some=tile(format, digits, SOME),
+        tile_pair=tile(format, digits, many, 2),
+        tile_many=tile(format, digits, many),
+        tile_some=tile(format, digits, some),
         tile_one=tile(format, digits, 1),
+        many=many,
+        some=some,
         block_columns=layout.columns,
         block_bytes=layout.bytes,
         paired=format == "f32" and LEVEL == "avx512vnni",
