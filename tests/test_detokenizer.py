@@ -68,8 +68,11 @@ TOKENIZERS = {
 
 
 def _streamed(tokenizer: Tokenizer, ids: list[int], prompt: list[int] | None = None) -> str:
-    stream = tokenizer.stream(prompt or ())
-    return "".join(map(stream.put, ids)) + stream.finish()
+    """Token by token, as which two runs of tokens give the same."""
+    one, runs, middle = tokenizer.stream(prompt or ()), tokenizer.stream(prompt or ()), len(ids) // 2
+    text = "".join(map(one.put, ids)) + one.finish()
+    assert runs.put(*ids[:middle]) + runs.put(*ids[middle:]) + runs.finish() == text
+    return text
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

@@ -180,7 +180,7 @@ class Beams:
         if answer.reason == "stop" and not with_end:
             tokens = tokens[:-1]
         decoder = tokenizer.stream(self.prompt, skip_special_tokens=not with_end)
-        return "".join(decoder.put(token) for token in tokens) + decoder.finish()
+        return decoder.put(*tokens) + decoder.finish()
 
 
 def beam_search(model: Model, prompts: Prompts, params: BeamSearchParams) -> list[BeamSearchOutput]:

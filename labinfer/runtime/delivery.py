@@ -84,7 +84,8 @@ class Delivery:
         if last and not sequence.ends_in_text:
             tokens = tokens[:-1]
         answer = sequence.answer
-        sequence.pieces += [piece for each in tokens if (piece := answer.put(each))]
+        if piece := answer.put(*tokens):
+            sequence.pieces.append(piece)
         if answer.stop is not None:
             self.end(sequence, "stop")
             sequence.finish_reason, sequence.stop_reason = "stop", answer.stop

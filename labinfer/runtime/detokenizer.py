@@ -26,8 +26,8 @@ _CONTEXT = 16  # prompt tokens looked at: enough for the four bytes of one chara
 class StreamDecoder(Protocol):
     """Text of a growing sequence of token ids; the parts joined equal the text of the whole."""
 
-    def put(self, token_id: int) -> str:
-        """Text that is now certain, '' when there is none yet."""
+    def put(self, *token_ids: int) -> str:
+        """The next tokens; text that is now certain, '' when there is none yet."""
         ...
 
     def finish(self) -> str:
@@ -111,10 +111,10 @@ class _Stream:
         self._backend = backend
         self._special_ids = special_ids
 
-    def put(self, token_id: int) -> str:
-        return "".join(map(self._add, token_strings(self._backend, (token_id,), self._special_ids)))
+    def put(self, *token_ids: int) -> str:
+        return self._add(token_strings(self._backend, token_ids, self._special_ids))
 
-    def _add(self, string: str) -> str:
+    def _add(self, strings: list[str]) -> str:
         raise NotImplementedError
 
 
@@ -127,11 +127,10 @@ class _ByteStream(_Stream):
 
     def begin(self, prompt: list[str]) -> None:
         """UTF-8 finds its place again after at most four bytes, so the prompt's last tokens set the state."""
-        for string in prompt:
-            self._add(string)
+        self._add(prompt)
 
-    def _add(self, string: str) -> str:
-        return self._utf8.decode(_byte_level_bytes(string))
+    def _add(self, strings: list[str]) -> str:
+        return self._utf8.decode(b"".join(map(_byte_level_bytes, strings)))
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -152,19 +151,20 @@ class _StringStream(_Stream):
 
     def begin(self, prompt: list[str]) -> None:
         """A prompt that ends inside a character leaves its bytes to the generated text."""
-        for string in prompt:
-            self._add(string)
+        self._add(prompt)
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         utf8.decode(bytes(int(string[3:5], 16) for string in self._held))
         unfinished = len(utf8.getstate()[0])
         self._started = self._started or bool(self._held)
         self._held = self._held[len(self._held) - unfinished :]
 
-    def _add(self, string: str) -> str:
-        if self._has_bytes and _BYTE_TOKEN.fullmatch(string):
-            self._held.append(string)
-            return ""
-        return self.finish() + self._text([string])
+    def _add(self, strings: list[str]) -> str:
+        held = self._held + strings
+        certain = len(held)
+        while certain and self._has_bytes and _BYTE_TOKEN.fullmatch(held[certain - 1]):
+            certain -= 1
+        self._held = held[certain:]
+        return self._text(held[:certain]) if certain else ""
 
     def finish(self) -> str:
         held, self._held = self._held, []

@@ -28,12 +28,12 @@ class AnswerText:
         self._pieces = ["".join(self._pieces)]
         return self._pieces[0]
 
-    def put(self, token_id: int) -> str:
-        """One more token; the text that is now certain. After a stop string there is none."""
+    def put(self, *token_ids: int) -> str:
+        """The next tokens, one where there are stop strings; the text that is now certain: none after a stop string."""
         if self.stop is not None:
             return ""
-        self._num_tokens += 1
-        return self._give(self._read(self._decoder.put(token_id)))
+        self._num_tokens += len(token_ids)
+        return self._give(self._read(self._decoder.put(*token_ids)))
 
     def finish(self) -> str:
         """The answer is over: the text that was held back."""
