@@ -24,7 +24,7 @@ def product(file: str, format: str, *defines: str) -> Source:
 
 def stream(format: str, tokens: int, cluster: int, *defines: str) -> Source:
     form = product("stream", format, "STAGED").defines if format in EIGHT_BLOCKS else ()
-    shape = (f"TOKENS={tokens}", f"CLUSTER={cluster}", f"BLOCKS={stream_blocks(format, tokens, cluster)}")
+    shape = (f"TOKENS={tokens}", f"CLUSTER={cluster}", f"BLOCKS={stream_blocks(format, tokens, cluster)}", "SLOTS=2")
     return Source("stream", (*form, *shape, *defines))
 
 

@@ -13,9 +13,10 @@ import pytest
 pytest.importorskip("numba")  # the helpers of the CPU's tests
 
 import labinfer
+from labinfer.backends.cuda.layout import EIGHT_BLOCKS
 from labinfer.runtime.batch import Part
 from labinfer.runtime.manager import Manager
-from tests.cpu.test_models import OTHERS, batched, load
+from tests.cpu.test_models import BLOCKS, LARGE, OTHERS, batched, load, write_llama
 from tests.hf.agreement import assert_agree
 from tests.tiny import FOLDERS, GOLDEN
 
@@ -53,6 +54,25 @@ def test_golden_in_16_bits(manager: Manager, folder: Path, kv_dtype: str) -> Non
         logits = batched(model, prompts, [[1, 2, 3], generated[: len(wanted) - len(prompt)], [4] * 6, []])[1]
     error = np.linalg.norm(logits.astype(np.float64) - wanted) / np.linalg.norm(wanted)
     assert error <= 2e-2
+
+
+@pytest.mark.parametrize("together", [1, 2, 3, 8])
+@pytest.mark.parametrize("width", [160, 512, 4352])
+@pytest.mark.parametrize("format", EIGHT_BLOCKS)
+def test_block_formats_in_steps_of_few_tokens(
+    manager: Manager, tmp_path: Path, format: str, width: int, together: int
+) -> None:
+    """Numbers go from kernel to kernel in 16 bits there; at once, one by one, and beside others."""
+    if width == 160 and "_k" in format:
+        pytest.skip("256 columns at least")
+    sizes = (BLOCKS | {"head_dim": 64}) if width == 160 else LARGE | {"width": width}
+    path = write_llama(tmp_path / "m.gguf", {}, sizes, format)
+    prompts, found = [OTHERS[1], *[[token] for token in range(3, 2 + together)]], []
+    for devices, options in (("reference", {}), ("cuda", {"manager": manager, "kv_dtype": "f32"})):
+        with load(path, devices, max_num_batched_tokens=8, **options) as model:
+            made = batched(model, prompts, [[3, 5, 9]] * together)
+            found.append(np.concatenate(made).astype(np.float64))
+    assert np.linalg.norm(found[1] - found[0]) <= 1e-2 * np.linalg.norm(found[0])
 
 
 def test_decoding_on_the_device_gives_the_same_tokens(manager: Manager, gpu: Any) -> None:

@@ -26,8 +26,8 @@ class Source(NamedTuple):
         """The prelude, what the macros ask for, and the file: one text, so that its digest stands for all of it."""
         names = {define.partition("=")[0] for define in self.defines}
         asked = {
-            "formats": "FORMAT", "cache": "CACHE", "rope": "TURN", "products": "TOKENS", "experts": "EXPERTS",
-            "attention": "HEADS",
+            "formats": "FORMAT", "cache": "CACHE", "rope": "TURN", "products": "TOKENS", "staged": "STAGED",
+            "experts": "EXPERTS", "attention": "HEADS",
         }  # fmt: skip
         parts = ["prelude.cuh", *(f"{file}.cuh" for file, name in asked.items() if name in names)]
         return "".join(f'#line 1 "{name}"\n{_read(name)}' for name in (*parts, f"{self.file}.cu"))

@@ -32,7 +32,9 @@ from labinfer.backends.cuda.layout import (
     pitch,
     rounded,
     stream_blocks,
-    stream_shared_bytes,
+    stream_slots,
+    stream_tile_bytes,
+    stream_x_bytes,
 )
 from labinfer.backends.cuda.tape import Row, Runnable
 from labinfer.backends.cuda.weights import CudaWeight
@@ -237,14 +239,16 @@ class Emitter:
         processors, plain = self.device.multiprocessors, weight.format in ("f16", "bf16")
         cluster = 2 if tiles <= processors and weight.columns > STREAM_CHUNK and not normed else 1
         resident = stream_blocks(weight.format, tokens, cluster)
-        waves = 4 if plain and tiles <= 8 * processors else resident  # measured: a fourth block that waits is worth it
-        blocks = cluster * tiles if cluster > 1 else min(tiles, waves * processors)
+        waits = plain and tokens > 2 and tiles <= 8 * processors  # measured: blocks that wait are worth it
+        blocks = cluster * tiles if cluster > 1 else min(tiles, (4 if waits else resident) * processors)
+        pieces = -(-tiles * cluster // blocks) * -(-weight.columns // (STREAM_CHUNK * cluster))
+        slots = stream_slots(weight.format, tokens, weight.columns, pieces)
         form = ("HALF",) * (weight.format == "f16") if plain else (*format_defines(weight.format), "STAGED")
         form += ("NARROW_INPUT",) * self.narrow_input
         self.add(
             "stream", "stream", (blocks, 1, 1), 256, *arguments, cluster=(cluster, 1, 1),
-            defines=(*form, *defines, f"CLUSTER={cluster}", f"BLOCKS={resident}"),
-            shared=stream_shared_bytes(weight.format, tokens, weight.columns),
+            defines=(*form, *defines, f"CLUSTER={cluster}", f"BLOCKS={resident}", f"SLOTS={slots}"),
+            shared=slots * stream_tile_bytes(weight.format, weight.columns) + stream_x_bytes(tokens),
         )  # fmt: skip
 
     def large(

@@ -2,7 +2,10 @@
 
 A matrix keeps its stored numbers, row by row. Plain 16-bit rows are padded with zeros to a multiple of 32 columns.
 Block formats are cut into planes, each for all rows' blocks of 32 columns: codes (16 bytes of nibbles, byte ``j`` with
-column ``j`` in its low and ``j + 16`` in its high half, or 32 bytes of int8), further bits of the codes, and scales.
+column ``j`` in its low and ``j + 16`` in its high half, or 16 of int8 for
+the first 16 columns and 16 for the rest), further bits of the codes, and scales. In
+a plane, eight rows lie together, and of them four blocks of each row: what the lanes of a warp read at once. Rows are
+filled up to a multiple of eight, and their blocks of four, with zeros. Scales that eight blocks share lie row by row.
 """
 
 from __future__ import annotations
@@ -40,6 +43,9 @@ FEW_SHARED_BYTES = 100_000
 STREAM_CHUNK = 2048
 """Columns of a tile that come to shared memory at once, where weights come by bulk copies (``stream.cu``)."""
 
+STREAM_SHARED_BYTES = 75_000
+"""Shared memory for tiles and activations of a block there: a third of a multiprocessor's."""
+
 CUBLAS_BYTES = 32 << 20
 """cuBLAS's scratch memory, as NVIDIA recommends for Hopper."""
 
@@ -66,7 +72,7 @@ def matrix_bytes(format: str, rows: int, columns: int) -> int:
     """Bytes of one matrix [rows, columns]."""
     number_of(format)
     if format in EIGHT_BLOCKS:
-        return rounded(-(-rows * columns * EIGHT_BLOCKS[format] // 256))
+        return rounded(-(-rows // 8) * -(-columns // 128) * 4 * EIGHT_BLOCKS[format])
     return rounded(rows * columns * 4 if format == "f32" else rows * pitch(columns) * 2)
 
 
@@ -96,25 +102,32 @@ def few_row_bytes(columns: int) -> int:
 
 def fits_stream(format: str, tokens: int, columns: int) -> bool:
     """Whether a product with ``tokens`` rows can have its weights come by bulk copies, of 16 bytes or a multiple."""
-    if format == "f32" or tokens > FEW_TOKENS or columns % 64:
-        return False
-    return format not in EIGHT_BLOCKS or columns <= STREAM_CHUNK or columns % STREAM_CHUNK == 0
+    return format != "f32" and tokens <= FEW_TOKENS and (format in EIGHT_BLOCKS or columns % 64 == 0)
 
 
 def stream_blocks(format: str, tokens: int, cluster: int) -> int:
-    """Blocks of such a product that have registers and shared memory on one multiprocessor."""
-    if tokens > 2:
-        return 2
-    if format == "q4_0" and tokens == 1:
-        return 4
-    return 3 if format in EIGHT_BLOCKS or cluster == 1 else 2
+    """Blocks of such a product that have registers on one multiprocessor."""
+    return 2 if tokens > 2 or format in EIGHT_BLOCKS or cluster > 1 else 3
 
 
-def stream_shared_bytes(format: str, tokens: int, columns: int) -> int:
-    """Bytes of shared memory for tiles of 16 rows under way and the activations they meet."""
-    slots, eight = (2, EIGHT_BLOCKS[format]) if format in EIGHT_BLOCKS else (1, 512)
-    tile = min(STREAM_CHUNK, columns) // 32 * 2 * eight
-    return slots * (-(-tile // 128) * 128) + 2 * tokens * (STREAM_CHUNK + 32)
+def stream_slots(format: str, tokens: int, columns: int, pieces: int) -> int:
+    """Tiles under way for a block that has so many ``pieces`` of weights to multiply; measured."""
+    if format not in EIGHT_BLOCKS:
+        return 1
+    room = STREAM_SHARED_BYTES - stream_x_bytes(tokens)
+    return min(pieces, max(2, room // stream_tile_bytes(format, columns)))
+
+
+def stream_tile_bytes(format: str, columns: int) -> int:
+    """Bytes of shared memory for 16 rows, of as many of so many columns as come at once."""
+    columns = min(STREAM_CHUNK, columns)
+    size = 8 * EIGHT_BLOCKS[format] * -(-columns // 128) if format in EIGHT_BLOCKS else 32 * columns
+    return -(-size // 128) * 128
+
+
+def stream_x_bytes(tokens: int) -> int:
+    """Bytes of shared memory for the activations that a tile meets."""
+    return 2 * tokens * (STREAM_CHUNK + 32)
 
 
 MAX_RANKS = 8

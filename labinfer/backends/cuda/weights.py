@@ -41,7 +41,7 @@ def pack(format: str, raw: Bytes, rows: int, columns: int) -> Bytes:
         raise WeightsError("weights.corrupt", message)
     if format in _PLANES:
         planes = _PLANES[format](raw.reshape(-1, FORMATS[format].block_bytes))
-        return np.concatenate([np.ascontiguousarray(plane).reshape(-1) for plane in planes])
+        return np.concatenate([_interleaved(plane.reshape(rows, -1), columns) for plane in planes])
     if format == "f32" or columns == pitch(columns):
         return raw
     padded = np.zeros((rows, 2 * pitch(columns)), np.uint8)
@@ -49,11 +49,20 @@ def pack(format: str, raw: Bytes, rows: int, columns: int) -> Bytes:
     return padded.reshape(-1)
 
 
+def _interleaved(plane: Bytes, columns: int) -> Bytes:
+    """A plane, uint8 [rows, bytes], in the order that ``layout`` tells."""
+    width = plane.shape[1] * 32 // columns  # bytes of a block, or 0
+    pieces = -(-columns // 128) if width else columns // 256
+    filled = np.zeros((-(-len(plane) // 8) * 8, max(pieces * 4 * width, plane.shape[1])), np.uint8)
+    filled[: len(plane), : plane.shape[1]] = plane
+    return filled.reshape(-1, 8, pieces, filled.shape[1] // pieces).swapaxes(1, 2).reshape(-1)
+
+
 # Each function below cuts blocks uint8 [n, block_bytes] into planes.
 
 
 def _q8_0(blocks: Bytes) -> tuple[Bytes, ...]:
-    return blocks[:, 2:], blocks[:, :2]
+    return blocks[:, 2:18], blocks[:, 18:], blocks[:, :2]
 
 
 def _q4_0(blocks: Bytes) -> tuple[Bytes, ...]:

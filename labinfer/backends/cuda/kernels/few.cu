@@ -62,11 +62,12 @@ DEV Pair fetch(const Parts &parts, int tile, int columns, int block) {
     int row = min(tile * 8 + g, rows - 1);
     Matrix a = matrix(parts.p[0].w, rows, columns), b = matrix(parts.p[1].w, rows, columns);
     block = min(block, a.blocks - 1);
-    return {load_block(a, row, block), load_block(b, row, block)};
+    return {load_block(a, place_of(a, row, block)), load_block(b, place_of(b, row, block))};
 #else
     Matrix w = matrix(parts.p[part].w, rows, columns);
     block = min(block, w.blocks - 1);
-    return {load_block(w, min(tile * 16 + g, rows - 1), block), load_block(w, min(tile * 16 + g + 8, rows - 1), block)};
+    int row = min(tile * 16 + g, rows - 1), other = min(tile * 16 + g + 8, rows - 1);
+    return {load_block(w, place_of(w, row, block)), load_block(w, place_of(w, other, block))};
 #endif
 }
 
@@ -136,11 +137,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) few(
                 return v;
             };
 #ifdef ADD
-            float residue = residual_at(parts, one, tokens, residual, residual_row);
+            float residue = residual_at(parts, one, threadIdx.x, tokens, residual, residual_row);
 #else
             float residue = 0.f;
 #endif
-            finish(parts, one, tokens, residue, function, sum);
+            finish(parts, one, threadIdx.x, tokens, residue, function, sum);
         }
         __syncthreads();
     }

@@ -1,5 +1,4 @@
-// Weights in their stored formats, as layout.py lays them out: planes, one after another, of all rows' blocks of 32
-// columns. FORMAT is one of the numbers below.
+// Weights in their stored formats, as layout.py lays them out. FORMAT is one of the numbers below.
 #define F32 0
 #define F16 1
 #define BF16 2
@@ -14,14 +13,20 @@
 #define PLAIN (FORMAT <= BF16)
 #define NIBBLES (FORMAT >= Q4_0)
 
-// A matrix [rows, columns] whose first plane is at `at`; blocks is columns / 32, rounded up.
+// Blocks of 32 columns that a row is stored in.
+DEV int blocks_of(int columns) { return PLAIN ? (columns + 31) / 32 : (columns + 127) / 128 * 4; }
+// A matrix [rows, columns] whose first plane is at `at`.
 struct Matrix {
     const u8 *at;
     int rows, columns, blocks;
 };
-DEV Matrix matrix(const u8 *at, int rows, int columns) { return {at, rows, columns, (columns + 31) / 32}; }
+DEV Matrix matrix(const u8 *at, int rows, int columns) { return {at, rows, columns, blocks_of(columns)}; }
+// Which block of a plane it is.
+DEV size_t place_of(const Matrix &w, size_t row, int block) {
+    return PLAIN ? row * w.blocks + block : ((row / 8 * (w.blocks / 4) + block / 4) * 8 + row % 8) * 4 + block % 4;
+}
 // Where a plane begins that follows `before` bytes for every block.
-DEV const u8 *plane(const Matrix &w, int before) { return w.at + (size_t)w.rows * w.blocks * before; }
+DEV const u8 *plane(const Matrix &w, int before) { return w.at + (size_t)(w.rows + 7) / 8 * 8 * w.blocks * before; }
 
 #ifdef STAGED  // in shared memory
 template <class T> DEV T stored(const T *p) { return *p; }
@@ -33,10 +38,10 @@ template <class T> DEV T stored(const T *p) { return __ldg(p); }
 struct Scales {
     float d0, m0, d1, m1;
 };
-#if !(FORMAT <= BF16)
+#if !PLAIN
 // Bytes of eight blocks in each plane.
 #if FORMAT == Q8_0
-#define PLANES {256, 16}
+#define PLANES {128, 128, 16}
 #define EIGHT_BLOCKS 272
 #elif FORMAT == Q4_0
 #define PLANES {128, 16}
@@ -65,16 +70,17 @@ struct Scales {
 // What is taken off a code: codes are then signed.
 #define ZERO (FORMAT == Q4_0 ? 8 : FORMAT == Q5_0 ? 16 : FORMAT == Q6_K ? 32 : 0)
 
-// A block's scales as they are stored: at most two words.
-DEV uint2 load_scales(const Matrix &w, size_t row, int block) {
-    size_t b = row * w.blocks + block;
+#define MINIMA (FORMAT == Q4_1 || FORMAT == Q5_1 || FORMAT == Q4_K || FORMAT == Q5_K)
+
+// The scales of the block at place b as they are stored: at most two words. Eight blocks of a row share one of them.
+DEV uint2 load_scales(const Matrix &w, size_t b) {
     const u8 *p = plane(w, CODE_BYTES);
 #if FORMAT == Q4_1 || FORMAT == Q5_1
     return make_uint2(stored((const u32 *)p + b), 0);
 #elif FORMAT == Q6_K
-    return make_uint2(stored((const u16 *)p + b), stored((const u16 *)plane(w, CODE_BYTES + 2) + b / 8));
+    return make_uint2(stored((const u16 *)p + b), stored((const u16 *)plane(w, CODE_BYTES + 2) + b / 64 * 8 + b / 4 % 8));
 #elif FORMAT == Q4_K || FORMAT == Q5_K
-    return make_uint2(stored((const u16 *)p + b), stored((const u32 *)plane(w, CODE_BYTES + 2) + b / 8));
+    return make_uint2(stored((const u16 *)p + b), stored((const u32 *)plane(w, CODE_BYTES + 2) + b / 64 * 8 + b / 4 % 8));
 #else
     return make_uint2(stored((const u16 *)p + b), 0);
 #endif
@@ -96,9 +102,9 @@ DEV Scales scales_of(uint2 stored) {
 }
 // Element j of a block of codes.
 DEV int code_at(const Matrix &w, size_t row, int block, int j) {
-    size_t b = row * w.blocks + block;
+    size_t b = place_of(w, row, block);
 #if FORMAT == Q8_0
-    return ((const signed char *)w.at)[b * 32 + j];
+    return ((const signed char *)(j < 16 ? w.at : plane(w, 16)))[b * 16 + j % 16];
 #else
     int code = w.at[b * 16 + j % 16] >> (j / 16 * 4) & 15;
 #if CODE_BYTES == 20
@@ -120,15 +126,15 @@ DEV float weight_at(const Matrix &w, size_t row, int column) {
 #elif FORMAT == BF16
     return from_bf16(((const u16 *)w.at)[row * w.blocks * 32 + column]);
 #else
-    Scales s = scales_of(load_scales(w, row, column / 32));
+    Scales s = scales_of(load_scales(w, place_of(w, row, column / 32)));
     int j = column % 32;
     return code_at(w, row, column / 32, j) * (j < 16 ? s.d0 : s.d1) + (j < 16 ? s.m0 : s.m1);
 #endif
 }
 
 #if FORMAT != F32
-// A block of 32 columns as it is loaded, and then as 16 pairs in the number type of products: of each four columns the
-// pairs are (0, 1), (2, 3) in plain formats and (0, 2), (1, 3) in the others; QUAD puts activations in that order.
+// A block of 32 columns as it is loaded from place b, and then as 16 pairs in the number type of products: of each four columns the
+// pairs are (0, 1), (2, 3) in plain formats and (0, 2), (1, 3) in the others; `quad` puts activations in that order.
 struct Raw {
 #if PLAIN
     uint4 v[4];
@@ -144,64 +150,64 @@ struct Raw {
     uint2 scales;
 #endif
 };
-DEV Raw load_block(const Matrix &w, size_t row, int block) {
+DEV Raw load_block(const Matrix &w, size_t b) {
     Raw r;
-    size_t b = row * w.blocks + block;
 #if PLAIN
     #pragma unroll
     for (int i = 0; i < 4; i++) r.v[i] = stored((const uint4 *)w.at + b * 4 + i);
-#elif FORMAT == Q8_0
-    r.codes = stored((const uint4 *)w.at + b * 2);
-    r.more = stored((const uint4 *)w.at + b * 2 + 1);
-    r.scales = load_scales(w, row, block);
 #else
     r.codes = stored((const uint4 *)w.at + b);
-#if CODE_BYTES == 20
+#if FORMAT == Q8_0
+    r.more = stored((const uint4 *)plane(w, 16) + b);
+#elif CODE_BYTES == 20
     r.more = stored((const u32 *)plane(w, 16) + b);
 #elif CODE_BYTES == 24
     r.more = stored((const uint2 *)plane(w, 16) + b);
 #endif
-    r.scales = load_scales(w, row, block);
+    r.scales = load_scales(w, b);
 #endif
     return r;
 }
-#if !PLAIN  // products are in f16, which scales and all codes fit
+#if !PLAIN
+#define UPPER (FORMAT == Q8_0 || CODE_BYTES > 16 ? 1 : 16)
+// The codes as bytes, four columns in a word, before ZERO is taken off; those of the last 16 columns times UPPER.
+DEV void codes_of(const Raw &r, u32 (&v)[8]) {
+    u32 c[4] = {r.codes.x, r.codes.y, r.codes.z, r.codes.w};
+#if FORMAT == Q8_0
+    u32 d[4] = {r.more.x, r.more.y, r.more.z, r.more.w};
+#endif
+    #pragma unroll
+    for (int i = 0; i < 8; i++) {
+#if FORMAT == Q8_0
+        v[i] = i < 4 ? c[i] : d[i - 4];
+#elif UPPER > 1
+        v[i] = c[i % 4] & (i < 4 ? 0x0f0f0f0fu : 0xf0f0f0f0u);
+#else
+        v[i] = c[i % 4] >> (i / 4 * 4) & 0x0f0f0f0fu;
+#if CODE_BYTES == 20  // bits 4 i .. 4 i + 3 of `more` are the fifth ones
+        v[i] |= ((r.more >> (4 * i) & 15) * 0x00204081u & 0x01010101u) << 4;
+#else  // byte j % 8 of `more` has, at 2 (j / 8), the high bits of column j
+        v[i] |= ((i & 1 ? r.more.y : r.more.x) >> (i / 2 * 2) & 0x03030303u) << 4;
+#endif
+#endif
+    }
+}
 DEV u32 fma_two(u32 a, u32 b, u32 c) { u32 r; asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c)); return r; }
-// Two codes, in the low bytes of each half, as signed numbers: 1024 + code is exact in f16, and so is the difference.
-DEV u32 signed_two(u32 codes, float zero) { return fma_two(codes | 0x64006400u, 0x3c003c00u, two_f16(-1024.f - zero, -1024.f - zero)); }
 #endif
 DEV void unpack(const Raw &r, u32 (&v)[16]) {
 #if PLAIN
     #pragma unroll
     for (int i = 0; i < 4; i++) v[4 * i] = r.v[i].x, v[4 * i + 1] = r.v[i].y, v[4 * i + 2] = r.v[i].z, v[4 * i + 3] = r.v[i].w;
-#else
+#else  // products are in f16, which scales and all codes fit
     Scales s = scales_of(r.scales);
-    u32 d0 = two_f16(s.d0, s.d0), d1 = two_f16(s.d1, s.d1), m0 = two_f16(s.m0, s.m0), m1 = two_f16(s.m1, s.m1);
-    u32 c[4] = {r.codes.x, r.codes.y, r.codes.z, r.codes.w};
+    u32 codes[8], d0 = two_f16(s.d0, s.d0), d1 = two_f16(s.d1, s.d1), m0 = two_f16(s.m0, s.m0), m1 = two_f16(s.m1, s.m1);
+    codes_of(r, codes);
     #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        u32 d = i < 4 ? d0 : d1, m = i < 4 ? m0 : m1, even, odd;
-#if FORMAT == Q8_0
-        u32 h[4] = {r.more.x, r.more.y, r.more.z, r.more.w}, word = (i < 4 ? c[i] : h[i - 4]) ^ 0x80808080u;
-        even = signed_two(word & 0x00ff00ffu, 128.f);
-        odd = signed_two(word >> 8 & 0x00ff00ffu, 128.f);
-#else
-        u32 word = c[i % 4] >> (i / 4 * 4);
-        u32 first = word & 0x000f000fu, second = word >> 8 & 0x000f000fu;
-#if CODE_BYTES == 20  // bits 4 i .. 4 i + 3 of `more` are the fifth ones
-        u32 five = r.more >> (4 * i);
-        first |= (five & 1) << 4 | (five & 4) << 18;
-        second |= (five & 2) << 3 | (five & 8) << 17;
-#elif CODE_BYTES == 24  // byte j % 8 of `more` has, at 2 (j / 8), the high bits of column j
-        u32 high = (i & 1 ? r.more.y : r.more.x) >> (i / 2 * 2);
-        first |= (high & 0x00030003u) << 4;
-        second |= (high >> 8 & 0x00030003u) << 4;
-#endif
-        even = signed_two(first, ZERO);
-        odd = signed_two(second, ZERO);
-#endif
-        v[2 * i] = fma_two(even, d, m);
-        v[2 * i + 1] = fma_two(odd, d, m);
+    for (int i = 0; i < 16; i++) {  // 1024 + code is exact in f16, and so is the difference
+        u32 word = codes[i / 2] ^ (FORMAT == Q8_0 ? 0x80808080u : 0);
+        float by = i < 8 ? 1.f : 1.f / UPPER, less = -1024.f * by - (FORMAT == Q8_0 ? 128 : ZERO);
+        u32 code = fma_two(word >> i % 2 * 8 & 0x00ff00ffu | 0x64006400u, two_f16(by, by), two_f16(less, less));
+        v[i] = fma_two(code, i < 8 ? d0 : d1, i < 8 ? m0 : m1);
     }
 #endif
 }

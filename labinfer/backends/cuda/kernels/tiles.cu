@@ -7,7 +7,7 @@ DEV void load_weights(uint2 (*ws)[PITCH], const Matrix &w, int first, int step) 
     int row = threadIdx.x % 64, block = 2 * step + threadIdx.x / 64;
     uint2 *to = &ws[row][threadIdx.x / 64 * 8];
     u32 v[16] = {};
-    if (block < w.blocks) unpack(load_block(w, min(first + row, w.rows - 1), block), v);
+    if (block < w.blocks) unpack(load_block(w, place_of(w, min(first + row, w.rows - 1), block)), v);
     #pragma unroll
     for (int i = 0; i < 8; i++) to[i] = make_uint2(v[2 * i], v[2 * i + 1]);
 }
