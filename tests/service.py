@@ -29,11 +29,17 @@ class Served:
     """A running service: ``http`` is a client with the key."""
 
     def __init__(
-        self, model: LLM, adapters: Sequence[LoRARequest] = (), replicas: Sequence[LLM] = (), **options: Any
+        self,
+        model: LLM,
+        adapters: Sequence[LoRARequest] = (),
+        replicas: Sequence[LLM] = (),
+        num_prefill: int = 0,
+        **options: Any,
     ) -> None:
         listener = bind(ServiceOptions(port=0))
         settings = ServiceOptions(port=listener.getsockname()[1], api_keys=(KEY, OTHER_KEY), **options)
-        self.model, self.service = model, Service(model, settings, adapters=adapters, name="tiny", replicas=replicas)
+        self.model = model
+        self.service = Service(model, settings, None, adapters, "tiny", replicas, num_prefill)
         self.server, started = Server(Services(self.service), listener), threading.Event()
         self.thread = threading.Thread(target=self.server.run, args=(started.set,))
         self.thread.start()

@@ -80,7 +80,7 @@ def test_an_end_can_be_attached_by_its_descriptors() -> None:
 def test_what_is_no_frame_is_refused(ends: tuple[Channel, Channel]) -> None:
     sender, receiver = ends
     sender.write([memoryview(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")])
-    with pytest.raises(LabinferError, match="no frame of version 2"):
+    with pytest.raises(LabinferError, match="no frame of version 3"):
         Inbox(receiver).receive()
 
 

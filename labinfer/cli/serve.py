@@ -75,6 +75,14 @@ CACHE_BYTES = 1 << 30
     metavar="N",
     help="Engines of the model, each on its part of the devices; a request goes where its beginning is cached.",
 )
+@click.option(
+    "--prefill-replicas",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="How many of the replicas only compute prompts, for the others.",
+)
 @click.option("--drain", type=float, default=30.0, show_default=True, metavar="S", help="Seconds to finish on SIGTERM.")
 @click.option(
     "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Of the log."
@@ -96,6 +104,7 @@ def serve(
     weights: str | None,
     transport: str | None,
     replicas: int,
+    prefill_replicas: int,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -124,6 +133,9 @@ def serve(
 
     keys, key_file = _keys(host, api_key, api_key_file)
     _check_several(model, served_model_name, lora, weights, replicas)
+    if prefill_replicas and prefill_replicas >= replicas:
+        message = f"--prefill-replicas {prefill_replicas} leaves none of {replicas} replicas to answer"
+        raise UsageError("cli.usage", message, remedy="give more --replicas")
     manager = Manager(quotas=dict(map(device_quota, quota)))
     chosen = {name: options.pop(name) for name in (*OWN, "drain")}
     settings = ServiceOptions(host=host, port=port, api_keys=keys, drain_seconds=chosen.pop("drain"), **chosen)
@@ -142,7 +154,7 @@ def serve(
             opened = [_load(loaded, each, weights, transport, part, adapters, manager) for part in parts]
             phases = {name: sum(times[name] for _, times in opened) for name in opened[0][1]}
             first, *others = [llm for llm, _ in opened]
-            served.append(Service(first, settings, phases, adapters, called, others))
+            served.append(Service(first, settings, phases, adapters, called, others, prefill_replicas))
         services = Services(*served)
         Server(services, listener).run(lambda: _announce(services, key_file, as_json))
 

@@ -8,7 +8,7 @@ owns only the blocks that its next token looks at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -121,6 +121,12 @@ class BlockManager:
         """How many tokens at the beginning of ``token_ids`` whole cached blocks hold; never all of the tokens."""
         return len(self._cached_chain(token_ids, self._root(len(token_ids), salt))) * self.block_size
 
+    def lacking(self, token_ids: Tokens, salt: Salt = ()) -> list[tuple[int, bytes]]:
+        """The blocks (group, digest) that ``token_ids`` could begin with and that are neither here nor colder."""
+        chain = list(self._digests(token_ids, self._root(len(token_ids), salt)))
+        seen = [(group, chain[group.first_seen(len(chain) * self.block_size) :]) for group in self.groups]
+        return [(group.number, each) for group, some in seen for each in some if not group.has(each, cold=True)]
+
     def attach(self, row: int, token_ids: Tokens, salt: Salt = ()) -> int:
         """Begin ``row``, which owns nothing, with what is cached of ``token_ids``, never all; how many tokens it is."""
         root = self._root(len(token_ids), salt)
@@ -199,14 +205,18 @@ class BlockManager:
             return 0
         return self.tables[0].shape[1] if self.reuse_until is None else self.reuse_until // self.block_size
 
+    def _digests(self, token_ids: Tokens, root: bytes) -> Iterator[bytes]:
+        """Those of all blocks that ``token_ids`` may begin with; never all of the tokens."""
+        most = max(0, min(self._reusable(len(token_ids)), (len(token_ids) - 1) // self.block_size))
+        return block_digests(root, token_ids[: most * self.block_size], self.block_size)
+
     def _cached_chain(self, token_ids: Tokens, root: bytes, cold: bool = True) -> list[bytes]:
         """Digests of the longest beginning of ``token_ids`` of which every group has what the next token looks at.
 
         ``cold``: what only a colder tier has counts too.
         """
-        most = min(self._reusable(len(token_ids)), (len(token_ids) - 1) // self.block_size)
         chain: list[bytes] = []
-        for digest in block_digests(root, token_ids[: most * self.block_size], self.block_size) if most > 0 else ():
+        for digest in self._digests(token_ids, root):
             if self.groups[0].window is None and not self.groups[0].has(digest, cold):
                 break
             chain.append(digest)

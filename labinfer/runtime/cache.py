@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Protocol
+
+import numpy as np
 
 from labinfer import __version__
 from labinfer.compiler.fold import unfold_ops, unfold_states
@@ -17,9 +20,28 @@ from labinfer.runtime.block_manager import BlockManager
 from labinfer.runtime.disk_store import DiskStore
 from labinfer.runtime.eviction import EvictionPolicy, LeastRecentlyUsed
 from labinfer.runtime.host_pool import HostPool
-from labinfer.runtime.kv_cache import KVCache
+from labinfer.runtime.kv_cache import Block, KVCache, block_bytes
 from labinfer.runtime.swap import Swap
 from labinfer.runtime.write_behind import WriteBehind
+
+Arrived = Callable[[int, np.ndarray | None], None]
+"""Called with the place of each block that was asked for, and what it holds; None if that is lost."""
+
+
+class BlockMemory(Protocol):
+    """Where the blocks of a model lie: the caches of this process, or of the stages of a pipeline.
+
+    What a block holds are the bytes of all stages one after another, uint8.
+    """
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Copy blocks (group, source, target) before the next step."""
+
+    def fetch(self, blocks: Sequence[Block], tell: Arrived) -> None:
+        """Have ``tell`` called with what ``blocks`` hold after the steps that were asked for."""
+
+    def fill(self, blocks: Sequence[Block], contents: Sequence[np.ndarray]) -> None:
+        """Fill blocks before the next step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +66,7 @@ class Cache:
     """
 
     def __init__(self, plan: Plan, caches: Sequence[KVCache], options: CacheOptions, swaps: bool = True) -> None:
-        self.arrays = caches
+        self.arrays, self.block_bytes = caches, block_bytes(plan)
         self.blocks = block_manager(plan, options)
         self.swap: Swap | None = None
         self.disk: WriteBehind | None = None
@@ -72,6 +94,30 @@ class Cache:
         """Copy blocks in every stage, as ``BlockManager.writable`` asks for it."""
         for arrays in self.arrays:
             arrays.copy_blocks(copies)
+
+    def fetch(self, blocks: Sequence[Block], tell: Arrived) -> None:
+        """See ``BlockMemory.fetch``."""
+        contents = [np.empty(sum(sizes[group] for sizes in self.block_bytes), np.uint8) for group, _ in blocks]
+        for arrays, parts in self._parts(blocks, contents):
+            arrays.read(blocks, parts)
+        for number, content in enumerate(contents):
+            tell(number, content)
+
+    def fill(self, blocks: Sequence[Block], contents: Sequence[np.ndarray]) -> None:
+        """See ``BlockMemory.fill``."""
+        for arrays, parts in self._parts(blocks, contents):
+            arrays.write(blocks, parts)
+
+    def _parts(
+        self, blocks: Sequence[Block], contents: Sequence[np.ndarray]
+    ) -> Iterator[tuple[KVCache, list[np.ndarray]]]:
+        """The arrays of each stage, and its parts of the contents of blocks."""
+        starts = [0] * len(self.block_bytes[0])
+        for arrays, sizes in zip(self.arrays, self.block_bytes, strict=True):
+            stops = [start + size for start, size in zip(starts, sizes, strict=True)]
+            pairs = zip(blocks, contents, strict=True)
+            yield arrays, [content[starts[group] : stops[group]] for (group, _), content in pairs]
+            starts = stops
 
 
 def block_manager(plan: Plan, options: CacheOptions) -> BlockManager:

@@ -7,14 +7,18 @@ A block holds ``block_size`` tokens in every layer of its group; block ``b`` of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from labinfer.backends.base import Device
+from labinfer.compiler.fold import unfold_ops, unfold_states
 from labinfer.compiler.graph import State
-from labinfer.compiler.plan import Limits
+from labinfer.compiler.plan import Limits, Plan, Stage
+
+Block = tuple[int, int]
+"""A cache group, and the number of a block there."""
 
 
 class KVCache:
@@ -72,8 +76,51 @@ class KVCache:
         arrays = zip(self.blocks[group], host, strict=True)
         self.device.move_all_in((memory[place], array[block]) for array, memory in arrays for place, block in pairs)
 
+    def read(self, blocks: Sequence[Block], contents: Iterable[np.ndarray]) -> None:
+        """Copy what each of ``blocks`` holds to bytes, uint8 [``block_bytes`` of its group]."""
+        self.device.move_all_out(
+            (array[block], piece)
+            for (group, block), content in zip(blocks, contents, strict=True)
+            for array, piece in self._pieces(group, content)
+        )
+
+    def write(self, blocks: Sequence[Block], contents: Iterable[np.ndarray]) -> None:
+        """Fill each of ``blocks`` with what ``read`` gave."""
+        self.device.move_all_in(
+            (piece, array[block])
+            for (group, block), content in zip(blocks, contents, strict=True)
+            for array, piece in self._pieces(group, content)
+        )
+
+    def _pieces(self, group: int, content: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
+        """Each array of a group, and its part of the bytes of a block."""
+        start = 0
+        for array in self.blocks[group]:
+            stop = start + array.shape[1] * array.dtype.itemsize
+            yield array, content[start:stop].view(array.dtype)
+            start = stop
+
     def close(self) -> None:
         """Give the memory back."""
         self.parts.clear()
         self.blocks.clear()
         self.device.deallocate(self.buffer)
+
+
+def stage_states(stage: Stage) -> list[str]:
+    """The states that a stage keeps, in the order in which its ops use them."""
+    parts = (part for op, _ in unfold_ops(stage) for part in op.primitives())
+    return list(dict.fromkeys(part.state for part in parts if part.state))
+
+
+def block_bytes(plan: Plan) -> list[list[int]]:
+    """Bytes of a block of each group in each stage: [stages][groups].
+
+    Those of all stages one after another are the same bytes wherever the plan is cut.
+    """
+    states, limits = unfold_states(plan), plan.limits
+    found = [[0] * len(limits.groups) for _ in plan.stages]
+    for sizes, stage in zip(found, plan.stages, strict=True):
+        for state in map(states.__getitem__, stage_states(stage)):
+            sizes[state.group] += state.width * limits.block_size * limits.cache_bytes_per_number
+    return found

@@ -19,7 +19,7 @@ from labinfer.backends.exchange import RankPeers
 from labinfer.compiler.plan import Plan
 from labinfer.errors import DoesNotFit, LabinferError, UsageError, did_you_mean
 from labinfer.runtime.batch import Batch, Part
-from labinfer.runtime.cache import Cache, CacheOptions
+from labinfer.runtime.cache import BlockMemory, Cache, CacheOptions
 from labinfer.runtime.interpreter import Interpreter
 from labinfer.runtime.interrupts import interrupts_held
 from labinfer.runtime.lora import Adapters, LoRARequest
@@ -180,9 +180,14 @@ class Model:
         if self.pipeline is not None and isinstance(self.pipeline.broken, StageDied):
             self.engine.recover(self.pipeline.broken)
 
+    @property
+    def block_memory(self) -> BlockMemory:
+        """Where the cache's blocks lie."""
+        return self.pipeline or self.cache
+
     def copy_blocks(self, copies: Listing[tuple[int, int, int]]) -> None:
         """Copy cache blocks (group, source, target) in every stage, before the next step."""
-        (self.pipeline or self.cache).copy_blocks(copies)
+        self.block_memory.copy_blocks(copies)
 
     @property
     def parameters(self) -> list[Parameters]:

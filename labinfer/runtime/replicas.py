@@ -1,4 +1,7 @@
-"""Several engines of one model: a request goes where it ends soonest, which is where its beginning is cached."""
+"""Several engines of one model: a request goes where it ends soonest, which is where its beginning is cached.
+
+Some may only compute prompts for the others, so that no answer waits while a prompt is computed.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,30 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from functools import partial
 
+from labinfer.errors import UsageError
 from labinfer.runtime.block_digests import Salt, block_digests, root_digest
+from labinfer.runtime.cache import content_key
 from labinfer.runtime.engine import Engine
 from labinfer.runtime.lora import fingerprint
+from labinfer.runtime.model import Model
+from labinfer.runtime.moved_blocks import MovedBlocks
 from labinfer.runtime.outputs import RequestOutput, RequestOutputKind
 from labinfer.runtime.pipeline.engine import PipelinedEngine
+from labinfer.runtime.prompt_job import prompt_job, run_job
 from labinfer.runtime.request import Request
 from labinfer.runtime.streaming import stream
 
 RETRY_SECONDS = 10.0
 """After so long a replica that died, and could not be started anew, is tried with a request, which goes on elsewhere
 if that fails again."""
+
+FOLLOW_UP = 0.25
+"""The next question of a conversation: an engine that has so much of it cached that only this part is left of what
+another would compute, or less, computes that itself."""
 
 ANSWER_TOKENS = 128
 """How long an answer is taken to become whose request does not say."""
@@ -50,9 +63,13 @@ class Sent:
 class Replica:
     """An engine, what it was sent and has not ended (``running``), how many requests that were, and when it was last
     sent one (``last``, a count of all), or tried after its death (``tried``, ``time.monotonic``).
+
+    It ``prefills``, that is, computes prompts only, or gets blocks from such engines (``moved``), or neither.
     """
 
     engine: Engine
+    prefills: bool = False
+    moved: MovedBlocks | None = None
     running: list[Sent] = field(default_factory=list)
     num_sent: int = 0
     last: int = 0
@@ -79,43 +96,87 @@ class Replica:
 
 
 class Replicas:
-    """``engines`` of one model, in the order of their numbers.
+    """``engines`` of one model, in the order of their numbers, of which the first ``num_prefill`` only compute prompts.
 
     ``choose`` says where a request should run. Where the stages of one die and others live, what it had to do goes on
     there at once, with the same tokens, and it starts its stages anew.
     """
 
-    def __init__(self, engines: Sequence[Engine]) -> None:
-        self.all = [Replica(engine) for engine in engines]
+    def __init__(self, engines: Sequence[Engine], num_prefill: int = 0) -> None:
+        if num_prefill:
+            check_movable([engine.model for engine in engines], num_prefill)
+        self.all = [
+            Replica(engine, number < num_prefill, MovedBlocks(engine.model) if number >= num_prefill > 0 else None)
+            for number, engine in enumerate(engines)
+        ]
         self.lock = threading.Lock()
         for replica in self.all:
             if isinstance(replica.engine, PipelinedEngine):
                 replica.engine.elsewhere = partial(self.elsewhere, replica)
 
-    def stream(
+    async def stream(
         self, request: Request, kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     ) -> AsyncIterator[RequestOutput]:
         """Run ``request`` where it is best; see ``Engine.stream``."""
-        return stream(self.all[0].engine, request, kind, self.choose)
+        async with AsyncExitStack() as moving:
+            answer = stream(self.all[0].engine, request, kind, partial(self.place, moving))
+            outputs = await moving.enter_async_context(aclosing(answer))  # type: ignore[type-var]
+            async for output in outputs:
+                yield output
+
+    async def place(self, moving: AsyncExitStack, request: Request) -> Engine:
+        """Where ``request`` is to be run; its prompt may be computed elsewhere, and its blocks be there by then.
+
+        ``moving`` drops what is left of them.
+        """
+        engine = self.choose(request)
+        [best] = [each for each in self.all if each.engine is engine]
+        job, source = self.job_of(request, best)
+        if best.moved is not None and source is not None:
+            keys = await best.moved.reserve(engine.model.blocks.lacking(request.prompt, salt_of(request)))
+            moving.callback(best.moved.drop, keys)
+            await run_job(job, source.engine, best.moved, keys)
+            request.metrics.first_scheduled_time = job.metrics.first_scheduled_time
+            request.metrics.num_cached_tokens = job.metrics.num_cached_tokens
+        return engine
+
+    def job_of(self, request: Request, target: Replica) -> tuple[Request, Replica | None]:
+        """The prompt of ``request`` as a request of its own, and which replica computes it for ``target``, if any."""
+        job, now = prompt_job(request), time.monotonic()
+        sources = [each for each in self.all if each.prefills and (each.alive or each.worth_a_try(now))]
+        if target.moved is None or not sources or request.computes_all:
+            return job, None
+        salt, length = salt_of(request), len(request.prompt)
+        most = length - max(each.engine.model.blocks.match(request.prompt, salt) for each in sources)
+        blocks = target.engine.model.blocks
+        left = length - blocks.match(request.prompt, salt)
+        if left <= blocks.block_size or left <= FOLLOW_UP * most:
+            return job, None
+        return job, self.send(job, sources)
 
     def choose(self, request: Request) -> Engine:
         """Where ``request``, which is checked and about to be run, ends soonest; it counts as sent there."""
         if len(self.all) == 1:
             return self.all[0].engine
+        answering = [each for each in self.all if not each.prefills]
+        return self.send(request, answering if any(each.alive for each in answering) else self.all).engine
+
+    def send(self, request: Request, among: Sequence[Replica]) -> Replica:
+        """Which of some replicas ends ``request`` soonest; it counts as sent there."""
         salt, size = salt_of(request), self.all[0].engine.model.blocks.block_size
         digests = list(block_digests(root_digest(salt), request.prompt, size))
         with self.lock:
             now, number = time.monotonic(), 1 + sum(each.num_sent for each in self.all)
             for each in self.all:
                 each.running = [sent for sent in each.running if not sent.ended]
-            dead = next((each for each in self.all if each.worth_a_try(now)), None)
-            candidates = [dead] if dead else [each for each in self.all if each.alive] or self.all
+            dead = next((each for each in among if each.worth_a_try(now)), None)
+            candidates = [dead] if dead else [each for each in among if each.alive] or among
             cached = {each: each.cached(request, salt, digests) for each in candidates}
             costs = {each: self.seconds(each, request, len(request.prompt) - cached[each]) for each in candidates}
             best = min(candidates, key=lambda each: (costs[each], -cached[each], len(each.running), each.last))
             best.num_sent, best.last, best.tried = best.num_sent + 1, number, now
             best.running.append(Sent(weakref.ref(request), frozenset(digests), len(request.prompt) - cached[best]))
-        return best.engine
+        return best
 
     def seconds(self, replica: Replica, request: Request, uncached: int) -> float:
         """About how long ``request`` takes: prompts before it, its own, and steps with all that run there.
@@ -131,10 +192,11 @@ class Replicas:
         return tokens * a_token + min(request.params.max_tokens or ANSWER_TOKENS, ANSWER_TOKENS) * a_step
 
     def elsewhere(self, dead: Replica) -> PipelinedEngine | None:
-        """The engine that takes over what ``dead`` had to do: of those that live, the one with the least."""
+        """The engine that takes over what ``dead`` had to do: of those that live the one with the least, where it can
+        one that does the same."""
         with self.lock:
             others = [each for each in self.all if each is not dead and each.alive]
-            best = min(others, key=lambda each: len(each.running), default=None)
+            best = min(others, key=lambda each: (each.prefills is not dead.prefills, len(each.running)), default=None)
             if best is None:
                 return None
             best.running, dead.running = best.running + dead.running, []
@@ -146,3 +208,21 @@ def salt_of(request: Request) -> Salt:
     """What keeps the cached blocks of ``request`` apart from those of others, as its engine does."""
     adapter = () if request.lora is None else (fingerprint(request.lora.path),)
     return (request.cache_salt, *adapter) if request.cache_salt or adapter else ()
+
+
+def check_movable(models: Sequence[Model], num_prefill: int) -> None:
+    """Raise ``UsageError`` unless some of ``models``, besides those that prefill, can take over cache blocks of all."""
+    if not 0 < num_prefill < len(models):
+        message = f"{num_prefill} of {len(models)} replicas cannot compute prompts for the others"
+        raise UsageError("replicas.prefill", message, remedy="leave at least one that answers")
+    for model in models:
+        plan, first = model.plan, models[0].plan
+        if plan.ranks > 1:
+            raise UsageError("replicas.prefill", "cache blocks of several ranks cannot be moved between replicas")
+        if not model.blocks.caching:
+            remedy = "leave the prefix cache on"
+            raise UsageError("replicas.prefill", "blocks that are moved become part of the prefix cache", remedy=remedy)
+        kinds = {each.devices[stage.device].kind for each in (plan, first) for stage in each.stages}
+        if len(kinds) > 1 or content_key(plan, ()) != content_key(first, ()):
+            message = "cache blocks cannot be moved between replicas of different models, limits or kinds of devices"
+            raise UsageError("replicas.prefill", message, remedy="give all the same options, and devices of one kind")

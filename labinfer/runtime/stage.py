@@ -12,7 +12,7 @@ from labinfer.compiler.fold import layer_matrices, unfold_ops, unfold_states, un
 from labinfer.compiler.graph import Op, Weight
 from labinfer.compiler.plan import Plan, Stage
 from labinfer.runtime.interpreter import Interpreter, check_kernels
-from labinfer.runtime.kv_cache import KVCache
+from labinfer.runtime.kv_cache import KVCache, stage_states
 from labinfer.runtime.parameters import Parameters, Progress
 from labinfer.runtime.queued_weights import streamed_weights
 from labinfer.runtime.streamed_window import StreamedWindow
@@ -39,8 +39,7 @@ class LoadedStage:
             arrays = self.streamed.arrays() if self.streamed else {}
             self.parameters = allocate_weights(self.stage, ops, weights, arrays, device, undo)
             arrays |= {name: array for each in self.parameters for name, array in each.arrays().items()}
-            states = dict.fromkeys(op.state for op in ops if op.state)
-            self.cache = KVCache(device, unfold_states(plan), states, plan.limits)
+            self.cache = KVCache(device, unfold_states(plan), stage_states(self.stage), plan.limits)
             undo.callback(self.cache.close)
             self.interpreter = Interpreter(
                 self.stage, device, plan.limits, arrays, self.cache, options, self.streamed, peers

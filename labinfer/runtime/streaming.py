@@ -6,7 +6,7 @@ import asyncio
 import threading
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from labinfer.errors import LabinferError
@@ -102,14 +102,14 @@ async def stream(
     engine: Engine,
     request: Request,
     kind: RequestOutputKind,
-    choose: Callable[[Request], Engine] | None = None,
+    choose: Callable[[Request], Awaitable[Engine]] | None = None,
 ) -> AsyncIterator[RequestOutput]:
     """Run ``request``, which is new, and yield what it has made whenever there is more; see ``Engine.stream``.
 
     It runs on ``engine``, or on one like it that ``choose`` names once the request is known to be good.
     """
     await asyncio.to_thread(engine.check, request)  # a grammar takes a while
-    engine = choose(request) if choose else engine
+    engine = await choose(request) if choose else engine
     if request.num_made > request.params.n:
         kind = RequestOutputKind.FINAL_ONLY
     box, event, deltas = mailbox(), asyncio.Event(), Deltas(request)

@@ -181,11 +181,15 @@ class State:
                 "labinfer:step_seconds": ("the last step", engine.stats[-1].seconds if engine.stats else 0.0),
                 "labinfer:replica_up": ("whether its stages run, 1 or 0", float(replica.alive)),
             }
-            counts = {
+            counts: dict[str, tuple[str, float]] = {
                 "vllm:prefix_cache_queries": ("prompt tokens looked up", counters.queries),
                 "vllm:prefix_cache_hits": ("prompt tokens found", counters.hits),
                 "vllm:num_preemptions": ("sequences preempted", scheduler.num_preemptions),
             }
+            if (moved := replica.moved) is not None:
+                counts["labinfer:moved_blocks"] = "cache blocks that another engine has computed", moved.num_blocks
+                counts["labinfer:moved_bytes"] = "bytes of these blocks", moved.num_bytes
+                counts["labinfer:moving_seconds"] = "seconds that moving them took", moved.seconds
             for kind, values in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counts)):
                 for name, (text, value) in values.items():
                     family = families.setdefault(name, kind(name, text, labels=LABELS))

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 
 class Service:
-    """``model`` behind HTTP, and ``replicas`` that are like it. ``startup`` are the seconds of each phase of the start.
+    """``model`` behind HTTP, and ``replicas`` that are like it; the first ``num_prefill`` of all only compute prompts.
+    ``startup`` are the seconds of each phase of the start.
 
     Clients call it ``name``, or as its plan does. ``adapters`` are models too, by their names: the same one with that
     LoRA adapter. One that does not fit is an error here. ``open_streams`` are the calls whose answer is being streamed.
@@ -36,9 +37,10 @@ class Service:
         adapters: Sequence[LoRARequest] = (),
         name: str | None = None,
         replicas: Sequence[LLM] = (),
+        num_prefill: int = 0,
     ) -> None:
         self.model, self.options, self.models = model, options, (model, *replicas)
-        self.replicas = Replicas([each.engine for each in self.models])
+        self.replicas = Replicas([each.engine for each in self.models], num_prefill)
         self.name = name or model.plan.source.name
         self.adapters = {each.name: each for each in adapters}
         self.names = [self.name, *(each.name for each in adapters)]

@@ -4,6 +4,9 @@ A step comes to a stage as a frame with its batch, a list of int32: nine counts,
 those that an earlier step makes, and ``copies`` cache blocks to be copied before. Stages pass that on before they
 compute, so that the next one is prepared when its values come. These are another frame, which the engine does not
 send: when each stage began and ended, float64 seconds of ``time.monotonic``, and what later stages need.
+
+Between steps cache blocks come and go, one a frame: ``BlockFrame`` as int32, then the bytes of each stage. Those of a
+``FETCH`` frame are added by each stage, until it comes back to the engine; those of a ``FILL`` frame are taken.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,9 +24,10 @@ from labinfer.compiler.fold import unfold_inputs
 from labinfer.compiler.plan import Limits, Plan
 from labinfer.errors import DoesNotFit, InvalidFile, LabinferError, StalePlan, UsageError, WeightsError
 from labinfer.ops.base import TensorType
+from labinfer.runtime.kv_cache import block_bytes
 from labinfer.runtime.step_memory import StepBatch
 
-STEP, VALUES, TOKENS, LOGITS, FAILED = range(5)
+STEP, VALUES, TOKENS, LOGITS, FAILED, FETCH, FILL = range(7)
 """Kinds of frames."""
 
 _ERRORS = {
@@ -106,13 +111,39 @@ def crossing_types(plan: Plan) -> dict[str, TensorType]:
 
 
 def frame_bytes(plan: Plan) -> int:
-    """Bytes of the largest frame: a batch, all values that cross between stages, or a step's logits."""
+    """Bytes of the largest frame: a batch, all values that cross between stages, a step's logits, or a block."""
     limits = plan.limits
     tokens, rows = limits.max_num_batched_tokens, limits.max_logits_rows
     sizes = {name: kind.nbytes(tokens, rows) for name, kind in crossing_types(plan).items()}
     values = max(sum(sizes[name] for name in names) for names in crossing(plan))
     logits = 4 * limits.max_logits_rows * (plan.vocab_size + 1)
-    return max(4 * max_words(limits), values, logits, 1 << 16) + 16 * len(plan.groups)
+    blocks = max(map(sum, zip(*block_bytes(plan), strict=True))) + 4 * max_words(limits)
+    return max(blocks, values, logits, 1 << 16) + 16 * len(plan.groups)
+
+
+class BlockFrame(NamedTuple):
+    """Which block of a cache group a frame fetches or fills, and ``copies`` of blocks [C, 3] to be made before."""
+
+    group: int
+    block: int
+    copies: np.ndarray = _NONE
+
+    def encode(self) -> np.ndarray:
+        """Its words, int32."""
+        return np.concatenate([[self.group, self.block], self.copies.reshape(-1)], dtype=np.int32)
+
+
+def decode_block(words: np.ndarray, limits: Limits) -> BlockFrame:
+    """What the words of a frame say; an error beyond ``limits``."""
+    if len(words) < 2 or len(words) % 3 != 2:
+        raise LabinferError("pipeline.message", "a block arrived that has no number")
+    group, block, copies = int(words[0]), int(words[1]), words[2:].reshape(-1, 3)
+    counts = np.array([each.num_blocks for each in limits.groups])
+    if not 0 <= group < len(counts) or not 0 <= block < counts[group]:
+        raise LabinferError("pipeline.message", "a block arrived that the plan does not have")
+    if (copies < 0).any() or (copies[:, 0] >= len(counts)).any() or (copies[:, 1:] >= counts[copies[:, :1]]).any():
+        raise LabinferError("pipeline.message", "a copy of a block is asked for that the plan does not have")
+    return BlockFrame(group, block, copies)
 
 
 def encode_error(error: LabinferError) -> bytes:

@@ -18,15 +18,19 @@ from labinfer.compiler.plan import Plan
 from labinfer.errors import LabinferError
 from labinfer.runtime.cores import make_way, stay_on
 from labinfer.runtime.interpreter import Tape
+from labinfer.runtime.kv_cache import block_bytes
 from labinfer.runtime.pipeline.crossing import CrossingValues
 from labinfer.runtime.pipeline.message import (
     FAILED,
+    FETCH,
+    FILL,
     LOGITS,
     STEP,
     TOKENS,
     VALUES,
     StepMessage,
     decode,
+    decode_block,
     decode_error,
     encode_error,
     max_words,
@@ -76,6 +80,7 @@ class StageLoop:
         self.last = self.number + 1 == len(plan.groups)
         self.onwards = links.tokens_out if self.last else links.outbound
         self.words = np.zeros(max_words(plan.limits), np.int32)
+        self.block_bytes, self.content = block_bytes(plan), list[np.ndarray]()
         self.times = np.zeros((len(plan.groups), 2))
         self.chosen = np.zeros(plan.limits.max_logits_rows, np.int32)
         self.tokens: dict[int, np.ndarray] = {}  # of recent steps, by number modulo 2^31
@@ -94,7 +99,9 @@ class StageLoop:
         stay_on(self.cores)
         try:
             while True:
-                self.take_batch()
+                if self.take_frame() != STEP:
+                    self.move_block()
+                    continue
                 unprepared = caught(self.prepare)
                 lost = caught(self.take_values) if self.number else None  # they come whether they are wanted or not
                 failure = unprepared or lost or caught(self.compute)
@@ -108,21 +115,45 @@ class StageLoop:
             if self.sampler is not None:
                 self.sampler.close()
 
-    def take_batch(self) -> None:
-        """Receive the batch of a step, and let the next stage have it at once."""
-        self.header = self.links.inbound.receive(lambda header: [view(self.words[: header.sizes[0] // 4])])
-        if not self.last:
-            self.send_on(STEP, [view(self.batch_words)])
+    def take_frame(self) -> int:
+        """Receive what comes next, and give its kind; the next stage has the batch of a step at once."""
+
+        def place(header: Header) -> list[memoryview]:
+            self.content = [np.empty(size, np.uint8) for size in header.sizes[1:]]
+            return [view(self.words[: header.sizes[0] // 4]), *map(view, self.content)]
+
+        self.header = self.links.inbound.receive(place)
+        if self.header.kind == STEP and not self.last:
+            self.send_on(STEP, [view(self.frame_words)])
+        return self.header.kind
 
     @property
-    def batch_words(self) -> np.ndarray:
-        """The batch as it came."""
+    def frame_words(self) -> np.ndarray:
+        """The words of a step, or of a block, as they came."""
         return self.words[: self.header.sizes[0] // 4]
+
+    def move_block(self) -> None:
+        """Add what the stage has of a block that is fetched, or take its part of one that is filled, and pass it on."""
+        kind, content, cache = self.header.kind, self.content, self.stage.cache
+        frame = decode_block(self.frame_words, self.limits)
+        sizes = [each[frame.group] for each in self.block_bytes]
+        before, own = sizes[: self.number], np.empty(sizes[self.number], np.uint8)
+        if kind not in (FETCH, FILL) or [*map(len, content)] != (before if kind == FETCH else sizes[self.number :]):
+            raise LabinferError("pipeline.message", "a block arrived that is not of the plan's size")
+        cache.copy_blocks(frame.copies.tolist())
+        if kind == FILL:
+            own, *content = content
+            cache.write([(frame.group, frame.block)], [own])
+        else:
+            cache.read([(frame.group, frame.block)], [own])
+            content = [*content, own]
+        if kind == FETCH or not self.last:
+            self.send_on(kind, views([self.frame_words, *content]))
 
     def prepare(self) -> None:
         """Get ready for the step, so that nothing is left to do but compute when its values, or tokens, come."""
         self.values.arriving = []
-        message = self.message = decode(self.batch_words, self.limits)
+        message = self.message = decode(self.frame_words, self.limits)
         interpreter, batch = self.stage.interpreter, message.batch
         rows = len(batch.logits_rows)
         self.stage.cache.copy_blocks(message.copies.tolist())

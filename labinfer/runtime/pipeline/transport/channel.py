@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from labinfer.errors import LabinferError
 
-VERSION = 2
+VERSION = 3
 MAGIC = b"LABI"
 MAX_SECTIONS = 256
 _PREAMBLE = struct.Struct("<4sHHQII")
