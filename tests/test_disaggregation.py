@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -33,6 +34,7 @@ from labinfer.runtime.request import Request
 
 from .hosts import Hosts
 from .service import Served, wait_for
+from .test_service_process import end, serving
 from .tiny import GOLDEN
 
 LLAMA, WINDOWS, LATENT = "llama-llama3", "gemma3_text-linear_global", "deepseek_v2-group_limited"
@@ -359,3 +361,25 @@ def test_tokens_over_hosts_and_after_a_host_is_lost(home: Path, tmp_path: Path) 
             model.blocks.forget()
         assert asyncio.run(all_answers(replicas)) == alone(LLAMA)
         assert not moved.contents
+
+
+@needs_proc
+@pytest.mark.parametrize("over_hosts", [False, True], ids=["devices", "hosts"])
+def test_the_command_serves_so(over_hosts: bool, home: Path, tmp_path: Path) -> None:
+    options = ["--max-model-len", "128", "--block-size", "4", "--prefill-replicas", "1"]
+    with ExitStack() as stack:
+        if over_hosts:
+            files = []
+            for name in ("prefill", "decode"):
+                (tmp_path / name).mkdir()
+                files.append(str(stack.enter_context(closing(Hosts(tmp_path / name, [name]))).file))
+            options += ["--cluster", ",".join(files)]
+        else:
+            options += ["--replicas", "2", "--devices", "reference:0,reference:1"]
+        process, client = stack.enter_context(serving(GOLDEN / LLAMA, home, *options))
+        body = {"prompt": prompts()[0], "max_tokens": 12, "ignore_eos": True, "temperature": 0}
+        usage = client.post("/v1/completions", json=body).json()["usage"]
+        assert usage["completion_tokens"] == 12
+        text = client.get("/metrics").text
+        assert re.search(r'^labinfer:moved_blocks_total\{engine="1",[^}]*\} 8\.0$', text, re.MULTILINE)
+        assert end(process) == 0

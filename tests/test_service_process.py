@@ -89,11 +89,10 @@ def test_the_command_prints_what_works_and_ends_well_on_sigterm(tiny_model: Path
         (["--api-key", "short"], "serve.api-key"),
         (["--api-key-file", "/nowhere"], "serve.api-key-file"),
         (["--api-key", "a-good-key-1", "--api-key-file", "/nowhere"], "cli.usage"),
+        (["--replicas", "2", "--prefill-replicas", "2"], "cli.usage"),
     ],
 )
-def test_what_would_leave_the_service_open_is_refused(
-    tiny_model: Path, home: Path, arguments: list[str], code: str
-) -> None:
+def test_what_cannot_be_served_is_refused(tiny_model: Path, home: Path, arguments: list[str], code: str) -> None:
     with serve_process(tiny_model, home, *arguments) as process:
         _, log = process.communicate(timeout=20)
     assert process.returncode == 2

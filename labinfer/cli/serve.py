@@ -121,7 +121,6 @@ def serve(
     labinfer serve small.gguf large.gguf --kv-memory 500MB --quota cpu=4GiB
     labinfer serve plan.json --host 0.0.0.0 --api-key-file keys.txt
     """  # fmt: skip
-    from labinfer.api import replica_options
     from labinfer.runtime.chat_template import render_chat_template
     from labinfer.runtime.manager import Manager
     from labinfer.service.descriptors import within_descriptors
@@ -132,12 +131,10 @@ def serve(
     from labinfer.service.services import Services
 
     keys, key_file = _keys(host, api_key, api_key_file)
-    _check_several(model, served_model_name, lora, weights, replicas)
-    if prefill_replicas and prefill_replicas >= replicas:
-        message = f"--prefill-replicas {prefill_replicas} leaves none of {replicas} replicas to answer"
-        raise UsageError("cli.usage", message, remedy="give more --replicas")
-    manager = Manager(quotas=dict(map(device_quota, quota)))
     chosen = {name: options.pop(name) for name in (*OWN, "drain")}
+    parts = _parts(given(options), {"--lora": lora, "--transport": transport}, replicas, prefill_replicas)
+    _check_several(model, served_model_name, lora, weights, len(parts))
+    manager = Manager(quotas=dict(map(device_quota, quota)))
     settings = ServiceOptions(host=host, port=port, api_keys=keys, drain_seconds=chosen.pop("drain"), **chosen)
     configure_logging(settings.log_format)
     settings = within_descriptors(settings)
@@ -147,9 +144,7 @@ def serve(
     settings = replace(settings, port=listener.getsockname()[1])
     adapters = [lora_request(each) for each in lora]
     with listener, closing(manager), ExitStack() as loaded:
-        compiled, refused = given(options), {"--lora": lora, "--transport": transport, "--replicas": replicas > 1}
-        check_cluster_options(compiled, {**refused, "--rebalance": compiled.get("rebalance")})
-        parts, served = replica_options(compiled, replicas), []
+        served = []
         for each, called in zip_longest(model or (None,), served_model_name):
             opened = [_load(loaded, each, weights, transport, part, adapters, manager) for part in parts]
             phases = {name: sum(times[name] for _, times in opened) for name in opened[0][1]}
@@ -157,6 +152,24 @@ def serve(
             served.append(Service(first, settings, phases, adapters, called, others, prefill_replicas))
         services = Services(*served)
         Server(services, listener).run(lambda: _announce(services, key_file, as_json))
+
+
+def _parts(
+    options: dict[str, Any], not_over_hosts: dict[str, Any], replicas: int, prefill: int
+) -> list[dict[str, Any]]:
+    """What to compile each replica with, of which some only compute prompts; each cluster file is one."""
+    from labinfer.api import replica_options
+
+    refused = {**not_over_hosts, "--replicas": replicas > 1, "--rebalance": options.get("rebalance")}
+    check_cluster_options(options, refused)
+    if "cluster" in options:
+        parts = [{**options, "cluster": file} for file in options["cluster"].split(",")]
+    else:
+        parts = replica_options(options, replicas)
+    if prefill and prefill >= len(parts):
+        message = f"--prefill-replicas {prefill} of {len(parts)} replicas leaves none to answer"
+        raise UsageError("cli.usage", message, remedy="give more --replicas")
+    return parts
 
 
 def _check_several(

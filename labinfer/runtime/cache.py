@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -20,7 +20,7 @@ from labinfer.runtime.block_manager import BlockManager
 from labinfer.runtime.disk_store import DiskStore
 from labinfer.runtime.eviction import EvictionPolicy, LeastRecentlyUsed
 from labinfer.runtime.host_pool import HostPool
-from labinfer.runtime.kv_cache import Block, KVCache, block_bytes
+from labinfer.runtime.kv_cache import Block, KVCache, block_bytes, split_block
 from labinfer.runtime.swap import Swap
 from labinfer.runtime.write_behind import WriteBehind
 
@@ -97,27 +97,17 @@ class Cache:
 
     def fetch(self, blocks: Sequence[Block], tell: Arrived) -> None:
         """See ``BlockMemory.fetch``."""
-        contents = [np.empty(sum(sizes[group] for sizes in self.block_bytes), np.uint8) for group, _ in blocks]
-        for arrays, parts in self._parts(blocks, contents):
-            arrays.read(blocks, parts)
-        for number, content in enumerate(contents):
-            tell(number, content)
+        for place, block in enumerate(blocks):
+            content = np.empty(sum(sizes[block[0]] for sizes in self.block_bytes), np.uint8)
+            for arrays, part in zip(self.arrays, split_block(self.block_bytes, block, content), strict=True):
+                arrays.read(block, part)
+            tell(place, content)
 
     def fill(self, blocks: Sequence[Block], contents: Sequence[np.ndarray]) -> None:
         """See ``BlockMemory.fill``."""
-        for arrays, parts in self._parts(blocks, contents):
-            arrays.write(blocks, parts)
-
-    def _parts(
-        self, blocks: Sequence[Block], contents: Sequence[np.ndarray]
-    ) -> Iterator[tuple[KVCache, list[np.ndarray]]]:
-        """The arrays of each stage, and its parts of the contents of blocks."""
-        starts = [0] * len(self.block_bytes[0])
-        for arrays, sizes in zip(self.arrays, self.block_bytes, strict=True):
-            stops = [start + size for start, size in zip(starts, sizes, strict=True)]
-            pairs = zip(blocks, contents, strict=True)
-            yield arrays, [content[starts[group] : stops[group]] for (group, _), content in pairs]
-            starts = stops
+        for block, content in zip(blocks, contents, strict=True):
+            for arrays, part in zip(self.arrays, split_block(self.block_bytes, block, content), strict=True):
+                arrays.write(block, part)
 
 
 def block_manager(plan: Plan, options: CacheOptions) -> BlockManager:

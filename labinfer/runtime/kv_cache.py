@@ -7,7 +7,8 @@ A block holds ``block_size`` tokens in every layer of its group; block ``b`` of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ class KVCache:
         self.device, size = device, limits.cache_bytes_per_number
         slots = [group.num_blocks * limits.block_size for group in limits.groups]
         self.buffer = device.allocate(sum(size * slots[state.group] * state.width for state in chosen), "kv cache")
+        self.landing = np.zeros(0, np.uint8)  # host memory through which single blocks come and go
         self.group_of = {state.name: state.group for state in chosen}
         self.parts: dict[str, dict[str, Any]] = {}
         self.blocks: list[list[Any]] = [[] for _ in limits.groups]
@@ -76,29 +78,27 @@ class KVCache:
         arrays = zip(self.blocks[group], host, strict=True)
         self.device.move_all_in((memory[place], array[block]) for array, memory in arrays for place, block in pairs)
 
-    def read(self, blocks: Sequence[Block], contents: Iterable[np.ndarray]) -> None:
-        """Copy what each of ``blocks`` holds to bytes, uint8 [``block_bytes`` of its group]."""
-        self.device.move_all_out(
-            (array[block], piece)
-            for (group, block), content in zip(blocks, contents, strict=True)
-            for array, piece in self._pieces(group, content)
-        )
+    def read(self, block: Block, content: np.ndarray) -> None:
+        """Copy what ``block`` holds to bytes, uint8 [``block_bytes`` of its group]."""
+        group, number = block
+        self.device.move_all_out((array[number], piece) for array, piece in self._landing(group))
+        content[:] = self.landing[: len(content)]
 
-    def write(self, blocks: Sequence[Block], contents: Iterable[np.ndarray]) -> None:
-        """Fill each of ``blocks`` with what ``read`` gave."""
-        self.device.move_all_in(
-            (piece, array[block])
-            for (group, block), content in zip(blocks, contents, strict=True)
-            for array, piece in self._pieces(group, content)
-        )
+    def write(self, block: Block, content: np.ndarray) -> None:
+        """Fill ``block`` with what ``read`` gave."""
+        group, number = block
+        pairs = self._landing(group)
+        self.landing[: len(content)] = content
+        self.device.move_all_in((piece, array[number]) for array, piece in pairs)
 
-    def _pieces(self, group: int, content: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
-        """Each array of a group, and its part of the bytes of a block."""
-        start = 0
-        for array in self.blocks[group]:
-            stop = start + array.shape[1] * array.dtype.itemsize
-            yield array, content[start:stop].view(array.dtype)
-            start = stop
+    def _landing(self, group: int) -> list[tuple[Any, np.ndarray]]:
+        """Each array of a group, and where a block of it is on its way; blocks pass through one at a time."""
+        sizes = [[array.shape[1] * array.dtype.itemsize for array in arrays] for arrays in self.blocks]
+        if not len(self.landing):
+            self.landing = self.device.host_memory(max(map(sum, sizes)))
+        stops = np.cumsum([0, *sizes[group]]).tolist()
+        pieces = [self.landing[start:stop] for start, stop in pairwise(stops)]
+        return [(array, piece.view(array.dtype)) for array, piece in zip(self.blocks[group], pieces, strict=True)]
 
     def close(self) -> None:
         """Give the memory back."""
@@ -124,3 +124,8 @@ def block_bytes(plan: Plan) -> list[list[int]]:
         for state in map(states.__getitem__, stage_states(stage)):
             sizes[state.group] += state.width * limits.block_size * limits.cache_bytes_per_number
     return found
+
+
+def split_block(sizes: Sequence[Sequence[int]], block: Block, content: np.ndarray) -> list[np.ndarray]:
+    """The bytes of ``block`` that belong to each stage, windows of ``content``; ``sizes`` are ``block_bytes``."""
+    return np.split(content, np.cumsum([each[block[0]] for each in sizes])[:-1])

@@ -19,7 +19,7 @@ import numpy as np
 from labinfer.compiler.plan import Plan
 from labinfer.errors import LabinferError
 from labinfer.runtime.cache import Arrived
-from labinfer.runtime.kv_cache import Block, block_bytes
+from labinfer.runtime.kv_cache import Block, block_bytes, split_block
 from labinfer.runtime.pipeline.message import (
     FAILED,
     FETCH,
@@ -125,10 +125,9 @@ class Pipeline:
 
     def fill(self, blocks: Sequence[Block], contents: Sequence[np.ndarray]) -> None:
         """See ``BlockMemory.fill``; copies that were asked for before are made first."""
-        for (group, block), content in zip(blocks, contents, strict=True):
-            stops = np.cumsum([sizes[group] for sizes in self.block_bytes])
-            frame = BlockFrame(group, block, self.take_copies())
-            self.send(FILL, next(self.numbers), [frame.encode(), *np.split(content, stops[:-1])])
+        for block, content in zip(blocks, contents, strict=True):
+            frame = BlockFrame(*block, self.take_copies())
+            self.send(FILL, next(self.numbers), [frame.encode(), *split_block(self.block_bytes, block, content)])
 
     def wait(self, number: int) -> StepResult:
         """The result of step ``number``, once; raises what went wrong with it, and ``StageDied``."""

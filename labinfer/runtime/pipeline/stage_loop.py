@@ -143,9 +143,9 @@ class StageLoop:
         cache.copy_blocks(frame.copies.tolist())
         if kind == FILL:
             own, *content = content
-            cache.write([(frame.group, frame.block)], [own])
+            cache.write((frame.group, frame.block), own)
         else:
-            cache.read([(frame.group, frame.block)], [own])
+            cache.read((frame.group, frame.block), own)
             content = [*content, own]
         if kind == FETCH or not self.last:
             self.send_on(kind, views([self.frame_words, *content]))
