@@ -18,6 +18,16 @@ from hypothesis import strategies as st
 import labinfer
 from labinfer.compiler.cluster import cluster_schema, read_cluster
 from labinfer.compiler.costs.roofline import specifications
+from labinfer.compiler.partition.service import (
+    SHORT,
+    SHORT_STALL,
+    STALL,
+    EngineTimes,
+    Load,
+    serve,
+    stall_of,
+    ways_to_serve,
+)
 from labinfer.compiler.plan import Plan, load_plan
 from labinfer.compiler.source import load_yaml
 from labinfer.compiler.workload import parse_workload
@@ -27,7 +37,8 @@ from labinfer.profile.quiet import Patience
 from labinfer.profile.session import profile_cluster
 from labinfer.progress import silent
 from labinfer.render import render
-from labinfer.render.placement import placement_lines
+from labinfer.render.placement import placement_lines, seconds
+from labinfer.runtime.scheduler import Policy
 from tests.mutation import damaged
 
 _GOLDEN = Path(__file__).parent / "golden"
@@ -103,7 +114,7 @@ def test_the_catalogue_has_plausible_devices() -> None:
         assert spec.source
 
 
-@pytest.mark.parametrize("text", ["prompt=0", "prompt", "promt=3", "output=1e3", "concurrency=-1"])
+@pytest.mark.parametrize("text", ["prompt=0", "prompt", "promt=3", "output=1e3", "concurrency=-1", "replicas=17"])
 def test_bad_workloads_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"workload|should be like"):
         parse_workload(text)
@@ -242,6 +253,52 @@ def test_a_profile_of_another_machine_is_borrowed(tmp_path: Path) -> None:
     assert plan.placement is not None
     assert plan.placement.origins == {"lab": "borrowed"}
     assert plan.devices["lab"].declared
+
+
+_TIMES = EngineTimes(tuple(0.01 + 0.001 * n for n in range(16)), 0.001, 512, 0.2, 0.02, 8)
+
+
+def test_the_scheduler_and_its_simulation_let_prompts_lengthen_steps_alike() -> None:
+    assert (Policy.stall, Policy.short, Policy.short_stall) == (STALL, SHORT, SHORT_STALL)
+    assert (stall_of(512), stall_of(513)) == (1.0, 0.2)
+
+
+def test_one_request_takes_what_its_steps_add_up_to() -> None:
+    load = Load(prompt=600, output=11, rate=0.001)
+    alone, moved = serve(_TIMES, load, 2, 0), serve(_TIMES, load, 2, 1)
+    assert alone.first == pytest.approx(0.6)
+    assert moved.first == pytest.approx(0.6 + 0.02 + 0.008)
+    for each in (alone, moved):
+        assert each.wait == pytest.approx(0.01)
+        assert each.longest == pytest.approx(0.01)
+        assert each.request == pytest.approx(each.first + 0.1)
+
+
+def test_prompts_lengthen_steps_only_where_answers_are_made_too() -> None:
+    load = Load(prompt=600, output=100, rate=1.5)
+    both, divided = serve(_TIMES, load, 2, 0), serve(_TIMES, load, 2, 1)
+    assert divided.first < 0.7 < both.first  # the prompt that comes while answers are made waits for its turns
+    assert divided.longest < both.longest
+    assert divided.wait < both.wait
+    ways = ways_to_serve(_TIMES, load, 3)
+    assert sorted(each.prefill for each in ways) == [0, 1, 2]
+    assert [each.request for each in ways] == sorted(each.request for each in ways)
+
+
+def test_a_plan_says_whether_replicas_should_only_compute_prompts(tmp_path: Path) -> None:
+    plan = _compile(tmp_path, _DECLARED, "prompt=32,output=8,concurrency=4,replicas=3,rate=6000")
+    assert plan.placement is not None
+    assert plan.placement.workload == {"prompt": 32, "output": 8, "concurrency": 4, "replicas": 3, "rate": 6000}
+    ways = plan.placement.services
+    assert sorted(each.prefill for each in ways) == [0, 1, 2]
+    assert all(0 < each.wait <= each.longest < each.request for each in ways)
+    lines = [line.text for line in placement_lines(plan, 200)]
+    [best] = [line for line in lines if line.startswith("  replicas")]
+    assert f"{seconds(ways[0].request)}, its first token {seconds(ways[0].first)}" in best
+    assert sum("requests a minute" in line for line in lines) == 3
+    alone = _compile(tmp_path, _DECLARED)
+    assert alone.placement is not None
+    assert alone.placement.services == []
 
 
 @pytest.mark.usefixtures("home")

@@ -27,7 +27,9 @@ OBJECTIVES = ("latency", "throughput", "balanced")
 @plan_options
 @click.option("--cluster", metavar="FILE", help="Devices and links instead: measured costs decide who runs what.")
 @click.option("--objective", type=click.Choice(OBJECTIVES), help="With --cluster: what is best (default: latency).")
-@click.option("--workload", metavar="LIST", help="With --cluster: prompt=512,output=128,concurrency=1.")
+@click.option(
+    "--workload", metavar="LIST", help="With --cluster: prompt=512,output=128,concurrency=1,replicas=1,rate=60."
+)
 @click.option("--trace", is_flag=True, help="Show each pass: its time, the ops before and after, its effect.")
 @click.option("--dry-run", is_flag=True, help="Compile and sum up, write nothing.")
 @json_option

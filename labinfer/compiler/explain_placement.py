@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import pairwise
 
 from labinfer.compiler.costs.plans import StageCost, predict_pipeline, predict_plan
 from labinfer.compiler.costs.predict import StepShape
-from labinfer.compiler.costs.table import LinkProfile
+from labinfer.compiler.costs.table import LinkProfile, interpolate
+from labinfer.compiler.fold import unfold_states
 from labinfer.compiler.partition import Partition
+from labinfer.compiler.partition.service import EngineTimes, Load, stall_of, ways_to_serve
 from labinfer.compiler.partition.solve import objective_value
 from labinfer.compiler.place_by_cost import Goal, PlacedByCost
-from labinfer.compiler.placement_record import Change, OtherPlacement, PlannedStep, PlanPlacement, StagePrediction
+from labinfer.compiler.placement_record import (
+    Change,
+    OtherPlacement,
+    PlannedStep,
+    PlanPlacement,
+    ServicePrediction,
+    StagePrediction,
+)
 from labinfer.compiler.plan import Plan, Stage
 
 SAME = 1e-6
@@ -33,7 +41,7 @@ def record_placement(plan: Plan, placed: PlacedByCost, goal: Goal) -> None:
     bound = min(chosen.lower_bound, value)
     plan.placement = PlanPlacement(
         objective=goal.objective.value,
-        workload=asdict(work),
+        workload=work.told(),
         decode=planned_step(decode),
         prefill=planned_step(prefill),
         micro_batches=placed.problem.workload.micro_batches,
@@ -49,6 +57,7 @@ def record_placement(plan: Plan, placed: PlacedByCost, goal: Goal) -> None:
         reasons=placed.told.reasons,
         runner_ups=[other_placement(placed, each) for each in placed.told.runner_ups],
         changes=[Change(what=each.what, value=rounded(each.value)) for each in placed.told.changes],
+        services=services(plan, goal) if work.replicas > 1 else [],
     )
 
 
@@ -128,3 +137,46 @@ def transports(
         return rounded(predict_pipeline(plan, costs[number], goal.costs, link, steps[number]).seconds)
 
     return {name: (whole(0, link), whole(1, link)) for name, link in goal.transports.items()}
+
+
+def services(plan: Plan, goal: Goal) -> list[ServicePrediction]:
+    """How the replicas of the workload can serve, the best first."""
+    work = goal.workload
+    load = Load(work.prompt, work.output, work.rate / 60)
+    found = ways_to_serve(engine_times(plan, goal), load, work.replicas)
+    return [
+        ServicePrediction(
+            prefill=each.prefill,
+            request=rounded(each.request),
+            first=rounded(each.first),
+            wait=rounded(each.wait),
+            longest=rounded(each.longest),
+        )
+        for each in found
+    ]
+
+
+def engine_times(plan: Plan, goal: Goal) -> EngineTimes:
+    """What an engine that runs ``plan`` takes, whose stages run one after another, as predicted from their ops."""
+    work, limits = goal.workload, plan.limits
+
+    def seconds(step: StepShape) -> float:
+        return sum(stage.total for stage in predict_plan(plan, goal.costs, goal.links, step))
+
+    sizes = sorted({min(1 << power, limits.max_num_seqs) for power in range(limits.max_num_seqs.bit_length() + 1)})
+    known = [(size, seconds(StepShape.decode(size, work.prompt + work.output // 2))) for size in sizes]
+    prefill = work.prefill_step(limits)
+    out = goal.costs[plan.stages[-1].device].out
+    moved = sum(
+        limits.blocks_needed(limits.groups[state.group], work.prompt) * limits.block_size * state.width
+        for state in unfold_states(plan).values()
+    )
+    nbytes = moved * limits.cache_bytes_per_number
+    return EngineTimes(
+        decode=tuple(interpolate(known, size) for size in range(1, limits.max_num_seqs + 1)),
+        token=seconds(prefill) / prefill.tokens,
+        max_tokens=limits.max_num_batched_tokens,
+        stall=stall_of(work.prompt),
+        move=2 * out.seconds(nbytes) if out else 0.0,
+        rest=-(-limits.block_size // 2),
+    )

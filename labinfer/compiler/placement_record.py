@@ -39,6 +39,16 @@ class Change(PlanModel):
     value: NonNegativeFloat = Field(description="seconds of the objective")
 
 
+class ServicePrediction(PlanModel):
+    """A way in which the workload's replicas can serve, and the predicted seconds of its requests."""
+
+    prefill: NonNegativeInt = Field(description="replicas that only compute prompts; 0: all do both")
+    request: NonNegativeFloat = Field(description="seconds from a request to its last token, the mean")
+    first: NonNegativeFloat = Field(description="seconds to the first token")
+    wait: NonNegativeFloat = Field(description="seconds between two tokens of an answer")
+    longest: NonNegativeFloat = Field(description="the longest of these of an answer")
+
+
 class PlannedStep(PlanModel):
     """The size of a step that was predicted."""
 
@@ -56,7 +66,9 @@ class PlanPlacement(PlanModel):
     """
 
     objective: Literal["latency", "throughput", "balanced"] = Field(description="what is best")
-    workload: dict[str, PositiveInt] = Field(description="tokens of `prompt` and `output`, sequences at once")
+    workload: dict[str, PositiveInt] = Field(
+        description="tokens of `prompt` and `output`, sequences at once; of several replicas, requests a minute"
+    )
     decode: PlannedStep = Field(description="the decode step that was predicted")
     prefill: PlannedStep = Field(description="the prefill step that was predicted")
     micro_batches: PositiveInt = Field(description="units of work in flight")
@@ -74,3 +86,6 @@ class PlanPlacement(PlanModel):
     reasons: dict[str, str] = Field(default={}, description="why each device is used or not")
     runner_ups: list[OtherPlacement] = Field(default=[], description="the best other placements")
     changes: list[Change] = Field(default=[], description="what other hardware would buy, the best first")
+    services: list[ServicePrediction] = Field(
+        default=[], description="ways in which the workload's replicas can serve, the best first"
+    )

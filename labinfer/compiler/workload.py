@@ -8,17 +8,23 @@ from dataclasses import dataclass, fields
 from labinfer.compiler.costs import StepShape
 from labinfer.compiler.partition import Objective
 from labinfer.compiler.partition import Workload as UnitOfWork
+from labinfer.compiler.partition.service import MOST_REPLICAS
 from labinfer.compiler.plan import Limits
 from labinfer.errors import UsageError, did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Tokens of a prompt and of its answer, and sequences served at once."""
+    """Tokens of a prompt and of its answer, and sequences served at once.
+
+    Where so many ``replicas`` of the plan serve, requests come at a ``rate`` of so many a minute for all of them.
+    """
 
     prompt: int = 512
     output: int = 128
     concurrency: int = 1
+    replicas: int = 1
+    rate: int = 60
 
     def parts(self, objective: Objective, devices: int) -> int:
         """Micro-batches that sequences are in: as many as there are devices to keep busy, but for latency."""
@@ -34,6 +40,11 @@ class Workload:
         """The prefill step in the middle of a prompt."""
         tokens = min(self.prompt, limits.max_num_batched_tokens)
         return StepShape.prefill(tokens, (self.prompt - tokens) // 2)
+
+    def told(self) -> dict[str, int]:
+        """What a plan says of it."""
+        found = {"prompt": self.prompt, "output": self.output, "concurrency": self.concurrency}
+        return found | ({"replicas": self.replicas, "rate": self.rate} if self.replicas > 1 else {})
 
     def unit(self, objective: Objective, devices: int, limits: Limits, kv_tokens: int) -> UnitOfWork:
         """A micro-batch from its prompts to its last tokens, for the partition.
@@ -62,4 +73,6 @@ def parse_workload(text: str) -> Workload:
         if not re.fullmatch(r"[1-9][0-9]{0,8}", number):
             raise UsageError("workload.number", f"'{item}' should be like {name}=128")
         found[name] = int(number)
+    if found.get("replicas", 1) > MOST_REPLICAS:
+        raise UsageError("workload.number", f"a workload has at most {MOST_REPLICAS} replicas")
     return Workload(**found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from labinfer.compiler.placement_record import PlanPlacement
+from labinfer.compiler.placement_record import PlanPlacement, ServicePrediction
 from labinfer.compiler.plan import Plan
 from labinfer.render.report_lines import Line, align, fact
 from labinfer.units import human_bytes
@@ -42,11 +42,23 @@ def placement_lines(plan: Plan, width: int) -> Iterator[Line]:
         wholes = (f"by {name} {seconds(a)} and {seconds(b)}" for name, (a, b) in found.transports.items())
         text = f"a decode and a prefill step that are alone in it take {'; '.join(wholes)}"
         yield from fact("pipeline", text, width)
+    for number, way in enumerate(found.services):
+        name = "instead" if number else "replicas"
+        yield from fact(name, service(way, found.workload["replicas"], found.workload["rate"]), width)
     for other in found.runner_ups:
         runs = ", ".join(f"{device} {span(first, last)}" for device, first, last in other.stages)
         yield from fact("instead", f"{runs}: {seconds(other.value)}", width)
     for change in found.changes:
         yield from fact("with", f"{change.what}: {gain(found.value, change.value)}", width)
+
+
+def service(way: ServicePrediction, replicas: int, rate: int) -> str:
+    """How replicas serve in one way."""
+    who = f"{way.prefill} of {replicas} only compute prompts" if way.prefill else f"all {replicas} do both"
+    return (
+        f"{who}: with {rate:,} requests a minute one takes {seconds(way.request)}, "
+        f"its first token {seconds(way.first)}, a token {seconds(way.wait)}, at the longest {seconds(way.longest)}"
+    )
 
 
 def verdict(found: PlanPlacement) -> str:
