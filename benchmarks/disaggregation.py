@@ -1,9 +1,9 @@
 """Prompts that arrive while answers are made: replicas that do both, and one that computes prompts for the other.
 
-    python benchmarks/disaggregation.py [MODEL] [--transport shm] [--rate 1] [--prompt 512] [--answer 128] [--pairs 3]
+    python benchmarks/disaggregation.py [MODEL] [--transport shm] [--rate 0.3] [--prompt 512] [--answer 96] [--turns 2]
 
 Two devices of one thread each. Requests of random tokens come evenly, so many a second, and somebody waits for each
-token. Both kinds of service take turns, each with fresh texts; `no limit` is the first without a limit on how much
+token. The kinds of service take turns, each with fresh texts; `no limit` is the first without a limit on how much
 longer steps may get for the sake of a prompt (LABINFER_STALL=0). A wait is the time between two tokens of an answer.
 """
 
@@ -91,11 +91,11 @@ def main() -> None:
     parser.add_argument("--transport", choices=["local", "shm", "tcp"])
     parser.add_argument("--devices", default="cpu:0,cpu:1")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rate", type=float, default=1.0)
+    parser.add_argument("--rate", type=float, default=0.3)
     parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--answer", type=int, default=128)
-    parser.add_argument("--requests", type=int, default=24)
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--answer", type=int, default=96)
+    parser.add_argument("--requests", type=int, default=12)
+    parser.add_argument("--turns", type=int, default=2)
     options = parser.parse_args()
     limits = {"max_model_len": options.prompt + options.answer, "max_num_seqs": 32, "kv_memory": 2 << 30}
     if options.threads:
@@ -111,8 +111,8 @@ def main() -> None:
             return [[rng.randrange(100, 40_000) for _ in range(options.prompt)] for _ in range(count)]
 
         for kind in (0, 1):  # compiles what is left, and what a step costs is known afterwards
-            asyncio.run(serve(models, kind, prompts(8), 4 * options.rate, 32, Found()))
-        for _ in range(options.pairs):
+            asyncio.run(serve(models, kind, prompts(4), 4 * options.rate, 32, Found()))
+        for _ in range(options.turns):
             for name, (num_prefill, limited) in KINDS.items():
                 for model in models:
                     model.engine.scheduler.limits_stalls = limited
@@ -125,7 +125,7 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, each in found.items():
         print(each.row(name))
-    sys.exit(any(len(each.first) < options.requests * options.pairs for each in found.values()))
+    sys.exit(any(len(each.first) < options.requests * options.turns for each in found.values()))
 
 
 if __name__ == "__main__":

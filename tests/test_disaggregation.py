@@ -117,6 +117,17 @@ def test_tokens_are_those_of_one_engine(name: str, options: list[dict[str, Any]]
         assert [each.num_sent for each in replicas.all] == [4, 4]
 
 
+@pytest.mark.parametrize("name", ["llama-dynamic_crossed", "phi3-longrope_crossed"])
+def test_tokens_are_those_of_one_engine_where_keys_depend_on_lengths(name: str) -> None:
+    with models(name, [{}, {}]) as found:
+        replicas = Replicas([model.engine for model in found], num_prefill=1)
+        assert asyncio.run(all_answers(replicas)) == alone(name)
+        [moved] = moved_of(replicas)
+        sent = sum(bool(found[1].blocks._reusable(len(prompt))) for prompt in prompts())
+        assert replicas.all[0].num_sent == sent  # no prompt is computed whose blocks nobody else could use
+        assert bool(moved.num_blocks) == bool(sent)
+
+
 def pid_of(model: LLM) -> int:
     """The process of the model's only stage."""
     assert model.pipeline is not None

@@ -34,7 +34,7 @@ class KVCache:
         self.device, size = device, limits.cache_bytes_per_number
         slots = [group.num_blocks * limits.block_size for group in limits.groups]
         self.buffer = device.allocate(sum(size * slots[state.group] * state.width for state in chosen), "kv cache")
-        self.landing = np.zeros(0, np.uint8)  # host memory through which single blocks come and go
+        self.landings: dict[int, tuple[np.ndarray, list[tuple[Any, np.ndarray]]]] = {}
         self.group_of = {state.name: state.group for state in chosen}
         self.parts: dict[str, dict[str, Any]] = {}
         self.blocks: list[list[Any]] = [[] for _ in limits.groups]
@@ -81,29 +81,33 @@ class KVCache:
     def read(self, block: Block, content: np.ndarray) -> None:
         """Copy what ``block`` holds to bytes, uint8 [``block_bytes`` of its group]."""
         group, number = block
-        self.device.move_all_out((array[number], piece) for array, piece in self._landing(group))
-        content[:] = self.landing[: len(content)]
+        landing, pieces = self._landing(group)
+        self.device.move_all_out((array[number], piece) for array, piece in pieces)
+        content[:] = landing
 
     def write(self, block: Block, content: np.ndarray) -> None:
         """Fill ``block`` with what ``read`` gave."""
         group, number = block
-        pairs = self._landing(group)
-        self.landing[: len(content)] = content
-        self.device.move_all_in((piece, array[number]) for array, piece in pairs)
+        landing, pieces = self._landing(group)
+        landing[:] = content
+        self.device.move_all_in((piece, array[number]) for array, piece in pieces)
 
-    def _landing(self, group: int) -> list[tuple[Any, np.ndarray]]:
-        """Each array of a group, and where a block of it is on its way; blocks pass through one at a time."""
-        sizes = [[array.shape[1] * array.dtype.itemsize for array in arrays] for arrays in self.blocks]
-        if not len(self.landing):
-            self.landing = self.device.host_memory(max(map(sum, sizes)))
-        stops = np.cumsum([0, *sizes[group]]).tolist()
-        pieces = [self.landing[start:stop] for start, stop in pairwise(stops)]
-        return [(array, piece.view(array.dtype)) for array, piece in zip(self.blocks[group], pieces, strict=True)]
+    def _landing(self, group: int) -> tuple[np.ndarray, list[tuple[Any, np.ndarray]]]:
+        """Host memory for a block of a group that comes or goes, and each array's piece of it."""
+        if group not in self.landings:
+            arrays = self.blocks[group]
+            stops = np.cumsum([0, *(array.shape[1] * array.dtype.itemsize for array in arrays)]).tolist()
+            memory = self.device.host_memory(stops[-1])
+            pieces = [memory[start:stop] for start, stop in pairwise(stops)]
+            found = [(array, piece.view(array.dtype)) for array, piece in zip(arrays, pieces, strict=True)]
+            self.landings[group] = memory, found
+        return self.landings[group]
 
     def close(self) -> None:
         """Give the memory back."""
         self.parts.clear()
         self.blocks.clear()
+        self.landings.clear()
         self.device.deallocate(self.buffer)
 
 

@@ -131,28 +131,26 @@ class Replicas:
         """
         engine = self.choose(request)
         [best] = [each for each in self.all if each.engine is engine]
-        job, source = self.job_of(request, best)
-        if best.moved is not None and source is not None:
-            keys = await best.moved.reserve(engine.model.blocks.lacking(request.prompt, salt_of(request)))
+        if best.moved is None or request.computes_all:
+            return engine
+        lacking = engine.model.blocks.lacking(request.prompt, salt_of(request))
+        if lacking and (sources := self.sources(request, best)):
+            job = prompt_job(request)
+            source = self.send(job, sources).engine
+            keys = await best.moved.reserve(lacking)
             moving.callback(best.moved.drop, keys)
-            await run_job(job, source.engine, best.moved, keys)
+            await run_job(job, source, best.moved, keys)
             request.metrics.first_scheduled_time = job.metrics.first_scheduled_time
             request.metrics.num_cached_tokens = job.metrics.num_cached_tokens
         return engine
 
-    def job_of(self, request: Request, target: Replica) -> tuple[Request, Replica | None]:
-        """The prompt of ``request`` as a request of its own, and which replica computes it for ``target``, if any."""
-        job, now = prompt_job(request), time.monotonic()
-        sources = [each for each in self.all if each.prefills and (each.alive or each.worth_a_try(now))]
-        if target.moved is None or not sources or request.computes_all:
-            return job, None
-        salt, length = salt_of(request), len(request.prompt)
-        most = length - max(each.engine.model.blocks.match(request.prompt, salt) for each in sources)
-        blocks = target.engine.model.blocks
-        left = length - blocks.match(request.prompt, salt)
-        if left <= blocks.block_size or left <= FOLLOW_UP * most:
-            return job, None
-        return job, self.send(job, sources)
+    def sources(self, request: Request, target: Replica) -> list[Replica]:
+        """Which replicas could compute the prompt of ``request`` for ``target``; none where that has most of it."""
+        now, salt, length = time.monotonic(), salt_of(request), len(request.prompt)
+        found = [each for each in self.all if each.prefills and (each.alive or each.worth_a_try(now))]
+        cached = [each.engine.model.blocks.match(request.prompt, salt) for each in found]
+        left = length - target.engine.model.blocks.match(request.prompt, salt)
+        return found if left > FOLLOW_UP * (length - max(cached, default=length)) else []
 
     def choose(self, request: Request) -> Engine:
         """Where ``request``, which is checked and about to be run, ends soonest; it counts as sent there."""
