@@ -31,6 +31,7 @@ from labinfer.runtime.pipeline.message import FETCH, FILL, LOGITS, decode_block
 from labinfer.runtime.pipeline.workers import StageProcesses
 from labinfer.runtime.replicas import Replicas
 from labinfer.runtime.request import Request
+from labinfer.service.errors import of_engine
 
 from .hosts import Hosts
 from .service import Served, wait_for
@@ -223,6 +224,26 @@ def test_a_request_that_is_aborted_meanwhile_leaves_nothing(when: str) -> None:
         wait_for(lambda: not prefill.engine.busy)
         assert prefill.blocks.usage == 0
         assert asyncio.run(answer(replicas, Request(prompts()[0], PARAMS[0]))) == alone(LLAMA)[0]
+
+
+def test_a_prompt_whose_engine_stops_all_requests_is_answered_by_nobody() -> None:
+    with models(LLAMA, [{}, {}]) as [prefill, decode]:
+        replicas = Replicas([prefill.engine, decode.engine], num_prefill=1)
+        [moved], request = moved_of(replicas), Request(prompts()[1], PARAMS[0])
+
+        async def run() -> None:
+            with prefill.lock:
+                task = asyncio.create_task(answer(replicas, request))
+                while not moved.contents:
+                    await asyncio.sleep(0)
+                prefill.engine.submit(prefill.engine.abort_all)
+            await task
+
+        with pytest.raises(LabinferError, match="told to stop") as error:
+            asyncio.run(run())
+        assert of_engine(error.value).status == 503
+        assert not moved.contents
+        assert decode.engine.num_tokens == 0
 
 
 def test_prompts_wait_where_there_is_no_room_for_their_blocks() -> None:

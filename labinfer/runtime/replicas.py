@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from functools import partial
 
-from labinfer.errors import UsageError
+from labinfer.errors import LabinferError, UsageError
 from labinfer.runtime.block_digests import Salt, block_digests, root_digest
 from labinfer.runtime.cache import content_key
 from labinfer.runtime.engine import Engine
@@ -140,6 +140,8 @@ class Replicas:
             keys = await best.moved.reserve(lacking)
             moving.callback(best.moved.drop, keys)
             await run_job(job, source, best.moved, keys)
+            if any(each.finish_reason == "abort" for each in job.sequences):
+                raise LabinferError("run.aborted", "the engine that computed the prompt was told to stop all requests")
             request.metrics.first_scheduled_time = job.metrics.first_scheduled_time
             request.metrics.num_cached_tokens = job.metrics.num_cached_tokens
         return engine

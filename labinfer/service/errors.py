@@ -71,6 +71,8 @@ def of_engine(error: LabinferError) -> ApiError:
         return ApiError(400, error.message, code=error.code)
     if isinstance(error, StageDied | DoesNotFit):  # what is left of hosts or processes cannot run the model
         return ApiError(503, "a part of the model's pipeline is lost", code=error.code, retry_after=5)
+    if error.code == "run.aborted":
+        return ApiError(503, "the server stopped the request", code="aborted", retry_after=5)
     if error.code in ("run.not-a-number", "run.cache-full"):
         return ApiError(500, error.message, code=error.code, final=True)
     return ApiError(500, "the server failed; its log has the details", code=error.code, final=True)
