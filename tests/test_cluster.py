@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -24,15 +25,20 @@ import labinfer
 from labinfer.cli.main import main
 from labinfer.cluster import agents, stages
 from labinfer.cluster import control as control_module
-from labinfer.cluster.agent import Agent, Session
+from labinfer.cluster.agent import Agent
 from labinfer.cluster.checkpoints import PIECE_BYTES, Store, file_digest, manifest, provide
 from labinfer.cluster.control import Control, open_control
-from labinfer.cluster.fleet import load
+from labinfer.cluster.fleet import ClusterFleet, load
 from labinfer.cluster.neighbours import Neighbour
+from labinfer.cluster.session import Session
 from labinfer.cluster.token import kept_token, read_token, token_path
 from labinfer.compiler.cluster import read_cluster
+from labinfer.compiler.fold import unfold_ops, unfold_weights
+from labinfer.compiler.graph import Weight
+from labinfer.compiler.plan import Plan
 from labinfer.errors import DoesNotFit, InvalidFile, LabinferError, UsageError
 from labinfer.llm import LLM
+from labinfer.ops.formats import stored_bytes
 from labinfer.runtime.pipeline.process import StageDied
 from labinfer.runtime.pipeline.transport import ChannelClosed, Keys
 from labinfer.runtime.pipeline.transport.sealed import accept
@@ -63,6 +69,34 @@ def hosts(home: Path, tmp_path: Path) -> Iterator[Hosts]:
     hosts = Hosts(tmp_path, ["alpha", "beta", "gamma"])
     yield hosts
     hosts.close()
+
+
+def fleet_of(model: LLM) -> ClusterFleet:
+    assert isinstance(model.fleet, ClusterFleet)
+    return model.fleet
+
+
+def weights_by_device(plan: Plan) -> dict[str, set[Weight]]:
+    weights = unfold_weights(plan)
+    return {
+        stage.device: {
+            weights[name] for op, _ in unfold_ops(stage) for part in op.primitives() for name in part.weights.values()
+        }
+        for stage in plan.stages
+    }
+
+
+def expect_moved_only(model: LLM, before: Plan, lost: str | None) -> None:
+    """The last start has loaded what no device had that was not lost, and nothing else."""
+    had, now = weights_by_device(before), weights_by_device(model.plan)
+    had.pop(f"reference@{lost}", None)
+    moved = [weight for device, used in now.items() for weight in used - had.get(device, set())]
+    stayed = [weight for device, used in now.items() for weight in used & had.get(device, set())]
+    start = fleet_of(model).starts[-1]
+    assert start.loaded == sum(stored_bytes(weight.format, weight.shape) for weight in moved)
+    assert start.kept == sum(stored_bytes(weight.format, weight.shape) for weight in stayed)
+    assert start.loaded
+    assert start.kept
 
 
 def used(model: LLM) -> list[str]:
@@ -108,10 +142,14 @@ def stop_stage(hosts: Hosts) -> None:
 def test_requests_survive(fault: Callable[[Hosts], None], left: int, hosts: Hosts) -> None:
     with load(FOLDER, hosts.file, **LIMITS) as model:
         assert used(model) == ["alpha", "beta", "gamma"]
-        requests = begun(model)
+        requests, before, pids = begun(model), model.plan, {name: hosts.stages(name) for name in hosts.agents}
         fault(hosts)
         finish(model, requests)
         assert len(used(model)) == left
+        assert {name: hosts.stages(name) for name in ("alpha", "gamma")} == {
+            name: pids[name] for name in ("alpha", "gamma")
+        }
+        expect_moved_only(model, before, "beta")
 
 
 def test_a_host_that_returns_is_taken_back_in(hosts: Hosts) -> None:
@@ -121,10 +159,37 @@ def test_a_host_that_returns_is_taken_back_in(hosts: Hosts) -> None:
         finish(model, requests)
         assert used(model) == ["alpha", "gamma"]
         hosts.start("beta")
-        until = time.monotonic() + 30
+        until, before, pids = time.monotonic() + 30, model.plan, hosts.stages("alpha")
         while used(model) != ["alpha", "beta", "gamma"]:
             assert time.monotonic() < until
             finish(model, begun(model))
+        assert hosts.stages("alpha") == pids
+        expect_moved_only(model, before, None)
+
+
+def test_a_stage_that_goes_on_has_what_it_had_before_and_nothing_else(hosts: Hosts) -> None:
+    def descriptors() -> list[int]:
+        pids = [*hosts.stages("alpha"), hosts.agents["alpha"].pid, os.getpid()]
+        return [len(os.listdir(f"/proc/{pid}/fd")) for pid in pids]
+
+    with load(FOLDER, hosts.file, **LIMITS) as model:
+        counts = []
+        for _ in range(3):
+            finish(model, begun(model))
+            counts.append(descriptors())
+            kill_stage(hosts)
+        assert counts[1] == counts[2]  # the first has read all weights, and keeps the file open
+
+
+def test_what_a_failure_has_cost_is_told(hosts: Hosts, caplog: pytest.LogCaptureFixture) -> None:
+    with load(FOLDER, hosts.file, **LIMITS) as model:
+        assert not caplog.messages
+        requests = begun(model)
+        hosts.kill("beta")
+        finish(model, requests)
+    lost, started = caplog.messages
+    assert "beta" in lost or "alpha" in lost  # whose stage has lost the next one
+    assert re.fullmatch(r"the stages run on alpha, gamma now: [\d.]+ kB loaded, [\d.]+ kB kept, in \d+\.\d s", started)
 
 
 def test_what_the_survivors_cannot_hold_is_one_clear_error_until_hosts_return(home: Path, tmp_path: Path) -> None:
@@ -314,11 +379,11 @@ def test_a_host_without_the_checkpoint_gets_a_copy_in_pieces(home: Path, tmp_pat
     try:
         control = open_control(("127.0.0.1", hosts.ports["alpha"]), read_token(token_path()))
         os.chdir(tmp_path)
-        copy = Path(provide(control, here))
+        copy = Path(provide(control.ask, here))
         assert copy.read_bytes() == content
         assert home in copy.parents
-        assert provide(control, here) == str(copy)
-        assert provide(control, tmp_path / "model.gguf") == str(tmp_path / "model.gguf")
+        assert provide(control.ask, here) == str(copy)
+        assert provide(control.ask, tmp_path / "model.gguf") == str(tmp_path / "model.gguf")
         control.release()
     finally:
         os.chdir(before)

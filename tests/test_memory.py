@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import tracemalloc
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,11 @@ from labinfer.backends.base import Allocator
 from labinfer.backends.host import HostAllocator
 from labinfer.backends.reference.device import ReferenceDevice
 from labinfer.errors import DoesNotFit, LabinferError, WeightsError
+from labinfer.ops.formats import stored_bytes
+from labinfer.replanning import with_layers
 from labinfer.runtime.manager import Manager
+from labinfer.runtime.stage import Kept, LoadedStage
+from labinfer.runtime.weights import open_checkpoint
 
 from .tiny import FOLDERS, GOLDEN, tensors, tiny_plan
 
@@ -49,6 +54,40 @@ def test_the_plans_bytes_exactly(folder: Path, devices: str) -> None:
     assert not any(allocated(manager).values())
     assert not any(device.allocator.buffers for device in manager.devices.values())
     assert not manager.grants.given
+
+
+def test_a_stage_takes_over_the_layers_that_it_has_and_no_byte_more_than_either_plan_says() -> None:
+    folder, manager = GOLDEN / "gemma3_text-linear_global", Manager()
+    before = labinfer.compile(folder, devices="reference,reference:1")
+    with_more, with_fewer = with_layers(before, [5, 2], folder), with_layers(before, [2, 5], folder)
+    device, checkpoint = manager.device("reference"), open_checkpoint(folder)
+    with closing(checkpoint), ExitStack() as stack:
+        kept: Kept = {}
+        for plan in (before, with_more, with_fewer, before):
+            loaded: list[int] = []
+            there, names = device.allocator.allocated, {each.name for group in kept for each in group}
+            device.allocator.peak = there
+            stage = LoadedStage(plan, 0, device, kept=kept)
+            stage.load(checkpoint, loaded.append, lambda *_: None)
+            bytes_ = plan.stages[0].bytes
+            assert device.allocator.allocated == bytes_.total
+            assert device.allocator.peak == max(there, bytes_.total)
+            used = {weight for each in stage.parameters for weight in each.weights}
+            sizes = {weight.name: stored_bytes(weight.format, weight.shape) for weight in used}
+            assert stage.kept_bytes == sum(size for name, size in sizes.items() if name in names)
+            assert sum(loaded) == sum(sizes.values()) - stage.kept_bytes
+            fresh = stack.enter_context(closing(LoadedStage(plan, 0, ReferenceDevice("reference"))))
+            fresh.load(checkpoint, lambda _: None, lambda *_: None)
+            expected = {name: array for each in fresh.parameters for name, array in each.arrays().items()}
+            arrays = {name: array for each in stage.parameters for name, array in each.arrays().items()}
+            assert arrays.keys() == expected.keys()
+            for name, array in arrays.items():
+                np.testing.assert_array_equal(array, expected[name])
+            kept = stage.rest()
+            assert device.allocator.allocated == bytes_.weights
+        for left in kept.values():
+            left.close()
+    assert not any(allocated(manager).values())
 
 
 def test_models_share_devices_and_leave_each_other_alone() -> None:

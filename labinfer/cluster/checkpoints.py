@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from labinfer.cluster.control import Control
 from labinfer.errors import LabinferError
 from labinfer.home import cache_dir
 
@@ -112,17 +111,17 @@ def listed(wanted: dict[str, Any]) -> list[dict[str, Any]]:
     return files
 
 
-def provide(control: Control, checkpoint: Path) -> str:
-    """Where the host behind ``control`` has ``checkpoint``, after sending what it lacks."""
+def provide(ask: Callable[..., dict[str, Any]], checkpoint: Path) -> str:
+    """Where the host that is asked with ``ask`` has ``checkpoint``, after sending what it lacks."""
     wanted = manifest(checkpoint, digests=False)
-    answer = control.ask(do="checkpoint", **wanted)
+    answer = ask(do="checkpoint", **wanted)
     if "digests" in answer:
         wanted = manifest(checkpoint, digests=True)
-        answer = control.ask(do="checkpoint", **wanted)
+        answer = ask(do="checkpoint", **wanted)
     while "path" not in answer:
         path = checkpoint / wanted["files"][answer["file"]]["name"] if checkpoint.is_dir() else checkpoint
         with path.open("rb") as file:
             file.seek(answer["offset"])
             piece = file.read(PIECE_BYTES)
-        answer = control.ask(piece, do="piece", file=answer["file"], offset=answer["offset"], **wanted)
+        answer = ask(piece, do="piece", file=answer["file"], offset=answer["offset"], **wanted)
     return str(answer["path"])

@@ -124,3 +124,11 @@ class Control:
         if self.beating is not threading.current_thread():
             self.beating.join(END_SECONDS)
         self.channel.release()
+
+
+def notice_cuts(connection: socket.socket) -> None:
+    """Have the system close a connection whose other host cannot be reached for about three seconds."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 1), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 2)):
+        if hasattr(socket, option):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

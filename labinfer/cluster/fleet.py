@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from labinfer.api import compile_options, is_plan, read_model
 from labinfer.catalogue import resolve
 from labinfer.cluster.agents import hosts_of
 from labinfer.cluster.control import CONTROL_PURPOSE, END_SECONDS
+from labinfer.cluster.host import Host
 from labinfer.cluster.ray_hosts import RayAgents, is_ray
 from labinfer.cluster.stages import HostedStages
 from labinfer.cluster.token import kept_token
@@ -32,11 +35,18 @@ from labinfer.placing import cluster_target, goal_of
 from labinfer.progress import Progress, silent
 from labinfer.replanning import pinned
 from labinfer.runtime.batch import Part
+from labinfer.runtime.pipeline.process import StageDied
 from labinfer.runtime.pipeline.transport import ChannelClosed
 from labinfer.runtime.pipeline.transport.sealed import connect
+from labinfer.units import human_bytes
+
+_log = logging.getLogger(__name__)
 
 PROBE_SECONDS = 0.7
 """How long a host may take to answer before a plan is made without it."""
+
+MAX_STARTS = 1000
+"""Starts of the stages that are remembered."""
 
 REJOIN_SECONDS = 2.0
 """How long a host that was lost must answer again before it is taken back in."""
@@ -109,6 +119,25 @@ class Planner:
             return compile_plan(blueprint, source, places, chosen, checkpoint)
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Stages were started at ``time`` (of ``time.time``), which took ``seconds``, on ``hosts``, by stage.
+
+    ``loaded`` bytes of weights were read for it, ``kept`` bytes were there from before.
+    """
+
+    time: float
+    seconds: float
+    hosts: tuple[str, ...]
+    loaded: int
+    kept: int
+
+    def __str__(self) -> str:
+        """For the log."""
+        hosts, loaded, kept = ", ".join(dict.fromkeys(self.hosts)), human_bytes(self.loaded), human_bytes(self.kept)
+        return f"the stages run on {hosts} now: {loaded} loaded, {kept} kept, in {self.seconds:.1f} s"
+
+
 @dataclass(slots=True)
 class ClusterFleet:
     """The hosts of a cluster; see ``Fleet``."""
@@ -123,20 +152,51 @@ class ClusterFleet:
     back_since: dict[str, float] = field(default_factory=dict)
     closing: threading.Event = field(default_factory=threading.Event)
     prober: threading.Thread | None = None
+    hosts: dict[str, Host] = field(default_factory=dict)
+    """Those that the stages are on, or that were so last."""
+    runs: int = 0
+    starts: deque[Start] = field(default_factory=lambda: deque(maxlen=MAX_STARTS))
     agents: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     """Ends the agents that were started for this model alone."""
 
     def start(self, plan: Plan) -> HostedStages:
         """See ``Fleet.start``."""
-        cluster = self.planner.cluster
-        hosts = [cluster.host_of(stage.device) for stage in plan.stages]
-        addresses = {name: cluster.hosts[name].endpoint for name in cluster.hosts}
-        path = Path(plan.source.checkpoint or "")
         if self.prober is None:
             self.plans[self.used] = plan
             self.prober = threading.Thread(target=self.probe, name="labinfer-hosts", daemon=True)
             self.prober.start()
-        return HostedStages(plan, hosts, addresses, self.token, self.owner, path, self.progress, self.compiling)
+        self.runs, began = self.runs + 1, time.monotonic()
+        names = [self.planner.cluster.host_of(stage.device) for stage in plan.stages]
+        self.connect(names)
+        hosts, path = [self.hosts[name] for name in names], Path(plan.source.checkpoint or "")
+        stages = HostedStages(plan, hosts, self.token, self.runs, path, self.progress, self.compiling)
+        self.note(Start(time.time(), time.monotonic() - began, tuple(names), stages.loaded, stages.kept))
+        return stages
+
+    def connect(self, names: Collection[str]) -> None:
+        """Be connected to the hosts called ``names``, and to no other: what rests on those is ended."""
+        for name, host in list(self.hosts.items()):
+            if name not in names or not host.alive:
+                self.hosts.pop(name).close()
+        missing = [name for name in dict.fromkeys(names) if name not in self.hosts]
+        with ThreadPoolExecutor(len(missing) or 1) as pool:
+            found = [(name, pool.submit(self.open_host, name)) for name in missing]
+        try:
+            self.hosts |= {name: opening.result() for name, opening in found if opening.exception() is None}
+            for _, opening in found:
+                opening.result()
+        except ChannelClosed as error:
+            raise StageDied("pipeline.start", f"a host was lost while its stages were started: {error}") from None
+
+    def open_host(self, name: str) -> Host:
+        """A connection to a host."""
+        return Host(name, self.planner.cluster.hosts[name].endpoint, self.token, self.owner)
+
+    def note(self, start: Start) -> None:
+        """Keep what a start has cost, and tell of it where it was not the first."""
+        self.starts.append(start)
+        if self.runs > 1:
+            _log.warning("%s", start)
 
     def replan(self, plan: Plan) -> Plan:
         """The plan over the hosts that answer now; each set of hosts is planned for once."""
@@ -184,4 +244,5 @@ class ClusterFleet:
         self.closing.set()
         if self.prober is not None:
             self.prober.join(END_SECONDS)
+        self.connect([])
         self.agents.close()

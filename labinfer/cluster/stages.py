@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import secrets
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from labinfer.cluster.agent import notice_cuts
-from labinfer.cluster.checkpoints import provide
-from labinfer.cluster.control import END_SECONDS, Address, Control, open_control
+from labinfer.cluster.control import notice_cuts
+from labinfer.cluster.host import Host
 from labinfer.compiler.plan import Plan
 from labinfer.errors import LabinferError, UsageError
 from labinfer.runtime.pipeline.message import decode_error, frame_bytes
@@ -24,23 +24,25 @@ from labinfer.runtime.pipeline.transport import Channel, ChannelClosed, Sealed
 from labinfer.runtime.pipeline.transport.sealed import connect
 from labinfer.runtime.pipeline.workers import Workers, check_adapters
 
+_log = logging.getLogger(__name__)
+
 LOADING_SILENCE = 120.0
 """Seconds without any progress after which stages that are loaded are given up."""
 
 
 class HostedStages(Workers):
-    """Stages that agents run: stage ``number`` on the host ``hosts[number]``, whose agent is at ``addresses[host]``.
+    """Stages that agents run: stage ``number`` on ``hosts[number]``; ``run`` tells these from the head's others.
 
-    They have loaded their weights when this is made. ``owner`` names the model to the agents.
+    They have loaded their weights when this is made, ``loaded`` bytes in all, beside those that processes had ``kept``.
+    When they end they rest, with their weights, until their hosts are told what else to run, or are closed.
     """
 
     def __init__(
         self,
         plan: Plan,
-        hosts: list[str],
-        addresses: Mapping[str, Address],
+        hosts: Sequence[Host],
         token: bytes,
-        owner: str,
+        run: int,
         checkpoint: Path,
         progress: Callable[[int], None],
         compiling: Callable[[int, int], None],
@@ -49,19 +51,18 @@ class HostedStages(Workers):
         if plan.ranks > 1:
             message = "several ranks of a stage must be on one host, which shares their memory"
             raise UsageError("cluster.ranks", message, remedy="leave --tensor-parallel-size out")
-        self.plan, self.hosts, self.addresses, self.token = plan, hosts, addresses, token
+        self.plan, self.hosts, self.token, self.run = plan, hosts, token, run
         self.progress, self.compiling = progress, compiling
         self.limit = frame_bytes(plan)
         self.changed = threading.Condition()
         self.ready: set[int] = set()
+        self.loaded = self.kept = 0
         self.problem: LabinferError | None = None
         self.died: Callable[[str], None] = lambda message: None
         self.stopping = False
-        self.controls: dict[str, Control] = {}
-        self.listeners: list[threading.Thread] = []
         self.ends: list[Channel] = []
         try:
-            self.start(owner, checkpoint)
+            self.start(checkpoint)
         except ChannelClosed as error:
             self.stop()
             self.release()
@@ -71,71 +72,64 @@ class HostedStages(Workers):
             self.release()
             raise
 
-    def start(self, owner: str, checkpoint: Path) -> None:
+    def start(self, checkpoint: Path) -> None:
         """Start all stages and wait until they are loaded."""
-        names = list(dict.fromkeys(self.hosts))
-        for name in names:
-            self.controls[name] = open_control(self.addresses[name], self.token)
-        with ThreadPoolExecutor(len(names)) as pool:
-            paths = dict(zip(names, pool.map(lambda name: self.greet(name, owner, checkpoint), names), strict=True))
-        for name in names:
-            self.listeners.append(threading.Thread(target=self.listen, args=(name,), daemon=True))
-            self.listeners[-1].start()
+        devices: dict[Host, list[str]] = {}
+        for host, stage in zip(self.hosts, self.plan.stages, strict=True):
+            devices.setdefault(host, []).append(stage.device)
+        for host in devices:
+            host.tell = self.take
+        with ThreadPoolExecutor(len(devices)) as pool:
+            for _ in pool.map(lambda host: host.prepare(self.run, devices[host], checkpoint), devices):
+                pass
         channels = [secrets.token_hex(8) for _ in range(len(self.hosts) + 2)]
         plan = self.plan.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-        for number, stage in enumerate(self.plan.stages):
-            start = {"plan": plan, "checkpoint": paths[self.hosts[number]], "limit": self.limit, "cores": []}
-            name = f"stage {number} ({stage.device})"
-            links = self.links(number, channels)
-            self.controls[self.hosts[number]].say(do="start", stage=number, name=name, start=start, links=links)
+        for number, (host, stage) in enumerate(zip(self.hosts, self.plan.stages, strict=True)):
+            start = {"plan": plan, "checkpoint": host.checkpoint, "limit": self.limit, "cores": []}
+            host.control.say(
+                do="start", run=self.run, stage=number, name=f"stage {number} ({stage.device})", device=stage.device,
+                start=start, links=self.links(number, channels),
+            )  # fmt: skip
         self.senders = [self.connect(self.hosts[0], channels[0])]
         self.receiver = self.connect(self.hosts[-1], channels[-2])
+        self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
+        """Return once all are loaded; raises what went wrong."""
         with self.changed:
             while self.problem is None and len(self.ready) < len(self.hosts):
                 if not self.changed.wait(LOADING_SILENCE):
-                    late = [name for number, name in enumerate(self.hosts) if number not in self.ready]
+                    late = [host.name for number, host in enumerate(self.hosts) if number not in self.ready]
                     message = f"no progress was told for {LOADING_SILENCE:.0f} seconds by {', '.join(late)}"
                     self.problem = StageDied("pipeline.start", message)
             if self.problem is not None:
                 raise self.problem
-
-    def greet(self, name: str, owner: str, checkpoint: Path) -> str:
-        """Have a host end what is left of an earlier start; where it has the checkpoint."""
-        self.controls[name].ask(do="hello", owner=owner)
-        return provide(self.controls[name], checkpoint)
 
     def links(self, number: int, channels: list[str]) -> dict[str, dict[str, Any]]:
         """How a stage comes to its channels: whoever sends connects, but to the head, which does not listen."""
         last = len(self.hosts) - 1
         outbound: dict[str, Any] = {"channel": channels[number + 1]}
         if number < last:
-            outbound["address"] = self.addresses[self.hosts[number + 1]]
+            outbound["address"] = self.hosts[number + 1].address
         links = {"inbound": {"channel": channels[number]}, "outbound": outbound}
         if number == 0:
             links["tokens_in"] = {"channel": channels[-1]}
         if number == last:
-            links["tokens_out"] = {"channel": channels[-1], "address": self.addresses[self.hosts[0]]}
+            links["tokens_out"] = {"channel": channels[-1], "address": self.hosts[0].address}
         return links
 
-    def connect(self, host: str, channel: str) -> Channel:
+    def connect(self, host: Host, channel: str) -> Channel:
         """The head's end of a channel."""
-        connection, keys = connect(self.addresses[host], self.token, channel.encode())
+        connection, keys = connect(host.address, self.token, channel.encode())
         notice_cuts(connection)
         end = Sealed(connection, self.limit, keys)
         self.ends.append(end)
         return end
 
-    def listen(self, name: str) -> None:
-        """Take what a host says until it is gone."""
-        try:
-            while True:
-                message, _ = self.controls[name].hear()
-                self.take(message)
-        except ChannelClosed as error:
-            self.lose(f"host '{name}' is lost: {error}" if str(error) else f"host '{name}' does not answer")
-
     def take(self, message: dict[str, Any]) -> None:
-        """What a stage says, or is said of it."""
+        """What a stage says, or is said of it or of its host."""
+        if message.get("run", self.run) != self.run:
+            return
         if "died" in message:
             self.lose(str(message["died"]))
         if "error" in message:
@@ -145,7 +139,9 @@ class HostedStages(Workers):
         if "compiling" in message:
             self.compiling(*message["compiling"])
         with self.changed:
+            self.loaded += message.get("loaded", 0)
             if "ready" in message:
+                self.kept += message["kept"]
                 self.ready.add(message["stage"])
             self.changed.notify_all()
 
@@ -157,6 +153,7 @@ class HostedStages(Workers):
             error = StageDied("pipeline.start", problem) if isinstance(problem, str) else problem
             self.problem = error
             self.changed.notify_all()
+        _log.warning("%s", error.message)
         self.died(error.message)
 
     def watch(self, died: Callable[[str], None]) -> None:
@@ -168,14 +165,12 @@ class HostedStages(Workers):
 
     def clock_offsets(self) -> np.ndarray:
         """See ``Workers.clock_offsets``."""
-        return np.array([self.controls[host].clock.offset for host in self.hosts])
+        return np.array([host.control.clock.offset for host in self.hosts])
 
     def kill(self) -> None:
-        """See ``Workers.kill``: agents end the stages of a head that is gone."""
+        """See ``Workers.kill``: who has lost the head's end of a channel rests, as do those behind it."""
         for end in self.ends:
             end.close()
-        for control in self.controls.values():
-            control.close()
 
     def stop(self) -> None:
         """See ``Workers.stop``."""
@@ -185,10 +180,6 @@ class HostedStages(Workers):
 
     def release(self) -> None:
         """See ``Workers.release``."""
-        for listener in self.listeners:
-            listener.join(END_SECONDS)
-        for control in self.controls.values():
-            control.release()
         for end in self.ends:
             with contextlib.suppress(OSError):
                 end.release()

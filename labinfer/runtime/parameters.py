@@ -1,4 +1,4 @@
-"""Loads a stage's weights from a checkpoint into one allocation on its device."""
+"""Loads weights of a stage from a checkpoint into an allocation on its device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from labinfer.backends.base import Device, capabilities
 from labinfer.compiler.graph import Part, Transform, Weight
-from labinfer.errors import InvalidFile, WeightsError
+from labinfer.errors import WeightsError
 from labinfer.ops.formats import FORMATS
 from labinfer.runtime.variables import Parameter
 from labinfer.runtime.weights import Checkpoint
@@ -20,33 +20,27 @@ Progress = Callable[[int], None]
 
 
 class Parameters:
-    """Weights of one stage in one allocation, in the device's own layout and exactly the plan's bytes.
+    """Weights in one allocation on ``device``, in its own layout.
 
-    Each is a ``Parameter``. Their arrays exist at once, zero; ``load`` fills all but the pools of adapters.
+    Each is a ``Parameter``. Their arrays exist at once, zero; ``load_parameters`` fills all but the pools of adapters.
     """
 
-    def __init__(self, label: str, used: Sequence[Weight], nbytes: int, device: Device) -> None:
+    def __init__(self, label: str, used: Sequence[Weight], device: Device) -> None:
         self.device = device
         weight_bytes = capabilities(device.name).weight_bytes
-        needed = sum(weight_bytes(weight.format, weight.shape) for weight in used)
-        if needed != nbytes:
-            message = f"the {label} of '{device.name}' take {needed} bytes, the plan says {nbytes}"
-            raise InvalidFile("plan.bytes", message, remedy="compile the plan again")
-        self.buffer = device.allocate(nbytes, label)
+        sizes = [weight_bytes(weight.format, weight.shape) for weight in used]
+        self.buffer = device.allocate(sum(sizes), label)
         self.by_name: dict[str, Parameter] = {}
         offset = 0
-        for weight in used:
+        for weight, size in zip(used, sizes, strict=True):
             array = device.parameter(self.buffer, offset, weight.format, weight.shape)
             self.by_name[weight.name] = Parameter(weight.name, device.name, weight, array)
-            offset += weight_bytes(weight.format, weight.shape)
+            offset += size
 
-    def load(self, checkpoint: Checkpoint, progress: Progress, vectors: bool) -> None:
-        """Read the vectors, or everything else, with as many threads as the device takes."""
-        listed = [each for each in self.by_name.values() if not each.weight.adapter]
-        chosen = [each for each in listed if (len(each.weight.shape) == 1) == vectors]
-        with ThreadPoolExecutor(self.device.loaders) as pool:  # reading and packing hold no GIL
-            for _ in pool.map(lambda each: read_weight(each, checkpoint, self.device, progress), chosen):
-                pass
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """What they are."""
+        return tuple(each.weight for each in self.by_name.values())
 
     def arrays(self) -> dict[str, Any]:
         """The device array of every weight."""
@@ -56,6 +50,17 @@ class Parameters:
         """Give the memory back."""
         self.by_name.clear()
         self.device.deallocate(self.buffer)
+
+
+def load_parameters(
+    chosen: Sequence[Parameters], checkpoint: Checkpoint, device: Device, progress: Progress, vectors: bool
+) -> None:
+    """Read the vectors among ``chosen``, or everything else, with as many threads as ``device`` takes."""
+    listed = [each for some in chosen for each in some.by_name.values() if not each.weight.adapter]
+    wanted = [each for each in listed if (len(each.weight.shape) == 1) == vectors]
+    with ThreadPoolExecutor(device.loaders) as pool:  # reading and packing hold no GIL
+        for _ in pool.map(lambda each: read_weight(each, checkpoint, device, progress), wanted):
+            pass
 
 
 def read_weight(parameter: Parameter, checkpoint: Checkpoint, device: Device, progress: Progress) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import selectors
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -34,8 +35,11 @@ STOPPED_AFTER, STUCK_AFTER = 1.0, 10.0
 They are counted in looks at it, one each ``BEAT``: a machine that was asleep, or too busy for both, does not count.
 """
 
-LISTENS_WITHIN = 60.0
+LISTENS_WITHIN = 60
 """Seconds that a new process may take to read what it is to run."""
+
+MAX_DESCRIPTORS = 250
+"""How many a process gets with what it is to run: Linux sends up to 253 at a time."""
 
 
 class StageDied(LabinferError):
@@ -43,23 +47,28 @@ class StageDied(LabinferError):
 
 
 class StageProcess:
-    """The process of one stage; ``name`` says which in errors, ``start`` tells it what to run."""
+    """The process of one stage; ``name`` says which in errors."""
 
     def __init__(self, name: str, start: Mapping[str, Any], descriptors: Sequence[int]) -> None:
-        self.name = name
         self.control, theirs = socket.socketpair()
+        self.control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", LISTENS_WITHIN, 0))
         with theirs:
             command = [sys.executable, "-P", "-m", "labinfer.runtime.pipeline.worker", str(theirs.fileno())]
             self.process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno(), *descriptors], stdin=subprocess.DEVNULL, stdout=STDERR
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=STDERR
             )
-        self.missed, self.text, self.ready = 0, b"", False
-        self.control.settimeout(LISTENS_WITHIN)
+        self.missed, self.text = 0, b""
+        self.give(name, start, descriptors)
+
+    def give(self, name: str, start: Mapping[str, Any], descriptors: Sequence[int]) -> None:
+        """Have it run what ``start`` says, with copies of ``descriptors``: it is new, or rests."""
+        self.name, self.ready = name, False
+        line = json.dumps({**start, "descriptors": list(descriptors)}).encode() + b"\n"
         try:
-            self.control.sendall(json.dumps(start).encode() + b"\n")
+            sent = socket.send_fds(self.control, [line], descriptors)
+            self.control.sendall(line[sent:])
         except OSError:  # `load` tells that it has ended
             self.process.kill()
-        self.control.settimeout(None)
 
     def load(self, progress: Callable[[int], None], compiling: Callable[[int, int], None]) -> None:
         """Take the messages that have come, of which the last is that it is ready; raises what went wrong there."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
+import gc
 import json
 import os
+import queue
 import selectors
 import signal
 import socket
 import sys
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 from labinfer.backends.base import local_name
@@ -19,68 +21,95 @@ from labinfer.runtime.cores import stay_on
 from labinfer.runtime.manager import Manager
 from labinfer.runtime.peers import map_shared, peers_of
 from labinfer.runtime.pipeline.message import encode_error
-from labinfer.runtime.pipeline.process import BEAT
+from labinfer.runtime.pipeline.process import BEAT, MAX_DESCRIPTORS
 from labinfer.runtime.pipeline.stage_loop import Links, StageLoop
 from labinfer.runtime.pipeline.transport import Channel, Keys, attach
-from labinfer.runtime.stage import LoadedStage
-from labinfer.runtime.weights import open_checkpoint
+from labinfer.runtime.stage import Kept, LoadedStage
+from labinfer.runtime.weights import Checkpoint, open_checkpoint
 
 
 class Parent:
-    """The other end of the control socket."""
+    """The other end of the control socket, from which ``starts`` come: what to run, one after another."""
 
     def __init__(self, descriptor: int) -> None:
         self.control = socket.socket(fileno=descriptor)
         self.sending = threading.Lock()
-        with self.control.makefile("r", encoding="utf-8") as lines:
-            self.start: dict[str, Any] = json.loads(lines.readline() or "null") or sys.exit(1)
+        self.starts: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        threading.Thread(target=self.listen, daemon=True).start()
 
     def say(self, **message: Any) -> None:
         """Send a line."""
         with self.sending:
             self.control.sendall(json.dumps(message).encode() + b"\n")
 
-    def beat(self) -> None:
-        """Say that this process lives until the parent closes the socket; then end it, whatever it does.
+    def listen(self) -> None:
+        """Say that this process lives, and take starts, until the parent closes the socket; then end it at once.
 
         Saying has no timeout: a parent that does not listen for a while, since it was stopped, goes on later.
         """
-        with contextlib.suppress(OSError), selectors.DefaultSelector() as selector:
-            selector.register(self.control, selectors.EVENT_READ)
-            while not selector.select(BEAT) or self.control.recv(1):
-                self.say(beat=True)
-        os._exit(0)
+        try:
+            text, descriptors = b"", list[int]()
+            with selectors.DefaultSelector() as selector:
+                selector.register(self.control, selectors.EVENT_READ)
+                while True:
+                    if selector.select(BEAT):
+                        received, given, *_ = socket.recv_fds(self.control, 1 << 16, MAX_DESCRIPTORS)
+                        if not received:
+                            break
+                        *lines, text = (text + received).split(b"\n")
+                        descriptors += given
+                        for line in lines:
+                            start = json.loads(line)
+                            start["descriptors"] = dict(zip(start["descriptors"], descriptors, strict=True))
+                            descriptors.clear()
+                            self.starts.put(start)
+                    self.say(beat=True)
+        finally:
+            os._exit(0)
 
 
 def main() -> None:
-    """Load the stage that the parent names and run it until the parent ends it."""
+    """Run the stage that the parent names, and the next one once that rests, until the parent ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    parent = Parent(int(sys.argv[1]))
-    threading.Thread(target=parent.beat, daemon=True).start()
-    try:
-        loop = prepare(parent)
-    except LabinferError as error:
-        parent.say(error=json.loads(encode_error(error)))
-        return
-    parent.say(ready=True)
-    loop.run()
+    parent, manager, kept = Parent(int(sys.argv[1])), Manager(), Kept()
+    while True:
+        start = parent.starts.get()
+        try:
+            checkpoint = open_checkpoint(start["checkpoint"])  # stays open: layers may be streamed from it
+            loop = prepare(parent, start, manager, checkpoint, kept if start.get("stays") else None)
+        except LabinferError as error:
+            parent.say(error=json.loads(encode_error(error)))
+            return
+        parent.say(ready=True, kept=loop.stage.kept_bytes)
+        loop.run()
+        if not start.get("stays"):
+            return
+        for end in loop.links.all():
+            end.release()
+        kept = loop.stage.rest()
+        del loop
+        checkpoint.close()
+        gc.collect()  # nothing but the weights is left
+        parent.say(rests=True)
 
 
-def prepare(parent: Parent) -> StageLoop:
+def prepare(
+    parent: Parent, start: dict[str, Any], manager: Manager, checkpoint: Checkpoint, kept: Kept | None
+) -> StageLoop:
     """The loop of the stage, ready to run."""
-    start = parent.start
-    plan, number = Plan.model_validate(start["plan"]), start["stage"]
+    plan, number, descriptors = Plan.model_validate(start["plan"]), start["stage"], start["descriptors"]
     stay_on(start["cores"])
     links = {
-        name: [open_link(link, start["limit"]) for link in start["links"].get(name, ())]
+        name: [open_link(link, start["limit"], descriptors) for link in start["links"].get(name, ())]
         for name in ("inbound", "outbound", "tokens_in", "tokens_out")
     }
     name = plan.stages[number].device
-    device = Manager().device(local_name(name), plan.devices[name].threads)
-    memory = map_shared(start["peers"]) if "peers" in start else None
-    stage = LoadedStage(plan, number, device, None if memory is None else peers_of(memory, plan, number))
+    device = manager.device(local_name(name), plan.devices[name].threads)
+    memory = map_shared(descriptors[start["peers"]]) if "peers" in start else None
+    peers = None if memory is None else peers_of(memory, plan, number)
+    stage = LoadedStage(plan, number, device, peers, kept)
     stage.load(
-        open_checkpoint(start["checkpoint"]),  # stays open: layers may be streamed from it
+        checkpoint,
         lambda nbytes: parent.say(loaded=nbytes),
         lambda done, total: parent.say(compiling=[done, total]),
     )
@@ -89,10 +118,12 @@ def prepare(parent: Parent) -> StageLoop:
     return StageLoop(plan, number, stage, ends)
 
 
-def open_link(link: dict[str, Any], limit: int) -> Channel:
-    """The end of a channel that the parent describes; one to another host has keys, as hexadecimal text."""
+def open_link(link: dict[str, Any], limit: int, descriptors: Mapping[int, int]) -> Channel:
+    """The end of a channel that the parent describes, whose descriptors have other numbers there; one to another host
+    has keys, as hexadecimal text.
+    """
     keys = Keys(*map(bytes.fromhex, link["keys"])) if "keys" in link else None
-    return attach(link["transport"], link["descriptors"], limit, keys)
+    return attach(link["transport"], [descriptors[each] for each in link["descriptors"]], limit, keys)
 
 
 if __name__ == "__main__":
