@@ -11,7 +11,14 @@ from labinfer.backends.base import BACKENDS, capabilities, fingerprint, local_na
 from labinfer.compiler.cluster import Cluster, ClusterDevice, read_cluster
 from labinfer.compiler.costs import Costs, DeviceProfile, LinkProfile, Measured, load_profile
 from labinfer.compiler.costs.roofline import Roofline, specification
-from labinfer.compiler.costs.store import stored_link, stored_links, stored_profile
+from labinfer.compiler.costs.store import (
+    at_host,
+    link_of_hosts,
+    stored_hosts,
+    stored_link,
+    stored_links,
+    stored_profile,
+)
 from labinfer.compiler.partition import Objective
 from labinfer.compiler.place_by_cost import Goal, Pin
 from labinfer.compiler.target import Target
@@ -104,14 +111,26 @@ def transports_of(cluster: Cluster) -> dict[str, LinkProfile]:
 
 
 def device_costs(cluster: Cluster, target: Target) -> Costs:
-    """Measured here, borrowed from a file, or derived from a specification."""
+    """Measured on this very device, borrowed from a file or, for another host, from here, or derived."""
     device = cluster.devices[target.name]
     if device.like is not None:
         return Roofline(specification(device.like), device.share)
     profile = foreign_profile(cluster, target.name)
     if profile is not None:
         return Measured(profile, "borrowed")
-    return Measured(stored_profile(fingerprint(target.name, target.threads)))
+    if (measured := measured_there(cluster, target)) is not None:
+        return Measured(measured)
+    here = cluster.host_of(target.name) not in cluster.hosts
+    return Measured(stored_profile(fingerprint(target.name, target.threads)), "measured" if here else "borrowed")
+
+
+def measured_there(cluster: Cluster, target: Target) -> DeviceProfile | None:
+    """What the host of a device has measured on it, with as many threads; None if it has not."""
+    host = cluster.hosts.get(cluster.host_of(target.name))
+    device = None if host is None else stored_hosts().devices.get(at_host(target.name, host.address))
+    if device is None or device.threads != target.threads:
+        return None
+    return stored_profile(device.model_dump())
 
 
 def link_between(cluster: Cluster, source: str, target: str) -> LinkProfile:
@@ -123,7 +142,9 @@ def link_between(cluster: Cluster, source: str, target: str) -> LinkProfile:
             if set(link.between) == ends:
                 return LinkProfile(latency=link.latency, bandwidth=link.bandwidth, origin="derived")
     if hosts[0] != hosts[1]:
-        return REMOTE_LINK
+        addresses = [cluster.hosts[name].address for name in hosts if name in cluster.hosts]
+        measured = stored_hosts().links.get(link_of_hosts(*addresses)) if len(addresses) == 2 else None
+        return measured or REMOTE_LINK
     if one.declared or other.declared:
         return LOCAL_LINK
     return stored_link(source, target) or LOCAL_LINK

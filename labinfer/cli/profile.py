@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,7 +24,10 @@ LINK_COLUMNS = ("LINK", "LATENCY µs", "GB/s")
 @click.command()
 @click.argument("model", required=False)
 @click.option("--devices", metavar="LIST", help="Devices to measure (default: those of the plan, or cpu).")
-@click.option("--cluster", metavar="FILE", help="Measure the devices of a cluster file that are here, and their links.")
+@click.option(
+    "--cluster", metavar="FILE", help="Measure the devices and links of a cluster file, on its hosts if it has any."
+)
+@click.option("--token-file", metavar="FILE", help="With --cluster: its token (default: a kept one).")
 @click.option("--threads", type=COUNT, metavar="N", help=PLAN_OPTIONS["threads"])
 @click.option("--kv-dtype", type=click.Choice(CHOICES["kv_dtype"]), help=PLAN_OPTIONS["kv_dtype"])
 @click.option("--activations", type=click.Choice(CHOICES["activations"]), help=PLAN_OPTIONS["activations"])
@@ -42,17 +46,19 @@ def profile(
     MODEL is a plan.json, or whatever `labinfer compile` takes; without it, the embedded SmolLM2-135M-Instruct. Every
     distinct op is measured on every device, in steps of many sizes and contexts, as part of whole steps. What is known
     is not measured again. The results lie under LABINFER_HOME/profiles, one file for each device: plain JSON, which a
-    cluster file can name on another machine.
+    cluster file can name on another machine. The hosts of a cluster file measure their own devices, all at the same
+    time, and the links between them that the file does not give; their agents must run (`labinfer cluster up`).
 
     \b
     labinfer profile model.gguf --quick
     labinfer profile plan.json --validate
     labinfer profile model.gguf --cluster cluster.yaml
     """
+    token_file = options.pop("token_file")
     if cluster is not None:
         if validate or model is None or options["devices"] or options["threads"]:
             raise UsageError("cli.usage", "--cluster takes a model, and names the devices; --validate takes a plan")
-        profiles = measure_cluster(model, cluster, options, quick=quick, again=again)
+        profiles = measure_cluster(model, cluster, token_file, options, quick=quick, again=again)
     else:
         plan, profiles = measure_plan(model, options, quick=quick, again=again)
     out = current()
@@ -71,13 +77,21 @@ def profile(
             show_links()
 
 
-def measure_cluster(model: str, cluster: str, options: dict[str, Any], **how: bool) -> dict[str, DeviceProfile]:
-    """Profiles of the devices of a cluster file that are here."""
+def measure_cluster(
+    model: str, cluster: str, token_file: str | None, options: dict[str, Any], **how: bool
+) -> dict[str, DeviceProfile]:
+    """Profiles of the devices of a cluster file: measured by its hosts, or here if it has none."""
+    from labinfer.compiler.cluster import read_cluster
     from labinfer.profile.quiet import Patience
     from labinfer.profile.session import profile_cluster
 
     with current().progress() as progress:
-        return profile_cluster(model, cluster, progress, Patience(), **how, **options)
+        if not read_cluster(cluster).hosts:
+            return profile_cluster(model, cluster, progress, Patience(), **how, **options)
+        from labinfer.cluster.profiling import profile_hosts
+
+        token = None if token_file is None else Path(token_file)
+        return profile_hosts(model, cluster, progress, token_file=token, **how, **options)
 
 
 def measure_plan(model: str | None, options: dict[str, Any], **how: bool) -> tuple[Plan, dict[str, DeviceProfile]]:
@@ -129,12 +143,12 @@ def show_profile(name: str, profile: DeviceProfile) -> None:
 
 
 def show_links() -> None:
-    """The links between devices of this machine, and the hops of its pipelines."""
-    from labinfer.compiler.costs.store import links_path, stored_links
+    """The links between devices of this machine, the hops of its pipelines, and the ways between hosts."""
+    from labinfer.compiler.costs.store import links_path, stored_hosts, stored_links
 
     out, known = current(), stored_links()
-    out.data(f"links in {links_path()}")
-    named = known.links | {f"hop by {name}": hop for name, hop in known.transports.items()}
+    out.data(f"links in {links_path().parent}")
+    named = known.links | {f"hop by {name}": hop for name, hop in known.transports.items()} | stored_hosts().links
     rows = [[name, _microseconds(link.latency), f"{link.bandwidth / 1e9:.2f}"] for name, link in named.items()]
     out.table(LINK_COLUMNS, rows, right=LINK_COLUMNS[1:])
 

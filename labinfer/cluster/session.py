@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Collection
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from labinfer.cluster.control import END_SECONDS, Address, Control, notice_cuts
 from labinfer.cluster.neighbours import Neighbour
+from labinfer.cluster.profiler import echo_hops, hops, profiling
 from labinfer.errors import LabinferError
 from labinfer.runtime.pipeline.process import BEAT, StageProcess, stopped
 from labinfer.runtime.pipeline.transport import ChannelClosed, Keys
@@ -101,6 +103,7 @@ class Session:
         self.agent, self.control, self.owner = agent, control, ""
         self.stages: list[HostedStage] = []
         self.neighbours: list[Neighbour] = []
+        self.profilers: list[subprocess.Popen[str]] = []
         self.closing = threading.Lock()
         self.closed, self.current = False, 0
         self.watching = threading.Thread(target=self.watch, daemon=True)
@@ -135,6 +138,8 @@ class Session:
                     self.control.say()
                 case "start":
                     threading.Thread(target=self.start, args=(message,), daemon=True).start()
+                case "profile" | "hops" | "echo":
+                    threading.Thread(target=self.measure, args=(message,), daemon=True).start()
                 case "shutdown":
                     self.control.say()
                     os.kill(os.getpid(), signal.SIGTERM)
@@ -229,6 +234,25 @@ class Session:
                 return
         neighbour.close()
 
+    def measure(self, message: dict[str, Any]) -> None:
+        """Measure a device, or the way to another host, beside what the head says meanwhile; tell what was found."""
+        try:
+            if message["do"] == "profile":
+                for line in profiling(message["order"], self.profilers):
+                    self.control.say(**line)
+                return
+            purpose, size = message["channel"].encode(), int(message["size"])
+            if message["do"] == "echo":
+                echo_hops(*self.agent.claim(purpose), size)
+            else:
+                address = message["address"]
+                connection, keys = connect((str(address[0]), int(address[1])), self.agent.token, purpose)
+                self.control.say(seconds=hops(connection, keys, size))
+        except Exception as error:  # the head waits for an answer, but to the one who only sends back
+            if message["do"] != "echo":
+                with contextlib.suppress(ChannelClosed):
+                    self.control.say(error=f"{type(error).__name__}: {error}")
+
     def say_died(self, run: int, reason: str) -> None:
         """Tell the head that the stages cannot go on, and why."""
         with contextlib.suppress(ChannelClosed):
@@ -253,5 +277,7 @@ class Session:
             self.closed = True
             self.control.close()
             self.close_neighbours()
+            for profiler in list(self.profilers):
+                profiler.kill()
             for stage in list(self.stages):
                 self.drop(stage)

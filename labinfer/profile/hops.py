@@ -43,7 +43,6 @@ def hop_seconds(transport: str, size: int, count: int, pause: float = 0.0) -> li
     """Seconds of ``count`` hops of a frame of ``size`` bytes, ``pause`` seconds after one another, after a tenth as
     many that warm up."""
     (out, their_in), (their_out, back) = (open_ends(transport, size) for _ in range(2))
-    memory, seconds, warming = memoryview(bytearray(size)), list[float](), max(1, count // 10)
     with ExitStack() as stack:
         for end in (out, their_in, their_out, back):
             stack.callback(end.release)
@@ -54,14 +53,20 @@ def hop_seconds(transport: str, size: int, count: int, pause: float = 0.0) -> li
         for end in (out, back):
             stack.callback(end.close)
         try:
-            for _ in range(warming + count):
-                time.sleep(pause)
-                started = time.perf_counter()
-                out.send(0, 0, [memory])
-                receive(back, memory)
-                seconds.append((time.perf_counter() - started) / 2)
+            return round_trips(out, back, size, count, pause)
         except ChannelClosed:
             raise LabinferError("profile.hop", f"the other end of a hop by {transport} has ended") from None
+
+
+def round_trips(out: Channel, back: Channel, size: int, count: int, pause: float) -> list[float]:
+    """See ``hop_seconds``, once there are channels to who sends all back and from there."""
+    memory, seconds, warming = memoryview(bytearray(size)), list[float](), max(1, count // 10)
+    for _ in range(warming + count):
+        time.sleep(pause)
+        started = time.perf_counter()
+        out.send(0, 0, [memory])
+        receive(back, memory)
+        seconds.append((time.perf_counter() - started) / 2)
     return seconds[warming:]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from labinfer.api import compile_options, read_model
 from labinfer.backends.base import fingerprint
+from labinfer.compiler.cluster import read_cluster
 from labinfer.compiler.compile import compile_plan
 from labinfer.compiler.costs import DeviceProfile, LinkProfile, PipelineProfile
 from labinfer.compiler.costs.plans import stage_ops, stage_signer
@@ -23,8 +24,9 @@ from labinfer.compiler.costs.store import (
 )
 from labinfer.compiler.fold import layer_matrices, unfold_weights
 from labinfer.compiler.plan import Plan
+from labinfer.compiler.target import Target
 from labinfer.errors import DoesNotFit
-from labinfer.placing import cluster_goal
+from labinfer.placing import cluster_target, measured_there
 from labinfer.profile.grid import Grid, grid_for
 from labinfer.profile.hops import measure_hop
 from labinfer.profile.links import measure_link
@@ -119,11 +121,14 @@ def profile_cluster(
     again: bool = False,
     **options: Any,
 ) -> dict[str, DeviceProfile]:
-    """Profiles of the devices of a cluster file that are here, for the ops of ``model``, and the links between them."""
-    targets, _ = cluster_goal(cluster, "latency", "")
-    real = {target.name: target.threads for target in targets if target.declared is None}
-    known = {name: options[name] for name in SIGNED_OPTIONS if options.get(name) is not None}
-    known["fusions"] = set.intersection(*(set(target.fusions) for target in targets))  # a plan has those of all
+    """Profiles of the devices of a cluster file that are here, for the ops of ``model``, and the links between them.
+
+    Devices of other hosts that have measured them are left out, of others this machine's are borrowed.
+    """
+    file = read_cluster(cluster)
+    targets = [cluster_target(file, name, device) for name, device in file.devices.items()]
+    real = {each.name: each.threads for each in targets if each.declared is None and not measured_there(file, each)}
+    known = signed_options(targets, options)
     found = {
         name: profile_device(model, name, threads, progress, patience, quick=quick, again=again, **known)
         for name, threads in real.items()
@@ -132,6 +137,13 @@ def profile_cluster(
         profile_links(real)
     profile_hops(again)
     return found
+
+
+def signed_options(targets: Sequence[Target], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``options`` that decide which ops a plan over ``targets`` has, or how large steps get."""
+    known = {name: options[name] for name in SIGNED_OPTIONS if options.get(name) is not None}
+    fusions = set.intersection(*(set(target.fusions) for target in targets))  # a plan has those of all
+    return {**known, "fusions": sorted(fusions)}
 
 
 def is_known(profile: DeviceProfile, plan: Plan, quick: bool, grid: Grid) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from labinfer.compiler.costs.table import DeviceProfile, Fingerprint, LinkProfile, Links, load_profile
+from labinfer.compiler.costs.table import DeviceProfile, Fingerprint, Hosts, LinkProfile, Links, load_profile
 from labinfer.files import atomic_write
 from labinfer.home import cache_dir
 
@@ -70,3 +70,33 @@ def store_links(found: Links) -> None:
 def link_name(source: str, target: str) -> str:
     """``cpu to cpu``: devices of a kind are connected alike."""
     return " to ".join(name.partition(":")[0] for name in (source, target))
+
+
+def hosts_path() -> Path:
+    """Where it is kept what was measured on other hosts."""
+    return cache_dir() / "profiles" / "hosts.json"
+
+
+def stored_hosts() -> Hosts:
+    """What was measured on other hosts so far."""
+    try:
+        return Hosts.model_validate(json.loads(hosts_path().read_text("utf-8")))
+    except (OSError, ValueError):  # nothing yet, or damaged
+        return Hosts()
+
+
+def store_hosts(found: Hosts) -> None:
+    """Keep all that was measured on other hosts."""
+    hosts_path().parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(hosts_path()) as stream:
+        stream.write((found.model_dump_json(indent=1, exclude_defaults=True) + "\n").encode())
+
+
+def at_host(device: str, address: str) -> str:
+    """What the device of a cluster file is called by the address of its host's agent."""
+    return f"{device.partition('@')[0]}@{address}"
+
+
+def link_of_hosts(one: str, other: str) -> str:
+    """What the way between two hosts is called by the addresses of their agents."""
+    return " and ".join(sorted((one, other)))

@@ -143,6 +143,15 @@ class Fingerprint(Record):
     kernels: str = Field(description="version of its kernels")
 
 
+class Hosts(Record):
+    """A file of what was measured on other hosts: whose profile each device has (``cpu@10.0.0.1:7700``, by the address
+    of its agent), and the ways between hosts (``10.0.0.1:7700 and 10.0.0.2:7700``)."""
+
+    labinfer_hosts: Literal[1] = Field(default=1, description="version of this format")
+    devices: dict[str, Fingerprint] = Field(default={}, description="what the times of a device depend on")
+    links: dict[str, LinkProfile] = Field(default={}, description="ways between hosts, in both directions")
+
+
 class DeviceProfile(Record):
     """What ops cost on one device: a file that can be read, kept and handed on.
 
