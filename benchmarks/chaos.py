@@ -1,6 +1,6 @@
 """Hosts that are killed, stopped, cut off and mended under load: does every request end with the right tokens?
 
-    python benchmarks/chaos.py [MODEL] [--device cpu] [--minutes 20] [--faults 200] [--json FILE]
+    python benchmarks/chaos.py [MODEL] [--device cpu] [--minutes 20] [--faults 200] [--delay 1] [--loss 1] [--json FILE]
 
 Three hosts as network namespaces (needs root). One fault at a time: a host or a stage is killed or stopped, or a host's
 link is cut; then it is mended, and the next fault comes when the requests have gone on and the host is back. Recovery
@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from network import Namespaces
+from network import Namespaces, netem
 
 import labinfer
 from labinfer.cluster.fleet import load
@@ -68,8 +68,10 @@ class Load:
         return time.monotonic()
 
 
-def strike(hosts: Namespaces, load: Load, rng: random.Random) -> tuple[str, float]:
-    """One fault, and the seconds until a step was completed by stages that were started after it."""
+def strike(hosts: Namespaces, load: Load, rng: random.Random) -> tuple[str, float, float]:
+    """One fault, the seconds until a step was completed by stages that were started after it, and which part of the
+    weights was loaded for that.
+    """
     name, kind = rng.choice(HOSTS), rng.choice(FAULTS)
     for _ in range(rng.randrange(2, 40)):
         load.step()
@@ -78,11 +80,13 @@ def strike(hosts: Namespaces, load: Load, rng: random.Random) -> tuple[str, floa
     while load.model.pipeline is before and time.monotonic() - began < 30:
         load.step()
     recovered = load.step() - began
+    assert load.model.fleet is not None
+    start = load.model.fleet.report().starts[-1]
     hosts.mend(name)
     until = time.monotonic() + 30
     while len(load.model.plan.stages) < len(HOSTS) and time.monotonic() < until:
         load.step()
-    return kind, recovered
+    return kind, recovered, start.loaded / (start.loaded + start.kept)
 
 
 def main() -> None:
@@ -92,13 +96,15 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--delay", type=float, help="milliseconds that each link takes", default=0)
+    parser.add_argument("--loss", type=float, help="percent of packets that each link loses", default=0)
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     params = labinfer.SamplingParams(temperature=0, max_tokens=options.tokens, ignore_eos=True)
     with labinfer.load(options.model, devices=options.device, threads=1, **LIMITS) as model:
         expected = [list(answer.token_ids) for answer in model.generate(PROMPTS, params)]
-    rng, found, began = random.Random(1), list[tuple[str, float]](), time.monotonic()
-    hosts = Namespaces(HOSTS, options.device)
+    rng, found, began = random.Random(1), list[tuple[str, float, float]](), time.monotonic()
+    hosts = Namespaces(HOSTS, options.device, netem(options.delay, options.loss))
     try:
         with tempfile.TemporaryDirectory() as folder:
             file = hosts.cluster_file(Path(folder) / "cluster.yaml")
@@ -106,7 +112,9 @@ def main() -> None:
                 work = Load(model, expected, params)
                 while len(found) < options.faults and time.monotonic() - began < 60 * options.minutes:
                     found.append(strike(hosts, work, rng))
-                    print(f"{len(found):4} {found[-1][0]:14} {found[-1][1]:6.2f} s  {dict(work.outcomes)}", flush=True)
+                    kind, seconds, part = found[-1]
+                    told = f"{len(found):4} {kind:14} {seconds:6.2f} s, {part:4.0%} loaded  {dict(work.outcomes)}"
+                    print(told, flush=True)
                 model.engine.finish(list(work.running.values()))
             time.sleep(2)
             left = hosts.processes()
@@ -115,12 +123,14 @@ def main() -> None:
     sys.exit(report(found, work, left, options.json))
 
 
-def report(found: list[tuple[str, float]], work: Load, left: list[int], file: str | None) -> bool:
+def report(found: list[tuple[str, float, float]], work: Load, left: list[int], file: str | None) -> bool:
     """Print what happened; whether a bar was missed."""
-    kinds = {kind: [seconds for each, seconds in found if each == kind] for kind in FAULTS}
+    kinds = {kind: [seconds for each, seconds, _ in found if each == kind] for kind in FAULTS}
     result: dict[str, Any] = {
         "faults": len(found), "outcomes": dict(work.outcomes), "errors": sorted(set(work.errors)), "left": left,
-        "median_seconds": median(seconds for _, seconds in found), "max_seconds": max(seconds for _, seconds in found),
+        "median_seconds": median(seconds for _, seconds, _ in found),
+        "max_seconds": max(seconds for _, seconds, _ in found),
+        "median_loaded": median(part for *_, part in found),
         "by_kind": {kind: [len(each), round(median(each), 2)] for kind, each in kinds.items() if each},
     }  # fmt: skip
     print(json.dumps(result, indent=1))

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from network import Namespaces
+from network import Namespaces, netem
 
 import labinfer
 from labinfer.cluster.fleet import load
@@ -48,9 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     params = labinfer.SamplingParams(temperature=0, max_tokens=options.tokens, ignore_eos=True)
     names = [f"{options.device}:{number}" for number in range(len(HOSTS))]
-    netem = ["delay", f"{options.delay}ms"] if options.delay else []
-    netem += ["loss", f"{options.loss}%"] if options.loss else []
-    hosts = Namespaces(HOSTS, options.device, netem)
+    hosts = Namespaces(HOSTS, options.device, netem(options.delay, options.loss))
     try:
         with (
             tempfile.TemporaryDirectory() as folder,

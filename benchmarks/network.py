@@ -22,6 +22,11 @@ def ip(*words: str, check: bool = True) -> None:
     subprocess.run(["ip", *words], check=check, capture_output=not check)
 
 
+def netem(delay: float, loss: float) -> list[str]:
+    """What ``tc`` is told so that a link takes ``delay`` milliseconds and loses ``loss`` percent of the packets."""
+    return ["delay", f"{delay}ms"] * bool(delay) + ["loss", f"{loss}%"] * bool(loss)
+
+
 class Namespaces:
     """A host for each of ``names``, whose agent has one device and one core of this machine, in turn.
 

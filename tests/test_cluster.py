@@ -46,7 +46,7 @@ from labinfer.runtime.pipeline.transport.tcp import connected_sockets
 from labinfer.runtime.request import Request
 
 from .hosts import Hosts
-from .service import Served
+from .service import Served, wait_for
 from .tiny import GOLDEN
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
@@ -231,6 +231,35 @@ def test_a_service_whose_hosts_are_lost_says_so_until_they_return(home: Path, tm
             assert api.http.post("/v1/completions", json=body).status_code == 200
     finally:
         hosts.close()
+
+
+def test_a_service_shows_its_hosts_and_what_became_of_them(hosts: Hosts) -> None:
+    body = {"prompt": PROMPTS[0], "max_tokens": 3, "ignore_eos": True}
+    with load(FOLDER, hosts.file, **LIMITS) as model, closing(Served(model)) as api:
+
+        def states() -> dict[str, str]:
+            assert api.http.post("/v1/completions", json=body).status_code == 200
+            return {host["name"]: host["state"] for host in api.http.get("/labinfer/v1/devices").json()["hosts"]}
+
+        assert set(states().values()) == {"running"}
+        found = api.http.get("/labinfer/v1/devices").json()
+        assert [stage["host"] for stage in found["stages"]] == ["alpha", "beta", "gamma"]
+        assert [(link["source"], link["target"]) for link in found["links"]] == [
+            ("reference@alpha", "reference@beta"), ("reference@beta", "reference@gamma")
+        ]  # fmt: skip
+        assert all(link["bytes_per_token"] for link in found["links"])
+        assert found["tokens"] >= 3
+        assert found["hosts"][1]["address"] == f"127.0.0.1:{hosts.ports['beta']}"
+        wait_for(lambda: api.http.get("/labinfer/v1/devices").json()["hosts"][1]["round_trip_seconds"])
+        hosts.kill("beta")
+        assert states() == {"alpha": "running", "beta": "lost", "gamma": "running"}
+        [first, last] = api.http.get("/labinfer/v1/devices").json()["starts"]
+        assert (first["hosts"], first["kept"]) == (["alpha", "beta", "gamma"], 0)
+        assert last["hosts"] == ["alpha", "gamma"]
+        assert last["loaded"] + last["kept"] >= first["loaded"]
+        hosts.start("beta")
+        wait_for(lambda: states()["beta"] == "back")
+        wait_for(lambda: states()["beta"] == "running", 30)
 
 
 def test_ranks_that_would_share_memory_over_hosts_are_refused(one_host: tuple[Hosts, LLM]) -> None:

@@ -11,9 +11,12 @@ import pytest
 
 import labinfer
 from labinfer import SamplingParams
+from labinfer.cluster.fleet import load as load_over_hosts
 
 from .browser import Browser, find_browser
+from .hosts import Hosts
 from .service import KEY, Served, api_fixture, placed_plan, wait_for
+from .tiny import GOLDEN
 
 needs_browser = pytest.mark.skipif(find_browser() is None, reason="no Chromium here")
 
@@ -97,6 +100,28 @@ def test_what_the_plan_predicted_stands_beside_what_is_measured(
     assert re.fullmatch(
         r"planned decode step: 0.0\d+ ms predicted, [\d.]+ ms measured; planned prefill .* measured", told
     )
+
+
+@needs_browser
+def test_hosts_of_a_cluster_stand_above_their_stages(browser: Browser, home: Path, tmp_path: Path) -> None:
+    hosts = Hosts(tmp_path, ["alpha", "beta"])
+    try:
+        with load_over_hosts(GOLDEN / "llama-llama3", hosts.file, max_model_len=64) as model:
+            api = Served(model)
+            try:
+                opened(browser, api)
+                browser.until("document.querySelectorAll('#stages .host').length === 2")
+                shown = browser.run("document.getElementById('stages').textContent")
+                assert re.search(r"alpharunning.*reference@alpha.*→ reference@beta.* a token.*betarunning", shown)
+                assert "0 B kept" in shown
+                hosts.kill("beta")
+                api.http.post("/v1/completions", json={"prompt": [5], "max_tokens": 3, "ignore_eos": True})
+                browser.until("document.querySelector('#stages .lost')?.textContent === 'lost'")
+                assert "reference@beta" not in browser.run("document.getElementById('stages').textContent")
+            finally:
+                api.close()
+    finally:
+        hosts.close()
 
 
 @needs_browser

@@ -38,14 +38,14 @@ from labinfer.runtime.batch import Part
 from labinfer.runtime.pipeline.process import StageDied
 from labinfer.runtime.pipeline.transport import ChannelClosed
 from labinfer.runtime.pipeline.transport.sealed import connect
-from labinfer.units import human_bytes
+from labinfer.runtime.pipeline.workers import FleetReport, HostReport, Start
 
 _log = logging.getLogger(__name__)
 
 PROBE_SECONDS = 0.7
 """How long a host may take to answer before a plan is made without it."""
 
-MAX_STARTS = 1000
+MAX_STARTS = 20
 """Starts of the stages that are remembered."""
 
 REJOIN_SECONDS = 2.0
@@ -117,25 +117,6 @@ class Planner:
             if error.code != "profile.unmeasured":
                 raise
             return compile_plan(blueprint, source, places, chosen, checkpoint)
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """Stages were started at ``time`` (of ``time.time``), which took ``seconds``, on ``hosts``, by stage.
-
-    ``loaded`` bytes of weights were read for it, ``kept`` bytes were there from before.
-    """
-
-    time: float
-    seconds: float
-    hosts: tuple[str, ...]
-    loaded: int
-    kept: int
-
-    def __str__(self) -> str:
-        """For the log."""
-        hosts, loaded, kept = ", ".join(dict.fromkeys(self.hosts)), human_bytes(self.loaded), human_bytes(self.kept)
-        return f"the stages run on {hosts} now: {loaded} loaded, {kept} kept, in {self.seconds:.1f} s"
 
 
 @dataclass(slots=True)
@@ -215,6 +196,19 @@ class ClusterFleet:
 
     def observe(self, times: np.ndarray, part: Part) -> None:
         """Steps may take as long as they take."""
+
+    def report(self) -> FleetReport:
+        """See ``Fleet.report``."""
+        connected = dict(self.hosts)
+        hosts = []
+        for name, known in self.planner.cluster.hosts.items():
+            host = connected.get(name)
+            alive = host is not None and host.alive
+            state = "running" if alive else "back" if name in self.back_since else "lost"
+            if state == "lost" and name in self.used and name not in connected:
+                state = "idle"
+            hosts.append(HostReport(name, known.address, state, host.round_trip if host and alive else None))
+        return FleetReport(hosts, list(self.starts))
 
     def answering(self) -> frozenset[str]:
         """The hosts whose agents answer."""

@@ -63,6 +63,11 @@ class Host:
             raise LabinferError("cluster.agent", str(answer["error"]))
         return answer
 
+    @property
+    def round_trip(self) -> float | None:
+        """Seconds that a beat took there and back, the quickest of late; None before one has."""
+        return min(list(self.control.clock.samples), default=(None, 0.0))[0]
+
     def prepare(self, run: int, devices: Collection[str], checkpoint: Path) -> None:
         """Have what runs there rest, on ``devices`` with its weights, and let it have the checkpoint."""
         self.ask(do="rest", run=run, devices=list(devices))

@@ -25,6 +25,7 @@ from labinfer.runtime.pipeline.process import StageProcess, Watch, wait_until_re
 from labinfer.runtime.pipeline.stage_loop import Links, StageLoop
 from labinfer.runtime.pipeline.transport import Channel, open_channel
 from labinfer.runtime.stage import LoadedStage
+from labinfer.units import human_bytes
 
 TOKEN_RING_BYTES = 1 << 16
 
@@ -56,6 +57,45 @@ class Workers(ABC):
         """Give back what is left; nobody waits any more."""
 
 
+@dataclass(frozen=True, slots=True)
+class HostReport:
+    """A host: what it does (``running`` stages, ``idle``, ``lost``, or ``back`` and soon taken in), and how long a
+    message takes there and back, if that is known.
+    """
+
+    name: str
+    address: str
+    state: str
+    round_trip_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Stages were started at ``time`` (of ``time.time``), which took ``seconds``, on ``hosts``, by stage.
+
+    ``loaded`` bytes of weights were read for it, ``kept`` bytes were there from before.
+    """
+
+    time: float
+    seconds: float
+    hosts: Sequence[str]
+    loaded: int
+    kept: int
+
+    def __str__(self) -> str:
+        """For the log."""
+        hosts, loaded, kept = ", ".join(dict.fromkeys(self.hosts)), human_bytes(self.loaded), human_bytes(self.kept)
+        return f"the stages run on {hosts} now: {loaded} loaded, {kept} kept, in {self.seconds:.1f} s"
+
+
+@dataclass(frozen=True, slots=True)
+class FleetReport:
+    """What is to be told of a fleet; ``starts`` are the last ones, oldest first."""
+
+    hosts: Sequence[HostReport] = ()
+    starts: Sequence[Start] = ()
+
+
 class Fleet(Protocol):
     """What can run the stages of a plan, again and again."""
 
@@ -71,6 +111,9 @@ class Fleet(Protocol):
 
     def observe(self, times: np.ndarray, part: Part) -> None:
         """A step of ``part`` is done, whose stages began and ended at ``times``; see ``StepResult``."""
+
+    def report(self) -> FleetReport:
+        """The hosts that it has, and when the stages were started; asked from any thread."""
 
     def close(self) -> None:
         """Nothing is started any more."""
@@ -163,6 +206,10 @@ class ProcessFleet:
 
     def observe(self, times: np.ndarray, part: Part) -> None:
         """Steps may take as long as they take."""
+
+    def report(self) -> FleetReport:
+        """Nothing: all is on this machine."""
+        return FleetReport()
 
     def close(self) -> None:
         """Nothing to do."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import zip_longest
 from math import isfinite
 from typing import Any
 
 import numpy as np
 
+from labinfer.compiler.plan import Plan
 from labinfer.render.step_trace import render_steps
 from labinfer.runtime.model import Model
 from labinfer.service.call import Call, Reply
 from labinfer.service.errors import ApiError
 from labinfer.service.metrics import CONTENT_TYPE, joined_text
-from labinfer.service.plan_metrics import measured, predicted
+from labinfer.service.plan_metrics import measured, predicted, transfers
 
 
 async def metrics(call: Call) -> Any:
@@ -37,7 +39,9 @@ async def plan(call: Call) -> Any:
 async def devices(call: Call) -> Any:
     """Where the model lies: devices, layers, memory, and how full the cache is.
 
-    ``plan_steps`` are seconds of the steps that a placement by cost was made for, as predicted and as they are.
+    Of the ``tokens`` that were computed each takes so much over ``links``. ``hosts`` are those of a cluster, ``starts``
+    the last ones of stages there. ``plan_steps`` are seconds of the steps that a placement by cost was made for, as
+    predicted and as they are.
     """
     service = call.service
     model, schedulers = service.model, [engine.scheduler for engine in service.engines]
@@ -48,6 +52,9 @@ async def devices(call: Call) -> Any:
     return {
         "model": service.name,
         "stages": [stage for number, each in enumerate(service.models) for stage in stages(each, number)],
+        "links": links(model.plan),
+        "tokens": sum(engine.num_tokens for engine in service.engines),
+        **fleets(service.models),
         "cache": {
             "usage": sum(each.blocks.usage for each in service.models) / len(service.models),
             "block_size": model.plan.limits.block_size, "groups": groups,
@@ -84,6 +91,21 @@ def stages(model: Model, replica: int) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def links(plan: Plan) -> list[dict[str, Any]]:
+    """Bytes that each token takes from stage to stage."""
+    found = transfers(plan, 1).items()
+    return [{"source": source, "target": target, "bytes_per_token": nbytes} for (source, target), nbytes in found]
+
+
+def fleets(models: Sequence[Model]) -> dict[str, list[dict[str, Any]]]:
+    """The hosts of a cluster, and the last starts of stages there."""
+    reports = [model.fleet.report() for model in models if model.fleet is not None]
+    return {
+        "hosts": [asdict(host) for report in reports for host in report.hosts],
+        "starts": [asdict(start) for report in reports for start in report.starts],
+    }
 
 
 async def trace(call: Call) -> Any:

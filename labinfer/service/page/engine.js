@@ -22,7 +22,38 @@ function legend(parts) {
   return found;
 }
 
-function stage(found) {
+let computed = { at: 0, tokens: 0, rate: 0 };
+
+// Tokens that the engine computes a second, since the last look.
+function countTokens(tokens) {
+  const at = performance.now() / 1000, { at: before, tokens: had } = computed;
+  if (at - before > 0.4) computed = { at, tokens, rate: before ? Math.max(0, tokens - had) / (at - before) : 0 };
+}
+
+// What a stage sends on.
+function traffic({ target, bytes_per_token }) {
+  const rate = bytes_per_token * computed.rate;
+  return element("p", { class: "muted mono" }, `→ ${target}: ${bytes(bytes_per_token)} a token, ${bytes(rate)}/s`);
+}
+
+function host({ name, address, state, round_trip_seconds }) {
+  const there = round_trip_seconds === null ? "" : ` · ${milliseconds(round_trip_seconds)} there and back`;
+  return element("div", { class: "host" },
+    element("p", { class: "name" }, element("span", {}, name), element("span", { class: `state ${state}` }, state)),
+    element("p", { class: "muted mono" }, address + there));
+}
+
+const start = ({ time, seconds, hosts, loaded, kept }) => element("p", { class: "muted mono" },
+  `${new Date(1000 * time).toLocaleTimeString()} started on ${[...new Set(hosts)].join(", ")}: ${bytes(loaded)} loaded, ${bytes(kept)} kept, ${seconds.toFixed(1)} s`);
+
+// Stages below the host that they are on, and how the stages came there, the latest first.
+function placement({ stages, hosts, links, starts }) {
+  const shown = each => stage(each, links.filter(link => link.source === each.device).map(traffic));
+  const grouped = hosts.flatMap(each => [host(each), ...stages.filter(one => one.host === each.name).map(shown)]);
+  return hosts.length ? [...grouped, element("div", { class: "starts" }, ...starts.slice(-5).reverse().map(start))] : stages.map(shown);
+}
+
+function stage(found, sending) {
   const { weights, kv_cache, arena, ...others } = found.bytes;
   const { swap, ...rest } = others;
   const more = Object.values(rest).reduce((sum, value) => sum + value, 0);
@@ -34,15 +65,16 @@ function stage(found) {
     element("p", { class: "name" }, element("span", {}, found.device), element("span", {}, layers)),
     element("p", { class: "muted mono" }, found.description),
     meter(parts, total), legend(parts),
-    element("p", { class: "muted mono" }, `${bytes(total)} in all · ${packing}`));
+    element("p", { class: "muted mono" }, `${bytes(total)} in all · ${packing}`), ...sending);
 }
 
 function showDevices(found) {
-  const { model, stages, cache, limits } = found;
+  const { model, cache, limits } = found;
   $("model").textContent = model;
   document.title = `${model} · LABInfer`;
   $("facts").textContent = `${limits.max_model_len} tokens of context · ${limits.max_num_seqs} sequences a step`;
-  $("stages").replaceChildren(...stages.map(stage));
+  countTokens(found.tokens);
+  $("stages").replaceChildren(...placement(found));
   const used = cache.groups.map(each => {
     const taken = each.num_blocks - each.free_blocks;
     const name = each.window ? `window of ${each.window}` : "all tokens";
@@ -103,6 +135,7 @@ $("timeline").onpointermove = event => {
 
 $("models").onchange = () => {
   steps.length = 0;
+  computed.at = 0;
   after = null;
   drawSteps();
   $("step").textContent = "No step yet.";
