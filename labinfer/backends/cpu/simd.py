@@ -93,9 +93,9 @@ class Emit:
         name = f"llvm.masked.store.{isa.type_name(value.type)}.p0"
         isa.call(self.b, name, ir.VoidType(), value, self.pointer(address, value.type), ir.Constant(I32, 1), mask)
 
-    def prefetch(self, address: Value) -> None:
-        """Ask for the cache line at ``address``, which need not exist, to be brought to the L2 cache."""
-        hints = [ir.Constant(I32, hint) for hint in (0, 2, 1)]  # to read, to all levels but the first, data
+    def prefetch(self, address: Value, to_write: bool = False) -> None:
+        """Ask for the cache line at ``address``, which need not exist: to read, in the L2 cache, or to write."""
+        hints = [ir.Constant(I32, hint) for hint in ((1, 3, 1) if to_write else (0, 2, 1))]
         isa.call(self.b, "llvm.prefetch.p0", ir.VoidType(), self.pointer(address, I8), *hints)
 
     def splat(self, scalar: Value, lanes: int = 16) -> Value:

@@ -290,6 +290,9 @@ def tile(format: str, digits: int, tokens: int, panels: int = 1) -> Any:
 
     def emit(e: Emit, w: Value, size: Value, blocks: Value, x: Value, x_stride: Value, y: Value, y_stride: Value,
              left: Value, bias: Value, mode: Value) -> None:  # fmt: skip
+        for t in range(tokens):  # a line that another worker has read since would keep all later writes waiting
+            for p in range(panels):
+                e.prefetch(e.add(y, e.mul(y_stride, t), 64 * p), to_write=True)
         rows = [e.add(x, e.mul(x_stride, t)) for t in range(tokens)]
         weights = [e.add(w, e.mul(size, p)) for p in range(panels)]
         if PANEL_FORMATS[format].quantized and WORDS and digits == 2:
