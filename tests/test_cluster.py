@@ -366,14 +366,14 @@ def test_a_neighbour_that_falls_silent_is_noticed(monkeypatch: pytest.MonkeyPatc
 
         thread = threading.Thread(target=answer)
         thread.start()
-        neighbour = Neighbour(listener.getsockname(), token, told.append)
+        neighbour = Neighbour("beta", listener.getsockname(), token, told.append)
         thread.join(10)
         time.sleep(1.5)
         assert told == []
         other[0].saying.acquire()  # no beat is sent any more
         neighbour.thread.join(10)
         assert len(told) == 1
-        assert "cannot reach 127.0.0.1" in told[0]
+        assert "cannot reach host 'beta'" in told[0]
         other[0].saying.release()
         neighbour.close()
         other[0].release()

@@ -81,7 +81,8 @@ def test_ctrl_c_stops_no_step(started: bool) -> None:
         if started:
             model.engine.start()
         for turn in range(30):
-            watcher = threading.Thread(target=interrupt, args=(model, 0.0007 * turn))
+            begun = model.engine.num_tokens + 8 * sum(map(len, PROMPTS))
+            watcher = threading.Thread(target=interrupt, args=(model, begun, 0.0007 * turn))
             with pytest.raises(KeyboardInterrupt):
                 generate_until(watcher, model)
             watcher.join()
@@ -91,9 +92,9 @@ def test_ctrl_c_stops_no_step(started: bool) -> None:
         assert [each.token_ids for each in answers] == [each.token_ids for each in expected]
 
 
-def interrupt(model: LLM, seconds: float) -> None:
-    """Signal so much later than all requests have been added."""
-    while len(model.engine.scheduler.requests) < 8 * len(PROMPTS):
+def interrupt(model: LLM, begun: int, seconds: float) -> None:
+    """Signal so much later than ``begun`` tokens have been computed, those of all prompts."""
+    while model.engine.num_tokens < begun:
         time.sleep(0.001)
     time.sleep(seconds)
     os.kill(os.getpid(), signal.SIGINT)

@@ -64,6 +64,7 @@ def test_a_chat_is_answered_and_measured(browser: Browser, api: Served, width: i
     opened(browser, api, width, dark)
     assert browser.run("location.hash") == ""
     browser.run("document.getElementsByName('max_tokens')[0].value = '20'")
+    browser.run("document.getElementsByName('temperature')[0].value = '0'")
     ask(browser, "w5 w6")
     browser.until(f"{IDLE} && conversation.length === 2")
     measured = browser.run("document.querySelector('.assistant .measured').textContent")

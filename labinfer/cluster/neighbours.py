@@ -10,13 +10,13 @@ from labinfer.runtime.pipeline.transport import ChannelClosed
 
 
 class Neighbour:
-    """The agent at ``address``, which is listened to until ``close``; once it is silent, ``lost`` is told why.
+    """The host of ``name``, which is listened to until ``close``; once it is silent, ``lost`` is told why.
 
     Raises ``ChannelClosed`` where it cannot be reached at all.
     """
 
-    def __init__(self, address: Address, token: bytes, lost: Callable[[str], None]) -> None:
-        self.address, self.lost, self.closed = address, lost, False
+    def __init__(self, name: str, address: Address, token: bytes, lost: Callable[[str], None]) -> None:
+        self.name, self.lost, self.closed = name, lost, False
         self.control = open_control(address, token)
         self.thread = threading.Thread(target=self.listen, name="labinfer-neighbour", daemon=True)
         self.thread.start()
@@ -28,7 +28,7 @@ class Neighbour:
                 self.control.hear()
         except ChannelClosed:
             if not self.closed:
-                self.lost(f"a host cannot reach {self.address[0]}:{self.address[1]} any more")
+                self.lost(f"a host cannot reach host '{self.name}' any more")
 
     def close(self) -> None:
         """End the connection and the thread."""

@@ -182,8 +182,11 @@ class Session:
         try:
             # What it connects comes first: others wait for that, as it may wait for them.
             for name, link in sorted(message["links"].items(), key=lambda each: "address" not in each[1]):
-                purpose = link["channel"].encode()
-                connection, keys = self.connect(link.get("address"), purpose, message["run"])
+                if "address" in link:
+                    connection, keys = self.connect(link, message["run"])
+                else:
+                    connection, keys = self.agent.claim(link["channel"].encode())
+                notice_cuts(connection)
                 channels.append(connection)
                 links[name] = [
                     {"transport": "tcp", "descriptors": [connection.fileno()], "keys": [key.hex() for key in keys]}
@@ -214,20 +217,16 @@ class Session:
             resting.begin(message, channels)
             resting.process.give(name, start, descriptors)
 
-    def connect(self, address: list[Any] | None, purpose: bytes, run: int) -> tuple[socket.socket, Keys]:
-        """The channel ``purpose``: connected to the agent at ``address``, or by it."""
-        if address is None:
-            connection, keys = self.agent.claim(purpose)
-        else:
-            target: Address = str(address[0]), int(address[1])
-            connection, keys = connect(target, self.agent.token, purpose)
-            self.listen_to(target, run)
-        notice_cuts(connection)
+    def connect(self, link: dict[str, Any], run: int) -> tuple[socket.socket, Keys]:
+        """The channel of ``link``, connected to another host; the head is told once that is silent."""
+        address: Address = str(link["address"][0]), int(link["address"][1])
+        connection, keys = connect(address, self.agent.token, link["channel"].encode())
+        self.listen_to(link["host"], address, run)
         return connection, keys
 
-    def listen_to(self, address: Address, run: int) -> None:
+    def listen_to(self, name: str, address: Address, run: int) -> None:
         """Tell the head once another host, to which a stage sends from here, is silent."""
-        neighbour = Neighbour(address, self.agent.token, lambda reason: self.say_died(run, reason))
+        neighbour = Neighbour(name, address, self.agent.token, lambda reason: self.say_died(run, reason))
         with self.closing:
             if not self.closed and self.current == run:
                 self.neighbours.append(neighbour)

@@ -110,12 +110,12 @@ class HostedStages(Workers):
         last = len(self.hosts) - 1
         outbound: dict[str, Any] = {"channel": channels[number + 1]}
         if number < last:
-            outbound["address"] = self.hosts[number + 1].address
+            outbound |= way_to(self.hosts[number + 1])
         links = {"inbound": {"channel": channels[number]}, "outbound": outbound}
         if number == 0:
             links["tokens_in"] = {"channel": channels[-1]}
         if number == last:
-            links["tokens_out"] = {"channel": channels[-1], "address": self.hosts[0].address}
+            links["tokens_out"] = {"channel": channels[-1], **way_to(self.hosts[0])}
         return links
 
     def connect(self, host: Host, channel: str) -> Channel:
@@ -183,3 +183,8 @@ class HostedStages(Workers):
         for end in self.ends:
             with contextlib.suppress(OSError):
                 end.release()
+
+
+def way_to(host: Host) -> dict[str, Any]:
+    """How another host comes to ``host``."""
+    return {"host": host.name, "address": host.address}

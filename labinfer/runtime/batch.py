@@ -115,6 +115,7 @@ class Batch:
         """Give the blocks of ``row`` back: nothing of it is computed any more."""
         self.blocks.release(row)
         self.num_computed[row], self.total_len[row] = 0, self.num_tokens[row]
+        self.last = None  # no step follows from one that wrote into other blocks
 
     def forget(self) -> None:
         """The cache has lost what it held: nothing is computed, and nothing can be reused."""
