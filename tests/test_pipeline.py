@@ -64,6 +64,18 @@ def test_tokens_are_those_of_one_device(name: str, devices: str) -> None:
         model.blocks.check_integrity()
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0, "seed": 2}])
+def test_a_request_that_is_alone_has_the_tokens_of_one_device(name: str, params: dict[str, Any]) -> None:
+    """No other group has anything to compute then, and the last step of all is one of its group."""
+    asked = labinfer.SamplingParams(**{"temperature": 0, "max_tokens": STEPS, "ignore_eos": True} | params)
+    found = []
+    for devices, transport in (("reference", None), ("reference,reference:1", "local")):
+        with labinfer.load(GOLDEN / name, devices=devices, transport=transport) as model:
+            found.append([answer.token_ids for each in prompts(name) for answer in model.generate([each], asked)])
+    assert found[0] == found[1]
+
+
 def test_a_last_device_that_chooses_tokens_takes_the_likeliest() -> None:
     """Those that are not simply the likeliest the engine still chooses."""
     name = FAMILIES[0]

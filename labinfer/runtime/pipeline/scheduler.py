@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Listing
 from typing import Any
 
 import numpy as np
 
+from labinfer.runtime.batch import Part
 from labinfer.runtime.request import Sequence
 from labinfer.runtime.scheduler import Scheduler
 
@@ -34,6 +36,10 @@ class GroupScheduler(Scheduler):
         self.group[row] = np.bincount(self.group[owned], minlength=self.groups).argmin()
         self.held[row] = False
         super().take(sequence, row)
+
+    def split(self, ahead: bool, behind: Listing[int] = ()) -> Part | None:
+        """See ``Scheduler.split``; never the last decode step again, which may be that of another group."""
+        return super().split(True, behind)
 
     def remaining(self, ahead: bool) -> np.ndarray:
         """Tokens that each sequence of the group can compute in its next step."""
