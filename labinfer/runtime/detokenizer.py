@@ -159,12 +159,14 @@ class _StringStream(_Stream):
         self._held = self._held[len(self._held) - unfinished :]
 
     def _add(self, strings: list[str]) -> str:
-        held = self._held + strings
-        certain = len(held)
-        while certain and self._has_bytes and _BYTE_TOKEN.fullmatch(held[certain - 1]):
+        certain = len(strings)
+        while certain and self._has_bytes and _BYTE_TOKEN.fullmatch(strings[certain - 1]):
             certain -= 1
-        self._held = held[certain:]
-        return self._text(held[:certain]) if certain else ""
+        if not certain:
+            self._held += strings
+            return ""
+        ended, self._held = self._held + strings[:certain], strings[certain:]
+        return self._text(ended)
 
     def finish(self) -> str:
         held, self._held = self._held, []
