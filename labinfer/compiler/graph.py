@@ -198,7 +198,8 @@ def layer_of(name: str) -> tuple[str, int] | None:
 
 def fold_name(name: str) -> str:
     """``layers.{i}.attn.out`` for ``layers.3.attn.out``; other names stay."""
-    return _LAYER.sub(r"\1.{i}.", name)
+    match = _LAYER.match(name)
+    return f"{match[1]}.{{i}}.{name[match.end() :]}" if match else name
 
 
 def unfold_name(name: str, layer: int) -> str:

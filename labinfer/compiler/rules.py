@@ -22,14 +22,14 @@ def read_after_made(graph: OpGraph) -> Iterator[tuple[Op, str]]:
 
 def known_kinds(graph: OpGraph) -> Iterator[tuple[Op, str]]:
     """Every primitive op is declared, with the weights and state that its kind asks for."""
+    needed = {kind: {slot.name for slot in spec.weights if not slot.optional} for kind, spec in OPS.items()}
     for op in graph.ops:
         for part in op.primitives():
             spec = OPS.get(part.kind)
             if spec is None:
                 yield op, f"is of an undeclared kind '{part.kind}'"
                 continue
-            needed = {slot.name for slot in spec.weights if not slot.optional}
-            yield from ((op, f"lacks its weight '{slot}'") for slot in needed - set(part.weights))
+            yield from ((op, f"lacks its weight '{slot}'") for slot in needed[part.kind] - set(part.weights))
             yield from (
                 (op, f"uses weight '{w}', which is not in the graph")
                 for w in part.weights.values()
