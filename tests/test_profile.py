@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,10 +31,10 @@ from labinfer.compiler.costs.store import profile_path, store_link, store_profil
 from labinfer.compiler.costs.table import interpolate
 from labinfer.errors import LabinferError, UsageError
 from labinfer.ops.dequantization import dequantize
-from labinfer.profile import measure
+from labinfer.profile import measure, quiet, validate
 from labinfer.profile.grid import MOST_CACHED_TOKENS, grid_for
 from labinfer.profile.hops import measure_hop
-from labinfer.profile.measure import StepTimes
+from labinfer.profile.measure import StepTimes, measure_step
 from labinfer.profile.quiet import Foreign, Patience
 from labinfer.profile.sample import layer_ops, sampled
 from labinfer.profile.session import profile_device, profile_hops, profile_links
@@ -113,19 +115,36 @@ def test_every_op_of_a_model_is_measured_once_and_kept(folder: str) -> None:
     assert load_profile(profile_path(profile.device)) == profile
 
 
+def _a_millisecond_a_token(table: CostTable) -> CostTable:
+    """``table`` with times given by hand: noise may turn which of two measured ones is longer."""
+    given = {
+        phase: [(tokens, past, 1e-3 * tokens, 0.0) for tokens, past, _, _ in getattr(table, phase)]
+        for phase in ("decode", "prefill", "step")
+    }
+    return CostTable(**given)
+
+
 @pytest.mark.usefixtures("home")
 def test_predictions_add_up_the_ops_of_each_stage() -> None:
     profile = _profile(_MODEL)
+    profile.ops = {signature: _a_millisecond_a_token(table) for signature, table in profile.ops.items()}
+    profile.overhead = _a_millisecond_a_token(profile.overhead)
     plan = labinfer.compile(_MODEL, devices="reference:0=0-0,reference:1=1-2", **_SMALL)
     links = profile_links({"reference:0": None, "reference:1": None})
     costs = dict.fromkeys(plan.devices, Measured(profile))
     one, two = predict_plan(plan, costs, links, StepShape.decode(1, 10))
-    assert two.seconds > one.seconds > 0
+    assert [stage.seconds for stage in (one, two)] == pytest.approx(
+        [1e-3 * (len(stage_ops(stage)) + 1) for stage in plan.stages]
+    )
     link = links["reference:0", "reference:1"]
     assert one.hop == pytest.approx(link.latency + 4 * 24 / link.bandwidth)
     assert sum(seconds for _, seconds in one.ops) + one.overhead == one.seconds
     more = predict_plan(plan, costs, links, StepShape.prefill(16, 10))
-    assert sum(stage.total for stage in more) > one.total + two.total
+    signer = stage_signer(plan, plan.stages[1])
+    by_rows = [seconds for op, seconds in more[1].ops if signer.axis(op) == "rows"]  # the last token's
+    assert by_rows == pytest.approx([1e-3] * len(by_rows))
+    others = one.seconds + two.seconds - sum(by_rows)
+    assert sum(stage.seconds for stage in more) == pytest.approx(16 * others + sum(by_rows))
 
 
 @pytest.mark.usefixtures("home")
@@ -184,18 +203,30 @@ def test_a_hop_whose_other_end_dies_is_an_error(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("home")
-def test_validation_compares_every_step_stage_and_op() -> None:
+def test_validation_compares_every_step_stage_and_op(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = labinfer.compile(_MODEL, devices="reference,reference:1", **_SMALL)
     costs = {name: Measured(_profile(_MODEL, name)) for name in plan.devices}
-    steps = validate_plan(plan, costs, profile_links(dict.fromkeys(plan.devices)), Patience(0))
+    measured = list[StepTimes]()
+
+    def given(*arguments: Any) -> StepTimes:
+        """The step as it was measured, but for its times."""
+        measured.append(measure_step(*arguments))
+        runs = [np.full_like(runs, 1e-3) for runs in measured[-1].op_runs]
+        return replace(measured[-1], runs=np.full(5, 0.5), op_runs=runs)
+
+    monkeypatch.setattr(validate, "measure_step", given)
+    links = profile_links(dict.fromkeys(plan.devices))
+    steps = validate_plan(plan, costs, links, Patience(0))
+    assert len(measured) == len(steps)
+    assert all((runs > 0).all() for times in measured for runs in (times.runs, *times.op_runs))
     assert {step.what.split()[0] for step in steps} == {"decode", "prefill"}
     for step in steps:
         assert len(step.stages) == 2
         assert [[op.name for op in ops] for ops in step.stages] == [
             [op.name for op in stage_ops(stage)] for stage in plan.stages
         ]
-        assert all(op.measured > 0 for ops in step.stages for op in ops)
-        assert step.measured > 0.5 * sum(op.measured for ops in step.stages for op in ops)
+        assert all(op.measured == pytest.approx(1e-3) for ops in step.stages for op in ops)
+        assert step.measured == 0.5
 
 
 def test_seconds_of_ops_add_up_though_each_run_is_disturbed_in_another() -> None:
@@ -222,10 +253,41 @@ def test_patience_is_a_number_of_seconds_and_ends(monkeypatch: pytest.MonkeyPatc
     patience = Patience(0)
     patience.wait()
     assert patience.left == 0
-    assert 0 <= Foreign().share() <= 1.1
     monkeypatch.setenv("LABINFER_PATIENCE", "long")
     with pytest.raises(UsageError, match="no number of seconds"):
         Patience()
+
+
+def test_others_are_busy_by_the_share_of_all_processors_that_they_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    def share(busy: list[float | None], seconds: list[float]) -> float:
+        monkeypatch.setattr(quiet, "busy_seconds", iter(busy).__next__)
+        monkeypatch.setattr(quiet.time, "perf_counter", iter(seconds).__next__)
+        return Foreign().share()
+
+    monkeypatch.setattr(quiet.os, "cpu_count", lambda: 4)
+    assert share([100.0, 102.0], [7.0, 8.0]) == 0.5
+    assert share([100.0, 99.9], [7.0, 8.0]) == 0  # clocks that are read one after another
+    assert share([None, None], [7.0, 8.0]) == share([1.0, 2.0], [7.0, 7.0]) == 0
+
+
+def test_who_waits_for_others_to_be_quiet_does_so_for_as_long_as_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy, waited = [1.0, 1.0, 0.0], list[float]()
+    monkeypatch.setattr(quiet.time, "sleep", waited.append)
+    monkeypatch.setattr(Foreign, "share", lambda _: busy[len(waited) - 1])
+    patience = Patience(1.0)
+    patience.wait()
+    assert waited == [quiet.WINDOW_SECONDS] * 3
+    assert patience.left == pytest.approx(1.0 - 2 * quiet.WINDOW_SECONDS)  # what was quiet counts for nothing
+    busy[:], waited[:] = [1.0] * 100, []
+    patience.wait()
+    assert patience.left == pytest.approx(0)
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="looks at /proc")
+def test_what_others_use_is_known_where_the_system_says_so() -> None:
+    busy = quiet.busy_seconds()
+    assert busy is not None
+    assert busy > 0
 
 
 def test_made_up_checkpoints_have_what_a_plan_names() -> None:
