@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,7 @@ import labinfer
 from labinfer.errors import DoesNotFit, UsageError
 from labinfer.llm import LLM
 from labinfer.replanning import with_layers
+from labinfer.runtime.batch import Part
 from labinfer.runtime.manager import Manager
 from labinfer.runtime.pipeline.balance import (
     PAYS_WITHIN,
@@ -30,7 +27,6 @@ from labinfer.runtime.pipeline.balance import (
     balanced,
     beside_layers,
 )
-from labinfer.runtime.pipeline.workers import StageProcesses
 from labinfer.runtime.request import Request
 
 from .tiny import CONFIG, GOLDEN, tensors, tiny_map
@@ -128,51 +124,41 @@ def layers_of(model: LLM) -> list[int]:
     return [len(stage.layers) for stage in model.plan.stages]
 
 
-@contextmanager
-def slowed(model: LLM, stage: int) -> Iterator[None]:
-    """Within the context, the process of ``stage`` is stopped most of the time, whichever process that is by then."""
-    over = threading.Event()
+def taking(monkeypatch: pytest.MonkeyPatch, each: Sequence[float]) -> None:
+    """A layer of each stage takes so many seconds from now on, however long it really takes."""
+    observe = BalancedFleet.observe
 
-    def run() -> None:
-        while not over.is_set():
-            assert model.pipeline is not None
-            assert isinstance(model.pipeline.workers, StageProcesses)
-            with suppress(ProcessLookupError, IndexError):
-                pid = model.pipeline.workers.stages[stage].process.pid
-                os.kill(pid, signal.SIGSTOP)
-                over.wait(0.02)
-                os.kill(pid, signal.SIGCONT)
-            time.sleep(0.005)
+    def given(fleet: BalancedFleet, times: np.ndarray, part: Part) -> None:
+        assert (times[:, 1] > times[:, 0]).all()
+        ended = part.wanted.sum() / part.counts.sum()
+        seconds = (fleet.balance.layers + ended * fleet.balance.beside) * each
+        observe(fleet, np.stack([0 * seconds, seconds], axis=1), part)
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    monkeypatch.setattr(BalancedFleet, "observe", given)
 
 
-def test_a_slow_stage_gives_layers_away_once_and_tokens_stay(deep: dict[str, Path], answers: list[list[int]]) -> None:
+def test_a_slow_stage_gives_layers_away_once_and_tokens_stay(
+    deep: dict[str, Path], answers: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taking(monkeypatch, [1.0, 2.0])
     with open_model(deep) as model:
         engine, seen = model.engine, []
-        with slowed(model, 1):
-            requests = [engine.add(Request(prompt, LONG)) for prompt in PROMPTS]
-            while not all(request.finished for request in requests):
-                engine.step()
-                seen.append(tuple(layers_of(model)))
+        requests = [engine.add(Request(prompt, LONG)) for prompt in PROMPTS]
+        while not all(request.finished for request in requests):
+            engine.step()
+            seen.append(tuple(layers_of(model)))
         assert [request.generated for request in requests] == answers
-        before, after = dict.fromkeys(seen)
-        assert before == (6, 6)
-        assert after[0] > 6
-        assert sum(after) == 12
+        assert list(dict.fromkeys(seen)) == [(6, 6), (8, 4)]
         assert {grant.device: grant.nbytes for grant in model.manager.grants.given} == {
             stage.device: stage.bytes.total for stage in model.plan.stages
         }
         assert model.blocks.usage == 0
 
 
-def test_layers_that_do_not_start_elsewhere_go_back(deep: dict[str, Path], answers: list[list[int]]) -> None:
+def test_layers_that_do_not_start_elsewhere_go_back(
+    deep: dict[str, Path], answers: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taking(monkeypatch, [1.0, 1.0])
     with open_model(deep) as model:
         engine, plan = model.engine, model.plan
         requests = [engine.add(Request(prompt, LONG)) for prompt in PROMPTS]
