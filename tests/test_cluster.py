@@ -332,7 +332,8 @@ def test_what_an_agent_cannot_do_is_told_and_harms_nobody(one_host: tuple[Hosts,
     assert model.generate([PROMPTS[0]], LONG)[0].token_ids == answers()[0]
 
 
-def test_who_hears_nothing_for_long_takes_nobody_for_silent() -> None:
+def test_who_hears_nothing_for_long_takes_nobody_for_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_module, "BEAT", 0.02)  # 25 within the silence, as late as one may come
     mine, theirs = connected_sockets()
     head, agent = Control(mine, Keys(b"h" * 32, b"a" * 32), 0.5), Control(theirs, Keys(b"a" * 32, b"h" * 32), 0.5)
     time.sleep(1.5)
@@ -356,6 +357,7 @@ def test_an_answer_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_neighbour_that_falls_silent_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control_module, "HOST_SILENCE", 0.5)
+    monkeypatch.setattr(control_module, "BEAT", 0.02)
     token, told = bytes(32), list[str]()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         other: list[Control] = []
@@ -368,7 +370,9 @@ def test_a_neighbour_that_falls_silent_is_noticed(monkeypatch: pytest.MonkeyPatc
         thread.start()
         neighbour = Neighbour("beta", listener.getsockname(), token, told.append)
         thread.join(10)
-        time.sleep(1.5)
+        beats: list[object] = []
+        monkeypatch.setattr(neighbour.control.clock, "hear", lambda *beat: beats.append(beat))
+        wait_for(lambda: len(beats) > 50)  # twice as many as may be missed
         assert told == []
         other[0].saying.acquire()  # no beat is sent any more
         neighbour.thread.join(10)

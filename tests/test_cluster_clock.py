@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from labinfer.cluster.clock import SAMPLES, PeerClock
-from labinfer.cluster.fleet import load
+from labinfer.cluster.fleet import ClusterFleet, load
 
 from .hosts import Hosts
-from .service import Served
+from .service import Served, wait_for
 from .test_cluster import FOLDER, LIMITS, PROMPTS
 
 AHEAD = 5000.0
@@ -73,6 +73,10 @@ def test_one_trace_has_the_stages_of_all_hosts_by_one_clock(home: Path, tmp_path
     try:
         with load(FOLDER, hosts.file, **LIMITS) as model, closing(Served(model)) as api:
             body = {"prompt": PROMPTS[0], "max_tokens": 8, "ignore_eos": True}
+            assert isinstance(model.fleet, ClusterFleet)
+            found = [model.fleet.hosts[name] for name in ("alpha", "beta")]
+            wait_for(lambda: all(host.round_trip for host in found))
+            unsure = sum(host.round_trip or 0.0 for host in found) / 2  # the quickest beats leave so much open
             assert api.http.post("/v1/completions", json=body).status_code == 200
             events = api.http.get("/labinfer/v1/trace", params={"format": "perfetto"}).json()["traceEvents"]
             assert api.http.get("/labinfer/v1/trace", params={"format": "x"}).status_code == 400
@@ -84,4 +88,4 @@ def test_one_trace_has_the_stages_of_all_hosts_by_one_clock(home: Path, tmp_path
     first, second = ([event["ts"] for event in steps if event["tid"] == stage] for stage in range(2))
     assert len(first) == len(second) >= 8
     in_order = [time for both in zip(first, second, strict=True) for time in both]
-    assert all(after > before - 20_000 for before, after in pairwise(in_order)), json.dumps(in_order)
+    assert all(after >= before - 1e6 * unsure for before, after in pairwise(in_order)), json.dumps(in_order)
