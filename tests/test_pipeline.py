@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 
 import labinfer
-from labinfer.errors import UsageError
+from labinfer.errors import LabinferError, UsageError
 from labinfer.llm import LLM
+from labinfer.runtime.pipeline.message import FETCH
+from labinfer.runtime.pipeline.process import StageDied
 from labinfer.runtime.pipeline.transport import TRANSPORTS
 
 from .choosing import choosing
@@ -122,6 +125,40 @@ def test_values_can_be_seen_in_threads_only() -> None:
         assert seen[0].shape[0] == 3
     with open_model(FAMILIES[0], "shm") as model, pytest.raises(UsageError, match="other processes"):
         model.listen(name, seen.append).__enter__()
+
+
+@pytest.mark.parametrize("error", [LabinferError("device.lost", "the device is gone"), ValueError("no such place")])
+def test_a_block_that_a_thread_cannot_move_ends_what_waits(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads cannot be started anew: whoever asks for anything from then on is told so."""
+    told, arrived = list[np.ndarray | None](), threading.Event()
+
+    def tell(place: int, content: np.ndarray | None) -> None:
+        told.append(content)
+        arrived.set()
+
+    def fail(*_: object) -> None:
+        raise error
+
+    with open_model(FAMILIES[0], "local") as model:
+        greedy(model, prompts(FAMILIES[0]))
+        monkeypatch.setattr(model.stages[1].cache, "read", fail)
+        assert model.pipeline is not None
+        model.pipeline.fetch([(0, 1)], tell)
+        assert arrived.wait(20)
+        assert told == [None]
+        with pytest.raises(LabinferError, match=f"stage 1 has failed: .*{error.args[0]}") as caught:
+            greedy(model, prompts(FAMILIES[0]))
+        assert caught.value.remedy == "load the model again"
+        assert model.blocks.usage == 0
+
+
+def test_why_a_process_cannot_move_a_block_is_told() -> None:
+    with open_model(FAMILIES[0], "shm") as model:
+        assert model.pipeline is not None
+        model.pipeline.send(FETCH, 7, [np.zeros(1, np.int32)])  # which is no block
+        with pytest.raises(StageDied, match=r"stage 0 \(reference\) died: a block arrived that has no number"):
+            model.pipeline.wait(99)
+        assert greedy(model, prompts(FAMILIES[0])) == on_one_device(FAMILIES[0])
 
 
 def test_an_unknown_transport_is_refused(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ class HostedStages(Workers):
         self.ready: set[int] = set()
         self.loaded = self.kept = 0
         self.problem: LabinferError | None = None
-        self.died: Callable[[str], None] = lambda message: None
+        self.died: Callable[[LabinferError], None] = lambda error: None
         self.stopping = False
         self.ends: list[Channel] = []
         try:
@@ -154,14 +154,14 @@ class HostedStages(Workers):
             self.problem = error
             self.changed.notify_all()
         _log.warning("%s", error.message)
-        self.died(error.message)
+        self.died(StageDied("pipeline.stage-died", error.message))
 
-    def watch(self, died: Callable[[str], None]) -> None:
+    def watch(self, died: Callable[[LabinferError], None]) -> None:
         """See ``Workers.watch``."""
         with self.changed:
             self.died, problem = died, self.problem
         if problem is not None:
-            died(problem.message)
+            died(StageDied("pipeline.stage-died", problem.message))
 
     def clock_offsets(self) -> np.ndarray:
         """See ``Workers.clock_offsets``."""

@@ -32,7 +32,6 @@ from labinfer.runtime.pipeline.message import (
     view,
     views,
 )
-from labinfer.runtime.pipeline.process import StageDied
 from labinfer.runtime.pipeline.transport import ChannelClosed, Header
 from labinfer.runtime.pipeline.workers import Workers
 
@@ -84,7 +83,7 @@ class Pipeline:
         self.broken: LabinferError | None = None
         self.spans: deque[np.ndarray] = deque(maxlen=MAX_SPANS)
         self.collector = threading.Thread(target=self.collect, name="labinfer-results", daemon=True)
-        workers.watch(lambda message: self.fail(StageDied("pipeline.stage-died", message)))
+        workers.watch(self.fail)
         self.collector.start()
 
     def submit(self, message: StepMessage) -> int:

@@ -161,8 +161,9 @@ class Watch:
                 for key, _ in selector.select(BEAT):
                     if key.data is None:
                         return
-                    if key.data.read() is None:
-                        self.died(f"{key.data.name} died: {key.data.cause()}")
+                    lines = key.data.read()
+                    if lines is None or (told := [line["error"]["message"] for line in lines if "error" in line]):
+                        self.died(f"{key.data.name} died: {key.data.cause() if lines is None else told[0]}")
                         return
                 if time.monotonic() - looked < BEAT:
                     continue

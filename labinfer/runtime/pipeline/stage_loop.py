@@ -95,12 +95,16 @@ class StageLoop:
         self.sampler = stage.device.sampler(rows, plan.vocab_size, groups) if chooses else None
 
     def run(self) -> None:
-        """Run steps until the channels are closed. What goes wrong in a step is told to whoever waits for it."""
+        """Run steps until the channels are closed. What goes wrong in a step is told to whoever waits for it.
+
+        Raises what went wrong with a block, after which nobody knows what the cache holds, or came and is no step.
+        """
         stay_on(self.cores)
         try:
             while True:
                 if self.take_frame() != STEP:
-                    self.move_block()
+                    if (failure := caught(self.move_block)) is not None:
+                        raise failure
                     continue
                 unprepared = caught(self.prepare)
                 lost = caught(self.take_values) if self.number else None  # they come whether they are wanted or not
@@ -108,7 +112,7 @@ class StageLoop:
                 if failure is not None:
                     self.send_failure(failure)
                 make_way()  # the next stage may share the core, and nobody waits for what comes now
-        except (ChannelClosed, LabinferError):  # the latter of a channel that brings what is no step
+        except ChannelClosed:
             pass
         finally:
             self.stage.interpreter.leave()
@@ -271,7 +275,7 @@ class StageLoop:
 
 
 def caught(part: Callable[[], None]) -> LabinferError | None:
-    """What goes wrong in a part of a step, but for a channel that was closed."""
+    """What goes wrong in a part of the loop, but for a channel that was closed."""
     try:
         part()
     except ChannelClosed:

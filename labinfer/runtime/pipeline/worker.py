@@ -81,7 +81,11 @@ def main() -> None:
             parent.say(error=json.loads(encode_error(error)))
             return
         parent.say(ready=True, kept=loop.stage.kept_bytes)
-        loop.run()
+        try:
+            loop.run()
+        except LabinferError as error:
+            parent.say(error=json.loads(encode_error(error)))
+            return
         if not start.get("stays"):
             return
         for end in loop.links.all():

@@ -17,12 +17,12 @@ from typing import Protocol
 import numpy as np
 
 from labinfer.compiler.plan import Plan
-from labinfer.errors import UsageError
+from labinfer.errors import LabinferError, UsageError
 from labinfer.runtime.batch import Part
 from labinfer.runtime.peers import shared_peer_memory
 from labinfer.runtime.pipeline.message import frame_bytes
-from labinfer.runtime.pipeline.process import StageProcess, Watch, wait_until_ready
-from labinfer.runtime.pipeline.stage_loop import Links, StageLoop
+from labinfer.runtime.pipeline.process import StageDied, StageProcess, Watch, wait_until_ready
+from labinfer.runtime.pipeline.stage_loop import Links, StageLoop, caught
 from labinfer.runtime.pipeline.transport import Channel, open_channel
 from labinfer.runtime.stage import LoadedStage
 from labinfer.units import human_bytes
@@ -37,8 +37,8 @@ class Workers(ABC):
     receiver: Channel
 
     @abstractmethod
-    def watch(self, died: Callable[[str], None]) -> None:
-        """Call ``died`` from now on, once, with how the first of them died."""
+    def watch(self, died: Callable[[LabinferError], None]) -> None:
+        """Call ``died`` from now on, once, with how the first of them died: ``StageDied`` if it can be started anew."""
 
     def clock_offsets(self) -> np.ndarray:
         """Seconds that the clock of each stage, float64 [stages], is ahead of ours: none on this machine."""
@@ -165,14 +165,23 @@ class StageThreads(LocalWorkers):
 
     def __init__(self, plan: Plan, stages: Sequence[LoadedStage], cores: Mapping[str, Sequence[int]]) -> None:
         super().__init__(plan, "local")
+        self.died: Callable[[LabinferError], None] = lambda error: None
         self.threads: list[threading.Thread] = []
         for number, (stage, links) in enumerate(zip(stages, self.links, strict=True)):
             loop = StageLoop(plan, number, stage, links, cores.get(stage.device.name, ()))
-            self.threads.append(threading.Thread(target=loop.run, name=f"labinfer-stage-{number}", daemon=True))
+            name = f"labinfer-stage-{number}"
+            self.threads.append(threading.Thread(target=self.run, args=(loop,), name=name, daemon=True))
             self.threads[-1].start()
 
-    def watch(self, died: Callable[[str], None]) -> None:
-        """Threads die with all of us."""
+    def run(self, loop: StageLoop) -> None:
+        """Run a stage, and tell what ends it."""
+        if (failure := caught(loop.run)) is not None:
+            message = f"stage {loop.number} has failed: {failure.message}"
+            self.died(LabinferError(failure.code, message, remedy="load the model again"))
+
+    def watch(self, died: Callable[[LabinferError], None]) -> None:
+        """See ``Workers.watch``."""
+        self.died = died
 
     def release(self) -> None:
         """See ``Workers.release``."""
@@ -254,9 +263,9 @@ class StageProcesses(LocalWorkers):
             for file in files:
                 os.close(file)
 
-    def watch(self, died: Callable[[str], None]) -> None:
+    def watch(self, died: Callable[[LabinferError], None]) -> None:
         """See ``Workers.watch``."""
-        self.watcher = Watch(self.stages, died)
+        self.watcher = Watch(self.stages, lambda message: died(StageDied("pipeline.stage-died", message)))
 
     def kill(self) -> None:
         """See ``Workers.kill``."""
