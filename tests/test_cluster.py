@@ -17,6 +17,7 @@ from contextlib import closing, suppress
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -39,6 +40,7 @@ from labinfer.compiler.plan import Plan
 from labinfer.errors import DoesNotFit, InvalidFile, LabinferError, UsageError
 from labinfer.llm import LLM
 from labinfer.ops.formats import stored_bytes
+from labinfer.runtime.pipeline.message import FETCH
 from labinfer.runtime.pipeline.process import StageDied
 from labinfer.runtime.pipeline.transport import ChannelClosed, Keys
 from labinfer.runtime.pipeline.transport.sealed import accept
@@ -329,6 +331,15 @@ def test_what_an_agent_cannot_do_is_told_and_harms_nobody(one_host: tuple[Hosts,
         with pytest.raises(LabinferError):
             control.ask(**message)
     control.release()
+    assert model.generate([PROMPTS[0]], LONG)[0].token_ids == answers()[0]
+
+
+def test_a_stage_that_is_sent_what_is_no_block_is_started_anew(one_host: tuple[Hosts, LLM]) -> None:
+    _, model = one_host
+    assert model.pipeline is not None
+    model.pipeline.send(FETCH, 7, [np.zeros(1, np.int32)])
+    with pytest.raises(StageDied, match="a block arrived that has no number"):
+        model.pipeline.wait(99)
     assert model.generate([PROMPTS[0]], LONG)[0].token_ids == answers()[0]
 
 
