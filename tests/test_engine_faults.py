@@ -19,6 +19,7 @@ import labinfer
 from labinfer.errors import DoesNotFit, LabinferError, UsageError
 from labinfer.llm import LLM
 from labinfer.runtime import streaming
+from labinfer.runtime.engine import Engine
 from labinfer.runtime.outputs import RequestOutput, output_of
 from labinfer.runtime.request import Request
 
@@ -32,8 +33,8 @@ def model() -> Iterator[LLM]:
         assert loaded.blocks.usage == 0
 
 
-async def last(model: LLM, request: Request) -> RequestOutput:
-    found = [output async for output in model.engine.stream(request)]
+async def last(engine: Engine, request: Request) -> RequestOutput:
+    found = [output async for output in engine.stream(request)]
     return found[-1]
 
 
@@ -41,7 +42,7 @@ def with_another(model: LLM, request: Request) -> list[Any]:
     """What comes of ``request`` and of an ordinary one beside it."""
 
     async def both() -> list[Any]:
-        running = [last(model, each) for each in (Request(PROMPTS[1], greedy(30)), request)]
+        running = [last(model.engine, each) for each in (Request(PROMPTS[1], greedy(30)), request)]
         return await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), 20)
 
     return asyncio.run(both())
@@ -58,9 +59,9 @@ def test_a_stream_that_wants_an_unknown_value_is_refused(model: LLM) -> None:
 def test_an_idle_engine_that_finds_its_books_wrong_answers_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "IDLE_SECONDS", 0.01)
     with labinfer.load(LLAMA) as model:
-        assert len(asyncio.run(last(model, Request([1], greedy(3)))).outputs[0].token_ids) == 3
+        assert len(asyncio.run(last(model.engine, Request([1], greedy(3)))).outputs[0].token_ids) == 3
         time.sleep(0.1)
-        assert len(asyncio.run(last(model, Request([1], greedy(3)))).outputs[0].token_ids) == 3
+        assert len(asyncio.run(last(model.engine, Request([1], greedy(3)))).outputs[0].token_ids) == 3
         with model.lock:
             model.blocks.groups[0].owners[0] += 1
         model.engine.start()
@@ -69,7 +70,7 @@ def test_an_idle_engine_that_finds_its_books_wrong_answers_nobody(monkeypatch: p
             assert time.monotonic() < until
             time.sleep(0.01)
         with pytest.raises(LabinferError) as caught:
-            asyncio.run(last(model, Request([1], greedy(3))))
+            asyncio.run(last(model.engine, Request([1], greedy(3))))
         assert caught.value.code == "run.cache-integrity"
         model.blocks.groups[0].owners[0] -= 1
 
@@ -132,6 +133,21 @@ def test_a_stream_that_was_not_begun_ends_when_the_model_is_closed() -> None:
     model.close()
     assert request.finished
     assert output_of(request).finish_reason == "abort"
+
+
+def test_a_closed_model_starts_no_thread() -> None:
+    model = labinfer.load(LLAMA)
+    engine, before = model.engine, set(threading.enumerate())
+    engine.check(late := Request([1], greedy()))
+    model.close()
+    with pytest.raises(UsageError, match="the model is closed"):
+        asyncio.run(last(engine, Request([1], greedy())))
+    with pytest.raises(UsageError, match="the model is closed"):
+        engine.add(Request([1], greedy()))
+    engine.submit(lambda: engine.queue(late))  # closed between its check and its start
+    with pytest.raises(UsageError, match="the model is closed"):
+        engine.start()
+    assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.parametrize("overlap", ["0", "1"])
@@ -215,7 +231,7 @@ def test_event_loops_are_forgotten(model: LLM) -> None:
 
     async def run() -> None:
         loops.append(weakref.ref(asyncio.get_running_loop()))
-        await last(model, Request([1], greedy(3)))
+        await last(model.engine, Request([1], greedy(3)))
 
     asyncio.run(run())
     model.generate([[1]], greedy(1))  # an engine remembers what its last step finished

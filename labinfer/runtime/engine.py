@@ -62,7 +62,7 @@ class Engine:
         self.device = ThreadPoolExecutor(1, "labinfer-device") if overlaps(model) else None
         self.inbox: deque[Callable[[], None]] = deque()
         self.thread: EngineThread | None = None
-        self.starting = threading.Lock()
+        self.starting, self.closed = threading.Lock(), False
         self.prepared: Scheduled | None = None
         self.stepping = False
         self.fault: LabinferError | None = None  # found in the cache's books: nothing can be computed any more
@@ -90,6 +90,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Work out what ``request`` asks for; ``UsageError`` for one that can never run."""
+        self.check_open()
         if self.fault is not None:
             raise self.fault
         tokens = request.prompt = self.model.check_tokens(request.prompt)
@@ -151,11 +152,17 @@ class Engine:
         return self.device is not None and not self.capture.wanted
 
     def start(self) -> None:
-        """Have a thread run the steps from now on, if none does; ``close`` ends it."""
+        """Have a thread run the steps from now on, if none does; ``close`` ends it, and none is started after that."""
         with self.starting:
+            self.check_open()
             if self.thread is None:
                 self.thread = EngineThread(self)
-        self.thread.wake.set()
+            self.thread.wake.set()
+
+    def check_open(self) -> None:
+        """Raise ``UsageError`` once the engine is closed."""
+        if self.closed:
+            raise UsageError("run.closed", "the model is closed")
 
     def stream(
         self, request: Request, kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
@@ -182,6 +189,8 @@ class Engine:
 
     def close(self) -> None:
         """Stop every request and end the engine's threads."""
+        with self.starting:
+            self.closed = True
         if self.thread is not None:
             self.thread.close()
             self.thread = None
