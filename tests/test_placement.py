@@ -6,6 +6,7 @@ import contextlib
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -16,9 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import labinfer
+from labinfer.compiler import place_by_cost
 from labinfer.compiler.cluster import cluster_schema, read_cluster
 from labinfer.compiler.costs.roofline import specifications
 from labinfer.compiler.costs.store import store_profile
+from labinfer.compiler.partition import service
 from labinfer.compiler.partition.service import (
     SHORT,
     SHORT_STALL,
@@ -286,6 +289,51 @@ def test_prompts_lengthen_steps_only_where_answers_are_made_too() -> None:
     ways = ways_to_serve(_TIMES, load, 3)
     assert sorted(each.prefill for each in ways) == [0, 1, 2]
     assert [each.request for each in ways] == sorted(each.request for each in ways)
+
+
+@pytest.mark.parametrize(("prefill", "load"), [(0, Load(3000, 1000, 0.02)), (1, Load(200, 2000, 0.03))])
+def test_a_part_of_long_requests_says_what_all_of_them_take(
+    prefill: int, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "MOST_REQUESTS", 0)  # as few in both cases as there must be
+    whole = serve(_TIMES, load, 2, prefill)
+    monkeypatch.setattr(service, "MOST_WORK", 4 * (load.prompt + load.output))
+    part = serve(_TIMES, load, 2, prefill)
+    assert part != whole
+    for name in ("request", "first", "wait"):
+        assert getattr(part, name) == pytest.approx(getattr(whole, name), rel=0.1), name
+
+
+class Counted(list[float]):
+    """Seconds of decode steps that count how often they are asked for."""
+
+    asked = 0
+
+    def __getitem__(self, place: Any) -> Any:
+        Counted.asked += 1
+        return super().__getitem__(place)
+
+
+@pytest.mark.parametrize("load", [Load(99_999_999, 8, 1.0), Load(32, 99_999_999, 1.0), Load(10**8, 10**8, 1e8)])
+@pytest.mark.parametrize("replicas", [2, 16])
+def test_no_workload_is_simulated_for_ever(load: Load, replicas: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "MOST_WORK", 20_000)
+    monkeypatch.setattr(Counted, "asked", 0)
+    ways = ways_to_serve(replace(_TIMES, decode=Counted(_TIMES.decode)), load, replicas)  # type: ignore[arg-type]
+    assert len(ways) == replicas
+    assert Counted.asked <= 2 * 20_000
+
+
+def test_units_that_take_for_ever_are_simulated_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workload, found = "prompt=320,output=4000,concurrency=4", []
+    for most in (10**9, 20_000):
+        monkeypatch.setattr(place_by_cost, "MOST_VISITS", most)
+        monkeypatch.setattr(place_by_cost, "MOST_UNITS", place_by_cost.FEWEST_UNITS)
+        placement = _compile(tmp_path, _DECLARED, workload, objective="throughput", num_blocks=2000).placement
+        assert placement is not None
+        found.append(placement.served)
+    assert found[0] != found[1]
+    assert found[0] == pytest.approx(found[1], rel=0.1)
 
 
 def test_a_plan_says_whether_replicas_should_only_compute_prompts(tmp_path: Path) -> None:

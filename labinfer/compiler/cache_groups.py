@@ -68,7 +68,7 @@ def size_groups(limits: Limits, devices: Sequence[DeviceRoom], room: Room) -> li
     Without a bound every group has what ``max_num_seqs`` sequences of ``max_model_len`` need. Within bounds the first
     group gives way; the others keep what they need, but never more blocks than the first, which no sequence outgrows.
     """
-    needed = [limits.blocks_needed(each, *[limits.max_model_len] * limits.max_num_seqs) for each in limits.groups]
+    needed = [limits.blocks_needed(each, limits.max_model_len, times=limits.max_num_seqs) for each in limits.groups]
     each = [sum(sizes) for sizes in zip(*(device.block_bytes for device in devices), strict=True)]
 
     def counts(first: int) -> list[int]:

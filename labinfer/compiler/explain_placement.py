@@ -10,7 +10,7 @@ from labinfer.compiler.costs.predict import StepShape
 from labinfer.compiler.costs.table import LinkProfile, interpolate
 from labinfer.compiler.fold import unfold_states
 from labinfer.compiler.partition import Partition
-from labinfer.compiler.partition.service import EngineTimes, Load, stall_of, ways_to_serve
+from labinfer.compiler.partition.service import MOST_REQUESTS, EngineTimes, Load, stall_of, ways_to_serve
 from labinfer.compiler.partition.solve import objective_value
 from labinfer.compiler.place_by_cost import Goal, PlacedByCost
 from labinfer.compiler.placement_record import (
@@ -159,11 +159,12 @@ def services(plan: Plan, goal: Goal) -> list[ServicePrediction]:
 def engine_times(plan: Plan, goal: Goal) -> EngineTimes:
     """What an engine that runs ``plan`` takes, whose stages run one after another, as predicted from their ops."""
     work, limits = goal.workload, plan.limits
+    most = min(limits.max_num_seqs, MOST_REQUESTS)
 
     def seconds(step: StepShape) -> float:
         return sum(stage.total for stage in predict_plan(plan, goal.costs, goal.links, step))
 
-    sizes = sorted({min(1 << power, limits.max_num_seqs) for power in range(limits.max_num_seqs.bit_length() + 1)})
+    sizes = sorted({min(1 << power, most) for power in range(most.bit_length() + 1)})
     known = [(size, seconds(StepShape.decode(size, work.prompt + work.output // 2))) for size in sizes]
     prefill = work.prefill_step(limits)
     out = goal.costs[plan.stages[-1].device].out
@@ -173,7 +174,7 @@ def engine_times(plan: Plan, goal: Goal) -> EngineTimes:
     )
     nbytes = moved * limits.cache_bytes_per_number
     return EngineTimes(
-        decode=tuple(interpolate(known, size) for size in range(1, limits.max_num_seqs + 1)),
+        decode=tuple(interpolate(known, size) for size in range(1, most + 1)),
         token=seconds(prefill) / prefill.tokens,
         max_tokens=limits.max_num_batched_tokens,
         stall=stall_of(work.prompt),

@@ -41,7 +41,10 @@ MOST_EXPLAINED = 24
 """Devices of a problem that is solved again without each of them, and with more of it."""
 
 FEWEST_UNITS, MOST_UNITS, MOST_EVENTS = 8, 64, 200_000
-"""Units of work that are simulated, and how many visits of stages they may take together."""
+"""Units of work that are simulated, and how many visits of stages they may take together, but for the fewest units."""
+
+MOST_VISITS = 2_000_000
+"""Visits of stages that the fewest units may take; of longer ones a part of their steps is simulated."""
 
 NO_CAP = 1 << 60
 """Bytes of a device whose memory nobody limits."""
@@ -125,11 +128,18 @@ def place_by_cost(
         quickest = partition(problem, Objective.LATENCY, effort_seconds=EFFORT_SECONDS)
         candidates += told.runner_ups
         candidates.append(restated(problem, quickest, best))
-    visits = sum(map(ceil, (problem.workload.prefill_steps, problem.workload.decode_steps))) * len(targets)
-    chosen, served = rank(problem, candidates, units=max(FEWEST_UNITS, min(MOST_UNITS, MOST_EVENTS // visits)))[0]
+    chosen, served = most_served(problem, candidates)
     if chosen is not best:
         told = tell(problem, chosen)
     return PlacedByCost(units, problem, chosen, told, served)
+
+
+def most_served(problem: Problem, plans: Sequence[Partition]) -> tuple[Partition, Simulation]:
+    """The plan that serves most in a simulation, and what it serves."""
+    work = problem.workload
+    visits = (ceil(work.prefill_steps) + ceil(work.decode_steps)) * len(problem.devices)
+    units = max(FEWEST_UNITS, min(MOST_UNITS, MOST_EVENTS // visits))
+    return rank(problem, plans, units=units, part=min(1.0, MOST_VISITS / (FEWEST_UNITS * visits)))[0]
 
 
 def tell(problem: Problem, plan: Partition) -> Explanation:

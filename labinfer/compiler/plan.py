@@ -56,16 +56,16 @@ class Limits(PlanModel):
         """Bytes of one number in the KV cache."""
         return ITEM_SIZE[self.kv_dtype]
 
-    def blocks_needed(self, group: CacheGroup, *lengths: int) -> int:
-        """Blocks of ``group`` that sequences of ``lengths`` tokens own together at most at one time.
+    def blocks_needed(self, group: CacheGroup, *lengths: int, times: int = 1) -> int:
+        """Blocks of ``group`` that sequences of ``lengths`` tokens, ``times`` over, own together at most at one time.
 
         Where there is a window, these are its blocks, wherever in a block it begins, and those of one step's tokens.
         """
-        everything = sum(-(-length // self.block_size) for length in lengths)
+        everything, count = times * sum(-(-length // self.block_size) for length in lengths), times * len(lengths)
         if group.window is None:
             return everything
-        tokens = len(lengths) * (group.window + self.block_size - 2) + self.max_num_batched_tokens
-        return min(everything, len(lengths) + tokens // self.block_size)
+        tokens = count * (group.window + self.block_size - 2) + self.max_num_batched_tokens
+        return min(everything, count + tokens // self.block_size)
 
     @property
     def max_sequence_len(self) -> int:

@@ -7,8 +7,9 @@ lengthen a step by more than the scheduler lets it.
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
+from math import ceil
 from statistics import fmean, median
 
 MOST_REPLICAS = 16
@@ -16,6 +17,8 @@ MOST_REPLICAS = 16
 MOST_REQUESTS, MOST_TOKENS = 64, 200_000
 """Requests that are simulated, but for fewer whose answers have more tokens together."""
 
+MOST_WORK = 1_000_000
+"""Tokens of all simulations; of longer requests a part is simulated, which come as much sooner after one another."""
 
 STALL, SHORT, SHORT_STALL = 0.2, 512, 1.0
 """Those of the scheduler's policy: how much longer a step may get for a prompt, and for one of so few tokens."""
@@ -41,14 +44,14 @@ class EngineTimes:
     max_tokens: int
     stall: float
     move: float
-    rest: int
+    rest: float
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
     """``rate`` requests a second that come evenly, with so many tokens of a prompt and of its answer."""
 
-    prompt: int
+    prompt: float
     output: int
     rate: float
 
@@ -74,7 +77,7 @@ class _Request:
     """Tokens of the prompt that are left, of the answer that were made; times of arrival and of tokens."""
 
     arrival: float
-    left: int
+    left: float
     made: int = 0
     first: float = 0.0
     last: float = 0.0
@@ -89,7 +92,7 @@ class _Engine:
     prefills: bool
     prompts: list[_Request] = field(default_factory=list)
     answers: list[_Request] = field(default_factory=list)
-    chunks: list[int] = field(default_factory=list)
+    chunks: list[float] = field(default_factory=list)
     runs: bool = False
 
     def begin(self) -> float:
@@ -123,9 +126,13 @@ class _Engine:
 
 def serve(times: EngineTimes, load: Load, replicas: int, prefill: int) -> Served:
     """Serve some requests of ``load`` with so many alike replicas, of which ``prefill`` only compute prompts."""
+    longer = max(1.0, 2 * replicas**2 * (load.prompt + load.output) / MOST_WORK)
+    load = Load(load.prompt / longer, ceil(load.output / longer), load.rate * longer)
+    times = replace(times, move=times.move / longer, rest=times.rest / longer)
     engines = [_Engine(times, number < prefill) for number in range(replicas)]
     answering, computing = engines[prefill:], engines[:prefill] or engines
-    number_of = max(2 * replicas, min(MOST_REQUESTS, MOST_TOKENS // (load.output * replicas)))
+    most = MOST_REQUESTS if longer == 1 else 0
+    number_of = max(2 * replicas, min(most, MOST_TOKENS // (load.output * replicas)))
     requests = [_Request(number / load.rate, load.prompt) for number in range(number_of)]
     order = count()
     events: list[tuple[float, int, _Engine | None, _Request | None]] = [
@@ -153,8 +160,8 @@ def serve(times: EngineTimes, load: Load, replicas: int, prefill: int) -> Served
     return Served(
         replicas,
         prefill,
-        fmean(each.last - each.arrival for each in requests),
-        median(each.first - each.arrival for each in requests),
+        fmean(each.last - each.arrival for each in requests) * longer,
+        median(each.first - each.arrival for each in requests) * longer,
         median(each.longest for each in requests),
         median(waits),
     )

@@ -45,20 +45,22 @@ def cache_limit(problem: Problem, plan: Partition) -> float:
 
 
 def simulate(
-    problem: Problem, plan: Partition, *, units: int = 64, arrivals_per_second: float = math.inf
+    problem: Problem, plan: Partition, *, units: int = 64, arrivals_per_second: float = math.inf, part: float = 1.0
 ) -> Simulation:
     """Serve ``units`` units of work, arriving evenly, all at once by default.
 
     A unit goes through all stages once for each of its steps, prefill first, and starts the next step when it leaves
     the last stage. Stages take one step at a time in order of arrival. At most the workload's ``micro_batches`` are in
-    flight, and no more than ``cache_limit`` (but one).
+    flight, and no more than ``cache_limit`` (but one). Of units that take for ever a ``part`` of their steps says what
+    all of them would take.
     """
     work = problem.workload
-    prefills, steps = math.ceil(work.prefill_steps), math.ceil(work.prefill_steps) + math.ceil(work.decode_steps)
+    prefills, decodes = math.ceil(work.prefill_steps * part), math.ceil(work.decode_steps * part)
+    steps = prefills + decodes
     service = [(load.decode_seconds, load.prefill_seconds) for load in plan.loads]
     hops = [_hop(problem, *pair) for pair in pairwise(plan.stages)]
     in_flight = max(1, int(min(work.micro_batches, cache_limit(problem, plan), units)))
-    arrival = [unit / arrivals_per_second for unit in range(units)]
+    arrival = [unit * part / arrivals_per_second for unit in range(units)]
     events = [(arrival[unit], unit, 0) for unit in range(in_flight)]  # time, unit, visits to stages so far
     waiting, free, busy = in_flight, [0.0] * len(service), [0.0] * len(service)
     finished: dict[int, float] = {}
@@ -76,9 +78,9 @@ def simulate(
         busy[stage] += seconds
         hop = hops[stage][step < prefills] if stage < len(hops) else 0.0
         heapq.heappush(events, (free[stage] + hop, unit, visits + 1))
-    times = np.array([finished[unit] - arrival[unit] for unit in range(units)])
+    times = np.array([finished[unit] - arrival[unit] for unit in range(units)]) / part
     end, first = max(finished.values()), min(finished.values())
-    rate = (units - 1) / (end - first) if end > first else units / max(end, 1e-300)
+    rate = part * ((units - 1) / (end - first) if end > first else units / max(end, 1e-300))
     shares = tuple(each / max(end, 1e-300) for each in busy)
     return Simulation(rate, float(np.median(times)), float(np.quantile(times, 0.95)), in_flight, shares)
 
@@ -90,7 +92,9 @@ def _hop(problem: Problem, before: Stage, after: Stage) -> tuple[float, float]:
     return link.latency + work.decode_tokens * each, link.latency + work.prefill_tokens * each
 
 
-def rank(problem: Problem, plans: Sequence[Partition], *, units: int = 64) -> list[tuple[Partition, Simulation]]:
+def rank(
+    problem: Problem, plans: Sequence[Partition], *, units: int = 64, part: float = 1.0
+) -> list[tuple[Partition, Simulation]]:
     """The plans by simulated rate, the quickest first; of equal ones that with the lower median time."""
-    simulated = [(plan, simulate(problem, plan, units=units)) for plan in plans]
+    simulated = [(plan, simulate(problem, plan, units=units, part=part)) for plan in plans]
     return sorted(simulated, key=lambda pair: (-pair[1].units_per_second, pair[1].median_seconds))
