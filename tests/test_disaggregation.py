@@ -197,6 +197,49 @@ class Held:
             self.fetch(*self.calls.pop(0))
 
 
+def placed_anew(model: LLM) -> None:
+    """The stages of ``model`` are on devices of another kind from now on, as after a host was lost."""
+    model.plan = model.plan.model_copy(deep=True)
+    for device in model.plan.devices.values():
+        device.kind = "another"
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["prefill", "decode"])
+def test_no_prompt_is_computed_on_devices_of_another_kind(number: int) -> None:
+    with models(LLAMA, [{}, {}]) as found:
+        replicas = Replicas([model.engine for model in found], num_prefill=1)
+        placed_anew(found[number])
+        assert asyncio.run(all_answers(replicas)) == alone(LLAMA)
+        assert [each.num_sent for each in replicas.all] == [0, 4]
+        placed_anew(found[1 - number])
+        found[1].blocks.forget()
+        assert asyncio.run(all_answers(replicas)) == alone(LLAMA)
+        assert [each.num_sent for each in replicas.all] == [4, 8]
+
+
+@pytest.mark.parametrize("when", ["on its way", "come"])
+def test_blocks_of_devices_of_another_kind_are_not_taken_over(when: str) -> None:
+    with models(LLAMA, [{}, {}]) as [prefill, decode]:
+        replicas = Replicas([prefill.engine, decode.engine], num_prefill=1)
+        [moved], held, prompt = moved_of(replicas), Held(prefill), prompts()[1]
+
+        async def run() -> list[list[int]]:
+            task = asyncio.create_task(answer(replicas, Request(prompt, PARAMS[0])))
+            while not held.calls:
+                await asyncio.sleep(0)
+            with decode.lock:
+                if when == "come":
+                    held.release()
+                placed_anew(decode)
+            held.release()
+            return await task
+
+        expected = prefill.generate([prompt], PARAMS[0])[0].token_ids
+        assert asyncio.run(run()) == [list(expected)]
+        assert decode.engine.num_tokens == len(prompt) + 12 - 1
+        assert not moved.contents
+
+
 @pytest.mark.parametrize("when", ["computed", "sent"])
 def test_a_request_that_is_aborted_meanwhile_leaves_nothing(when: str) -> None:
     with models(LLAMA, [{}, {}]) as [prefill, decode]:

@@ -6,9 +6,11 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from labinfer.compiler.plan import Plan
 from labinfer.runtime.block_group import Tier
 from labinfer.runtime.kv_cache import block_bytes
 from labinfer.runtime.model import Model
@@ -19,6 +21,19 @@ LONGEST = 2
 
 Key = tuple[int, bytes]
 """A cache group, and the digest of a block's text."""
+
+
+class Arrived(NamedTuple):
+    """A block that has come, and from what kind of device: others lay out blocks in other ways."""
+
+    kind: str | None
+    content: np.ndarray
+
+
+def kind_of(plan: Plan) -> str | None:
+    """The kind of device that all stages of ``plan`` are on; None where there are several."""
+    kinds = {plan.devices[stage.device].kind for stage in plan.stages}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 class MovedBlocks:
@@ -35,7 +50,7 @@ class MovedBlocks:
         self.sizes = [sum(sizes) for sizes in zip(*block_bytes(model.plan), strict=True)]
         longest = [limits.blocks_needed(group, limits.max_sequence_len) for group in limits.groups]
         self.room = LONGEST * sum(count * size for count, size in zip(longest, self.sizes, strict=True))
-        self.contents: dict[Key, np.ndarray | None] = {}  # None: it is on its way
+        self.contents: dict[Key, Arrived | None] = {}  # None: it is on its way
         self.waiting: deque[tuple[Mailbox, asyncio.Event]] = deque()
         self.lock = threading.Lock()
         self.num_blocks, self.num_bytes, self.seconds = 0, 0, 0.0
@@ -59,11 +74,11 @@ class MovedBlocks:
             self.waiting.remove(turn)
             self._wake()
 
-    def put(self, key: Key, content: np.ndarray) -> None:
-        """A block has come; it is dropped if nobody expects it any more."""
+    def put(self, key: Key, content: np.ndarray, kind: str | None) -> None:
+        """A block has come from a device of this kind; it is dropped if nobody expects it any more."""
         with self.lock:
             if key in self.contents:
-                self.contents[key] = content
+                self.contents[key] = Arrived(kind, content)
                 self.num_blocks += 1
                 self.num_bytes += len(content)
 
@@ -90,9 +105,12 @@ class MovedBlocks:
 
     def has(self, group: int, digest: bytes) -> bool:
         """Whether the block has come, or is colder."""
-        return self.contents.get((group, digest)) is not None or (
-            self.below is not None and self.below.has(group, digest)
-        )
+        return self._come(group, digest) is not None or (self.below is not None and self.below.has(group, digest))
+
+    def _come(self, group: int, digest: bytes) -> np.ndarray | None:
+        """What has come of a block that the devices of the model, which may be others by now, understand."""
+        found = self.contents.get((group, digest))
+        return found.content if found is not None and found.kind == kind_of(self.model.plan) else None
 
     def keep(self, group: int, digests: Sequence[bytes], blocks: Sequence[int]) -> None:
         """Blocks that are evicted go on to the tier below."""
@@ -102,7 +120,7 @@ class MovedBlocks:
     def load(self, group: int, digests: Sequence[bytes], blocks: Sequence[int]) -> bool:
         """Fill ``blocks``; those that came from elsewhere are in the cache then, and not here any more."""
         places = dict(zip(digests, blocks, strict=True))
-        came = {digest: found for digest in places if (found := self.contents.get((group, digest))) is not None}
+        came = {digest: found for digest in places if (found := self._come(group, digest)) is not None}
         colder = [digest for digest in places if digest not in came]
         if colder and (self.below is None or not self.below.load(group, colder, [places[each] for each in colder])):
             return False

@@ -17,7 +17,7 @@ import numpy as np
 
 from labinfer.errors import LabinferError
 from labinfer.runtime.engine import Engine
-from labinfer.runtime.moved_blocks import Key, MovedBlocks
+from labinfer.runtime.moved_blocks import Key, MovedBlocks, kind_of
 from labinfer.runtime.request import Request
 from labinfer.runtime.request import Sequence as Answer
 from labinfer.runtime.sampling import SamplingParams
@@ -68,13 +68,14 @@ async def run_job(job: Request, source: Engine, moved: MovedBlocks, keys: Sequen
 
 def send_blocks(source: Engine, moved: MovedBlocks, keys: Sequence[Key], ended: Callable[[], None]) -> None:
     """Bring those of the blocks ``keys`` that ``source`` has to ``moved``, and call ``ended``."""
-    groups, known = source.model.blocks.groups, source.model is not moved.model
+    groups, kind = source.model.blocks.groups, kind_of(source.model.plan)
+    known = source.model is not moved.model and kind == kind_of(moved.model.plan)
     found = [(key, block) for key in keys if known and (block := groups[key[0]].cached.get(key[1])) is not None]
     told, started = count(1), time.perf_counter()
 
     def tell(place: int, content: np.ndarray | None) -> None:
         if content is not None:
-            moved.put(found[place][0], content)
+            moved.put(found[place][0], content, kind)
         if next(told) == len(found):
             moved.seconds += time.perf_counter() - started
             ended()

@@ -19,7 +19,7 @@ from labinfer.runtime.cache import content_key
 from labinfer.runtime.engine import Engine
 from labinfer.runtime.lora import fingerprint
 from labinfer.runtime.model import Model
-from labinfer.runtime.moved_blocks import MovedBlocks
+from labinfer.runtime.moved_blocks import MovedBlocks, kind_of
 from labinfer.runtime.outputs import RequestOutput, RequestOutputKind
 from labinfer.runtime.pipeline.engine import PipelinedEngine
 from labinfer.runtime.prompt_job import prompt_job, run_job
@@ -149,7 +149,9 @@ class Replicas:
     def sources(self, request: Request, target: Replica) -> list[Replica]:
         """Which replicas could compute the prompt of ``request`` for ``target``; none where that has most of it."""
         now, salt, length = time.monotonic(), salt_of(request), len(request.prompt)
-        found = [each for each in self.all if each.prefills and (each.alive or each.worth_a_try(now))]
+        kind = kind_of(target.engine.model.plan)  # its stages may have been placed anew
+        alike = [each for each in self.all if each.prefills and kind and kind_of(each.engine.model.plan) == kind]
+        found = [each for each in alike if each.alive or each.worth_a_try(now)]
         cached = [each.engine.model.blocks.match(request.prompt, salt) for each in found]
         left = length - target.engine.model.blocks.match(request.prompt, salt)
         return found if left > FOLLOW_UP * (length - max(cached, default=length)) else []
@@ -222,7 +224,6 @@ def check_movable(models: Sequence[Model], num_prefill: int) -> None:
         if not model.blocks.caching:
             remedy = "leave the prefix cache on"
             raise UsageError("replicas.prefill", "blocks that are moved become part of the prefix cache", remedy=remedy)
-        kinds = {each.devices[stage.device].kind for each in (plan, first) for stage in each.stages}
-        if len(kinds) > 1 or content_key(plan, ()) != content_key(first, ()):
+        if not kind_of(plan) or kind_of(plan) != kind_of(first) or content_key(plan, ()) != content_key(first, ()):
             message = "cache blocks cannot be moved between replicas of different models, limits or kinds of devices"
             raise UsageError("replicas.prefill", message, remedy="give all the same options, and devices of one kind")
