@@ -12,18 +12,21 @@ import pytest
 
 from labinfer.backends.base import fingerprint
 from labinfer.cli.main import main
-from labinfer.cluster.control import open_control
+from labinfer.cluster import profiling
+from labinfer.cluster.control import Control, open_control
 from labinfer.cluster.fleet import load
 from labinfer.cluster.profiling import profile_hosts, rounds
 from labinfer.cluster.token import kept_token
 from labinfer.compiler.cluster import read_cluster
 from labinfer.compiler.costs.store import store_hosts, stored_hosts
-from labinfer.compiler.costs.table import Fingerprint
+from labinfer.compiler.costs.table import DeviceProfile, Fingerprint
+from labinfer.compiler.target import Target
 from labinfer.errors import LabinferError
 from labinfer.placing import REMOTE_LINK, cluster_target, link_between, measured_there
 from labinfer.profile.quiet import Patience
 from labinfer.profile.session import profile_device
 from labinfer.progress import silent
+from labinfer.runtime.pipeline.transport import ChannelClosed
 
 from .hosts import Hosts
 from .tiny import GOLDEN
@@ -112,6 +115,24 @@ def test_what_a_host_cannot_measure_is_told(hosts: Hosts) -> None:
         profile_hosts(FOLDER, hosts.file, silent, quick=True, **LIMITS)
     assert caught.value.remedy is not None
     assert "labinfer cluster up" in caught.value.remedy
+
+
+def test_what_one_host_cannot_measure_stops_the_others(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped: list[str] = []
+
+    def measure(control: Control, target: Target, *_: object) -> DeviceProfile:
+        if target.name == "reference@beta":
+            raise LabinferError("profile.host", "beta has no such device")
+        with pytest.raises(ChannelClosed) as caught:
+            control.hear(60)
+        stopped.append(str(caught.value))
+        raise LabinferError("profile.host", "alpha was stopped")
+
+    monkeypatch.setattr(profiling, "device_profile", measure)
+    with pytest.raises(LabinferError, match="beta has no such device"):
+        profile_hosts(FOLDER, hosts.file, silent, quick=True, **LIMITS)
+    assert len(stopped) == 1
+    assert "no answer came" not in stopped[0]
 
 
 def test_a_head_that_is_gone_is_not_measured_for(hosts: Hosts) -> None:

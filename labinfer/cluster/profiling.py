@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from itertools import combinations
 from pathlib import Path
@@ -44,7 +44,7 @@ def profile_hosts(
     """Profiles of the devices of a cluster ``file`` with hosts, for the ops of ``model``; agents must run.
 
     Each host measures what it has not measured yet (all with ``again``), all hosts at the same time. What they found is
-    kept here too, and so are the links that the file does not give.
+    kept here too, and so are the links that the file does not give. What goes wrong on one host stops the others.
     """
     cluster, token = hosts_of(file), kept_token(token_file)
     targets = [cluster_target(cluster, name, device) for name, device in cluster.devices.items()]
@@ -62,7 +62,15 @@ def profile_hosts(
             return {each.name: device_profile(controls[name], each, path, orders, progress) for each in here}
 
         with ThreadPoolExecutor(len(controls)) as pool:
-            found = {name: each for profiles in pool.map(measure, controls) for name, each in profiles.items()}
+            measuring = [pool.submit(measure, name) for name in controls]
+            try:
+                for each in as_completed(measuring):
+                    each.result()
+            except BaseException:
+                for control in controls.values():
+                    control.close()  # so that the others stop, and nobody waits for them
+                raise
+        found = {name: profile for each in measuring for name, profile in each.result().items()}
         keep_profiles(cluster, found)
         measure_links(cluster, controls, again, progress)
     return found
