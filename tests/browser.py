@@ -87,7 +87,7 @@ class Browser:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def until(self, condition: str, seconds: float = 20) -> None:
+    def until(self, condition: str, seconds: float = 60) -> None:
         """Wait until ``condition`` holds in the page."""
         end = time.monotonic() + seconds
         while not self.run(f"!!({condition})"):

@@ -62,10 +62,10 @@ class Hosts:
             if agent.poll() is None:
                 agent.send_signal(signal.SIGCONT)
                 agent.terminate()
-            agent.wait(10)
+            agent.wait(60)
             if agent.stdout is not None:
                 agent.stdout.close()
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         while any(os.path.exists(f"/proc/{pid}") for pid in stages):
             assert time.monotonic() < until, "a stage outlived its agent"
             time.sleep(0.02)

@@ -43,7 +43,7 @@ class Served:
         self.server, started = Server(Services(self.service), listener), threading.Event()
         self.thread = threading.Thread(target=self.server.run, args=(started.set,))
         self.thread.start()
-        assert started.wait(20)
+        assert started.wait(60)
         self.url = settings.url
         self.http = httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {KEY}"}, timeout=60)
 
@@ -58,11 +58,11 @@ class Served:
         if self.thread.is_alive():
             self.stop()
             self.stop()
-        self.thread.join(20)
+        self.thread.join(60)
         assert not self.thread.is_alive()
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
     """Wait until ``condition`` holds."""
     end = time.monotonic() + seconds
     while not condition():

@@ -167,7 +167,7 @@ def test_a_pull_that_is_stopped_leaves_nothing(shelf: Shelf, number: signal.Sign
             silent_index.accept()
             assert in_cache() != []
             process.send_signal(number)
-            _, stderr = process.communicate(timeout=30)
+            _, stderr = process.communicate(timeout=60)
     assert process.returncode == code, stderr
     assert b"Traceback" not in stderr
     assert in_cache() == []

@@ -202,7 +202,7 @@ def test_signals(start: list[str], number: signal.Signals, code: int):
         assert process.stdout is not None
         process.stdout.readline()
         process.send_signal(number)
-        _, stderr = process.communicate(timeout=20)
+        _, stderr = process.communicate(timeout=60)
     assert process.returncode == code
     assert b"Traceback" not in stderr
 

@@ -161,7 +161,7 @@ def test_a_host_that_returns_is_taken_back_in(hosts: Hosts) -> None:
         finish(model, requests)
         assert used(model) == ["alpha", "gamma"]
         hosts.start("beta")
-        until, before, pids = time.monotonic() + 30, model.plan, hosts.stages("alpha")
+        until, before, pids = time.monotonic() + 60, model.plan, hosts.stages("alpha")
         while used(model) != ["alpha", "beta", "gamma"]:
             assert time.monotonic() < until
             finish(model, begun(model))
@@ -210,7 +210,7 @@ def test_what_the_survivors_cannot_hold_is_one_clear_error_until_hosts_return(ho
             assert lost.error.code == "cluster.no-hosts"
             hosts.start("alpha")
             hosts.start("beta")
-            until = time.monotonic() + 30
+            until = time.monotonic() + 60
             while None in agents.status(read_cluster(hosts.file)).values():
                 assert time.monotonic() < until
             finish(model, begun(model))
@@ -261,7 +261,7 @@ def test_a_service_shows_its_hosts_and_what_became_of_them(hosts: Hosts) -> None
         assert last["loaded"] + last["kept"] >= first["loaded"]
         hosts.start("beta")
         wait_for(lambda: states()["beta"] == "back")
-        wait_for(lambda: states()["beta"] == "running", 30)
+        wait_for(lambda: states()["beta"] == "running")
 
 
 def test_ranks_that_would_share_memory_over_hosts_are_refused(one_host: tuple[Hosts, LLM]) -> None:
@@ -281,7 +281,7 @@ def test_a_head_that_dies_leaves_no_stage(hosts: Hosts) -> None:
         assert head.stdout.readline() == "ready\n"
         assert all(len(hosts.stages(name)) == 1 for name in hosts.agents)
         head.kill()
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while any(hosts.stages(name) for name in hosts.agents):
         assert time.monotonic() < until
         time.sleep(0.02)
@@ -380,13 +380,13 @@ def test_a_neighbour_that_falls_silent_is_noticed(monkeypatch: pytest.MonkeyPatc
         thread = threading.Thread(target=answer)
         thread.start()
         neighbour = Neighbour("beta", listener.getsockname(), token, told.append)
-        thread.join(10)
+        thread.join(60)
         beats: list[object] = []
         monkeypatch.setattr(neighbour.control.clock, "hear", lambda *beat: beats.append(beat))
         wait_for(lambda: len(beats) > 50)  # twice as many as may be missed
         assert told == []
         other[0].saying.acquire()  # no beat is sent any more
-        neighbour.thread.join(10)
+        neighbour.thread.join(60)
         assert len(told) == 1
         assert "cannot reach host 'beta'" in told[0]
         other[0].saying.release()

@@ -144,7 +144,7 @@ def test_a_block_that_a_thread_cannot_move_ends_what_waits(error: Exception, mon
         monkeypatch.setattr(model.stages[1].cache, "read", fail)
         assert model.pipeline is not None
         model.pipeline.fetch([(0, 1)], tell)
-        assert arrived.wait(20)
+        assert arrived.wait(60)
         assert told == [None]
         with pytest.raises(LabinferError, match=f"stage 1 has failed: .*{error.args[0]}") as caught:
             greedy(model, prompts(FAMILIES[0]))

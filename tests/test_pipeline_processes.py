@@ -38,7 +38,7 @@ def running(pid: int) -> bool:
         return False
 
 
-def wait_until_gone(pids: list[int], seconds: float = 10) -> None:
+def wait_until_gone(pids: list[int], seconds: float = 60) -> None:
     until = time.monotonic() + seconds
     while any(map(running, pids)) and time.monotonic() < until:
         time.sleep(0.02)

@@ -33,7 +33,7 @@ def api(tiny_model: Path) -> Iterator[Served]:
         yield running
 
 
-def raw(api: Served, data: bytes, seconds: float = 5) -> bytes:
+def raw(api: Served, data: bytes, seconds: float = 60) -> bytes:
     """What the server says to ``data``, until it closes the connection."""
     with closing(socket.create_connection(("127.0.0.1", api.service.options.port), timeout=seconds)) as connection:
         connection.sendall(data)
@@ -208,7 +208,7 @@ def test_a_chunked_body_beyond_the_limit_is_refused_while_it_comes(api: Served) 
 
 def test_more_connections_than_allowed_are_told_so(api: Served) -> None:
     address = ("127.0.0.1", api.service.options.port)
-    held = [socket.create_connection(address, timeout=5) for _ in range(20)]
+    held = [socket.create_connection(address, timeout=60) for _ in range(20)]
     try:
         answer = raw(api, request("GET /health HTTP/1.1"))
         assert status(answer) == 503
@@ -276,9 +276,9 @@ def test_a_client_that_reads_nothing_is_given_up_and_others_are_not_held_up(tiny
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(("127.0.0.1", api.service.options.port))
             connection.sendall(head + data)
-            wait_for(lambda: any(call.writing for call in api.service.open_streams), 30)
+            wait_for(lambda: any(call.writing for call in api.service.open_streams))
             assert api.http.post("/v1/completions", json={"prompt": [7], "max_tokens": 3}).status_code == 200
-            wait_for(lambda: not api.service.admission.active, 30)
+            wait_for(lambda: not api.service.admission.active)
             found = b""
             while chunk := connection.recv(1 << 20):
                 found += chunk
@@ -356,7 +356,7 @@ def test_a_server_that_stops_finishes_what_it_began(tiny_model: Path) -> None:
         thread.join()
         assert answers[0].status_code == 200
         assert answers[0].json()["usage"]["completion_tokens"] == 120
-        api.thread.join(10)
+        api.thread.join(60)
         assert not api.thread.is_alive()
 
 

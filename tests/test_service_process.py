@@ -51,7 +51,7 @@ def serving(
 def end(process: subprocess.Popen[str]) -> int:
     """The exit code after SIGTERM."""
     process.send_signal(signal.SIGTERM)
-    return process.wait(20)
+    return process.wait(60)
 
 
 def log_of(process: subprocess.Popen[str]) -> str:
@@ -73,7 +73,7 @@ def test_the_command_prints_what_works_and_ends_well_on_sigterm(tiny_model: Path
         answer = json.loads(subprocess.run(curl, shell=True, capture_output=True, check=True).stdout)
         assert answer["choices"][0]["finish_reason"] in ("stop", "length")
         process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=20)
+        _, log = process.communicate(timeout=60)
     assert process.returncode == 0
     records = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     served_line = next(each for each in records if each.get("path") == "/v1/chat/completions")
@@ -94,7 +94,7 @@ def test_the_command_prints_what_works_and_ends_well_on_sigterm(tiny_model: Path
 )
 def test_what_cannot_be_served_is_refused(tiny_model: Path, home: Path, arguments: list[str], code: str) -> None:
     with serve_process(tiny_model, home, *arguments) as process:
-        _, log = process.communicate(timeout=20)
+        _, log = process.communicate(timeout=60)
     assert process.returncode == 2
     assert f"error[{code}]" in log
 
@@ -105,7 +105,7 @@ def test_a_port_that_is_taken_is_named(tiny_model: Path, home: Path) -> None:
         taken.listen()
         port = str(taken.getsockname()[1])
         with serve_process(tiny_model, home, "--port", port) as process:
-            _, log = process.communicate(timeout=20)
+            _, log = process.communicate(timeout=60)
     assert process.returncode == 1
     assert f"port {port}" in log
 
@@ -134,7 +134,7 @@ def test_few_open_files_lose_no_connection(tiny_model: Path, home: Path, files: 
 
 def test_too_few_open_files_are_told_at_the_start(tiny_model: Path, home: Path) -> None:
     with serve_process(tiny_model, home, files="ulimit -n 64") as process:
-        _, log = process.communicate(timeout=20)
+        _, log = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "error[serve.open-files]" in log
     assert "ulimit -n 2144" in log
@@ -181,7 +181,7 @@ def test_streams_end_well_when_sigterm_comes_under_load(tiny_model: Path, home: 
             began.acquire()
         code = end(process)
         for thread in threads:
-            thread.join(20)
+            thread.join(60)
     assert code == 0
     assert len(found) == 16
     whole = [text for text in found if text.endswith("data: [DONE]\n\n") and '"error"' not in text]
@@ -208,10 +208,10 @@ def test_streams_go_on_after_a_stage_died(tiny_model: Path, home: Path, number: 
 
         thread = threading.Thread(target=ask)
         thread.start()
-        wait_for(lambda: len(texts) > 4, 20)
+        wait_for(lambda: len(texts) > 4)
         os.kill(stages[1], number)
         assert len(texts) < 200
-        thread.join(40)
+        thread.join(60)
         assert "".join(texts) == expected
         assert len(stages_of(process.pid)) == 2
         assert end(process) == 0

@@ -113,7 +113,7 @@ def test_all_ranks_are_ready_before_any_runs(monkeypatch: pytest.MonkeyPatch) ->
     @contextmanager
     def together(peers: SharedPeers) -> Iterator[None]:
         did.append(("ready", peers.rank))
-        meeting.wait(20)
+        meeting.wait(60)
         did.append(("runs", peers.rank))
         yield
 

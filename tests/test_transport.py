@@ -148,7 +148,7 @@ def test_closing_wakes_who_waits_at_either_end(ends: tuple[Channel, Channel]) ->
     inbox = Inbox(receiver)
     inbox.receive()
     receiver.close()
-    thread.join(10)
+    thread.join(60)
     assert errors == ["sender"]
 
     def read() -> None:

@@ -127,7 +127,7 @@ def test_threads_go_with_their_owner() -> None:
     del workers
     gc.collect()
     for thread in made:
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
 
 
