@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import cache
@@ -31,6 +32,7 @@ from labinfer.runtime.pipeline.message import FETCH, FILL, LOGITS, decode_block
 from labinfer.runtime.pipeline.workers import StageProcesses
 from labinfer.runtime.replicas import Replicas
 from labinfer.runtime.request import Request
+from labinfer.runtime.step_memory import StepBatch
 from labinfer.service.errors import of_engine
 
 from .hosts import Hosts
@@ -287,6 +289,33 @@ def test_a_prompt_whose_engine_stops_all_requests_is_answered_by_nobody() -> Non
         assert of_engine(error.value).status == 503
         assert not moved.contents
         assert decode.engine.num_tokens == 0
+
+
+def test_a_prompt_whose_engine_is_closed_is_answered_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    with models(LLAMA, [{"max_num_batched_tokens": 16}] * 2) as [prefill, decode]:
+        replicas = Replicas([prefill.engine, decode.engine], num_prefill=1)
+        [moved], request = moved_of(replicas), Request(prompts()[1], PARAMS[0])
+        before = {each for each in threading.enumerate() if each.name == "labinfer-engine"}
+        step, running = prefill.run, threading.Event()
+
+        def late(batch: StepBatch) -> np.ndarray:
+            """The first of several steps, which ends once the engine is being closed."""
+            running.set()
+            wait_for(lambda: prefill.engine.closed)
+            return step(batch)
+
+        async def run() -> None:
+            monkeypatch.setattr(prefill, "run", late)
+            task = asyncio.create_task(answer(replicas, request))
+            while not running.is_set():
+                await asyncio.sleep(0)
+            await asyncio.to_thread(prefill.close)
+            await asyncio.wait_for(task, 60)
+
+        with pytest.raises(LabinferError, match="told to stop"):
+            asyncio.run(run())
+        assert not moved.contents
+        assert {each for each in threading.enumerate() if each.name == "labinfer-engine"} <= before
 
 
 def test_prompts_wait_where_there_is_no_room_for_their_blocks() -> None:

@@ -154,10 +154,10 @@ class Engine:
     def start(self) -> None:
         """Have a thread run the steps from now on, if none does; ``close`` ends it, and none is started after that."""
         with self.starting:
-            self.check_open()
-            if self.thread is None:
+            if self.thread is None and not self.closed:
                 self.thread = EngineThread(self)
-            self.thread.wake.set()
+            if self.thread is not None:
+                self.thread.wake.set()
 
     def check_open(self) -> None:
         """Raise ``UsageError`` once the engine is closed."""

@@ -41,8 +41,10 @@ async def run_job(job: Request, source: Engine, moved: MovedBlocks, keys: Sequen
     ended = partial(box.post, event)
 
     def listener(answer: Answer) -> None:
-        if answer.done:
-            runs = job.moved_to or source
+        runs = job.moved_to or source
+        if answer.done and runs.closed:
+            ended()
+        elif answer.done:
             runs.submit(partial(send_blocks, runs, moved, keys, ended))  # once its row is given back
             runs.start()
 
@@ -57,6 +59,7 @@ async def run_job(job: Request, source: Engine, moved: MovedBlocks, keys: Sequen
         job.listener = listener
         source.submit(begin)
         source.start()
+        source.check_open()  # else nobody may ever begin
         try:
             await event.wait()
         finally:

@@ -128,6 +128,7 @@ async def stream(
     request.listener, request.interactive = listener, kind is not RequestOutputKind.FINAL_ONLY
     engine.submit(begin)
     engine.start()
+    engine.check_open()  # else nobody may ever begin
     try:
         finished = False
         while not finished:
