@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +185,23 @@ def test_a_swapped_sequence_goes_on_as_if_nothing_had_been(name: str, devices: s
         assert made + greedy(model, row, 6) == expected
         assert 0 < swap.seconds(row) < 1
     assert model.cache.swap is None
+
+
+class Fading(OrderedDict[bytes, int]):
+    """Evicted texts of which each is gone once somebody has seen it, as when the engine's thread needs its place."""
+
+    def __contains__(self, digest: object) -> bool:
+        return self.pop(digest, None) is not None
+
+
+def test_a_text_that_goes_while_another_thread_asks_for_it_is_not_there() -> None:
+    with labinfer.load(GOLDEN / "llama-llama3", **SWAP) as model:
+        assert model.cache.swap is not None
+        pool = model.cache.swap.pool
+        pool.cold[0] = Fading({b"here": 1})
+        assert pool.has(0, b"here")
+        assert not pool.has(0, b"gone")
+        pool.cold[0] = OrderedDict()
 
 
 def test_a_fork_writes_to_blocks_of_its_own() -> None:

@@ -49,5 +49,25 @@ def test_prompts_alone_say_what_it_takes_to_compute_a_text_again() -> None:
     assert np.isclose(costs.prompt_seconds(100), 0.2)
 
 
+class Asked(int):
+    """A number of sequences that another is measured beside while somebody looks at it."""
+
+    costs: StepCosts
+
+    def __sub__(self, other: int) -> int:
+        self.costs.observe(1 << len(self.costs.decode) + 8, 0, 0.5)
+        return int(self) - other
+
+
+def test_who_asks_while_more_is_measured_gets_an_answer() -> None:
+    costs = StepCosts()
+    for size in (1, 7):
+        known = Asked(size)
+        known.costs = costs
+        costs.decode[known] = 0.01 * size
+    assert costs.decode_seconds(1 << 4) == 0.07
+    assert len(costs.decode) == 4
+
+
 def test_sizes_are_few() -> None:
     assert [round_down(count) for count in (0, 1, 2, 3, 5, 7, 11, 15, 23, 1000)] == [1, 1, 2, 3, 4, 6, 8, 12, 16, 768]

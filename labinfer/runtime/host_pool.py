@@ -106,10 +106,11 @@ class HostPool:
 
     def has(self, group: int, digest: bytes) -> bool:
         """Whether the text is here or on the disk; if it is here, it stays a while."""
-        if digest in self.cold[group]:
+        try:
             self.cold[group].move_to_end(digest)
-            return True
-        return self.disk is not None and self.disk.has(group, digest)
+        except KeyError:  # not asked for before: whoever asks from another thread than the engine's would be too late
+            return self.disk is not None and self.disk.has(group, digest)
+        return True
 
     def keep(self, group: int, digests: Sequence[bytes], blocks: Sequence[int]) -> None:
         """Copy blocks that are evicted, while swapped rows leave room."""

@@ -43,10 +43,10 @@ class StepCosts:
 
     def decode_seconds(self, decodes: int) -> float | None:
         """A step of ``decodes`` sequences: the measurement of the nearest number."""
-        size = decodes.bit_length()
-        if not self.decode or size in self.decode:
+        size, sizes = decodes.bit_length(), list(self.decode)  # others ask while the engine measures more
+        if not sizes or size in sizes:
             return self.decode.get(size)
-        return self.decode[min(self.decode, key=lambda known: abs(known - size))]
+        return self.decode[min(sizes, key=lambda known: abs(known - size))]
 
     def step_seconds(self, decodes: int, prompt_tokens: int) -> float | None:
         """A step of ``decodes`` sequences and ``prompt_tokens`` more tokens; None before any has decoded."""
