@@ -14,9 +14,10 @@ import pytest
 import labinfer
 from labinfer.errors import LabinferError, UsageError
 from labinfer.llm import LLM
-from labinfer.runtime.pipeline.message import FETCH
+from labinfer.runtime.pipeline.message import FAILED, FETCH, LOGITS, TOKENS
 from labinfer.runtime.pipeline.process import StageDied
 from labinfer.runtime.pipeline.transport import TRANSPORTS
+from labinfer.runtime.pipeline.workers import StageThreads
 
 from .choosing import choosing
 from .tiny import GOLDEN
@@ -150,6 +151,17 @@ def test_a_block_that_a_thread_cannot_move_ends_what_waits(error: Exception, mon
             greedy(model, prompts(FAMILIES[0]))
         assert caught.value.remedy == "load the model again"
         assert model.blocks.usage == 0
+
+
+@pytest.mark.parametrize(("kind", "sections"), [(TOKENS, [4]), (LOGITS, [4, 48, 8]), (FAILED, [2]), (FETCH, [8, 8])])
+def test_what_is_no_result_ends_what_waits(kind: int, sections: list[int]) -> None:
+    with open_model(FAMILIES[0], "local") as model:
+        assert model.pipeline is not None
+        assert isinstance(model.pipeline.workers, StageThreads)
+        [last] = model.pipeline.workers.links[-1].outbound
+        last.send(kind, 5, [memoryview(bytearray(size)) for size in sections])
+        with pytest.raises(LabinferError):
+            model.pipeline.wait(5)
 
 
 def test_why_a_process_cannot_move_a_block_is_told() -> None:

@@ -32,6 +32,7 @@ from labinfer.runtime.pipeline.message import (
     view,
     views,
 )
+from labinfer.runtime.pipeline.stage_loop import caught
 from labinfer.runtime.pipeline.transport import ChannelClosed, Header
 from labinfer.runtime.pipeline.workers import Workers
 
@@ -140,23 +141,24 @@ class Pipeline:
         return result
 
     def collect(self) -> None:
-        """Receive results until the pipeline is closed."""
-        try:
-            while True:
-                number, result = self.receive()
-                if isinstance(result, np.ndarray):
-                    self.tell(number, result)
-                    continue
-                if isinstance(result, StepResult):
-                    result.times -= self.workers.clock_offsets()[:, None]
-                    self.spans.append(result.times)
-                with self.arrived:
-                    self.results[number] = result
-                    self.arrived.notify_all()
-        except ChannelClosed:
-            return
-        except LabinferError as error:
-            self.fail(error)
+        """Receive results until the pipeline is closed, or broken by what is none."""
+        with contextlib.suppress(ChannelClosed):
+            if (failure := caught(self.take_results)) is not None:
+                self.fail(failure)
+
+    def take_results(self) -> None:
+        """Receive results, and tell whoever waits for them."""
+        while True:
+            number, result = self.receive()
+            if isinstance(result, np.ndarray):
+                self.tell(number, result)
+                continue
+            if isinstance(result, StepResult):
+                result.times -= self.workers.clock_offsets()[:, None]
+                self.spans.append(result.times)
+            with self.arrived:
+                self.results[number] = result
+                self.arrived.notify_all()
 
     def receive(self) -> tuple[int, StepResult | LabinferError | np.ndarray]:
         """The next result, or what a block that is fetched holds, and its number."""
