@@ -146,6 +146,7 @@ def test_what_is_no_token_id_is_refused(bad: Any) -> None:
         assert caught.value.code == "tokenizer.token-id"
 
 
+@pytest.mark.alone
 def test_the_work_per_token_does_not_grow() -> None:
     tokenizer = TOKENIZERS["sentencepiece"]
     stream = tokenizer.stream()
