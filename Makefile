@@ -16,7 +16,8 @@ demo: .venv/.core ## Ask a real model a question, then show its plan
 	@$(BIN)/labinfer explain --summary
 
 test: .venv/.test lint ## Lint, types, import rules and all tests that need no torch
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal -m 'not alone'
+	$(BIN)/pytest -m alone
 
 test-hf: .venv-hf/.test ## Compare live with transformers and CPU torch
 	$(HF)/pytest tests/hf

@@ -258,9 +258,10 @@ def _watched(folder: Path, phase: str, total: int | None, progress: Progress) ->
 
 def _bytes_in(folder: Path) -> int:
     count = 0
-    for path in folder.rglob("*"):
-        try:
-            count += path.stat().st_size if path.is_file() else 0
-        except OSError:  # it was renamed or removed since it was listed
-            continue
+    for place, _, names in os.walk(folder):  # unlike rglob, it passes over folders that are removed meanwhile
+        for name in names:
+            try:
+                count += os.stat(os.path.join(place, name)).st_size
+            except OSError:  # it was renamed or removed since it was listed
+                continue
     return count

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 # What a test does not say runs on the reference device, whatever is installed; tests/cpu says `cpu`.
 os.environ["LABINFER_DEVICES"] = "reference"
 
+# Reports are as wide as the terminal; pytest-xdist tells its workers of one that they do not write to.
+os.environ.pop("COLUMNS", None)
+
 # Started in the background, a shell's child ignores Ctrl-C, and so would every command that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

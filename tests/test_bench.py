@@ -95,6 +95,7 @@ def test_decode_runs_the_steps_it_says(tiny_model: Path) -> None:
         assert seen == [(7, 7)]
 
 
+@pytest.mark.alone
 def test_steps_in_one_call_are_timed_by_their_part(tiny_model: Path) -> None:
     pytest.importorskip("numba")
     with labinfer.load(tiny_model, devices="cpu", **limits([Workload("decode", 64)])) as model:

@@ -148,6 +148,7 @@ def test_atomic_write_keeps_the_old_file_and_no_partial_one(tmp_path: Path):
     assert file.read_text() == "new"
 
 
+@pytest.mark.alone
 def test_compile_is_quick_and_small_even_for_405_billion_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Bars of the project are 1.0 s and 150 MB for the whole process; CPU seconds hold on a busy machine too.
 

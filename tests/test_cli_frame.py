@@ -67,6 +67,7 @@ def labinfer(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     return run([sys.executable, "-m", "labinfer"], *arguments, **environment)
 
 
+@pytest.mark.alone
 def test_help_is_quick_and_imports_no_command():
     quickest = float("inf")
     for _ in range(10):  # seconds of a processor, which others do not use up, though their work makes them longer

@@ -178,6 +178,7 @@ def test_a_stream_raises_what_is_wrong_with_its_request(model: LLM, alone: list[
 
 
 def test_closing_the_model_ends_streams() -> None:
+    before = set(threading.enumerate())  # those of tests before this one
     loaded = labinfer.load(LLAMA)
 
     async def run() -> RequestOutput:
@@ -191,7 +192,8 @@ def test_closing_the_model_ends_streams() -> None:
 
     output = asyncio.run(run())
     assert (output.finished, output.finish_reason) == (True, "abort")
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("labinfer")]
+    after = set(threading.enumerate()) - before
+    assert not [thread for thread in after if thread.name.startswith("labinfer")]
 
 
 def test_abort_at_every_phase(alone: list[list[int]]) -> None:

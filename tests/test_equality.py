@@ -38,8 +38,8 @@ def expected(folder: Path, count: int) -> list[list[int]]:
     return alone(folder, workload(count, VOCAB))
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)  # all ways of one: it is expected once
 def test_tokens_of_each_request_alone(way: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LABINFER_OVERLAP", "1" if "overlap" in way else "0")
     monkeypatch.setenv("LABINFER_SPECULATION", "1")  # whether it pays or not

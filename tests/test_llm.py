@@ -187,7 +187,6 @@ def test_what_else_the_template_is_told(tmp_path: Path, tiny_model: Path) -> Non
     ("messages", "code"),
     [("hello", "chat.messages"), (None, "chat.messages"), (["hello"], "chat.messages"), ([USER, 7], "chat.messages"),
      ([*USER, "hello"], "chat.messages"), ([[object()]], "chat.messages"), ({"role": "user"}, "chat.messages")],
-    ids=str,
 )  # fmt: skip
 def test_messages_that_cannot_be_meant(messages: Any, code: str, tiny_model: Path) -> None:
     with LLM(tiny_model) as llm, pytest.raises(UsageError) as caught:

@@ -149,6 +149,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_a_killed_parent_leaves_nothing(transport: str) -> None:
     memory = Path("/dev/shm")

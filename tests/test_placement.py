@@ -220,6 +220,7 @@ def test_pins_are_honoured_or_told(tmp_path: Path) -> None:
             _compile(tmp_path, _DECLARED + f"pins: {{{pins}}}")
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("home")
 def test_measured_devices_run_what_was_placed_with_the_same_tokens(tmp_path: Path) -> None:
     text = "devices: {'reference:0': {memory: 450kB}, 'reference:1': {memory: 450kB}}"

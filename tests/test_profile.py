@@ -46,6 +46,8 @@ from labinfer.runtime.cores import available_cores, call_on
 from labinfer.runtime.model import Model
 from labinfer.runtime.pipeline.transport import TRANSPORTS
 
+pytestmark = pytest.mark.alone
+
 _GOLDEN = Path(__file__).parent / "golden"
 _MODEL = _GOLDEN / "llama-llama3"
 _SMALL = {"max_num_batched_tokens": 16}

@@ -210,6 +210,7 @@ def test_svg_shows_every_kind_of_op(family: str) -> None:
     assert any("×" in text and "layer" in text for text in texts)
 
 
+@pytest.mark.alone
 def test_405_billion_parameters_draw_fast_and_small(tmp_path: Path) -> None:
     config = {
         "model_type": "llama", "hidden_size": 16384, "num_hidden_layers": 126, "num_attention_heads": 128,

@@ -67,7 +67,7 @@ def read(form: ToolFormat, pieces: list[str]) -> tuple[str | None, list[tuple[st
     return found["content"], [(each["name"], json.loads(each["arguments"])) for each in functions]
 
 
-@pytest.mark.parametrize(("form", "text", "content", "calls"), WRITTEN, ids=str)
+@pytest.mark.parametrize(("form", "text", "content", "calls"), WRITTEN)
 @given(data=st.data())
 def test_calls_are_found_however_the_text_comes(
     form: ToolFormat, text: str, content: str | None, calls: list[Any], data: st.DataObject

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, ValidationError
 
-from labinfer.compiler.source import Node, load_yaml, place_of
+from labinfer.compiler.source import Node, load_yaml, place_of, read_text
 from labinfer.errors import ErrorSink, InvalidFile, LabinferError, Place, did_you_mean
 from labinfer.ops import OPS
 
@@ -212,7 +213,12 @@ def read_map(path: Path) -> Blueprint:
 
 
 def _read_one(path: Path) -> Blueprint:
-    node = load_yaml(path)
+    return _parse(path, read_text(path))
+
+
+@lru_cache(maxsize=32)  # a model is loaded with one or two maps, each looked at more than once; nothing changes them
+def _parse(path: Path, text: str) -> Blueprint:
+    node = load_yaml(path, text=text)
     sink = ErrorSink()
     try:
         blueprint = Blueprint.model_validate(node.plain())

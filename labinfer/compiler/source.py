@@ -52,6 +52,11 @@ def place_of(node: Node, steps: Iterable[str | int]) -> Place:
     return place
 
 
+def read_text(path: Path, max_bytes: int = MAX_MAP_BYTES) -> str:
+    """The text of the file ``path``. Raises ``InvalidFile`` with codes ``file.*`` and ``yaml.*``."""
+    return _decode(_read_bytes(path, max_bytes), str(path))
+
+
 def load_yaml(
     path: Path | str,
     *,
@@ -66,7 +71,7 @@ def load_yaml(
     """
     file = str(path)
     if text is None:
-        text = _decode(_read_bytes(Path(path), max_bytes), file)
+        text = read_text(Path(path), max_bytes)
     elif len(text) > max_bytes:
         raise _too_large(file, max_bytes)
     sink = ErrorSink()

@@ -15,6 +15,7 @@ from labinfer.runtime.batch import part_of
 from tests.tiny import GOLDEN
 
 
+@pytest.mark.alone
 def test_clocked_steps_compute_the_same_and_take_no_longer_than_they_last() -> None:
     with labinfer.load(GOLDEN / "llama-llama3", devices="cpu", max_model_len=64) as model:
         row = model.batch.add(list(range(3, 13)))

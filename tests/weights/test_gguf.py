@@ -117,6 +117,7 @@ def test_alignment_key(tmp_path: Path) -> None:
         assert checkpoint.tensors["b.weight"].offset % 64 == 0
 
 
+@pytest.mark.alone
 def test_vocabulary_of_50_000_opens_at_once(tmp_path: Path) -> None:
     words = [f"token{number}" for number in range(50_000)]
     pairs = [pair("tokens", ARRAY, words, element=STRING), pair("merges", ARRAY, words, element=STRING)]
@@ -210,6 +211,7 @@ def test_all_errors_of_a_file_in_one_run(tmp_path: Path) -> None:
     assert set(open_codes(write(tmp_path, gguf([], tensors, bytes(64))))) == expected
 
 
+@pytest.mark.alone
 def test_metadata_bombs_are_refused_quickly(tmp_path: Path) -> None:
     start = time.perf_counter()
     strings = text("k") + b"\x09\0\0\0\x08\0\0\0" + (4_000_000).to_bytes(8, "little") + bytes(32_000_000)

@@ -153,6 +153,7 @@ def test_all_errors_of_a_file_in_one_run(tmp_path: Path) -> None:
     assert open_header(tmp_path, header, bytes(12)) == expected
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("piece", [b"[],", b"{},", b"1,"])
 def test_json_bombs_are_refused_quickly(tmp_path: Path, piece: bytes) -> None:
     start = time.perf_counter()
