@@ -68,7 +68,7 @@ def part_of(row: int, count: int, wanted: int) -> Part:
 
 
 class Batch:
-    """``token_ids`` [rows, max_model_len] and columns [rows]; ``add`` takes a row, ``remove`` gives it back.
+    """``token_ids`` [rows, whole blocks] and columns [rows]; ``add`` takes a row, ``remove`` gives it back.
 
     int32: ``num_tokens`` counts the tokens known, ``num_computed`` those whose keys and values are in the cache,
     ``total_len`` those known when the first of them were computed, and ``end`` those of a sequence when it ends;
@@ -83,7 +83,8 @@ class Batch:
         self.block_size = np.array(limits.block_size, np.int32)
         self.last: LastDecode | None = None
         rows = limits.max_num_seqs
-        self.token_ids = np.zeros((rows, limits.max_model_len), np.int32)
+        width = -(-limits.max_model_len // limits.block_size) * limits.block_size
+        self.token_ids = np.zeros((rows, width), np.int32)
         self.num_tokens, self.num_computed, self.total_len = (np.zeros(rows, np.int32) for _ in range(3))
         self.end, self.adapter = (np.zeros(rows, np.int32) for _ in range(2))
         self.watched, self.plain, self.scored, self.interactive = (np.zeros(rows, np.bool_) for _ in range(4))

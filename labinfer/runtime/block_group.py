@@ -9,7 +9,7 @@ import numpy as np
 
 from labinfer.compiler.plan import CacheGroup
 from labinfer.errors import LabinferError
-from labinfer.runtime.block_texts import BlockTexts
+from labinfer.runtime.block_texts import BlockTexts, Text
 from labinfer.runtime.eviction import EvictionPolicy
 
 
@@ -67,9 +67,9 @@ class BlockGroup:
         places = range(len(chain) - 1, first - 1, -1)
         return next((place for place in places if not self.has(chain[place], cold)), len(chain))
 
-    def load(self, digests: Sequence[bytes], blocks: Sequence[int]) -> bool:
+    def load(self, digests: Sequence[bytes], blocks: np.ndarray) -> bool:
         """Fill ``blocks``, which rows own, from the tier; False if it cannot."""
-        loaded = self.tier is not None and self.tier.load(self.number, digests, blocks)
+        loaded = self.tier is not None and self.tier.load(self.number, digests, blocks.tolist())
         if loaded:
             self.register(digests, blocks)
         return loaded
@@ -104,20 +104,19 @@ class BlockGroup:
         for index in np.flatnonzero(unowned & self.holds[blocks])[::-1].tolist():  # the end of a text goes first
             self.policy.add(int(blocks[index]), depth + index)
 
-    def register(self, digests: Sequence[bytes], blocks: Sequence[int]) -> None:
+    def register(self, digests: Sequence[bytes], blocks: np.ndarray) -> None:
         """``blocks``, which rows own, hold the texts of ``digests`` from now on; a text is cached once only."""
-        cached, known, new = self.cached, self.digests, []
-        for digest, block in zip(digests, blocks, strict=True):
-            if digest not in cached and block not in known:
-                cached[digest], known[block] = block, digest
-                new.append(block)
-        self.holds[new] = True
+        cached, known = self.cached, self.digests
+        pairs = zip(digests, blocks.tolist(), strict=True)
+        new = {digest: block for digest, block in pairs if digest not in cached and block not in known}
+        cached.update(new)
+        known.update(zip(new.values(), new, strict=True))
+        self.holds[blocks if len(new) == len(blocks) else list(new.values())] = True
 
-    def tell(self, texts: Sequence[tuple[bytes, bytes, bytes]]) -> None:
-        """What blocks hold whose digests may be cached here: digest, that of the text before, tokens as int32 bytes."""
-        for digest, before, raw in texts:
-            if digest in self.cached:
-                self.texts.add(before, raw, digest)
+    def tell(self, texts: Sequence[Text]) -> None:
+        """What blocks hold whose digests may be cached here."""
+        cached = self.cached
+        self.texts.add([text for text in texts if text[0] in cached])
 
     def not_writable(self, blocks: np.ndarray) -> np.ndarray:
         """Which of ``blocks``, by their place there, a row that owns them has to copy before it writes to them.

@@ -8,7 +8,7 @@ owns only the blocks that its next token looks at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,11 +17,8 @@ from labinfer.compiler.plan import Limits
 from labinfer.runtime.block_digests import Salt, Tokens, block_digest, block_digests, root_digest
 from labinfer.runtime.block_group import BlockGroup, Tier, fault
 from labinfer.runtime.block_records import CacheCounters, SavedRow
-from labinfer.runtime.block_texts import LEAST_BORROWED
+from labinfer.runtime.block_texts import LEAST_BORROWED, Text
 from labinfer.runtime.eviction import EvictionPolicy, LeastRecentlyUsed
-
-TokensOfRows = np.ndarray | Mapping[int, Tokens]
-"""``token_ids[row]`` are the tokens of a row."""
 
 
 class BlockManager:
@@ -162,7 +159,7 @@ class BlockManager:
         missing = self._own(row, first, chain)
         for number, places in enumerate(missing or ()):
             if places:
-                digests, blocks = [chain[place] for place in places], self.tables[number][row, places].tolist()
+                digests, blocks = [chain[place] for place in places], self.tables[number][row, places]
                 if not self.groups[number].load(digests, blocks):
                     self.release(row)
                     return False
@@ -279,47 +276,46 @@ class BlockManager:
         width = -(-length // self.block_size)
         return [table[rows, :width] for table in self.tables]
 
-    def commit(self, rows: np.ndarray, num_computed: np.ndarray, token_ids: TokensOfRows) -> None:
+    def commit(self, rows: np.ndarray, num_computed: np.ndarray, token_ids: np.ndarray) -> None:
         """The first ``num_computed`` tokens of ``rows`` are in the cache: full blocks can be reused from now on.
 
-        Gives back the blocks that no later token of the row looks at.
+        ``token_ids``, int32 [all rows, a whole number of blocks], are the tokens of every row. Gives back the blocks
+        that no later token of the row looks at.
         """
         full = np.minimum(num_computed // self.size, self.reusable[rows])
         complete = (full > self.hashed[rows]).nonzero()[0]
         if len(complete):
             self._register(rows[complete], full[complete], token_ids)
-        for number, group in enumerate(self.groups):
-            if group.window is not None:
-                passed = (num_computed + 1 - group.window) // self.block_size
-                for index in np.flatnonzero(passed > self.first[number][rows]).tolist():
-                    self._pass(number, int(rows[index]), int(passed[index]))
+        if self.windowed:
+            for number, group in enumerate(self.groups):
+                if group.window is not None:
+                    passed = (num_computed + 1 - group.window) // self.block_size
+                    for index in np.flatnonzero(passed > self.first[number][rows]).tolist():
+                        self._pass(number, int(rows[index]), int(passed[index]))
 
-    def _register(self, rows: np.ndarray, counts: np.ndarray, token_ids: TokensOfRows) -> None:
+    def _register(self, rows: np.ndarray, counts: np.ndarray, token_ids: np.ndarray) -> None:
         """Make the blocks of ``rows`` before the places ``counts`` known by their digests."""
+        owners, places = rows, counts - 1
         new = counts - self.hashed[rows]
-        owners, ends = np.repeat(rows, new), np.cumsum(new)
-        places = np.arange(ends[-1]) + np.repeat(counts - ends, new)
-        size, starts = self.block_size, self.hashed[rows]
-        if isinstance(token_ids, np.ndarray):
-            raw = token_ids[owners[:, None], places[:, None] * size + np.arange(size)].astype(np.int32).tobytes()
-        else:
-            parts = [token_ids[r][s * size : c * size] for r, s, c in zip(rows, starts, counts, strict=True)]
-            raw = np.concatenate([np.asarray(part, np.int32) for part in parts]).tobytes()
-        texts = []
-        for number, row in enumerate(owners.tolist()):
-            chain, text = self.chains[row], raw[4 * size * number : 4 * size * (number + 1)]
-            before = chain[-1] if chain else self.roots[row]
-            digest = block_digest(before, text)
+        if np.count_nonzero(new > 1):  # not one block each, as in decoding
+            owners, ends = np.repeat(rows, new), np.cumsum(new)
+            places = np.arange(ends[-1]) + np.repeat(counts - ends, new)
+        raws = token_ids.view(f"V{4 * self.block_size}")[owners, places].tolist()  # bytes of whole blocks
+        chains, roots, texts = self.chains, self.roots, list[Text]()
+        for row, raw in zip(owners.tolist(), raws, strict=True):
+            chain = chains[row]
+            before = chain[-1] if chain else roots[row]
+            digest = block_digest(before, raw)
             chain.append(digest)
-            texts.append((digest, before, text))
+            texts.append((digest, before, raw))
         digests = [digest for digest, _, _ in texts]
         for group, table, first in zip(self.groups, self.tables, self.first, strict=True):
-            blocks = table[owners, places].tolist()
+            blocks = table[owners, places]
             if group.window is None:
                 group.register(digests, blocks)
                 continue
-            kept = (places >= first[owners]).nonzero()[0].tolist()
-            group.register([digests[index] for index in kept], [blocks[index] for index in kept])
+            kept = (places >= first[owners]).nonzero()[0]
+            group.register([digests[index] for index in kept.tolist()], blocks[kept])
         self.groups[0].tell(texts)
         self.hashed[rows] = counts
 
@@ -396,7 +392,7 @@ class BlockManager:
             self.hashed[row] = len(saved.chain)
             for group, table, places in zip(self.groups, self.tables, missing, strict=True):
                 known = [place for place in places if place < len(saved.chain)]
-                group.register([saved.chain[place] for place in known], table[row, known].tolist())
+                group.register([saved.chain[place] for place in known], table[row, known])
         return missing
 
     def check_integrity(self) -> None:

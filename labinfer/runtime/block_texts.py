@@ -7,6 +7,7 @@ text looked for.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterable
 
 TOKEN_BYTES = 4
 
@@ -14,27 +15,34 @@ LEAST_BORROWED = 0.25
 """The part of a block that must be equal: to copy a block takes about as long as to compute a few tokens."""
 
 
+Text = tuple[bytes, bytes, bytes]
+"""What a block holds: its digest, that of the text before it, its tokens as int32 bytes."""
+
+
 class BlockTexts:
     """``after[before]`` are the blocks after the text of digest ``before``: (tokens as int32 bytes, digest), sorted."""
 
     def __init__(self) -> None:
         self.after: dict[bytes, list[tuple[bytes, bytes]]] = {}
-        self.places: dict[bytes, tuple[bytes, bytes]] = {}  # by digest: what comes before, tokens
+        self.places: dict[bytes, Text] = {}  # by digest
 
-    def add(self, before: bytes, raw: bytes, digest: bytes) -> None:
-        """A block of ``digest``, whose tokens are ``raw``, can be found from now on."""
-        if digest not in self.places:
-            self.places[digest] = before, raw
-            blocks = self.after.get(before)
-            if blocks is None:
-                self.after[before] = [(raw, digest)]
-            else:
-                insort(blocks, (raw, digest))
+    def add(self, texts: Iterable[Text]) -> None:
+        """Blocks of ``texts`` can be found from now on."""
+        after, places = self.after, self.places
+        for text in texts:
+            digest, before, raw = text
+            if digest not in places:
+                places[digest] = text
+                blocks = after.get(before)
+                if blocks is None:
+                    after[before] = [(raw, digest)]
+                else:
+                    insort(blocks, (raw, digest))
 
     def remove(self, digest: bytes) -> None:
         """The block of ``digest``, if it is known, is not to be found any more."""
         if digest in self.places:
-            before, raw = self.places.pop(digest)
+            _, before, raw = self.places.pop(digest)
             blocks = self.after[before]
             del blocks[bisect_left(blocks, (raw, digest))]
             if not blocks:
