@@ -327,9 +327,10 @@ BYTES_OF_TOKENS = st.lists(st.sampled_from([0, 1, 255, 256, 1 << 24]), min_size=
 def test_the_nearest_text_has_the_longest_common_beginning(kept: list[bytes], gone: set[int], wanted: bytes) -> None:
     texts = BlockTexts()
     for number, raw in enumerate(kept):
-        texts.add([(bytes([number]), b"before", raw), (bytes([100 + number]), b"elsewhere", raw)])
-    for number in gone:
-        texts.remove(bytes([number]))
+        texts.add([(raw, bytes([number]), b"before"), (raw, bytes([100 + number]), b"elsewhere")])
+    for number, raw in enumerate(kept):
+        if number in gone:
+            texts.remove((raw, bytes([number]), b"before"))
     left = {bytes([number]): raw for number, raw in enumerate(kept) if number not in gone}
     for length in (4, 3, 1, 0):
         digest, common = texts.nearest(b"before", wanted[: 4 * length])
@@ -392,14 +393,14 @@ def test_rows_are_never_few() -> None:
 @pytest.mark.parametrize("damage", [
     lambda blocks: blocks.groups[0].owners.__setitem__(0, 2),
     lambda blocks: blocks.tables[0].__setitem__((0, 9), 3),
-    lambda blocks: blocks.groups[0].digests.popitem(),
+    lambda blocks: blocks.groups[0].texts.reverse(),
     lambda blocks: blocks.groups[0].cached.popitem(),
-    lambda blocks: blocks.groups[0].holds.__setitem__(9, True),
+    lambda blocks: blocks.groups[0].texts.__setitem__(9, (b"", b"", b"")),
     lambda blocks: blocks.groups[0].give_back(np.array([9], np.int32), 0),
     lambda blocks: blocks.groups[0].policy.blocks.popitem(),
     lambda blocks: blocks.chains[0].reverse(),
     lambda blocks: blocks.closed.append(0),
-    lambda blocks: blocks.groups[0].texts.add([(b"another", b"", b"")]),
+    lambda blocks: blocks.groups[0].by_beginning.add([(b"", b"another", b"")]),
     lambda blocks: setattr(blocks.groups[0], "fresh", 3),
 ], ids=range(11))  # fmt: skip
 def test_broken_books_are_found(damage: Any) -> None:

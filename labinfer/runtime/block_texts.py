@@ -16,43 +16,44 @@ LEAST_BORROWED = 0.25
 
 
 Text = tuple[bytes, bytes, bytes]
-"""What a block holds: its digest, that of the text before it, its tokens as int32 bytes."""
+"""What a block holds: its tokens as int32 bytes, its digest, and that of the text before it."""
+
+
+def text_of(digest: bytes) -> Text:
+    """A text of which only the digest is known: it is not found by its beginning."""
+    return b"", digest, b""
 
 
 class BlockTexts:
-    """``after[before]`` are the blocks after the text of digest ``before``: (tokens as int32 bytes, digest), sorted."""
+    """``after[before]`` are the blocks after the text of digest ``before``, sorted."""
 
     def __init__(self) -> None:
-        self.after: dict[bytes, list[tuple[bytes, bytes]]] = {}
-        self.places: dict[bytes, Text] = {}  # by digest
+        self.after: dict[bytes, list[Text]] = {}
 
     def add(self, texts: Iterable[Text]) -> None:
-        """Blocks of ``texts`` can be found from now on."""
-        after, places = self.after, self.places
+        """Blocks of ``texts``, which are new, can be found from now on."""
+        after = self.after
         for text in texts:
-            digest, before, raw = text
-            if digest not in places:
-                places[digest] = text
-                blocks = after.get(before)
-                if blocks is None:
-                    after[before] = [(raw, digest)]
-                else:
-                    insort(blocks, (raw, digest))
+            blocks = after.get(text[2])
+            if blocks is None:
+                after[text[2]] = [text]
+            else:
+                insort(blocks, text)
 
-    def remove(self, digest: bytes) -> None:
-        """The block of ``digest``, if it is known, is not to be found any more."""
-        if digest in self.places:
-            _, before, raw = self.places.pop(digest)
-            blocks = self.after[before]
-            del blocks[bisect_left(blocks, (raw, digest))]
+    def remove(self, text: Text) -> None:
+        """The block of ``text``, if it can be found, cannot any more."""
+        blocks = self.after.get(text[2], [])
+        at = bisect_left(blocks, text)
+        if blocks[at : at + 1] == [text]:
+            del blocks[at]
             if not blocks:
-                del self.after[before]
+                del self.after[text[2]]
 
     def nearest(self, before: bytes, raw: bytes) -> tuple[bytes, int]:
         """The block after ``before`` that begins like ``raw`` longest: its digest, and how many tokens are equal."""
         blocks = self.after.get(before, [])
-        at = bisect_left(blocks, (raw, b""))
-        found = [(equal_tokens(raw, text), digest) for text, digest in blocks[max(0, at - 1) : at + 1]]
+        at = bisect_left(blocks, (raw, b"", b""))
+        found = [(equal_tokens(raw, text), digest) for text, digest, _ in blocks[max(0, at - 1) : at + 1]]
         common, digest = max(found, default=(0, b""))
         return digest, common
 
