@@ -80,11 +80,10 @@ class BlockGroup:
             self._evict(missing)
         reused = min(count, self.num_returned)
         self.num_returned -= reused
-        blocks = np.empty(count, np.int32)
-        blocks[:reused] = self.returned[self.num_returned : self.num_returned + reused]
-        if reused < count:
-            stop = self.fresh + count - reused
-            blocks[reused:], self.fresh = np.arange(self.fresh, stop), stop
+        returned = self.returned[self.num_returned : self.num_returned + reused]
+        fresh = np.arange(self.fresh, self.fresh + count - reused, dtype=np.int32)
+        self.fresh += count - reused
+        blocks = np.concatenate([returned, fresh])
         self.owners[blocks] = 1
         return blocks
 

@@ -244,17 +244,18 @@ class BlockManager:
         The rows before it have grown then, those from it on have not.
         """
         counts = self.counts[rows]
-        missing = -(-lengths // self.size) - counts
-        growing = (missing > 0).nonzero()[0]
+        room = counts * self.size
+        growing = (lengths > room).nonzero()[0]
         if not len(growing):
             return None
-        if len(growing) <= self.num_free and int(missing.max()) == 1:  # as decoding does: one block each
+        if len(growing) <= self.num_free and not np.count_nonzero(lengths > room + self.size):  # one block each
             if len(growing) < len(rows):
                 rows, counts = rows[growing], counts[growing]
             for group, table in zip(self.groups, self.tables, strict=True):
                 table[rows, counts] = group.take(len(rows))
             self.counts[rows] = counts + 1
             return None
+        missing = -(-lengths // self.size) - counts
         for index in growing.tolist():
             if missing[index] > self.num_free:
                 return int(index)
