@@ -32,8 +32,15 @@ def write(blocks: BlockManager, row: int, text: list[int], upto: int | None = No
     rows, length = np.array([row]), len(text) if upto is None else upto
     if blocks.grow(rows, np.array([length])) is not None:
         return False
-    blocks.commit(rows, np.array([length]), {row: text})
+    blocks.commit(rows, np.array([length]), tokens_of(row, text))
     return True
+
+
+def tokens_of(row: int, text: list[int]) -> np.ndarray:
+    """The tokens of all rows, as far as that of ``row`` is known."""
+    tokens = np.zeros((row + 1, 128), np.int32)
+    tokens[row, : len(text)] = text
+    return tokens
 
 
 def begin(blocks: BlockManager, text: list[int], salt: tuple[str, ...] = ()) -> tuple[int, int]:
@@ -248,7 +255,7 @@ def test_a_block_that_begins_alike_is_shared_until_it_is_written_to() -> None:
     [(group, copied, target)] = blocks.writable(row, 7, 10) or []
     assert (group, copied, blocks.borrowed[row]) == (0, source, 0)
     assert owned(blocks, row)[1] == target != source
-    blocks.commit(np.array([row]), np.array([10]), {row: text})
+    blocks.commit(np.array([row]), np.array([10]), tokens_of(row, text))
     blocks.check_integrity()
     assert (blocks.match([*TEXT[:12], 1]), blocks.match([*text[:8], 1])) == (12, 8)
 
@@ -283,7 +290,7 @@ def test_without_room_for_a_copy_what_is_cached_is_written_to() -> None:
     blocks.release(other)
     assert blocks.writable(row, 10, 12) == []
     assert (blocks.counters.evictions, blocks.match([*TEXT[:12], 1])) == (1, 8)
-    blocks.commit(np.array([row]), np.array([12]), {row: text})
+    blocks.commit(np.array([row]), np.array([12]), tokens_of(row, text))
     blocks.check_integrity()
     assert blocks.match([*text, 1]) == 12
 
@@ -320,10 +327,10 @@ BYTES_OF_TOKENS = st.lists(st.sampled_from([0, 1, 255, 256, 1 << 24]), min_size=
 def test_the_nearest_text_has_the_longest_common_beginning(kept: list[bytes], gone: set[int], wanted: bytes) -> None:
     texts = BlockTexts()
     for number, raw in enumerate(kept):
-        texts.add(b"before", raw, bytes([number]))
-        texts.add(b"elsewhere", raw, bytes([100 + number]))
-    for number in gone:
-        texts.remove(bytes([number]))
+        texts.add([(raw, bytes([number]), b"before"), (raw, bytes([100 + number]), b"elsewhere")])
+    for number, raw in enumerate(kept):
+        if number in gone:
+            texts.remove((raw, bytes([number]), b"before"))
     left = {bytes([number]): raw for number, raw in enumerate(kept) if number not in gone}
     for length in (4, 3, 1, 0):
         digest, common = texts.nearest(b"before", wanted[: 4 * length])
@@ -386,14 +393,14 @@ def test_rows_are_never_few() -> None:
 @pytest.mark.parametrize("damage", [
     lambda blocks: blocks.groups[0].owners.__setitem__(0, 2),
     lambda blocks: blocks.tables[0].__setitem__((0, 9), 3),
-    lambda blocks: blocks.groups[0].digests.popitem(),
+    lambda blocks: blocks.groups[0].texts.reverse(),
     lambda blocks: blocks.groups[0].cached.popitem(),
-    lambda blocks: blocks.groups[0].holds.__setitem__(9, True),
+    lambda blocks: blocks.groups[0].texts.__setitem__(9, (b"", b"", b"")),
     lambda blocks: blocks.groups[0].give_back(np.array([9], np.int32), 0),
     lambda blocks: blocks.groups[0].policy.blocks.popitem(),
     lambda blocks: blocks.chains[0].reverse(),
     lambda blocks: blocks.closed.append(0),
-    lambda blocks: blocks.groups[0].texts.add(b"", b"", b"another"),
+    lambda blocks: blocks.groups[0].by_beginning.add([(b"", b"another", b"")]),
     lambda blocks: setattr(blocks.groups[0], "fresh", 3),
 ], ids=range(11))  # fmt: skip
 def test_broken_books_are_found(damage: Any) -> None:

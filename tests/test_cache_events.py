@@ -133,11 +133,9 @@ class CacheEvents(RuleBasedStateMachine):
             self.rows[row].num_computed = stop
         if ready:
             rows, stops = (np.array(each) for each in zip(*ready, strict=True))
-            tokens: Any = {row: text.tokens for row, text in self.rows.items()}
-            if len(ready) % 2:
-                tokens = np.full((len(self.blocks.counts), LONGEST), -1, np.int32)
-                for row, text in self.rows.items():
-                    tokens[row, : len(text.tokens)] = text.tokens
+            tokens = np.full((len(self.blocks.counts), LONGEST), -1, np.int32)
+            for row, text in self.rows.items():
+                tokens[row, : len(text.tokens)] = text.tokens
             self.blocks.commit(rows, stops, tokens)
 
     @precondition(lambda self: self.rows and len(self.rows) < 6)

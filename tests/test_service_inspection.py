@@ -86,7 +86,7 @@ def test_metrics_tell_what_the_plan_predicted_and_what_it_is(tiny_model: Path, t
         samples = [each for family in plan_families([model], "tiny") for each in family.samples]
         found = {(each.name, each.labels["phase"]): each.value for each in samples if "phase" in each.labels}
         costs = model.engine.costs
-    assert costs.per_token is not None
+    assert costs.alone.per_token is not None
     assert told == {
         kind: {phase: found[f"labinfer:plan_{kind}_step_seconds", phase] for phase in ("decode", "prefill")}
         for kind in ("predicted", "measured")
@@ -95,7 +95,7 @@ def test_metrics_tell_what_the_plan_predicted_and_what_it_is(tiny_model: Path, t
         ("labinfer:plan_predicted_step_seconds", "decode"): stage.decode,
         ("labinfer:plan_predicted_step_seconds", "prefill"): stage.prefill,
         ("labinfer:plan_measured_step_seconds", "decode"): costs.decode[1],
-        ("labinfer:plan_measured_step_seconds", "prefill"): plan.placement.prefill.tokens * costs.per_token,
+        ("labinfer:plan_measured_step_seconds", "prefill"): plan.placement.prefill.tokens * costs.alone.per_token,
     }
 
 

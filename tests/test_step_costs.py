@@ -71,3 +71,17 @@ def test_who_asks_while_more_is_measured_gets_an_answer() -> None:
 
 def test_sizes_are_few() -> None:
     assert [round_down(count) for count in (0, 1, 2, 3, 5, 7, 11, 15, 23, 1000)] == [1, 1, 2, 3, 4, 6, 8, 12, 16, 768]
+
+
+def test_a_slow_decode_step_does_not_make_room_for_more_of_a_prompt() -> None:
+    costs = StepCosts()
+    costs.observe(0, 100, 0.2)  # 2 ms a token
+    for _ in range(50):
+        costs.observe(8, 0, 0.020)
+    for _ in range(50):
+        costs.observe(8, 2, 0.022)
+    costs.observe(8, 0, 0.040)
+    assert costs.decode_seconds(8) <= 0.0211
+    for _ in range(10):
+        costs.observe(8, 8, 0.020)  # where the machine was slow before, tokens of a prompt seem to cost nothing
+    assert costs.prompt_tokens(8, 0.2) == 4  # but 12 of them and of the decodes take 24 ms by themselves

@@ -7,7 +7,7 @@ something happens to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -51,14 +51,20 @@ class Part(NamedTuple):
 
 @dataclass(slots=True)
 class LastDecode:
-    """The last decode step: what it was, and, once it is over, which of its rows (by index) have filled a block.
+    """The last decode step: what it was, the tokens of its longest row, and where those that it makes come to stand.
 
-    The next one is mostly the same, each row a token further.
+    Once it is over, ``filled`` are those of its rows (by index) that have filled a block: the same ones every time that
+    all rows are another block further (``fills``, by how many steps there were, modulo the size of a block). The next
+    step is mostly the same, each row a token further.
     """
 
     part: Part
     step: StepBatch
+    longest: int
+    at: np.ndarray
+    turn: int = 0
     filled: np.ndarray | None = None
+    fills: dict[int, np.ndarray] = field(default_factory=dict)
 
 
 def part_of(row: int, count: int, wanted: int) -> Part:
@@ -68,7 +74,7 @@ def part_of(row: int, count: int, wanted: int) -> Part:
 
 
 class Batch:
-    """``token_ids`` [rows, max_model_len] and columns [rows]; ``add`` takes a row, ``remove`` gives it back.
+    """``token_ids`` [rows, whole blocks] and columns [rows]; ``add`` takes a row, ``remove`` gives it back.
 
     int32: ``num_tokens`` counts the tokens known, ``num_computed`` those whose keys and values are in the cache,
     ``total_len`` those known when the first of them were computed, and ``end`` those of a sequence when it ends;
@@ -83,7 +89,8 @@ class Batch:
         self.block_size = np.array(limits.block_size, np.int32)
         self.last: LastDecode | None = None
         rows = limits.max_num_seqs
-        self.token_ids = np.zeros((rows, limits.max_model_len), np.int32)
+        width = -(-limits.max_model_len // limits.block_size) * limits.block_size
+        self.token_ids = np.zeros((rows, width), np.int32)
         self.num_tokens, self.num_computed, self.total_len = (np.zeros(rows, np.int32) for _ in range(3))
         self.end, self.adapter = (np.zeros(rows, np.int32) for _ in range(2))
         self.watched, self.plain, self.scored, self.interactive = (np.zeros(rows, np.bool_) for _ in range(4))
@@ -157,6 +164,15 @@ class Batch:
         if limit is not None and before <= limit < after:
             self.clear(row)
 
+    def put(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """``tokens`` are the last ones of ``rows``, which count them already; how many tokens these have, int32."""
+        last, lengths = self.last, np.asarray(self.num_tokens[rows])
+        if last is not None and rows is last.part.rows and lengths[0] == last.step.context_len[0] + ONE:
+            self.token_ids.reshape(-1)[last.at] = tokens.astype(np.int32)  # quicker than by rows and lengths
+        else:
+            self.token_ids[rows, lengths - ONE] = tokens
+        return lengths
+
     def grow(self, part: Part) -> int | None:
         """Give rows blocks of their own for what ``part`` writes; where they run out, the index of the first row left.
 
@@ -203,22 +219,33 @@ class Batch:
         """Full blocks of ``part``'s rows hold what their tokens say, and can be reused."""
         rows, lengths = part.rows, self.num_computed[part.rows]
         if part.decodes and part.steps == 1:
-            filled = (lengths % self.block_size == ZERO).nonzero()[0]
-            if self.last is not None and part is self.last.part:
-                self.last.filled = filled
+            filled = self.filled(part, lengths)
             if not self.blocks.windowed:
+                if not len(filled):
+                    return
                 rows, lengths = rows[filled], lengths[filled]
-        if len(rows):
-            self.blocks.commit(rows, lengths, self.token_ids)
+        self.blocks.commit(rows, lengths, self.token_ids)
+
+    def filled(self, part: Part, lengths: np.ndarray) -> np.ndarray:
+        """Which rows of a decode step, by index, have filled a block now that they have ``lengths`` tokens computed."""
+        last = self.last
+        if last is None or part is not last.part:
+            filled: np.ndarray = (lengths % self.block_size == ZERO).nonzero()[0]
+            return filled
+        turn = last.turn % self.blocks.block_size
+        if turn not in last.fills:
+            last.fills[turn] = (lengths % self.block_size == ZERO).nonzero()[0]
+        last.filled = last.fills[turn]
+        return last.filled
 
     def step(self, part: Part) -> StepBatch:
         """The step batch of ``part``, flat over its rows, which own the blocks it needs."""
         last = self.last
         if last is not None and part is last.part and last.filled is not None:
-            last.step, last.filled = self.next_step(part, last.filled, last.step), None
-            return last.step
+            return self.next_step(last, last.filled)
         rows, start, size, sequences = part.rows, self.num_computed[part.rows], self.block_size, len(part.rows)
         context = start + part.counts
+        longest = int(context.max())
         if part.decodes:
             row, owner, positions = rows, self.numbers[:sequences], start
             query_start, logits = self.numbers[: sequences + 1], owner
@@ -230,7 +257,7 @@ class Batch:
             owner = np.repeat(self.numbers[:sequences], part.counts)
             positions = self.numbers[: len(owner)] + (start - query_start[:-1])[owner]
             row, seen, total = rows[owner], context, np.maximum(self.total_len[rows], context)
-        tables = self.blocks.block_tables(rows, int(context.max()))
+        tables = self.blocks.block_tables(rows, longest)
         block, offset = np.divmod(positions, size)
         step = StepBatch(
             token_ids=self.token_ids[row, positions],
@@ -244,20 +271,25 @@ class Batch:
             adapter=self.adapters(rows) if self.has_adapters else None,
         )
         single = part.decodes and part.steps == 1 and not np.count_nonzero(self.blocks.forked[rows])
-        self.last = LastDecode(part, step) if single else None
+        self.last = LastDecode(part, step, longest, rows * self.token_ids.shape[1] + context) if single else None
         return step
 
-    def next_step(self, part: Part, filled: np.ndarray, before: StepBatch) -> StepBatch:
-        """The step after a decode step; rows ``filled`` have another block now."""
+    def next_step(self, last: LastDecode, filled: np.ndarray) -> StepBatch:
+        """The step after a decode step that is over; rows ``filled`` have another block now."""
+        part, before, size = last.part, last.step, self.blocks.block_size
         positions, tables = before.context_len, before.block_tables
         context, slots = positions + ONE, [each + ONE for each in before.slot_mappings]
+        token_ids, last.at = self.token_ids.reshape(-1)[last.at], last.at + 1
+        last.longest, last.turn, last.filled = last.longest + 1, last.turn + 1, None
+        if last.longest > tables[0].shape[1] * size:
+            tables = self.blocks.block_tables(part.rows, last.longest)
         if len(filled):
-            places = positions[filled] // self.block_size
-            tables = self.blocks.block_tables(part.rows, int(context.max()))
-            for each, table in zip(slots, tables, strict=True):
-                each[filled] = table[filled, places] * self.block_size
-        return StepBatch(
-            token_ids=self.token_ids[part.rows, positions],
+            rows, places = part.rows[filled], positions[filled] // self.block_size
+            for each, table, all_blocks in zip(slots, tables, self.blocks.tables, strict=True):
+                table[filled, places] = blocks = all_blocks[rows, places]
+                each[filled] = blocks * self.block_size
+        last.step = StepBatch(
+            token_ids=token_ids,
             positions=positions,
             query_start=before.query_start,
             context_len=context,
@@ -267,6 +299,7 @@ class Batch:
             slot_mappings=slots,
             adapter=before.adapter,
         )
+        return last.step
 
     def adapters(self, rows: np.ndarray) -> np.ndarray | None:
         """The adapter slots of ``rows``, int32; None where none of them has one."""

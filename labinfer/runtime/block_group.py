@@ -9,7 +9,7 @@ import numpy as np
 
 from labinfer.compiler.plan import CacheGroup
 from labinfer.errors import LabinferError
-from labinfer.runtime.block_texts import BlockTexts
+from labinfer.runtime.block_texts import BlockTexts, Text, text_of
 from labinfer.runtime.eviction import EvictionPolicy
 
 
@@ -39,13 +39,12 @@ class BlockGroup:
         self.policy, self.number = policy, number
         self.tier: Tier | None = None
         self.owners = np.zeros(group.num_blocks, np.int32)
-        self.holds = np.zeros(group.num_blocks, bool)  # whether a block is cached
         self.returned = np.empty(group.num_blocks, np.int32)  # a stack of free blocks that hold nothing
         self.num_returned = 0
         self.fresh = 0  # blocks from here on were never taken
         self.cached: dict[bytes, int] = {}
-        self.digests: dict[int, bytes] = {}
-        self.texts = BlockTexts()  # of those whose tokens are told
+        self.texts: list[Text | None] = [None] * group.num_blocks  # what each cached block holds
+        self.by_beginning = BlockTexts()  # those of them that were computed here, in the first group
         self.evictions = 0
 
     @property
@@ -71,7 +70,7 @@ class BlockGroup:
         """Fill ``blocks``, which rows own, from the tier; False if it cannot."""
         loaded = self.tier is not None and self.tier.load(self.number, digests, blocks)
         if loaded:
-            self.register(digests, blocks)
+            self.register(list(map(text_of, digests)), blocks)
         return loaded
 
     def take(self, count: int) -> np.ndarray:
@@ -81,10 +80,10 @@ class BlockGroup:
             self._evict(missing)
         reused = min(count, self.num_returned)
         self.num_returned -= reused
-        blocks = self.returned[self.num_returned : self.num_returned + reused].copy()
-        if reused < count:
-            fresh = np.arange(self.fresh, self.fresh + count - reused, dtype=np.int32)
-            blocks, self.fresh = np.concatenate([blocks, fresh]), self.fresh + len(fresh)
+        returned = self.returned[self.num_returned : self.num_returned + reused]
+        fresh = np.arange(self.fresh, self.fresh + count - reused, dtype=np.int32)
+        self.fresh += count - reused
+        blocks = np.concatenate([returned, fresh])
         self.owners[blocks] = 1
         return blocks
 
@@ -97,34 +96,34 @@ class BlockGroup:
     def give_back(self, blocks: np.ndarray, depth: int) -> None:
         """A row gives up ``blocks``, which stand one after another in its text, the first after ``depth`` others."""
         self.owners[blocks] -= 1
-        unowned = self.owners[blocks] == 0
-        empty = blocks[unowned & ~self.holds[blocks]]
+        unowned, cached = self.owners[blocks] == 0, self.are_cached(blocks)
+        empty = blocks[unowned & ~cached]
         self.returned[self.num_returned : self.num_returned + len(empty)] = empty
         self.num_returned += len(empty)
-        for index in np.flatnonzero(unowned & self.holds[blocks])[::-1].tolist():  # the end of a text goes first
+        for index in np.flatnonzero(unowned & cached)[::-1].tolist():  # the end of a text goes first
             self.policy.add(int(blocks[index]), depth + index)
 
-    def register(self, digests: Sequence[bytes], blocks: Sequence[int]) -> None:
-        """``blocks``, which rows own, hold the texts of ``digests`` from now on; a text is cached once only."""
-        cached, known, new = self.cached, self.digests, []
-        for digest, block in zip(digests, blocks, strict=True):
-            if digest not in cached and block not in known:
-                cached[digest], known[block] = block, digest
-                new.append(block)
-        self.holds[new] = True
+    def register(self, texts: Sequence[Text], blocks: Sequence[int]) -> list[Text]:
+        """``blocks``, which rows own, hold ``texts`` from now on: those that are new, as each is cached only once."""
+        cached, held = self.cached, self.texts
+        new: list[Text] = []
+        for text, block in zip(texts, blocks, strict=True):
+            if text[1] not in cached and held[block] is None:
+                cached[text[1]], held[block] = block, text
+                new.append(text)
+        return new
 
-    def tell(self, texts: Sequence[tuple[bytes, bytes, bytes]]) -> None:
-        """What blocks hold whose digests may be cached here: digest, that of the text before, tokens as int32 bytes."""
-        for digest, before, raw in texts:
-            if digest in self.cached:
-                self.texts.add(before, raw, digest)
+    def are_cached(self, blocks: np.ndarray) -> np.ndarray:
+        """Which of ``blocks`` hold text that can be reused, bool."""
+        held = self.texts
+        return np.array([held[block] is not None for block in blocks.tolist()], np.bool_)
 
     def not_writable(self, blocks: np.ndarray) -> np.ndarray:
         """Which of ``blocks``, by their place there, a row that owns them has to copy before it writes to them.
 
         Others own them too, or they are cached: those that it owns alone are so no more where free blocks are too few.
         """
-        others, cached = self.owners[blocks] > 1, self.holds[blocks]
+        others, cached = self.owners[blocks] > 1, self.are_cached(blocks)
         if np.count_nonzero(others | cached) > self.num_free:
             self.give_up(blocks[cached & ~others].tolist())
             cached = others
@@ -142,13 +141,13 @@ class BlockGroup:
 
     def give_up(self, blocks: Sequence[int], keep: bool = True) -> None:
         """What ``blocks`` hold is not cached here any more: they are about to be overwritten."""
-        digests = [self.digests.pop(block) for block in blocks]
-        for digest in digests:
-            del self.cached[digest]
-            self.texts.remove(digest)
+        texts = [text for block in blocks if (text := self.texts[block]) is not None]
+        for block, text in zip(blocks, texts, strict=True):
+            self.texts[block] = None
+            del self.cached[text[1]]
+            self.by_beginning.remove(text)
         if self.tier is not None and keep:
-            self.tier.keep(self.number, digests, blocks)
-        self.holds[blocks] = False
+            self.tier.keep(self.number, [digest for _, digest, _ in texts], blocks)
         self.evictions += len(blocks)
 
     def check(self, owners: np.ndarray) -> None:
@@ -157,16 +156,15 @@ class BlockGroup:
             fault(f"block {wrong} has {owners[wrong]} owners, {self.owners[wrong]} are counted")
         empty = [*self.returned[: self.num_returned].tolist(), *range(self.fresh, self.num_blocks)]
         idle = int(np.count_nonzero(self.owners == 0))
-        if len(set(empty)) != len(empty) or self.owners[empty].any() or self.holds[empty].any():
+        if len(set(empty)) != len(empty) or self.owners[empty].any() or self.are_cached(np.array(empty)).any():
             fault("a block is free twice, or owned or cached and free")
         if idle != len(empty) + len(self.policy):
             fault(f"{idle} blocks have no owner, {len(empty)} are free and {len(self.policy)} cached and free")
-        if {digest: block for block, digest in self.digests.items()} != self.cached:
-            fault("digests and cached blocks do not agree")
-        if sorted(self.digests) != np.flatnonzero(self.holds).tolist():
-            fault("blocks are marked as cached that have no digest, or the reverse")
-        if not self.texts.places.keys() <= self.cached.keys():
-            fault("the text of a block is known that is not cached")
+        held = {text[1]: block for block, text in enumerate(self.texts) if text is not None}
+        if held != self.cached:
+            fault("texts and cached blocks do not agree")
+        if not {text[1] for texts in self.by_beginning.after.values() for text in texts} <= held.keys():
+            fault("a text can be found by its beginning that is not cached")
 
 
 def fault(message: str) -> None:

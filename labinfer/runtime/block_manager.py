@@ -8,7 +8,7 @@ owns only the blocks that its next token looks at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,11 +17,8 @@ from labinfer.compiler.plan import Limits
 from labinfer.runtime.block_digests import Salt, Tokens, block_digest, block_digests, root_digest
 from labinfer.runtime.block_group import BlockGroup, Tier, fault
 from labinfer.runtime.block_records import CacheCounters, SavedRow
-from labinfer.runtime.block_texts import LEAST_BORROWED
+from labinfer.runtime.block_texts import LEAST_BORROWED, Text, text_of
 from labinfer.runtime.eviction import EvictionPolicy, LeastRecentlyUsed
-
-TokensOfRows = np.ndarray | Mapping[int, Tokens]
-"""``token_ids[row]`` are the tokens of a row."""
 
 
 class BlockManager:
@@ -46,6 +43,7 @@ class BlockManager:
     ) -> None:
         self.limits, self.block_size, self.caching = limits, limits.block_size, caching
         self.size = np.array(self.block_size, np.int32)  # with arrays numpy is quicker so
+        self.raw = np.dtype((np.void, 4 * self.block_size))  # the tokens of a block, as bytes
         self.recompute_after, self.reuse_until = recompute_after, reuse_until
         self.groups = [
             BlockGroup(each, limits.block_size, policy(), number) for number, each in enumerate(limits.groups)
@@ -146,7 +144,7 @@ class BlockManager:
         if place >= self.reusable[row]:
             return 0
         rest = np.asarray(token_ids[place * size : min((place + 1) * size, len(token_ids) - 1)], np.int32)
-        digest, common = self.groups[0].texts.nearest(chain[-1] if chain else self.roots[row], rest.tobytes())
+        digest, common = self.groups[0].by_beginning.nearest(chain[-1] if chain else self.roots[row], rest.tobytes())
         if common < LEAST_BORROWED * size or not all(group.has(digest, cold=False) for group in self.groups):
             return 0
         for group, table in zip(self.groups, self.tables, strict=True):
@@ -245,16 +243,19 @@ class BlockManager:
 
         The rows before it have grown then, those from it on have not.
         """
-        missing = -(-lengths // self.size) - self.counts[rows]
-        growing = (missing > 0).nonzero()[0]
+        counts = self.counts[rows]
+        room = counts * self.size
+        growing = (lengths > room).nonzero()[0]
         if not len(growing):
             return None
-        if len(growing) <= self.num_free and int(missing.max()) == 1:  # as decoding does: one block each
-            at = rows[growing]
+        if len(growing) <= self.num_free and not np.count_nonzero(lengths > room + self.size):  # one block each
+            if len(growing) < len(rows):
+                rows, counts = rows[growing], counts[growing]
             for group, table in zip(self.groups, self.tables, strict=True):
-                table[at, self.counts[at]] = group.take(len(at))
-            self.counts[at] += 1
+                table[rows, counts] = group.take(len(rows))
+            self.counts[rows] = counts + 1
             return None
+        missing = -(-lengths // self.size) - counts
         for index in growing.tolist():
             if missing[index] > self.num_free:
                 return int(index)
@@ -279,49 +280,47 @@ class BlockManager:
         width = -(-length // self.block_size)
         return [table[rows, :width] for table in self.tables]
 
-    def commit(self, rows: np.ndarray, num_computed: np.ndarray, token_ids: TokensOfRows) -> None:
+    def commit(self, rows: np.ndarray, num_computed: np.ndarray, token_ids: np.ndarray) -> None:
         """The first ``num_computed`` tokens of ``rows`` are in the cache: full blocks can be reused from now on.
 
-        Gives back the blocks that no later token of the row looks at.
+        ``token_ids``, int32 [all rows, a whole number of blocks], are the tokens of every row. Gives back the blocks
+        that no later token of the row looks at.
         """
-        full = np.minimum(num_computed // self.size, self.reusable[rows])
-        complete = (full > self.hashed[rows]).nonzero()[0]
+        new = np.minimum(num_computed // self.size, self.reusable[rows]) - self.hashed[rows]
+        complete = (new > 0).nonzero()[0]
         if len(complete):
-            self._register(rows[complete], full[complete], token_ids)
-        for number, group in enumerate(self.groups):
-            if group.window is not None:
-                passed = (num_computed + 1 - group.window) // self.block_size
-                for index in np.flatnonzero(passed > self.first[number][rows]).tolist():
-                    self._pass(number, int(rows[index]), int(passed[index]))
+            self._register(rows[complete], new[complete], token_ids)
+        if self.windowed:
+            for number, group in enumerate(self.groups):
+                if group.window is not None:
+                    passed = (num_computed + 1 - group.window) // self.block_size
+                    for index in np.flatnonzero(passed > self.first[number][rows]).tolist():
+                        self._pass(number, int(rows[index]), int(passed[index]))
 
-    def _register(self, rows: np.ndarray, counts: np.ndarray, token_ids: TokensOfRows) -> None:
-        """Make the blocks of ``rows`` before the places ``counts`` known by their digests."""
-        new = counts - self.hashed[rows]
-        owners, ends = np.repeat(rows, new), np.cumsum(new)
-        places = np.arange(ends[-1]) + np.repeat(counts - ends, new)
-        size, starts = self.block_size, self.hashed[rows]
-        if isinstance(token_ids, np.ndarray):
-            raw = token_ids[owners[:, None], places[:, None] * size + np.arange(size)].astype(np.int32).tobytes()
-        else:
-            parts = [token_ids[r][s * size : c * size] for r, s, c in zip(rows, starts, counts, strict=True)]
-            raw = np.concatenate([np.asarray(part, np.int32) for part in parts]).tobytes()
-        texts = []
-        for number, row in enumerate(owners.tolist()):
-            chain, text = self.chains[row], raw[4 * size * number : 4 * size * (number + 1)]
-            before = chain[-1] if chain else self.roots[row]
-            digest = block_digest(before, text)
+    def _register(self, rows: np.ndarray, new: np.ndarray, token_ids: np.ndarray) -> None:
+        """Make the next ``new`` blocks of ``rows`` known by their digests."""
+        owners, places = rows, self.hashed[rows]
+        self.hashed[rows] = counts = places + new
+        if np.count_nonzero(new > 1):  # not one block each, as in decoding
+            owners, ends = np.repeat(rows, new), np.cumsum(new)
+            places = np.arange(ends[-1]) + np.repeat(counts - ends, new)
+        raws = token_ids.view(self.raw)[owners, places].tolist()
+        chains, roots = self.chains, self.roots
+        texts: list[Text] = []
+        for row, raw in zip(owners.tolist(), raws, strict=True):
+            chain = chains[row]
+            before = chain[-1] if chain else roots[row]
+            digest = block_digest(before, raw)
             chain.append(digest)
-            texts.append((digest, before, text))
-        digests = [digest for digest, _, _ in texts]
+            texts.append((raw, digest, before))
+        added = []
         for group, table, first in zip(self.groups, self.tables, self.first, strict=True):
-            blocks = table[owners, places].tolist()
-            if group.window is None:
-                group.register(digests, blocks)
-                continue
-            kept = (places >= first[owners]).nonzero()[0].tolist()
-            group.register([digests[index] for index in kept], [blocks[index] for index in kept])
-        self.groups[0].tell(texts)
-        self.hashed[rows] = counts
+            blocks, kept = table[owners, places].tolist(), texts
+            if group.window is not None:
+                inside = (places >= first[owners]).nonzero()[0].tolist()
+                blocks, kept = [blocks[index] for index in inside], [texts[index] for index in inside]
+            added.append(group.register(kept, blocks))
+        self.groups[0].by_beginning.add(added[0])
 
     def _pass(self, number: int, row: int, place: int) -> None:
         """Give back the blocks of ``row`` before ``place`` in one group."""
@@ -396,7 +395,7 @@ class BlockManager:
             self.hashed[row] = len(saved.chain)
             for group, table, places in zip(self.groups, self.tables, missing, strict=True):
                 known = [place for place in places if place < len(saved.chain)]
-                group.register([saved.chain[place] for place in known], table[row, known].tolist())
+                group.register([text_of(saved.chain[place]) for place in known], table[row, known].tolist())
         return missing
 
     def check_integrity(self) -> None:
@@ -409,8 +408,8 @@ class BlockManager:
             group.check(np.bincount(table[held], minlength=group.num_blocks))
             for row in range(len(self.counts)):
                 for place in range(first[row], self.hashed[row]):
-                    digest = group.digests.get(int(table[row, place]))
-                    if digest not in (None, self.chains[row][place]):
+                    text = group.texts[int(table[row, place])]
+                    if text is not None and text[1] != self.chains[row][place]:
                         fault(f"row {row} has a block at {place} that is cached as another text")
         if self.counts[self.closed].any() or len(set(self.closed)) != len(self.closed):
             fault("a closed row owns blocks, or is closed twice")

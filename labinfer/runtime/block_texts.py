@@ -7,6 +7,7 @@ text looked for.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterable
 
 TOKEN_BYTES = 4
 
@@ -14,37 +15,45 @@ LEAST_BORROWED = 0.25
 """The part of a block that must be equal: to copy a block takes about as long as to compute a few tokens."""
 
 
+Text = tuple[bytes, bytes, bytes]
+"""What a block holds: its tokens as int32 bytes, its digest, and that of the text before it."""
+
+
+def text_of(digest: bytes) -> Text:
+    """A text of which only the digest is known: it is not found by its beginning."""
+    return b"", digest, b""
+
+
 class BlockTexts:
-    """``after[before]`` are the blocks after the text of digest ``before``: (tokens as int32 bytes, digest), sorted."""
+    """``after[before]`` are the blocks after the text of digest ``before``, sorted."""
 
     def __init__(self) -> None:
-        self.after: dict[bytes, list[tuple[bytes, bytes]]] = {}
-        self.places: dict[bytes, tuple[bytes, bytes]] = {}  # by digest: what comes before, tokens
+        self.after: dict[bytes, list[Text]] = {}
 
-    def add(self, before: bytes, raw: bytes, digest: bytes) -> None:
-        """A block of ``digest``, whose tokens are ``raw``, can be found from now on."""
-        if digest not in self.places:
-            self.places[digest] = before, raw
-            blocks = self.after.get(before)
+    def add(self, texts: Iterable[Text]) -> None:
+        """Blocks of ``texts``, which are new, can be found from now on."""
+        after = self.after
+        for text in texts:
+            blocks = after.get(text[2])
             if blocks is None:
-                self.after[before] = [(raw, digest)]
+                after[text[2]] = [text]
             else:
-                insort(blocks, (raw, digest))
+                insort(blocks, text)
 
-    def remove(self, digest: bytes) -> None:
-        """The block of ``digest``, if it is known, is not to be found any more."""
-        if digest in self.places:
-            before, raw = self.places.pop(digest)
-            blocks = self.after[before]
-            del blocks[bisect_left(blocks, (raw, digest))]
+    def remove(self, text: Text) -> None:
+        """The block of ``text``, if it can be found, cannot any more."""
+        blocks = self.after.get(text[2], [])
+        at = bisect_left(blocks, text)
+        if blocks[at : at + 1] == [text]:
+            del blocks[at]
             if not blocks:
-                del self.after[before]
+                del self.after[text[2]]
 
     def nearest(self, before: bytes, raw: bytes) -> tuple[bytes, int]:
         """The block after ``before`` that begins like ``raw`` longest: its digest, and how many tokens are equal."""
         blocks = self.after.get(before, [])
-        at = bisect_left(blocks, (raw, b""))
-        found = [(equal_tokens(raw, text), digest) for text, digest in blocks[max(0, at - 1) : at + 1]]
+        at = bisect_left(blocks, (raw, b"", b""))
+        found = [(equal_tokens(raw, text), digest) for text, digest, _ in blocks[max(0, at - 1) : at + 1]]
         common, digest = max(found, default=(0, b""))
         return digest, common
 

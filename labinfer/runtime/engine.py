@@ -217,7 +217,7 @@ class Engine:
             if scheduled is None:
                 self.delivery.deliver()
                 return self.finished
-            self.begin(scheduled.part)
+            self.begin(scheduled)
             try:
                 part, logits = self.compute(scheduled)
                 self.postprocess(part, logits)
@@ -268,14 +268,15 @@ class Engine:
             self.undo(scheduled.part)
             raise
 
-    def begin(self, part: Part) -> None:
-        """Count the tokens of ``part`` as computed, and those that it makes as known, before they are."""
+    def begin(self, scheduled: Scheduled) -> None:
+        """Count the tokens of a step as computed, and those that it makes as known, before they are."""
         self.stepping = True
+        batch, part, step = self.batch, scheduled.part, scheduled.batch
+        rows = part.rows
         if self.capture.wanted:
-            self.capture.begin(part, [self.scheduler.owners[row] for row in part.rows.tolist()])
-        batch, rows = self.batch, part.rows
-        batch.num_computed[rows] = batch.num_computed[rows] + part.counts  # numpy is quicker so than with +=
-        batch.num_tokens[rows] = batch.num_tokens[rows] + part.new
+            self.capture.begin(part, [self.scheduler.owners[row] for row in rows.tolist()])
+        batch.num_computed[rows] = step.context_len if part.steps == 1 else batch.num_computed[rows] + part.counts
+        batch.num_tokens[rows] = batch.num_tokens[rows] + part.new  # numpy is quicker so than with +=
 
     def undo(self, part: Part) -> None:
         """Take back ``begin``: the step failed."""
@@ -304,13 +305,13 @@ class Engine:
 
     def take(self, rows: np.ndarray, logits: np.ndarray) -> np.ndarray:
         """Make the next token of each of ``rows`` from float32 ``logits`` [rows, vocab], int64, and see to its end."""
-        sampled, lengths = self.choose(rows, logits), self.batch.num_tokens[rows]
-        self.batch.token_ids[rows, lengths - 1] = sampled.tokens
+        sampled = self.choose(rows, logits)
+        lengths = self.batch.put(rows, sampled.tokens)
         for index, error in sampled.errors.items():
             self.batch.num_tokens[rows[index]] -= 1
             self.fail(self.scheduler.owners[int(rows[index])], error)
         happens = (lengths >= self.batch.end[rows]) | self.is_eos[sampled.tokens] | self.batch.watched[rows]
-        for index in happens.nonzero()[0].tolist():
+        for index in happens.nonzero()[0].tolist() if np.count_nonzero(happens) else ():
             self.look(self.scheduler.owners[int(rows[index])], index, sampled, logits)
         return sampled.tokens
 
@@ -338,7 +339,9 @@ class Engine:
     def states(self, rows: np.ndarray) -> dict[int, SamplingState]:
         """The sampling states of those of ``rows`` that have one, by their place there."""
         plain, owners = self.batch.plain[rows], self.scheduler.owners
-        drawn = (~plain).nonzero()[0].tolist() if np.count_nonzero(plain) < len(rows) else ()
+        if np.count_nonzero(plain) == len(rows):
+            return {}
+        drawn = (~plain).nonzero()[0].tolist()
         return {index: state for index in drawn if (state := owners[int(rows[index])].state) is not None}
 
     def look(self, sequence: Sequence, index: int, sampled: Sampled, logits: np.ndarray) -> None:

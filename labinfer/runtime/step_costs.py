@@ -8,12 +8,15 @@ WEIGHT = 0.2
 RENEW = 16
 """Steps in a row with prompt tokens beside decodes, after which one without shows what decoding costs by now."""
 
+OUTLIER = 1.25
+"""A decode step that took so many times what was expected, as when a kernel was compiled, counts as no longer one."""
+
 
 def moved(estimate: float | None, measured: float) -> float:
-    """``estimate`` after a measurement; one that is far too long, as when a kernel was compiled, counts as double."""
+    """``estimate`` after a measurement."""
     if estimate is None:
         return measured
-    return estimate + WEIGHT * (min(measured, 2 * estimate) - estimate)
+    return estimate + WEIGHT * (min(measured, OUTLIER * estimate) - estimate)
 
 
 class StepCosts:
@@ -25,8 +28,7 @@ class StepCosts:
 
     def __init__(self) -> None:
         self.decode: dict[int, float] = {}
-        self.per_token: float | None = None
-        self.beside = Beside()
+        self.alone, self.beside = PromptCost(), PromptCost()
         self.num_mixed = 0  # steps since one that only decoded
 
     def observe(self, decodes: int, prompt_tokens: int, seconds: float) -> None:
@@ -36,7 +38,7 @@ class StepCosts:
             self.decode[size] = moved(self.decode.get(size), seconds)
             self.num_mixed = 0
         elif decodes == 0:
-            self.per_token = moved(self.per_token, seconds / prompt_tokens)
+            self.alone.observe(prompt_tokens, 0.0, seconds)
         elif (base := self.decode_seconds(decodes)) is not None:
             self.beside.observe(prompt_tokens, base, seconds)
             self.num_mixed += 1
@@ -55,25 +57,29 @@ class StepCosts:
 
     def prompt_seconds(self, tokens: int) -> float:
         """What it takes to compute so many tokens of a text again, 0 before anything was measured."""
-        return (self.per_token or self.beside.per_token or 0.0) * tokens
+        return (self.alone.per_token or self.beside.per_token or 0.0) * tokens
 
     def prompt_tokens(self, decodes: int, stall: float) -> int:
         """Prompt tokens that a step of ``decodes`` sequences can take in and last longer by a part ``stall`` at most.
 
         Few different numbers, since a device may prepare a step of each size once. At least one, so that none starves,
-        but now and then none, since contexts grow and with them what decoding costs; at most twice as many as of late,
-        since what that would cost is not known well.
+        but now and then none, since contexts grow and with them what decoding costs. At most twice as many as of late,
+        since what that would cost is not known well, and no more than so many tokens could be, decodes too, in a step
+        of prompts alone: times of single steps differ by more than what a few tokens cost.
         """
         if self.num_mixed >= RENEW:
             return 0
-        base = self.decode_seconds(decodes)
+        base, few = self.decode_seconds(decodes), max(1, decodes // 2)
         if base is None or self.beside.per_token is None:
-            return max(1, decodes // 2)  # a token of a prompt costs at most what one of a sequence does
-        return round_down(int(min(stall * base / self.beside.per_token, 2 * self.beside.tokens)))
+            return few  # a token of a prompt costs at most what one of a sequence does
+        count = min(stall * base / self.beside.per_token, 2 * self.beside.tokens)
+        if self.alone.per_token is not None:
+            count = min(count, (1 + stall) * base / self.alone.per_token - decodes)
+        return round_down(int(count))
 
 
-class Beside:
-    """What prompt tokens cost in steps that decode too: moving sums of the seconds beyond decoding, and of tokens."""
+class PromptCost:
+    """What prompt tokens cost: moving sums of the seconds beyond those of decoding, and of tokens."""
 
     def __init__(self) -> None:
         self.seconds, self.tokens = 0.0, 0.0

@@ -93,6 +93,6 @@ def measured(model: LLM) -> dict[str, float]:
         return {}
     found = {
         "decode": costs.decode.get(placement.decode.sequences.bit_length()),
-        "prefill": None if costs.per_token is None else costs.per_token * placement.prefill.tokens,
+        "prefill": None if costs.alone.per_token is None else costs.alone.per_token * placement.prefill.tokens,
     }
     return {phase: seconds for phase, seconds in found.items() if seconds is not None}

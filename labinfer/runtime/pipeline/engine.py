@@ -153,7 +153,7 @@ class PipelinedEngine(Engine):
         if scheduled is None:
             return False
         part, message = scheduled.part, self.message(scheduled)
-        self.begin(part)
+        self.begin(scheduled)
         self.stepping = False
         number = self.pipeline.submit(message)
         made = part.new > 0
