@@ -181,6 +181,58 @@ def test_a_stage_that_goes_on_has_what_it_had_before_and_nothing_else(hosts: Hos
         assert counts[1] == counts[2]  # the first has read all weights, and keeps the file open
 
 
+class Relay:
+    """Passes on what comes to its own ``port`` to another; ``cut`` breaks the channels of stages, but no other way."""
+
+    def __init__(self, port: int) -> None:
+        self.there, self.listener = port, socket.create_server(("127.0.0.1", 0))
+        self.port: int = self.listener.getsockname()[1]
+        self.channels: list[socket.socket] = []
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                caller, _ = self.listener.accept()
+                other = socket.create_connection(("127.0.0.1", self.there))
+                hello = caller.recv(38, socket.MSG_WAITALL)
+                other.sendall(hello)
+                if not hello[22:].startswith(b"control"):
+                    self.channels += [caller, other]
+                for ends in ((caller, other), (other, caller)):
+                    threading.Thread(target=self.pass_on, args=ends, daemon=True).start()
+
+    def pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while received := source.recv(1 << 16):
+                target.sendall(received)
+        for each in (source, target):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        for each in self.channels:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.cut()
+        self.listener.close()
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta", "gamma"])
+def test_a_channel_that_breaks_while_all_hosts_answer_is_noticed(name: str, hosts: Hosts) -> None:
+    with closing(Relay(hosts.ports[name])) as relay:
+        file = hosts.file
+        file.write_text(file.read_text().replace(str(hosts.ports[name]), str(relay.port)))
+        with load(FOLDER, file, **LIMITS) as model:
+            requests = begun(model)
+            relay.cut()
+            finish(model, requests)
+            assert used(model) == ["alpha", "beta", "gamma"]
+            assert len(fleet_of(model).starts) == 2
+
+
 def test_what_a_failure_has_cost_is_told(hosts: Hosts, caplog: pytest.LogCaptureFixture) -> None:
     with load(FOLDER, hosts.file, **LIMITS) as model:
         assert not caplog.messages

@@ -54,6 +54,8 @@ class HostedStage:
             for line in lines:
                 self.process.ready |= "ready" in line
                 if "rests" in line:
+                    if self.channels:  # the head may be the only one that still waits for it
+                        self.say(died=f"{self.process.name} has lost the connection to another stage, or to the head")
                     self.rests.set()
                 elif "beat" not in line:
                     self.say(**line)
