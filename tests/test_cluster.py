@@ -40,7 +40,7 @@ from labinfer.errors import DoesNotFit, InvalidFile, LabinferError, UsageError
 from labinfer.llm import LLM
 from labinfer.ops.formats import stored_bytes
 from labinfer.runtime.pipeline.process import StageDied
-from labinfer.runtime.pipeline.transport import ChannelClosed, Keys
+from labinfer.runtime.pipeline.transport import ChannelClosed, Credentials, Keys
 from labinfer.runtime.pipeline.transport.sealed import accept
 from labinfer.runtime.pipeline.transport.tcp import connected_sockets
 from labinfer.runtime.request import Request
@@ -375,7 +375,7 @@ def test_another_token_is_refused_and_told(one_host: tuple[Hosts, LLM], tmp_path
 
 def test_what_an_agent_cannot_do_is_told_and_harms_nobody(one_host: tuple[Hosts, LLM]) -> None:
     hosts, model = one_host
-    control = open_control(("127.0.0.1", hosts.ports["alpha"]), read_token(token_path()))
+    control = open_control(("127.0.0.1", hosts.ports["alpha"]), Credentials(read_token(token_path())))
     wrong = ({"do": "checkpoint", "files": files, "path": "/", "folder": True} for files in (3, []))
     for message in ({"do": "dance"}, {"do": "hello"}, *wrong, {"do": "piece", "files": [], "file": 1}, {}):
         with pytest.raises(LabinferError):
@@ -408,7 +408,7 @@ def test_an_answer_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_neighbour_that_falls_silent_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control_module, "HOST_SILENCE", 0.5)
-    token, told = bytes(32), list[str]()
+    token, told = Credentials(bytes(32)), list[str]()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         other: list[Control] = []
 
@@ -435,7 +435,7 @@ def test_stages_that_make_no_progress_are_given_up(home: Path, tmp_path: Path, m
     monkeypatch.setattr(stages, "LOADING_SILENCE", 0.5)
     monkeypatch.setattr(Session, "start", lambda *_: None)  # an agent that never gets a stage to run
     listener = socket.create_server(("127.0.0.1", 0))
-    with closing(Agent(listener, kept_token())) as agent:
+    with closing(Agent(listener, Credentials(kept_token()))) as agent:
         threading.Thread(target=agent.serve, daemon=True).start()
         file = tmp_path / "cluster.yaml"
         address = f"127.0.0.1:{listener.getsockname()[1]}"
@@ -446,7 +446,7 @@ def test_stages_that_make_no_progress_are_given_up(home: Path, tmp_path: Path, m
 
 def test_whoever_asks_for_the_status_ends_nobody_elses_connection(one_host: tuple[Hosts, LLM]) -> None:
     hosts, _ = one_host
-    new = open_control(("127.0.0.1", hosts.ports["alpha"]), read_token(token_path()))
+    new = open_control(("127.0.0.1", hosts.ports["alpha"]), Credentials(read_token(token_path())))
     assert agents.status(read_cluster(hosts.file))["alpha"] is not None
     assert new.ask(do="hello", owner="a head that took its time") == {}
     new.release()
@@ -458,7 +458,7 @@ def test_a_host_without_the_checkpoint_gets_a_copy_in_pieces(home: Path, tmp_pat
     here = Path("/proc/self/cwd/model.gguf")  # another file in the agent's process
     hosts, before = Hosts(tmp_path, ["alpha"]), os.getcwd()
     try:
-        control = open_control(("127.0.0.1", hosts.ports["alpha"]), read_token(token_path()))
+        control = open_control(("127.0.0.1", hosts.ports["alpha"]), Credentials(read_token(token_path())))
         os.chdir(tmp_path)
         copy = Path(provide(control.ask, here))
         assert copy.read_bytes() == content
