@@ -33,6 +33,8 @@ HOSTS = ("alpha", "beta", "gamma")
 PROMPTS = [[5], [1, 2, 3], [7, 8], [9]]
 FAULTS = ("host killed", "host stopped", "stage killed", "stage stopped", "link cut")
 LIMITS = {"max_model_len": 256, "max_num_seqs": 4}
+GOAL = {"objective": "throughput", "workload": f"concurrency={len(PROMPTS)}"}
+"""Where costs were measured, one sequence alone would be best off on one host."""
 
 
 def fault(hosts: Namespaces, name: str, kind: str) -> None:
@@ -108,7 +110,7 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             file = hosts.cluster_file(Path(folder) / "cluster.yaml")
-            with load(options.model, file, **LIMITS) as model:
+            with load(options.model, file, **GOAL, **LIMITS) as model:
                 work = Load(model, expected, params)
                 while len(found) < options.faults and time.monotonic() - began < 60 * options.minutes:
                     found.append(strike(hosts, work, rng))

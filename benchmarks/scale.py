@@ -36,7 +36,7 @@ from labinfer.profile.synthetic import SyntheticCheckpoint
 from labinfer.runtime.model import Model
 from labinfer.runtime.pipeline.message import TOKENS, decode
 from labinfer.runtime.pipeline.process import BEAT
-from labinfer.runtime.pipeline.transport import ChannelClosed, Header, Keys
+from labinfer.runtime.pipeline.transport import ChannelClosed, Credentials, Header, Keys
 from labinfer.runtime.pipeline.transport.sealed import connect
 from labinfer.runtime.pipeline.transport.tcp import connected_sockets
 from labinfer.runtime.request import Request
@@ -52,9 +52,10 @@ SEQUENCES, PROMPT, ANSWER = 8, 512, 128  # of a micro-batch
 AGENTS = """
 import socket, sys, threading
 from labinfer.cluster.agent import Agent
+from labinfer.runtime.pipeline.transport import Credentials
 for _ in range(int(sys.argv[1])):
     listener = socket.create_server(("127.0.0.1", 0), backlog=64)
-    threading.Thread(target=Agent(listener, bytes(32)).serve, daemon=True).start()
+    threading.Thread(target=Agent(listener, Credentials(bytes(32))).serve, daemon=True).start()
     print(listener.getsockname()[1], flush=True)
 sys.stdin.read()
 """
@@ -248,7 +249,7 @@ def probes(hosts: int) -> None:
 
         def ask(number: int) -> bool:
             try:
-                connect(("127.0.0.1", ports[number % count]), bytes(32), b"control", 2.0)[0].close()
+                connect(("127.0.0.1", ports[number % count]), Credentials(bytes(32)), b"control", 2.0)[0].close()
             except ChannelClosed:
                 return False
             return True

@@ -326,7 +326,7 @@ def schema_of(name: str) -> Callable[[], str]:
 def cluster_fields() -> str:
     """The keys of a cluster file."""
     parts = [("The file", cluster.Cluster), ("A device", cluster.ClusterDevice), ("A link", cluster.ClusterLink)]
-    parts.insert(2, ("A host", cluster.ClusterHost))
+    parts[2:2] = [("A host", cluster.ClusterHost), ("`tls`", cluster.ClusterTls)]
     return "\n\n".join(f"**{title}**\n\n{fields(each, type_text)}" for title, each in parts)
 
 

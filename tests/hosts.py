@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,14 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from labinfer.cluster.token import kept_token, token_path
+from labinfer.runtime.pipeline.transport import Tls
 
 
 class Hosts:
-    """A host for each of ``names``, with one device of ``memory``, if given."""
+    """A host for each of ``names``, with one device of ``memory``, if given, and files of a certificate (``tls``)."""
 
-    def __init__(self, folder: Path, names: Sequence[str], device: str = "reference", memory: str = "") -> None:
+    def __init__(
+        self, folder: Path, names: Sequence[str], device: str = "reference", memory: str = "", tls: Tls | None = None
+    ) -> None:
         kept_token()
-        self.folder, self.device, self.memory = folder, device, memory
+        self.folder, self.device, self.memory, self.tls = folder, device, memory, tls
         self.ports = dict.fromkeys(names, 0)
         self.agents: dict[str, subprocess.Popen[str]] = {}
         for name in names:
@@ -28,6 +32,7 @@ class Hosts:
         """Start the agent of a host, at the port it had before, by the command ``within`` if one is given."""
         command = [*within, sys.executable, "-m", "labinfer.cluster.agent", "--token-file", str(token_path())]
         command += ["--address", f"127.0.0.1:{self.ports.get(name, 0)}"]
+        command += ["--tls", *self.tls[:3]] if self.tls else []
         agent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert agent.stdout is not None
         line = agent.stdout.readline()
@@ -41,7 +46,10 @@ class Hosts:
         more = f"memory: {self.memory}" if self.memory else ""
         devices = [f"  {self.device}@{name}: {{{more}}}" for name in self.ports]
         path = self.folder / "cluster.yaml"
-        path.write_text("\n".join(["hosts:", *hosts, "devices:", *devices]))
+        tls = (
+            [f"tls: {json.dumps(dict(zip(('certificate', 'key', 'ca'), self.tls, strict=False)))}"] if self.tls else []
+        )
+        path.write_text("\n".join([*tls, "hosts:", *hosts, "devices:", *devices]))
         return path
 
     def stages(self, name: str) -> list[int]:

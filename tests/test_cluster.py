@@ -42,7 +42,7 @@ from labinfer.llm import LLM
 from labinfer.ops.formats import stored_bytes
 from labinfer.runtime.pipeline.message import FETCH
 from labinfer.runtime.pipeline.process import StageDied
-from labinfer.runtime.pipeline.transport import ChannelClosed, Keys
+from labinfer.runtime.pipeline.transport import ChannelClosed, Credentials, Keys
 from labinfer.runtime.pipeline.transport.sealed import accept
 from labinfer.runtime.pipeline.transport.tcp import connected_sockets
 from labinfer.runtime.request import Request
@@ -181,6 +181,58 @@ def test_a_stage_that_goes_on_has_what_it_had_before_and_nothing_else(hosts: Hos
             counts.append(descriptors())
             kill_stage(hosts)
         assert counts[1] == counts[2]  # the first has read all weights, and keeps the file open
+
+
+class Relay:
+    """Passes on what comes to its own ``port`` to another; ``cut`` breaks the channels of stages, but no other way."""
+
+    def __init__(self, port: int) -> None:
+        self.there, self.listener = port, socket.create_server(("127.0.0.1", 0))
+        self.port: int = self.listener.getsockname()[1]
+        self.channels: list[socket.socket] = []
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                caller, _ = self.listener.accept()
+                other = socket.create_connection(("127.0.0.1", self.there))
+                hello = caller.recv(38, socket.MSG_WAITALL)
+                other.sendall(hello)
+                if not hello[22:].startswith(b"control"):
+                    self.channels += [caller, other]
+                for ends in ((caller, other), (other, caller)):
+                    threading.Thread(target=self.pass_on, args=ends, daemon=True).start()
+
+    def pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while received := source.recv(1 << 16):
+                target.sendall(received)
+        for each in (source, target):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        for each in self.channels:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.cut()
+        self.listener.close()
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta", "gamma"])
+def test_a_channel_that_breaks_while_all_hosts_answer_is_noticed(name: str, hosts: Hosts) -> None:
+    with closing(Relay(hosts.ports[name])) as relay:
+        file = hosts.file
+        file.write_text(file.read_text().replace(str(hosts.ports[name]), str(relay.port)))
+        with load(FOLDER, file, **LIMITS) as model:
+            requests = begun(model)
+            relay.cut()
+            finish(model, requests)
+            assert used(model) == ["alpha", "beta", "gamma"]
+            assert len(fleet_of(model).starts) == 2
 
 
 def test_what_a_failure_has_cost_is_told(hosts: Hosts, caplog: pytest.LogCaptureFixture) -> None:
@@ -325,7 +377,7 @@ def test_another_token_is_refused_and_told(one_host: tuple[Hosts, LLM], tmp_path
 
 def test_what_an_agent_cannot_do_is_told_and_harms_nobody(one_host: tuple[Hosts, LLM]) -> None:
     hosts, model = one_host
-    control = open_control(("127.0.0.1", hosts.ports["alpha"]), read_token(token_path()))
+    control = open_control(("127.0.0.1", hosts.ports["alpha"]), Credentials(read_token(token_path())))
     wrong = ({"do": "checkpoint", "files": files, "path": "/", "folder": True} for files in (3, []))
     for message in ({"do": "dance"}, {"do": "hello"}, *wrong, {"do": "piece", "files": [], "file": 1}, {}):
         with pytest.raises(LabinferError):
@@ -369,7 +421,7 @@ def test_an_answer_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -
 def test_a_neighbour_that_falls_silent_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control_module, "HOST_SILENCE", 0.5)
     monkeypatch.setattr(control_module, "BEAT", 0.02)
-    token, told = bytes(32), list[str]()
+    token, told = Credentials(bytes(32)), list[str]()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         other: list[Control] = []
 
@@ -398,7 +450,7 @@ def test_stages_that_make_no_progress_are_given_up(home: Path, tmp_path: Path, m
     monkeypatch.setattr(stages, "LOADING_SILENCE", 0.5)
     monkeypatch.setattr(Session, "start", lambda *_: None)  # an agent that never gets a stage to run
     listener = socket.create_server(("127.0.0.1", 0))
-    with closing(Agent(listener, kept_token())) as agent:
+    with closing(Agent(listener, Credentials(kept_token()))) as agent:
         threading.Thread(target=agent.serve, daemon=True).start()
         file = tmp_path / "cluster.yaml"
         address = f"127.0.0.1:{listener.getsockname()[1]}"
@@ -409,7 +461,7 @@ def test_stages_that_make_no_progress_are_given_up(home: Path, tmp_path: Path, m
 
 def test_whoever_asks_for_the_status_ends_nobody_elses_connection(one_host: tuple[Hosts, LLM]) -> None:
     hosts, _ = one_host
-    new = open_control(("127.0.0.1", hosts.ports["alpha"]), read_token(token_path()))
+    new = open_control(("127.0.0.1", hosts.ports["alpha"]), Credentials(read_token(token_path())))
     assert agents.status(read_cluster(hosts.file))["alpha"] is not None
     assert new.ask(do="hello", owner="a head that took its time") == {}
     new.release()
@@ -421,7 +473,7 @@ def test_a_host_without_the_checkpoint_gets_a_copy_in_pieces(home: Path, tmp_pat
     here = Path("/proc/self/cwd/model.gguf")  # another file in the agent's process
     hosts, before = Hosts(tmp_path, ["alpha"]), os.getcwd()
     try:
-        control = open_control(("127.0.0.1", hosts.ports["alpha"]), read_token(token_path()))
+        control = open_control(("127.0.0.1", hosts.ports["alpha"]), Credentials(read_token(token_path())))
         os.chdir(tmp_path)
         copy = Path(provide(control.ask, here))
         assert copy.read_bytes() == content

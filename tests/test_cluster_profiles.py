@@ -26,7 +26,7 @@ from labinfer.placing import REMOTE_LINK, cluster_target, link_between, measured
 from labinfer.profile.quiet import Patience
 from labinfer.profile.session import profile_device
 from labinfer.progress import silent
-from labinfer.runtime.pipeline.transport import ChannelClosed
+from labinfer.runtime.pipeline.transport import ChannelClosed, Credentials
 
 from .hosts import Hosts
 from .tiny import GOLDEN
@@ -136,7 +136,7 @@ def test_what_one_host_cannot_measure_stops_the_others(hosts: Hosts, monkeypatch
 
 
 def test_a_head_that_is_gone_is_not_measured_for(hosts: Hosts) -> None:
-    control = open_control(("127.0.0.1", hosts.ports["alpha"]), kept_token())
+    control = open_control(("127.0.0.1", hosts.ports["alpha"]), Credentials(kept_token()))
     order = {"model": str(FOLDER), "name": "reference@alpha", "threads": None, "max_num_batched_tokens": 16}
     control.say(do="profile", order=order)
     assert "progress" in control.hear(60)[0]
@@ -149,7 +149,7 @@ def test_a_head_that_is_gone_is_not_measured_for(hosts: Hosts) -> None:
 
 
 def test_frames_of_other_sizes_are_refused(hosts: Hosts) -> None:
-    control = open_control(("127.0.0.1", hosts.ports["alpha"]), kept_token())
+    control = open_control(("127.0.0.1", hosts.ports["alpha"]), Credentials(kept_token()))
     control.say(do="echo", channel="a", size=1 << 40)
     address = ["127.0.0.1", hosts.ports["alpha"]]
     with pytest.raises(LabinferError, match="KeyError"):

@@ -15,21 +15,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labinfer.errors import LabinferError
-from labinfer.runtime.pipeline.transport import ChannelClosed, Header, Keys, Sealed
+from labinfer.runtime.pipeline.transport import ChannelClosed, Credentials, Header, Keys, Sealed
 from labinfer.runtime.pipeline.transport import sealed as module
 from labinfer.runtime.pipeline.transport.sealed import accept, connect
 
 from .test_transport import Inbox
 
-TOKEN = bytes(range(32))
+TOKEN = Credentials(bytes(range(32)))
 LIMIT = 1 << 20
 KEYS = Keys(b"a" * 32, b"b" * 32)
+THEIRS = Keys(KEYS.theirs, KEYS.mine)
 
 
 def pair() -> tuple[Sealed, Sealed]:
     """Two ends with the keys of each other, over a connection that a test can listen to."""
     one, other = connected()
-    return Sealed(one, LIMIT, KEYS), Sealed(other, LIMIT, Keys(*reversed(KEYS)))
+    return Sealed(one, LIMIT, KEYS), Sealed(other, LIMIT, THEIRS)
 
 
 def connected() -> tuple[socket.socket, socket.socket]:
@@ -77,7 +78,7 @@ def test_both_ends_have_the_same_keys_crosswise() -> None:
 
 def test_a_caller_with_another_token_is_told_so_and_refused() -> None:
     with closing(Listener()) as listener, pytest.raises(ChannelClosed, match="another token"):
-        connect(listener.address, bytes(32), b"")
+        connect(listener.address, Credentials(bytes(32)), b"")
     assert listener.heard == ["the other end hung up"]
 
 
@@ -143,7 +144,7 @@ def test_a_frame_that_was_changed_is_never_taken_for_one(data: st.DataObject) ->
     at = data.draw(st.integers(0, len(heard) - 1))
     heard[at] ^= data.draw(st.integers(1, 255))
     one, other = connected()
-    receiver = Sealed(other, LIMIT, Keys(*reversed(KEYS)))
+    receiver = Sealed(other, LIMIT, THEIRS)
     with closing(one), closing(other):
         one.sendall(heard)
         one.shutdown(socket.SHUT_WR)
@@ -164,7 +165,7 @@ def test_a_frame_cannot_be_repeated_left_out_or_put_before_another(order: list[i
         frames = [stream[start : start + size] for start in range(0, len(stream), size)]
         one, other = connected()
         stack.callback(one.close)
-        late = Sealed(other, LIMIT, Keys(*reversed(KEYS)))
+        late = Sealed(other, LIMIT, THEIRS)
         stack.callback(late.release)
         one.sendall(b"".join(frames[number] for number in order))
         inbox = Inbox(late)
@@ -222,7 +223,7 @@ def test_an_expected_frame_that_was_changed_is_never_taken_for_one(data: st.Data
     heard = bytearray(record([b"first section"]))
     heard[data.draw(st.integers(0, len(heard) - 1))] ^= data.draw(st.integers(1, 255))
     one, other = connected()
-    receiver, taken = Sealed(other, LIMIT, Keys(*reversed(KEYS))), bytearray(13)
+    receiver, taken = Sealed(other, LIMIT, THEIRS), bytearray(13)
     with closing(one), closing(other):
         receiver.expect(1, 7, [memoryview(taken)])
         one.sendall(heard)

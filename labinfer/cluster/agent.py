@@ -22,8 +22,9 @@ from labinfer.cluster.control import CONTROL_PURPOSE, Control
 from labinfer.cluster.session import Session
 from labinfer.cluster.token import read_token
 from labinfer.errors import LabinferError
-from labinfer.runtime.pipeline.transport import ChannelClosed, Keys
+from labinfer.runtime.pipeline.transport import ChannelClosed, Credentials, Distrusted, Keys, Tls
 from labinfer.runtime.pipeline.transport.sealed import accept
+from labinfer.runtime.pipeline.transport.tls import context_of
 
 HEAD_SILENCE = 5.0
 """Seconds after which a head that says nothing is taken for lost."""
@@ -38,8 +39,8 @@ MAX_STRANGERS = 64
 class Agent:
     """Serves heads on ``listener`` until closed."""
 
-    def __init__(self, listener: socket.socket, token: bytes) -> None:
-        self.listener, self.token = listener, token
+    def __init__(self, listener: socket.socket, credentials: Credentials) -> None:
+        self.listener, self.credentials = listener, credentials
         self.store, self.started = Store(), time.time()
         self.strangers = threading.Semaphore(MAX_STRANGERS)
         self.channels: dict[bytes, tuple[socket.socket, Keys, float]] = {}  # that no stage has claimed yet
@@ -59,24 +60,35 @@ class Agent:
     def greet(self, connection: socket.socket) -> None:
         """Find out what a connection is for; one that does not know the token is closed."""
         try:
-            purpose, keys = accept(connection, self.token)
+            purpose, keys = accept(connection, self.credentials)
         except ChannelClosed:
             connection.close()
             return
         finally:
             self.strangers.release()
         if purpose == CONTROL_PURPOSE:
-            session = Session(self, Control(connection, keys, HEAD_SILENCE))
-            self.sessions.append(session)
-            try:
-                session.run()
-            finally:
-                self.sessions.remove(session)
+            self.serve_head(connection, keys)
             return
         with self.arrived:
             self.channels[purpose] = connection, keys, time.monotonic()
             self.forget_old()
             self.arrived.notify_all()
+
+    def serve_head(self, connection: socket.socket, keys: Keys) -> None:
+        """Do what a head says until it is gone; one that has no certificate that is believed is refused."""
+        try:
+            control = Control(connection, keys, HEAD_SILENCE)
+        except (ChannelClosed, LabinferError) as error:
+            if not isinstance(error, ChannelClosed) or isinstance(error, Distrusted):
+                print(f"refused a connection: {error}", file=sys.stderr, flush=True)
+            connection.close()
+            return
+        session = Session(self, control)
+        self.sessions.append(session)
+        try:
+            session.run()
+        finally:
+            self.sessions.remove(session)
 
     def claim(self, purpose: bytes) -> tuple[socket.socket, Keys]:
         """The channel that was connected for ``purpose``; waits for it."""
@@ -114,14 +126,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m labinfer.cluster.agent", description="The agent of a host.")
     parser.add_argument("--address", default="127.0.0.1:7700", help="where to listen; port 0 is any")
     parser.add_argument("--token-file", type=Path, required=True, help="the cluster's token")
+    parser.add_argument("--tls", nargs=3, metavar=("CERTIFICATE", "KEY", "CA"), help="PEM files, to encrypt all")
     options = parser.parse_args()
     host, _, port = options.address.rpartition(":")
     try:
-        token = read_token(options.token_file)
+        tls = Tls(*options.tls) if options.tls else None
+        if tls is not None:
+            context_of(tls)
+        credentials = Credentials(read_token(options.token_file), tls)
         listener = socket.create_server((host, int(port)), backlog=64)
     except (LabinferError, OSError) as error:
         sys.exit(str(error))
-    agent = Agent(listener, token)
+    agent = Agent(listener, credentials)
     signal.signal(signal.SIGTERM, lambda *_: agent.close())
     print(f"listening on {host}:{listener.getsockname()[1]}", flush=True)
     agent.serve()

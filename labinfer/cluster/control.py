@@ -16,8 +16,8 @@ from typing import Any
 from labinfer.cluster.clock import PeerClock
 from labinfer.errors import LabinferError
 from labinfer.runtime.pipeline.process import BEAT
-from labinfer.runtime.pipeline.transport import ChannelClosed, Header, Keys, Sealed
-from labinfer.runtime.pipeline.transport.sealed import connect
+from labinfer.runtime.pipeline.transport import ChannelClosed, Credentials, Header, Keys, Sealed
+from labinfer.runtime.pipeline.transport.sealed import HANDSHAKE_SECONDS, connect
 
 CONTROL = 16
 """The kind of frames that hold a message."""
@@ -40,9 +40,9 @@ END_SECONDS = 10.0
 Address = tuple[str, int]
 
 
-def open_control(address: Address, token: bytes) -> Control:
-    """A control connection to the agent at ``address``; raises ``ChannelClosed``."""
-    connection, keys = connect(address, token, CONTROL_PURPOSE)
+def open_control(address: Address, credentials: Credentials) -> Control:
+    """A control connection to the agent at ``address``; raises ``ChannelClosed``, and ``Distrusted`` of that."""
+    connection, keys = connect(address, credentials, CONTROL_PURPOSE)
     return Control(connection, keys, HOST_SILENCE)
 
 
@@ -56,6 +56,11 @@ class Control:
         self.channel, self.saying = Sealed(connection, MESSAGE_BYTES, keys), threading.Lock()
         self.most_missed, self.missed = round(silence / BEAT), 0
         self.closed, self.clock = False, PeerClock()
+        try:
+            self.channel.agree(HANDSHAKE_SECONDS)
+        except ChannelClosed:
+            self.channel.release()
+            raise
         self.beating = threading.Thread(target=self.beat, name="labinfer-beat", daemon=True)
         self.beating.start()
 

@@ -20,11 +20,11 @@ import numpy as np
 from labinfer.api import compile_options, is_plan, read_model
 from labinfer.catalogue import resolve
 from labinfer.cluster.agents import hosts_of
-from labinfer.cluster.control import CONTROL_PURPOSE, END_SECONDS
+from labinfer.cluster.control import CONTROL_PURPOSE, END_SECONDS, MESSAGE_BYTES
 from labinfer.cluster.host import Host
 from labinfer.cluster.ray_hosts import RayAgents, is_ray
 from labinfer.cluster.stages import HostedStages
-from labinfer.cluster.token import kept_token
+from labinfer.cluster.token import credentials_of, kept_token
 from labinfer.compiler.cluster import Cluster
 from labinfer.compiler.compile import compile_plan
 from labinfer.compiler.plan import Limits, Plan
@@ -36,7 +36,7 @@ from labinfer.progress import Progress, silent
 from labinfer.replanning import pinned
 from labinfer.runtime.batch import Part
 from labinfer.runtime.pipeline.process import StageDied
-from labinfer.runtime.pipeline.transport import ChannelClosed
+from labinfer.runtime.pipeline.transport import ChannelClosed, Credentials, Distrusted, Sealed
 from labinfer.runtime.pipeline.transport.sealed import connect
 from labinfer.runtime.pipeline.workers import FleetReport, HostReport, Start
 
@@ -72,14 +72,13 @@ def load(
     if model is not None and is_plan(model):
         message = "a plan cannot be planned anew when a host is lost"
         raise UsageError("cluster.plan", message, remedy="give the model that it was compiled from")
-    token = kept_token(token_file)
     with contextlib.ExitStack() as started:
         if is_ray(cluster):
-            agents = started.enter_context(contextlib.closing(RayAgents(str(cluster), token)))
+            agents = started.enter_context(contextlib.closing(RayAgents(str(cluster), kept_token(token_file))))
             cluster = agents.file
         found, source = hosts_of(cluster), resolve(None, progress) if model is None else model
         planner = Planner(source, weights, found, objective, workload, options)
-        fleet = ClusterFleet(planner, token)
+        fleet = ClusterFleet(planner, credentials_of(found, token_file))
         fleet.used = fleet.answering()
         plan = planner.plan(fleet.used)
         show = progress or silent
@@ -102,10 +101,6 @@ class Planner:
 
     def plan(self, hosts: Collection[str], like: Limits | None = None) -> Plan:
         """The plan over ``hosts``, by cost where it was measured, else evenly; with the limits ``like``, if given."""
-        if not hosts:
-            names = ", ".join(f"{name} ({host.address})" for name, host in self.cluster.hosts.items())
-            message = f"no host of the cluster answers: {names}"
-            raise DoesNotFit("cluster.no-hosts", message, remedy="start their agents: labinfer cluster up FILE")
         cluster, workload = self.cluster.over(hosts), parse_workload(self.workload)
         places = [cluster_target(cluster, name, device) for name, device in cluster.devices.items()]
         blueprint, source, checkpoint = read_model(self.model, self.weights)
@@ -124,7 +119,7 @@ class ClusterFleet:
     """The hosts of a cluster; see ``Fleet``."""
 
     planner: Planner
-    token: bytes
+    credentials: Credentials
     progress: Callable[[int], None] = lambda nbytes: None
     compiling: Callable[[int, int], None] = lambda done, total: None
     owner: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -150,7 +145,7 @@ class ClusterFleet:
         names = [self.planner.cluster.host_of(stage.device) for stage in plan.stages]
         self.connect(names)
         hosts, path = [self.hosts[name] for name in names], Path(plan.source.checkpoint or "")
-        stages = HostedStages(plan, hosts, self.token, self.runs, path, self.progress, self.compiling)
+        stages = HostedStages(plan, hosts, self.credentials, self.runs, path, self.progress, self.compiling)
         self.note(Start(time.time(), time.monotonic() - began, tuple(names), stages.loaded, stages.kept))
         return stages
 
@@ -171,7 +166,7 @@ class ClusterFleet:
 
     def open_host(self, name: str) -> Host:
         """A connection to a host."""
-        return Host(name, self.planner.cluster.hosts[name].endpoint, self.token, self.owner)
+        return Host(name, self.planner.cluster.hosts[name].endpoint, self.credentials, self.owner)
 
     def note(self, start: Start) -> None:
         """Keep what a start has cost, and tell of it where it was not the first."""
@@ -211,24 +206,38 @@ class ClusterFleet:
         return FleetReport(hosts, list(self.starts))
 
     def answering(self) -> frozenset[str]:
-        """The hosts whose agents answer."""
-        names = list(self.planner.cluster.hosts)
-        with ThreadPoolExecutor(len(names)) as pool:
-            return frozenset(name for name, there in zip(names, pool.map(self.answers, names), strict=True) if there)
+        """The hosts whose agents answer; ``DoesNotFit`` if there is none."""
+        hosts = self.planner.cluster.hosts
+        with ThreadPoolExecutor(len(hosts)) as pool:
+            found = dict(zip(hosts, pool.map(self.refusal, hosts), strict=True))
+        refused = {name: reason for name, reason in found.items() if reason is not None}
+        for name, reason in refused.items():
+            if reason:
+                _log.warning("host '%s' is left out: %s", name, reason)
+        if len(refused) == len(hosts):
+            told = [f"{name} ({hosts[name].address}){': ' * bool(why)}{why}" for name, why in refused.items()]
+            message = f"no host of the cluster answers: {', '.join(told)}"
+            raise DoesNotFit("cluster.no-hosts", message, remedy="start their agents: labinfer cluster up FILE")
+        return frozenset(found.keys() - refused)
 
-    def answers(self, name: str) -> bool:
-        """Whether the agent of a host answers."""
-        with contextlib.suppress(ChannelClosed):
-            endpoint = self.planner.cluster.hosts[name].endpoint
-            connect(endpoint, self.token, CONTROL_PURPOSE, PROBE_SECONDS)[0].close()
-            return True
-        return False
+    def refusal(self, name: str) -> str | None:
+        """Why the agent of a host cannot be used, "" where it does not answer; None if it can."""
+        endpoint = self.planner.cluster.hosts[name].endpoint
+        try:
+            connection, keys = connect(endpoint, self.credentials, CONTROL_PURPOSE, PROBE_SECONDS)
+            with contextlib.closing(connection):
+                Sealed(connection, MESSAGE_BYTES, keys).agree(PROBE_SECONDS)
+        except Distrusted as error:
+            return str(error)
+        except ChannelClosed:
+            return ""
+        return None
 
     def probe(self) -> None:
         """Look for hosts that have come back, once a second."""
         while not self.closing.wait(1):
             for name in set(self.planner.cluster.hosts) - self.used:
-                if self.answers(name):
+                if self.refusal(name) is None:
                     self.back_since.setdefault(name, time.monotonic())
                 else:
                     self.back_since.pop(name, None)

@@ -11,7 +11,7 @@ from typing import Any
 from labinfer.cluster.checkpoints import provide
 from labinfer.cluster.control import ANSWER_SECONDS, END_SECONDS, Address, open_control
 from labinfer.errors import LabinferError
-from labinfer.runtime.pipeline.transport import ChannelClosed
+from labinfer.runtime.pipeline.transport import ChannelClosed, Credentials
 
 
 class Host:
@@ -20,9 +20,9 @@ class Host:
     What stages say, or is said of them, goes to ``tell``, of which nothing is said once ``alive`` is False.
     """
 
-    def __init__(self, name: str, address: Address, token: bytes, owner: str) -> None:
+    def __init__(self, name: str, address: Address, credentials: Credentials, owner: str) -> None:
         self.name, self.address = name, address
-        self.control = open_control(address, token)
+        self.control = open_control(address, credentials)
         self.answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self.tell: Callable[[dict[str, Any]], None] = lambda message: None
         self.alive, self.checkpoint = True, ""

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from labinfer.cluster.control import END_SECONDS, Address, open_control
-from labinfer.runtime.pipeline.transport import ChannelClosed
+from labinfer.runtime.pipeline.transport import ChannelClosed, Credentials
 
 
 class Neighbour:
@@ -15,9 +15,9 @@ class Neighbour:
     Raises ``ChannelClosed`` where it cannot be reached at all.
     """
 
-    def __init__(self, name: str, address: Address, token: bytes, lost: Callable[[str], None]) -> None:
+    def __init__(self, name: str, address: Address, credentials: Credentials, lost: Callable[[str], None]) -> None:
         self.name, self.lost, self.closed = name, lost, False
-        self.control = open_control(address, token)
+        self.control = open_control(address, credentials)
         self.thread = threading.Thread(target=self.listen, name="labinfer-neighbour", daemon=True)
         self.thread.start()
 

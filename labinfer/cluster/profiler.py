@@ -19,6 +19,7 @@ from labinfer.cluster.control import notice_cuts
 from labinfer.errors import LabinferError
 from labinfer.profile.hops import FRAMES, PAUSE_SECONDS, echo, round_trips
 from labinfer.runtime.pipeline.transport import Keys, Sealed
+from labinfer.runtime.pipeline.transport.sealed import HANDSHAKE_SECONDS
 
 COMMAND = (sys.executable, "-P", "-m", "labinfer.cluster.profiler")
 
@@ -66,6 +67,7 @@ def echo_hops(connection: socket.socket, keys: Keys, size: int) -> None:
         if size not in FRAMES:
             raise ValueError("no size of frames that are measured")
         end = Sealed(connection, size, keys)
+        end.agree(HANDSHAKE_SECONDS)
         echo(end, end, size)
 
 
@@ -74,6 +76,7 @@ def hops(connection: socket.socket, keys: Keys, size: int) -> list[float]:
     with closing(connection):
         notice_cuts(connection)
         end = Sealed(connection, size, keys)
+        end.agree(HANDSHAKE_SECONDS)
         return round_trips(end, end, size, FRAMES[size], PAUSE_SECONDS)
 
 

@@ -17,7 +17,7 @@ from labinfer.api import read_model
 from labinfer.cluster.agents import hosts_of
 from labinfer.cluster.checkpoints import provide
 from labinfer.cluster.control import ANSWER_SECONDS, Control, open_control
-from labinfer.cluster.token import kept_token
+from labinfer.cluster.token import credentials_of
 from labinfer.compiler.cluster import Cluster
 from labinfer.compiler.costs import DeviceProfile, LinkProfile
 from labinfer.compiler.costs.store import at_host, link_of_hosts, store_hosts, store_profile, stored_hosts
@@ -28,7 +28,7 @@ from labinfer.profile.hops import LARGE, SMALL
 from labinfer.profile.links import link_of
 from labinfer.profile.session import signed_options
 from labinfer.progress import Progress
-from labinfer.runtime.pipeline.transport import ChannelClosed
+from labinfer.runtime.pipeline.transport import ChannelClosed, Credentials
 
 
 def profile_hosts(
@@ -46,7 +46,8 @@ def profile_hosts(
     Each host measures what it has not measured yet (all with ``again``), all hosts at the same time. What they found is
     kept here too, and so are the links that the file does not give. What goes wrong on one host stops the others.
     """
-    cluster, token = hosts_of(file), kept_token(token_file)
+    cluster = hosts_of(file)
+    credentials = credentials_of(cluster, token_file)
     targets = [cluster_target(cluster, name, device) for name, device in cluster.devices.items()]
     _, _, checkpoint = read_model(model, options.pop("weights", None))
     if checkpoint is None:
@@ -54,7 +55,7 @@ def profile_hosts(
         raise UsageError("profile.model", message, remedy="give a model directory or file, or --weights")
     orders = {"quick": quick, "again": again, **signed_options(targets, options)}
     with ExitStack() as opened:
-        controls = {name: connected(cluster, name, token, opened) for name in cluster.hosts}
+        controls = {name: connected(cluster, name, credentials, opened) for name in cluster.hosts}
 
         def measure(name: str) -> dict[str, DeviceProfile]:
             here = [each for each in targets if each.declared is None and cluster.host_of(each.name) == name]
@@ -76,11 +77,11 @@ def profile_hosts(
     return found
 
 
-def connected(cluster: Cluster, name: str, token: bytes, opened: ExitStack) -> Control:
+def connected(cluster: Cluster, name: str, credentials: Credentials, opened: ExitStack) -> Control:
     """A connection to the agent of a host."""
     host = cluster.hosts[name]
     try:
-        control = open_control(host.endpoint, token)
+        control = open_control(host.endpoint, credentials)
     except ChannelClosed as error:
         remedy = f"start it: labinfer cluster up {cluster.file}"
         raise LabinferError("cluster.agent", f"the agent of '{name}' does not answer: {error}", remedy=remedy) from None

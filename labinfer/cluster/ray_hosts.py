@@ -22,6 +22,7 @@ from labinfer.cluster.agent import Agent
 from labinfer.errors import LabinferError
 from labinfer.extras import missing
 from labinfer.home import cache_dir
+from labinfer.runtime.pipeline.transport import Credentials
 
 FIRST_PORT = 7700
 """Where the agent of a host listens; the next one where an address has several hosts, as in a Ray cluster for tests."""
@@ -84,7 +85,7 @@ class RayAgent:
     """An actor: the agent of a host, at its ``address``. Ray makes it anew, at the same address, if it dies."""
 
     def __init__(self, address: str, port: int, token: bytes) -> None:
-        self.agent = Agent(socket.create_server((address, port), backlog=64), token)
+        self.agent = Agent(socket.create_server((address, port), backlog=64), Credentials(token))
         threading.Thread(target=self.agent.serve, daemon=True).start()
 
     def listening(self) -> bool:

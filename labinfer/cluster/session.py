@@ -54,6 +54,8 @@ class HostedStage:
             for line in lines:
                 self.process.ready |= "ready" in line
                 if "rests" in line:
+                    if self.channels:  # the head may be the only one that still waits for it
+                        self.say(died=f"{self.process.name} has lost the connection to another stage, or to the head")
                     self.rests.set()
                 elif "beat" not in line:
                     self.say(**line)
@@ -188,9 +190,9 @@ class Session:
                     connection, keys = self.agent.claim(link["channel"].encode())
                 notice_cuts(connection)
                 channels.append(connection)
-                links[name] = [
-                    {"transport": "tcp", "descriptors": [connection.fileno()], "keys": [key.hex() for key in keys]}
-                ]
+                *pair, tls = keys
+                sealed = {"keys": [key.hex() for key in pair], "tls": tls}
+                links[name] = [{"transport": "tcp", "descriptors": [connection.fileno()], **sealed}]
             start = {**message["start"], "stage": message["stage"], "links": links, "stays": True}
             with self.closing:
                 if not self.closed and self.current == message["run"]:
@@ -220,13 +222,13 @@ class Session:
     def connect(self, link: dict[str, Any], run: int) -> tuple[socket.socket, Keys]:
         """The channel of ``link``, connected to another host; the head is told once that is silent."""
         address: Address = str(link["address"][0]), int(link["address"][1])
-        connection, keys = connect(address, self.agent.token, link["channel"].encode())
+        connection, keys = connect(address, self.agent.credentials, link["channel"].encode())
         self.listen_to(link["host"], address, run)
         return connection, keys
 
     def listen_to(self, name: str, address: Address, run: int) -> None:
         """Tell the head once another host, to which a stage sends from here, is silent."""
-        neighbour = Neighbour(name, address, self.agent.token, lambda reason: self.say_died(run, reason))
+        neighbour = Neighbour(name, address, self.agent.credentials, lambda reason: self.say_died(run, reason))
         with self.closing:
             if not self.closed and self.current == run:
                 self.neighbours.append(neighbour)
@@ -244,8 +246,8 @@ class Session:
             if message["do"] == "echo":
                 echo_hops(*self.agent.claim(purpose), size)
             else:
-                address = message["address"]
-                connection, keys = connect((str(address[0]), int(address[1])), self.agent.token, purpose)
+                address = str(message["address"][0]), int(message["address"][1])
+                connection, keys = connect(address, self.agent.credentials, purpose)
                 self.control.say(seconds=hops(connection, keys, size))
         except Exception as error:  # the head waits for an answer, but to the one who only sends back
             if message["do"] != "echo":

@@ -19,8 +19,8 @@ from labinfer.cluster.host import Host
 from labinfer.compiler.plan import Plan
 from labinfer.errors import LabinferError, UsageError
 from labinfer.runtime.pipeline.message import decode_error, frame_bytes
-from labinfer.runtime.pipeline.process import StageDied
-from labinfer.runtime.pipeline.transport import Channel, ChannelClosed, Sealed
+from labinfer.runtime.pipeline.process import LISTENS_WITHIN, StageDied
+from labinfer.runtime.pipeline.transport import Channel, ChannelClosed, Credentials, Sealed
 from labinfer.runtime.pipeline.transport.sealed import connect
 from labinfer.runtime.pipeline.workers import Workers, check_adapters
 
@@ -41,7 +41,7 @@ class HostedStages(Workers):
         self,
         plan: Plan,
         hosts: Sequence[Host],
-        token: bytes,
+        credentials: Credentials,
         run: int,
         checkpoint: Path,
         progress: Callable[[int], None],
@@ -51,7 +51,7 @@ class HostedStages(Workers):
         if plan.ranks > 1:
             message = "several ranks of a stage must be on one host, which shares their memory"
             raise UsageError("cluster.ranks", message, remedy="leave --tensor-parallel-size out")
-        self.plan, self.hosts, self.token, self.run = plan, hosts, token, run
+        self.plan, self.hosts, self.credentials, self.run = plan, hosts, credentials, run
         self.progress, self.compiling = progress, compiling
         self.limit = frame_bytes(plan)
         self.changed = threading.Condition()
@@ -66,7 +66,8 @@ class HostedStages(Workers):
         except ChannelClosed as error:
             self.stop()
             self.release()
-            raise StageDied("pipeline.start", f"a host was lost while its stages were started: {error}") from None
+            lost = f"a host was lost while its stages were started: {error}"
+            raise self.problem or StageDied("pipeline.start", lost) from None
         except BaseException:
             self.stop()
             self.release()
@@ -92,6 +93,9 @@ class HostedStages(Workers):
             )  # fmt: skip
         self.senders = [self.connect(self.hosts[0], channels[0])]
         self.receiver = self.connect(self.hosts[-1], channels[-2])
+        with ThreadPoolExecutor(2) as pool:
+            for _ in pool.map(lambda end: end.agree(LISTENS_WITHIN), self.ends):
+                pass
         self.wait_until_ready()
 
     def wait_until_ready(self) -> None:
@@ -120,10 +124,13 @@ class HostedStages(Workers):
 
     def connect(self, host: Host, channel: str) -> Channel:
         """The head's end of a channel."""
-        connection, keys = connect(host.address, self.token, channel.encode())
+        connection, keys = connect(host.address, self.credentials, channel.encode())
         notice_cuts(connection)
         end = Sealed(connection, self.limit, keys)
-        self.ends.append(end)
+        with self.changed:
+            self.ends.append(end)
+            if self.problem is not None:
+                end.close()
         return end
 
     def take(self, message: dict[str, Any]) -> None:
@@ -153,6 +160,7 @@ class HostedStages(Workers):
             error = StageDied("pipeline.start", problem) if isinstance(problem, str) else problem
             self.problem = error
             self.changed.notify_all()
+            self.kill()
         _log.warning("%s", error.message)
         self.died(StageDied("pipeline.stage-died", error.message))
 

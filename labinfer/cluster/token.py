@@ -1,4 +1,6 @@
-"""The cluster's token: 32 random bytes in a file that only its owner reads. Who has it may start stages anywhere."""
+"""What hosts of a cluster show each other: its token, 32 random bytes in a file that only its owner reads, and perhaps
+certificates. Who has the token, and a certificate where there are such, may start stages anywhere.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,11 @@ import os
 import secrets
 from pathlib import Path
 
+from labinfer.compiler.cluster import Cluster
 from labinfer.errors import LabinferError, Place
 from labinfer.home import cache_dir
+from labinfer.runtime.pipeline.transport import Credentials, Tls
+from labinfer.runtime.pipeline.transport.tls import context_of
 
 TOKEN_BYTES = 32
 
@@ -15,6 +20,16 @@ TOKEN_BYTES = 32
 def token_path() -> Path:
     """Where it is kept unless a file is named."""
     return cache_dir() / "cluster" / "token"
+
+
+def credentials_of(cluster: Cluster, token_file: Path | None = None) -> Credentials:
+    """The kept token, or that of a file, and the certificates that the ``cluster`` file names, which can be used."""
+    token, tls = kept_token(token_file), None
+    if cluster.tls is not None:
+        folder = cluster.file.absolute().parent
+        tls = Tls(*(str(folder / each) for each in (cluster.tls.certificate, cluster.tls.key, cluster.tls.ca)))
+        context_of(tls)
+    return Credentials(token, tls)
 
 
 def kept_token(path: Path | None = None) -> bytes:

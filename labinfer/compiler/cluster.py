@@ -112,6 +112,14 @@ class ClusterLink(ClusterModel):
     bandwidth: Rate = Field(description="bytes per second, or like 1.25GB/s")
 
 
+class ClusterTls(ClusterModel):
+    """PEM files by which all hosts encrypt what they say to each other: the same paths on each host, its own files."""
+
+    certificate: str = Field(description="the host's certificate, which names its address; relative to this file")
+    key: str = Field(description="the private key of that, which only its owner can read")
+    ca: str = Field(description="the authority that has signed the certificates of all hosts")
+
+
 class Cluster(ClusterModel):
     """A whole cluster file."""
 
@@ -120,6 +128,7 @@ class Cluster(ClusterModel):
         default={}, max_length=4096, description="hosts whose devices run stages, by name"
     )
     links: list[ClusterLink] = Field(default=[], description="the nearest one given counts: of devices, then of hosts")
+    tls: ClusterTls | None = Field(default=None, description="certificates, to encrypt what hosts say to each other")
     pins: dict[str, str] = Field(
         default={},
         description="layers by name (`start`, `layers.0`, `layers.1?`, `end`), and the device that must run them",
@@ -167,7 +176,11 @@ def read_cluster(path: Path | str) -> Cluster:
 def _schema_error(node: Node, detail: Any) -> InvalidFile:
     place, where = place_of(node, detail["loc"]), ".".join(map(str, detail["loc"]))
     if detail["type"] == "extra_forbidden":
-        known = {name for each in (Cluster, ClusterDevice, ClusterHost, ClusterLink) for name in each.model_fields}
+        known = {
+            name
+            for each in (Cluster, ClusterDevice, ClusterHost, ClusterLink, ClusterTls)
+            for name in each.model_fields
+        }
         remedy = did_you_mean(str(detail["loc"][-1]), known)
         return InvalidFile("cluster.unknown-key", f"unknown key '{where}'", place=place, remedy=remedy)
     return InvalidFile("cluster.schema", f"{where or 'the file'}: {detail['msg']}", place=place)

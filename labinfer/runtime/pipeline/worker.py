@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from labinfer.backends.base import local_name
@@ -21,9 +22,9 @@ from labinfer.runtime.cores import stay_on
 from labinfer.runtime.manager import Manager
 from labinfer.runtime.peers import map_shared, peers_of
 from labinfer.runtime.pipeline.message import encode_error
-from labinfer.runtime.pipeline.process import BEAT, MAX_DESCRIPTORS
+from labinfer.runtime.pipeline.process import BEAT, LISTENS_WITHIN, MAX_DESCRIPTORS
 from labinfer.runtime.pipeline.stage_loop import Links, StageLoop
-from labinfer.runtime.pipeline.transport import Channel, Keys, attach
+from labinfer.runtime.pipeline.transport import Channel, ChannelClosed, Distrusted, Keys, Tls, attach
 from labinfer.runtime.stage import Kept, LoadedStage
 from labinfer.runtime.weights import Checkpoint, open_checkpoint
 
@@ -75,38 +76,59 @@ def main() -> None:
     while True:
         start = parent.starts.get()
         try:
-            checkpoint = open_checkpoint(start["checkpoint"])  # stays open: layers may be streamed from it
-            loop = prepare(parent, start, manager, checkpoint, kept if start.get("stays") else None)
-        except LabinferError as error:
-            parent.say(error=json.loads(encode_error(error)))
-            return
-        parent.say(ready=True, kept=loop.stage.kept_bytes)
-        try:
-            loop.run()
+            links = open_links(start)
+            if agreed(links):
+                checkpoint = open_checkpoint(start["checkpoint"])  # stays open: layers may be streamed from it
+                loop = prepare(parent, start, links, manager, checkpoint, kept if start.get("stays") else None)
+                parent.say(ready=True, kept=loop.stage.kept_bytes)
+                loop.run()
+                kept = loop.stage.rest()
+                del loop
+                checkpoint.close()
         except LabinferError as error:
             parent.say(error=json.loads(encode_error(error)))
             return
         if not start.get("stays"):
             return
-        for end in loop.links.all():
+        for end in links.all():
             end.release()
-        kept = loop.stage.rest()
-        del loop
-        checkpoint.close()
         gc.collect()  # nothing but the weights is left
         parent.say(rests=True)
 
 
+def open_links(start: dict[str, Any]) -> Links:
+    """The stage's ends of its channels."""
+    links = {
+        name: [open_link(link, start["limit"], start["descriptors"]) for link in start["links"].get(name, ())]
+        for name in ("inbound", "outbound", "tokens_in", "tokens_out")
+    }
+    [inbound], tokens_in = links["inbound"], links["tokens_in"]
+    return Links(inbound, links["outbound"], tokens_in[0] if tokens_in else None, links["tokens_out"])
+
+
+def agreed(links: Links) -> bool:
+    """Whether all channels are ready for frames: False if one was closed meanwhile, as when another stage has died.
+
+    All at once, since tokens may come back to the stage that has sent them.
+    """
+    ends = links.all()
+    with ThreadPoolExecutor(len(ends)) as pool:
+        try:
+            for _ in pool.map(lambda end: end.agree(LISTENS_WITHIN), ends):
+                pass
+        except Distrusted as error:
+            raise LabinferError(error.code, str(error), remedy=error.remedy) from None
+        except ChannelClosed:
+            return False
+    return True
+
+
 def prepare(
-    parent: Parent, start: dict[str, Any], manager: Manager, checkpoint: Checkpoint, kept: Kept | None
+    parent: Parent, start: dict[str, Any], links: Links, manager: Manager, checkpoint: Checkpoint, kept: Kept | None
 ) -> StageLoop:
     """The loop of the stage, ready to run."""
     plan, number, descriptors = Plan.model_validate(start["plan"]), start["stage"], start["descriptors"]
     stay_on(start["cores"])
-    links = {
-        name: [open_link(link, start["limit"], descriptors) for link in start["links"].get(name, ())]
-        for name in ("inbound", "outbound", "tokens_in", "tokens_out")
-    }
     name = plan.stages[number].device
     device = manager.device(local_name(name), plan.devices[name].threads)
     memory = map_shared(descriptors[start["peers"]]) if "peers" in start else None
@@ -117,16 +139,17 @@ def prepare(
         lambda nbytes: parent.say(loaded=nbytes),
         lambda done, total: parent.say(compiling=[done, total]),
     )
-    [inbound], tokens_in = links["inbound"], links["tokens_in"]
-    ends = Links(inbound, links["outbound"], tokens_in[0] if tokens_in else None, links["tokens_out"])
-    return StageLoop(plan, number, stage, ends)
+    return StageLoop(plan, number, stage, links)
 
 
 def open_link(link: dict[str, Any], limit: int, descriptors: Mapping[int, int]) -> Channel:
     """The end of a channel that the parent describes, whose descriptors have other numbers there; one to another host
     has keys, as hexadecimal text.
     """
-    keys = Keys(*map(bytes.fromhex, link["keys"])) if "keys" in link else None
+    keys = None
+    if "keys" in link:
+        mine, theirs = map(bytes.fromhex, link["keys"])
+        keys = Keys(mine, theirs, Tls(*link["tls"]) if link["tls"] else None)
     return attach(link["transport"], [descriptors[each] for each in link["descriptors"]], limit, keys)
 
 

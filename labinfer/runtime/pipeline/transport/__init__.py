@@ -10,17 +10,17 @@ import socket
 from collections.abc import Sequence
 
 from labinfer.errors import UsageError, did_you_mean
-from labinfer.runtime.pipeline.transport.channel import Channel, ChannelClosed, Header, Sections
+from labinfer.runtime.pipeline.transport.channel import Channel, ChannelClosed, Distrusted, Header, Sections
 from labinfer.runtime.pipeline.transport.ring import Ring, Signal, private_memory, shared_memory
-from labinfer.runtime.pipeline.transport.sealed import Keys, Sealed
+from labinfer.runtime.pipeline.transport.sealed import Credentials, Keys, Sealed, Tls
 from labinfer.runtime.pipeline.transport.tcp import Tcp, connected_sockets
 
 TRANSPORTS = ("local", "shm", "tcp")
 """``local`` keeps all stages in this process; the others give each a process of its own."""
 
 __all__ = [
-    "TRANSPORTS", "Channel", "ChannelClosed", "Header", "Keys", "Sealed", "Sections", "attach", "check_transport",
-    "open_channel",
+    "TRANSPORTS", "Channel", "ChannelClosed", "Credentials", "Distrusted", "Header", "Keys", "Sealed", "Sections",
+    "Tls", "attach", "check_transport", "open_channel",
 ]  # fmt: skip
 
 

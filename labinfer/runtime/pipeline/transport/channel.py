@@ -44,6 +44,15 @@ class ChannelClosed(Exception):
     """The channel was closed, here or at the other end."""
 
 
+class Distrusted(ChannelClosed):
+    """The other end answers, but one of both does not believe what the other shows; ``code`` and ``remedy`` are those
+    of an error that tells so."""
+
+    def __init__(self, code: str, message: str, remedy: str) -> None:
+        super().__init__(message)
+        self.code, self.remedy = code, remedy
+
+
 def arrived(file: int | socket.socket, seconds: float | None = 0.0) -> bool:
     """Whether bytes of ``file``, or its end, can be read; waits for them so long, or until they can be (None)."""
     descriptor = file if isinstance(file, int) else file.fileno()
@@ -131,6 +140,10 @@ class Channel(ABC):
 
         It is received as any other, and another may come instead.
         """
+
+    def agree(self, seconds: float) -> None:  # noqa: B027  most are ready
+        """Get ready for frames, together with the other end, within so many ``seconds``; both ends call it before all
+        else, at the same time. Raises ``ChannelClosed``, and ``Distrusted`` of that."""
 
     @property
     @abstractmethod

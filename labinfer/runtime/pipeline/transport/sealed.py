@@ -4,7 +4,8 @@ Both ends prove that they know the cluster's token before anything else is read:
 what the connection is for, the other a nonce of its own and an HMAC over all that, the first an HMAC in return. From
 the token and the nonces each direction gets a key of its own. A frame is followed by an HMAC over it and a count, so
 one that was changed, left out, repeated or recorded elsewhere closes the connection before anybody acts on it; until
-then its sizes only say how much is read. What is sent can be read on the way: it is authenticated, not encrypted.
+then its sizes only say how much is read. What is sent can be read on the way, unless both ends have certificates: then
+TLS begins after that, and frames go through it.
 HMAC-SHA-256 (RFC 2104), cut to 128 bits (RFC 4868); processors that compute SHA-256 are quicker at it than at BLAKE2.
 """
 
@@ -16,67 +17,100 @@ import socket
 import struct
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from labinfer.runtime.pipeline.transport.channel import VERSION, ChannelClosed, Header, Sections
+from labinfer.runtime.pipeline.transport.channel import VERSION, ChannelClosed, Distrusted, Header, Sections
 from labinfer.runtime.pipeline.transport.tcp import Tcp
+
+if TYPE_CHECKING:
+    from labinfer.runtime.pipeline.transport.tls import Encrypted
 
 HANDSHAKE_SECONDS = 2.0
 """How long a handshake may take, however little of it comes at a time."""
 
 PURPOSE_BYTES = 16
-_MAGIC = b"LABS"
+_PLAIN, _ENCRYPTED = b"LABS", b"LABT"
 _HELLO = struct.Struct(f"<4sH16s{PURPOSE_BYTES}s")
 _ANSWER = struct.Struct("<4sH16s32s")
 _SEAL_BYTES = 16
 
 
+class Tls(NamedTuple):
+    """How an end encrypts: PEM files with its ``certificate``, that one's ``key``, and the certificate of the authority
+    (``ca``) that must have signed the other end's. ``called`` is the host that it has called, which that one names."""
+
+    certificate: str
+    key: str
+    ca: str
+    called: str = ""
+
+
+class Credentials(NamedTuple):
+    """What hosts of a cluster show each other: its token, and certificates if they encrypt what they say."""
+
+    token: bytes
+    tls: Tls | None = None
+
+
 class Keys(NamedTuple):
-    """What this end seals with, and what the other end does: 32 bytes each."""
+    """What this end seals with, and what the other end does, 32 bytes each; and how both encrypt, if they do."""
 
     mine: bytes
     theirs: bytes
+    tls: Tls | None = None
 
 
 def connect(
-    address: tuple[str, int], token: bytes, purpose: bytes, seconds: float = HANDSHAKE_SECONDS
+    address: tuple[str, int], credentials: Credentials, purpose: bytes, seconds: float = HANDSHAKE_SECONDS
 ) -> tuple[socket.socket, Keys]:
-    """A connection to who listens at ``address`` and knows ``token``, for ``purpose`` (at most 16 bytes).
+    """A connection to who listens at ``address`` and knows our token, for ``purpose`` (at most 16 bytes).
 
-    Raises ``ChannelClosed`` where nobody does, or does not answer within ``seconds``.
+    Raises ``ChannelClosed`` where nobody does, or does not answer within ``seconds``, and ``Distrusted`` where somebody
+    has another token, or only one of both encrypts.
     """
-    until = time.monotonic() + seconds
+    until, (token, tls) = time.monotonic() + seconds, credentials
+    ours = _PLAIN if tls is None else _ENCRYPTED
     try:
         connection = socket.create_connection(address, seconds)
     except OSError as error:
         raise ChannelClosed(f"{address[0]}:{address[1]} cannot be reached: {error}") from None
     try:
-        hello = _HELLO.pack(_MAGIC, VERSION, os.urandom(16), purpose)
+        hello = _HELLO.pack(ours, VERSION, os.urandom(16), purpose)
         connection.sendall(hello)
         answer = _read(connection, _ANSWER.size, until)
         magic, version, _, proof = _ANSWER.unpack(answer)
         said = hello + answer[:-32]
-        if magic != _MAGIC or version != VERSION:
+        if magic not in (_PLAIN, _ENCRYPTED) or version != VERSION:
             raise ChannelClosed(f"{address[0]}:{address[1]} does not speak version {VERSION}")
         if not hmac.compare_digest(proof, _mac(token, b"listener", said)):
-            raise ChannelClosed(f"{address[0]}:{address[1]} has another token")
+            message = f"{address[0]}:{address[1]} has another token"
+            raise Distrusted("cluster.token", message, "give the cluster's: --token-file FILE")
+        if magic != ours:
+            message = f"{address[0]}:{address[1]} {'encrypts' if tls is None else 'does not encrypt'} connections"
+            remedy = "start its agent with the same 'tls' in the cluster file: labinfer cluster down, then up"
+            raise Distrusted("cluster.tls", message, remedy)
         connection.sendall(_mac(token, b"caller", said))
         connection.settimeout(None)
-    except (OSError, ChannelClosed) as error:
+    except OSError as error:
         connection.close()
         raise ChannelClosed(str(error)) from None
-    return connection, Keys(_mac(token, b"from caller", said), _mac(token, b"from listener", said))
+    except ChannelClosed:
+        connection.close()
+        raise
+    called = None if tls is None else tls._replace(called=address[0])
+    return connection, Keys(_mac(token, b"from caller", said), _mac(token, b"from listener", said), called)
 
 
-def accept(connection: socket.socket, token: bytes) -> tuple[bytes, Keys]:
+def accept(connection: socket.socket, credentials: Credentials) -> tuple[bytes, Keys]:
     """What a caller wants and the keys of its connection; raises ``ChannelClosed`` for one without the token."""
-    until = time.monotonic() + HANDSHAKE_SECONDS
+    until, (token, tls) = time.monotonic() + HANDSHAKE_SECONDS, credentials
+    ours = _PLAIN if tls is None else _ENCRYPTED
     try:
         hello = _read(connection, _HELLO.size, until)
         magic, version, _, purpose = _HELLO.unpack(hello)
-        if magic != _MAGIC or version != VERSION:
+        if magic not in (_PLAIN, _ENCRYPTED) or version != VERSION:
             raise ChannelClosed(f"the caller does not speak version {VERSION}")
-        head = _ANSWER.pack(_MAGIC, VERSION, os.urandom(16), b"")[:-32]
+        head = _ANSWER.pack(ours, VERSION, os.urandom(16), b"")[:-32]
         said = hello + head
         connection.sendall(head + _mac(token, b"listener", said))
         if not hmac.compare_digest(_read(connection, 32, until), _mac(token, b"caller", said)):
@@ -84,7 +118,7 @@ def accept(connection: socket.socket, token: bytes) -> tuple[bytes, Keys]:
         connection.settimeout(None)
     except OSError as error:
         raise ChannelClosed(str(error)) from None
-    return purpose.rstrip(b"\0"), Keys(_mac(token, b"from listener", said), _mac(token, b"from caller", said))
+    return purpose.rstrip(b"\0"), Keys(_mac(token, b"from listener", said), _mac(token, b"from caller", said), tls)
 
 
 class Sealed(Tcp):
@@ -93,12 +127,26 @@ class Sealed(Tcp):
     def __init__(self, connection: socket.socket, limit: int, keys: Keys) -> None:
         super().__init__(connection, limit)
         self.keys = keys
-        self._mine, self._theirs = (hmac.new(key, digestmod="sha256") for key in keys)
+        self._mine, self._theirs = (hmac.new(key, digestmod="sha256") for key in (keys.mine, keys.theirs))
         self._sent = self._received = 0
         self._seal = self._begun(self._mine, 0)  # of the next frame that is sent
         self._expected: hmac.HMAC | None = None  # of the next that is received, once it is waited for
         self._found = memoryview(bytearray(_SEAL_BYTES))
         self._likely: tuple[Header, int, list[memoryview]] | None = None  # the next frame, perhaps, and its bytes
+        self.encrypted: Encrypted | None = None
+        if keys.tls is not None:
+            from labinfer.runtime.pipeline.transport.tls import Encrypted
+
+            self.way = self.encrypted = Encrypted(connection, keys.tls)
+
+    def agree(self, seconds: float) -> None:
+        """See ``Channel.agree``: where frames are encrypted, each end looks at the other's certificate."""
+        if self.encrypted is not None:
+            self.encrypted.agree(seconds)
+
+    def ready(self, seconds: float | None = 0.0) -> bool:
+        """See ``Channel.ready``."""
+        return (self.encrypted is not None and self.encrypted.pending) or super().ready(seconds)
 
     def _begun(self, key: hmac.HMAC, count: int) -> hmac.HMAC:
         seal = key.copy()

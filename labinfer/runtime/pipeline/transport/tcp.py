@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from labinfer.runtime.pipeline.transport.channel import Channel, ChannelClosed, arrived
+
+if TYPE_CHECKING:
+    from labinfer.runtime.pipeline.transport.tls import Encrypted
 
 _BUFFER_BYTES = 1 << 16
 
@@ -28,6 +32,8 @@ class Tcp(Channel):
     def __init__(self, connection: socket.socket, limit: int) -> None:
         super().__init__(limit)
         self.connection = connection
+        self.way: socket.socket | Encrypted = connection
+        """What bytes are sent to and received from."""
         self._buffer, self._start, self._stop = memoryview(bytearray(_BUFFER_BYTES)), 0, 0
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -41,7 +47,7 @@ class Tcp(Channel):
         left = list(parts)
         try:
             while left:
-                sent = self.connection.sendmsg(left)
+                sent = self.way.sendmsg(left)
                 while left and sent >= len(left[0]):
                     sent -= len(left.pop(0))
                 if sent:
@@ -55,10 +61,10 @@ class Tcp(Channel):
         try:
             while done < size:
                 if self._start == self._stop and size - done >= _BUFFER_BYTES:
-                    count = self.connection.recv_into(into[done:], size - done, socket.MSG_WAITALL)
+                    count = self.way.recv_into(into[done:], size - done, socket.MSG_WAITALL)
                 else:
                     if self._start == self._stop:
-                        self._start, self._stop = 0, self.connection.recv_into(self._buffer)
+                        self._start, self._stop = 0, self.way.recv_into(self._buffer)
                     count = min(size - done, self._stop - self._start)
                     into[done : done + count] = self._buffer[self._start : self._start + count]
                     self._start += count
@@ -77,7 +83,7 @@ class Tcp(Channel):
         if self._start < self._stop:
             return True
         try:
-            self._start, self._stop = 0, self.connection.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
+            self._start, self._stop = 0, self.way.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
         except OSError:  # whoever reads is told
