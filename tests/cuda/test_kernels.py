@@ -65,6 +65,10 @@ SOURCES = {
         for sparse, budget in ((0, 168), (1, 216))
     },
     "attention-turn": (Source("attention", (*attention(64, 64, 8, 2).defines, "TURN=0")), 168),
+    **{
+        f"batch-{wide}": (Source("batch", (f"BATCH={wide}", f"CLUSTER={64 // wide}", "STAGES=4", *more)), 128)
+        for wide, more in ((16, ()), (32, ("HALF",)), (64, ("GLU", "NARROW=2")))
+    },
     "decode-plain": (decode(64, 1, "SOFTCAP"), 128),
     "decode-64": (decode(64, 4, "TURN=0", "NARROW=2"), 128),
     "decode-128": (decode(128, 8, "TURN=0"), 168),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import c_uint64
+from ctypes import Structure, c_int, c_uint64
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,14 @@ from labinfer.backends.cuda.compile import Source
 from labinfer.backends.cuda.cublas import Blas, Product
 from labinfer.backends.cuda.layout import (
     ACTIVATION_CODES,
+    BATCH_ROWS,
+    BATCH_STAGES,
+    BATCH_TOKENS,
     CUBLAS_BYTES,
     STREAM_CHUNK,
+    batch_bytes,
+    batch_split,
+    batch_tokens,
     few_row_bytes,
     few_tokens,
     fits_few,
@@ -48,6 +54,15 @@ if TYPE_CHECKING:
 
 MAX_NORM = 32 << 10
 """Numbers that a block of ``norm.cu`` keeps at most."""
+
+
+class BatchParameters(Structure):
+    """``Parameters`` of ``batch.cu``."""
+
+    _fields_ = (
+        *((name, c_uint64) for name in ("x", "w", "up", "residual", "y")),
+        *((name, c_int) for name in ("tokens", "rows", "columns", "residual_row", "y_row", "function")),
+    )
 
 
 class Emitter:
@@ -254,22 +269,29 @@ class Emitter:
     def large(
         self, x: Any, format: str, products: Sequence[Linear], norm: Call | None, residual: Any, rows: Any = None
     ) -> None:
-        """Products by cuBLAS, from activations in 16 bits."""
-        at, workspace = self.narrowed(x, format, norm, rows), self.blas_scratch
-        if residual is not None:
+        """Products from activations in 16 bits, of many tokens by cuBLAS."""
+        at = self.narrowed(x, format, norm, rows)
+        if residual is not None and not self.is_batch(x):
             self.copy(residual, products[0].y)
         for first, count in runs(products):
             w, y = first.weight, first.y
+            if self.is_batch(x):
+                self.batch(at, len(x), w, count, y, stride(y), residual)
+                continue
             product = Product(len(x), count, pitch(w.columns), format, accumulate=residual is not None)
-            self.rows.append(self.blas.bind(product, at, w.address, address(y), stride(y), workspace))
+            self.rows.append(self.blas.bind(product, at, w.address, address(y), stride(y), self.blas_scratch))
         for each in products:
             if each.bias is not None:
                 arguments = (each.y, stride(each.y), each.bias, each.weight.rows)
                 self.each("elementwise", "add_bias", len(x), each.weight.rows, *arguments)
 
     def large_glu(self, x: Any, gate: CudaWeight, up: CudaWeight, norm: Call, function: str, y: Any) -> None:
-        """A gated unit by cuBLAS; between its two products and the activation, numbers have 16 bits."""
-        at, workspace, format = self.narrowed(x, gate.format, norm), self.blas_scratch, gate.format
+        """A gated unit; with cuBLAS, numbers have 16 bits between its two products and the activation."""
+        at, format = self.narrowed(x, gate.format, norm), gate.format
+        if self.is_batch(x):
+            self.batch(at, len(x), gate, gate.rows, y, self.row_of(y), up=up, function=function)
+            return
+        workspace = self.blas_scratch
         made, row = self.scratch(4 * len(x) * gate.rows), 2 * gate.rows
         behind = gate.address + 2 * gate.rows * pitch(gate.columns) == up.address
         product = Product(len(x), row if behind else gate.rows, pitch(gate.columns), format, out=format)
@@ -280,6 +302,36 @@ class Emitter:
         arguments = (c_uint64(made), y, self.row_of(y), gate.rows, ACTIVATION_CODES[function])
         grid = (-(-gate.rows // 2048), len(x), 1)
         self.add("elementwise", "narrow_glu", grid, 256, *arguments, defines=(*half, *self.result_defines()))
+
+    def is_batch(self, x: Any) -> bool:
+        """Whether products of so many rows with plain weights are not cuBLAS's."""
+        return len(x) <= BATCH_TOKENS
+
+    def batch(
+        self,
+        x: int,
+        tokens: int,
+        w: CudaWeight,
+        rows: int,
+        y: Any,
+        y_row: int,
+        residual: Any = None,
+        up: CudaWeight | None = None,
+        function: str | None = None,
+    ) -> None:
+        """``rows`` of ``w`` times x, in 16 bits at an address; with ``up`` a gated unit, which leaves the result."""
+        wide, columns = batch_tokens(tokens), pitch(w.columns)
+        tiles, blocks = -(-rows // (BATCH_ROWS // 2 if up else BATCH_ROWS)), -(-tokens // wide)
+        split = batch_split(tiles * blocks, columns, self.device.multiprocessors) if self.device.clusters else 1
+        gated = () if up is None else ("GLU", *self.result_defines())
+        parameters = BatchParameters(
+            x, w.address, up.address if up else 0, address(residual), address(y), tokens, rows, columns,
+            stride(residual), y_row, ACTIVATION_CODES[function] if function else 0,
+        )  # fmt: skip
+        half = ["HALF"] * (w.format == "f16")
+        defines = (f"BATCH={wide}", f"CLUSTER={split}", f"STAGES={BATCH_STAGES}", *half, *gated)
+        grid, cluster, shared = (blocks, tiles, split), (1, 1, split), batch_bytes(tokens)
+        self.add("batch", "batch", grid, 128, parameters, defines=defines, shared=shared, cluster=cluster)
 
     @cached_property
     def blas_scratch(self) -> int:

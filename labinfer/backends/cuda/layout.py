@@ -46,6 +46,12 @@ STREAM_CHUNK = 2048
 STREAM_SHARED_BYTES = 75_000
 """Shared memory for tiles and activations of a block there: a third of a multiprocessor's."""
 
+BATCH_TOKENS = 256
+"""So many tokens go through ``batch.cu`` where weights are plain; with more, cuBLAS is faster; measured."""
+
+BATCH_ROWS, BATCH_COLUMNS, BATCH_STAGES = 64, 64, 4
+"""``ROWS``, ``COLUMNS`` and ``STAGES`` of ``batch.cu``."""
+
 CUBLAS_BYTES = 32 << 20
 """cuBLAS's scratch memory, as NVIDIA recommends for Hopper."""
 
@@ -128,6 +134,24 @@ def stream_tile_bytes(format: str, columns: int) -> int:
 def stream_x_bytes(tokens: int) -> int:
     """Bytes of shared memory for the activations that a tile meets."""
     return 2 * tokens * (STREAM_CHUNK + 32)
+
+
+def batch_tokens(tokens: int) -> int:
+    """Tokens that a block of ``batch.cu`` takes."""
+    return 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+
+
+def batch_split(blocks: int, columns: int, processors: int) -> int:
+    """Into how many parts, each for another block, columns are cut where there are so few ``blocks``."""
+    split = 1
+    while split < 8 and blocks * split <= processors and columns // split >= 8 * BATCH_COLUMNS:
+        split *= 2
+    return split
+
+
+def batch_bytes(tokens: int) -> int:
+    """Shared memory of a block of ``batch.cu``."""
+    return 2 * BATCH_STAGES * BATCH_COLUMNS * (BATCH_ROWS + batch_tokens(tokens))
 
 
 MAX_RANKS = 8
