@@ -24,12 +24,12 @@ from labinfer.backends.cuda.cublas import Blas, Product
 from labinfer.backends.cuda.layout import (
     ACTIVATION_CODES,
     BATCH_ROWS,
-    BATCH_STAGES,
     BATCH_TOKENS,
     CUBLAS_BYTES,
     STREAM_CHUNK,
-    batch_bytes,
     batch_split,
+    batch_stage_bytes,
+    batch_stages,
     batch_tokens,
     few_row_bytes,
     few_tokens,
@@ -320,7 +320,7 @@ class Emitter:
         function: str | None = None,
     ) -> None:
         """``rows`` of ``w`` times x, in 16 bits at an address; with ``up`` a gated unit, which leaves the result."""
-        wide, columns = batch_tokens(tokens), pitch(w.columns)
+        wide, stages, columns = batch_tokens(tokens), batch_stages(tokens), pitch(w.columns)
         tiles, blocks = -(-rows // (BATCH_ROWS // 2 if up else BATCH_ROWS)), -(-tokens // wide)
         split = batch_split(tiles * blocks, columns, self.device.multiprocessors) if self.device.clusters else 1
         gated = () if up is None else ("GLU", *self.result_defines())
@@ -329,9 +329,12 @@ class Emitter:
             stride(residual), y_row, ACTIVATION_CODES[function] if function else 0,
         )  # fmt: skip
         half = ["HALF"] * (w.format == "f16")
-        defines = (f"BATCH={wide}", f"CLUSTER={split}", f"STAGES={BATCH_STAGES}", *half, *gated)
-        grid, cluster, shared = (blocks, tiles, split), (1, 1, split), batch_bytes(tokens)
-        self.add("batch", "batch", grid, 128, parameters, defines=defines, shared=shared, cluster=cluster)
+        cluster = [f"CLUSTER={split}"] * (split > 1)
+        defines = (f"BATCH={wide}", f"STAGES={stages}", *cluster, *half, *gated)
+        self.add(
+            "batch", "batch", (blocks, tiles, split), 128, parameters, defines=defines, cluster=(1, 1, split),
+            shared=stages * batch_stage_bytes(tokens),
+        )  # fmt: skip
 
     @cached_property
     def blas_scratch(self) -> int:

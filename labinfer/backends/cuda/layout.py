@@ -49,8 +49,11 @@ STREAM_SHARED_BYTES = 75_000
 BATCH_TOKENS = 256
 """So many tokens go through ``batch.cu`` where weights are plain; with more, cuBLAS is faster; measured."""
 
-BATCH_ROWS, BATCH_COLUMNS, BATCH_STAGES = 64, 64, 4
-"""``ROWS``, ``COLUMNS`` and ``STAGES`` of ``batch.cu``."""
+BATCH_ROWS, BATCH_COLUMNS = 64, 64
+"""``ROWS`` and ``COLUMNS`` of ``batch.cu``."""
+
+BATCH_SHARED_BYTES = 1 << 16
+"""Shared memory of a block there, unless three stages take more: blocks of the next kernel fit beside it; measured."""
 
 CUBLAS_BYTES = 32 << 20
 """cuBLAS's scratch memory, as NVIDIA recommends for Hopper."""
@@ -138,7 +141,7 @@ def stream_x_bytes(tokens: int) -> int:
 
 def batch_tokens(tokens: int) -> int:
     """Tokens that a block of ``batch.cu`` takes."""
-    return 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+    return next((n for n in (16, 32, 64) if tokens <= n), 128)
 
 
 def batch_split(blocks: int, columns: int, processors: int) -> int:
@@ -149,9 +152,14 @@ def batch_split(blocks: int, columns: int, processors: int) -> int:
     return split
 
 
-def batch_bytes(tokens: int) -> int:
-    """Shared memory of a block of ``batch.cu``."""
-    return 2 * BATCH_STAGES * BATCH_COLUMNS * (BATCH_ROWS + batch_tokens(tokens))
+def batch_stages(tokens: int) -> int:
+    """Pieces of columns that a block there has room for."""
+    return max(3, BATCH_SHARED_BYTES // batch_stage_bytes(tokens))
+
+
+def batch_stage_bytes(tokens: int) -> int:
+    """Bytes of such a piece of weights and activations."""
+    return 2 * BATCH_COLUMNS * (BATCH_ROWS + batch_tokens(tokens))
 
 
 MAX_RANKS = 8

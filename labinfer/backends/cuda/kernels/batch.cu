@@ -1,11 +1,20 @@
 // Products of a batch of tokens, more than `few.cu` and `stream.cu` take, with weights of 16 bits: a block makes ROWS
 // rows of the weight x BATCH tokens. Weights and x, in 16 bits, come COLUMNS columns at a time through shared memory,
 // STAGES - 1 times that ahead, and weights before the kernel before has ended. The blocks of a cluster share the columns
-// and then the tokens, whose sums each reads from all. GLU: of every 16 rows, 8 are of `w` and 8 of `up`.
+// and then the tokens, whose sums each reads from all. GLU: of every 16 rows, 8 are of `w` and 8 of `up`. Where its four
+// warps can multiply together (sm_90a), they do so straight from shared memory.
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
 #define ROWS 64
 #define COLUMNS 64
 #define THREADS 128
-#define ACROSS (BATCH == 64 ? 2 : 1)  // warps side by side
+#if BATCH >= 64 && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define TOGETHER
+#define ACROSS 1
+#else
+#define ACROSS (BATCH >= 64 ? 2 : 1)  // warps side by side
+#endif
 #define SIXTEENS (ACROSS * ROWS / 64)  // of rows that a warp makes
 #define EIGHTS (BATCH / ACROSS / 8)  // of tokens
 #define WIDE (ROWS + 4)  // numbers from token to token of the sums: a warp then writes to different banks
@@ -15,7 +24,7 @@ struct Parameters {
     Out *y;
     int tokens, rows, columns, residual_row, y_row, function;  // columns: of x and of the weights, from row to row
 };
-struct Stage {  // units of eight numbers, permuted within a row: eight rows then lie in different banks
+struct Stage {  // units of eight numbers, permuted within a row: eight rows then lie in different banks ("128B swizzle")
     uint4 w[ROWS][COLUMNS / 8], x[BATCH][COLUMNS / 8];
 };
 DEV int place(int row, int unit) { return unit ^ row % 8; }
@@ -57,6 +66,32 @@ DEV void ask_x(Stage &s, const Parameters &p, int start) {
 }
 
 typedef float Sums[SIXTEENS][EIGHTS][4];
+#ifdef TOGETHER
+// What the warps together are told of rows in such an order, eight of them 1024 bytes apart from the next eight.
+DEV u64 described(const void *p) { return shared_address(p) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62; }
+// d += a b for 64 rows, 64 tokens and 16 columns.
+DEV void mma_together(float (*d)[4], u64 a, u64 b) {
+#define FOUR(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+    asm volatile(
+        "{.reg .pred more; setp.eq.b32 more, 0, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." MMA_TYPE "." MMA_TYPE " "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"
+        " %32, %33, more, 1, 1, 0, 0;}"
+        : FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7) : "l"(a), "l"(b));
+}
+DEV void multiply(Sums &d, const Stage &s, int, int) {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    u64 w = described(s.w), x = described(s.x);
+    #pragma unroll
+    for (int k = 0; k < COLUMNS / 8; k += 2)
+        #pragma unroll
+        for (int n = 0; n < EIGHTS; n += 8) mma_together(d[0] + n, w + k, x + n * 64 + k);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+// Copies of this thread that have arrived are seen by the warps together.
+DEV void show_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#else
+DEV void show_copies() {}
 DEV void multiply(Sums &d, const Stage &s, int row0, int token0) {
     int lane = threadIdx.x % 32;
     #pragma unroll
@@ -75,6 +110,7 @@ DEV void multiply(Sums &d, const Stage &s, int row0, int token0) {
         }
     }
 }
+#endif
 
 // Four sums of all blocks of the cluster.
 DEV float4 sum_of(const float *own) {
@@ -113,7 +149,7 @@ DEV void finish(const Parameters &p, const float *sums, int token, int four) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) batch(const __grid_constant__ Parameters p) {
-    extern __shared__ __align__(128) u8 memory[];
+    extern __shared__ __align__(1024) u8 memory[];
     Stage *stages = (Stage *)memory;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     int all = (p.columns + COLUMNS - 1) / COLUMNS, from = all * (int)blockIdx.z / CLUSTER;
@@ -131,6 +167,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch(const __grid_constan
     #pragma unroll 1
     for (int n = 0; n < count; n++) {
         copies_wait<STAGES - 2>();
+        show_copies();
         __syncthreads();
         int next = n + STAGES - 1;
         if (next < count) {
