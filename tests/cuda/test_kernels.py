@@ -67,10 +67,10 @@ SOURCES = {
     "attention-turn": (Source("attention", (*attention(64, 64, 8, 2).defines, "TURN=0")), 168),
     **{
         f"batch-{wide}": (Source("batch", (f"BATCH={wide}", "STAGES=4", *more)), 168)
-        for wide, more in ((16, ()), (32, ("HALF",)), (64, ("GLU", "NARROW=2")), (128, ()))
+        for wide, more in ((16, ()), (32, ("HALF",)), (64, ("GLU", "NARROW=2")))
     },
     "batch-16-cluster": (Source("batch", ("BATCH=16", "STAGES=6", "CLUSTER=8")), 168),
-    "batch-128-cluster": (Source("batch", ("BATCH=128", "STAGES=3", "CLUSTER=2")), 168),
+    "batch-64-cluster": (Source("batch", ("BATCH=64", "STAGES=4", "CLUSTER=2")), 168),
     "decode-plain": (decode(64, 1, "SOFTCAP"), 128),
     "decode-64": (decode(64, 4, "TURN=0", "NARROW=2"), 128),
     "decode-128": (decode(128, 8, "TURN=0"), 168),

@@ -46,14 +46,14 @@ STREAM_CHUNK = 2048
 STREAM_SHARED_BYTES = 75_000
 """Shared memory for tiles and activations of a block there: a third of a multiprocessor's."""
 
-BATCH_TOKENS = 256
-"""So many tokens go through ``batch.cu`` where weights are plain; with more, cuBLAS is faster; measured."""
+BATCH_TOKENS, BATCH_PRODUCTS = 64, 1_700_000_000
+"""Where weights are plain, so many tokens, or with more of them so many products, are ``batch.cu``'s; measured."""
 
 BATCH_ROWS, BATCH_COLUMNS = 64, 64
 """``ROWS`` and ``COLUMNS`` of ``batch.cu``."""
 
 BATCH_SHARED_BYTES = 1 << 16
-"""Shared memory of a block there, unless three stages take more: blocks of the next kernel fit beside it; measured."""
+"""Shared memory of a block there: blocks of the next kernel fit beside it; measured."""
 
 CUBLAS_BYTES = 32 << 20
 """cuBLAS's scratch memory, as NVIDIA recommends for Hopper."""
@@ -139,9 +139,14 @@ def stream_x_bytes(tokens: int) -> int:
     return 2 * tokens * (STREAM_CHUNK + 32)
 
 
+def fits_batch(tokens: int, rows: int, columns: int) -> bool:
+    """Whether such a product is quicker by ``batch.cu`` than by cuBLAS."""
+    return tokens <= BATCH_TOKENS or tokens * rows * columns <= BATCH_PRODUCTS
+
+
 def batch_tokens(tokens: int) -> int:
-    """Tokens that a block of ``batch.cu`` takes."""
-    return next((n for n in (16, 32, 64) if tokens <= n), 128)
+    """Tokens that a block there takes."""
+    return 16 if tokens <= 16 else 32 if tokens <= 32 else 64
 
 
 def batch_split(blocks: int, columns: int, processors: int) -> int:
@@ -154,7 +159,7 @@ def batch_split(blocks: int, columns: int, processors: int) -> int:
 
 def batch_stages(tokens: int) -> int:
     """Pieces of columns that a block there has room for."""
-    return max(3, BATCH_SHARED_BYTES // batch_stage_bytes(tokens))
+    return BATCH_SHARED_BYTES // batch_stage_bytes(tokens)
 
 
 def batch_stage_bytes(tokens: int) -> int:

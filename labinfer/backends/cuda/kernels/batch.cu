@@ -9,11 +9,11 @@
 #define ROWS 64
 #define COLUMNS 64
 #define THREADS 128
-#if BATCH >= 64 && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if BATCH == 64 && defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define TOGETHER
 #define ACROSS 1
 #else
-#define ACROSS (BATCH >= 64 ? 2 : 1)  // warps side by side
+#define ACROSS (BATCH == 64 ? 2 : 1)  // warps side by side
 #endif
 #define SIXTEENS (ACROSS * ROWS / 64)  // of rows that a warp makes
 #define EIGHTS (BATCH / ACROSS / 8)  // of tokens
@@ -70,7 +70,7 @@ typedef float Sums[SIXTEENS][EIGHTS][4];
 // What the warps together are told of rows in such an order, eight of them 1024 bytes apart from the next eight.
 DEV u64 described(const void *p) { return shared_address(p) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62; }
 // d += a b for 64 rows, 64 tokens and 16 columns.
-DEV void mma_together(float (*d)[4], u64 a, u64 b) {
+DEV void mma_together(float (&d)[8][4], u64 a, u64 b) {
 #define FOUR(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
     asm volatile(
         "{.reg .pred more; setp.eq.b32 more, 0, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." MMA_TYPE "." MMA_TYPE " "
@@ -82,9 +82,7 @@ DEV void multiply(Sums &d, const Stage &s, int, int) {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
     u64 w = described(s.w), x = described(s.x);
     #pragma unroll
-    for (int k = 0; k < COLUMNS / 8; k += 2)
-        #pragma unroll
-        for (int n = 0; n < EIGHTS; n += 8) mma_together(d[0] + n, w + k, x + n * 64 + k);
+    for (int k = 0; k < COLUMNS / 8; k += 2) mma_together(d[0], w + k, x + k);
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
