@@ -14,7 +14,7 @@ from labinfer.backends.cuda.emit_exchange import exchange_defines
 from labinfer.backends.cuda.layout import EIGHT_BLOCKS, FORMATS, stream_blocks
 from labinfer.errors import LabinferError
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 
 
 def product(file: str, format: str, *defines: str) -> Source:
@@ -65,6 +65,12 @@ SOURCES = {
         for sparse, budget in ((0, 168), (1, 216))
     },
     "attention-turn": (Source("attention", (*attention(64, 64, 8, 2).defines, "TURN=0")), 168),
+    **{
+        f"batch-{wide}": (Source("batch", (f"BATCH={wide}", "STAGES=4", *more)), 168)
+        for wide, more in ((16, ()), (32, ("HALF",)), (64, ("GLU", "NARROW=2")))
+    },
+    "batch-16-cluster": (Source("batch", ("BATCH=16", "STAGES=6", "CLUSTER=8")), 168),
+    "batch-64-cluster": (Source("batch", ("BATCH=64", "STAGES=4", "CLUSTER=2")), 168),
     "decode-plain": (decode(64, 1, "SOFTCAP"), 128),
     "decode-64": (decode(64, 4, "TURN=0", "NARROW=2"), 128),
     "decode-128": (decode(128, 8, "TURN=0"), 168),
@@ -72,7 +78,9 @@ SOURCES = {
     "decode-norms-cluster": (decode(64, 4, "TURN=0", "NORMS", "CLUSTER=8"), 128),
     "decode-dynamic": (decode(128, 8, "TURN=2", "HALF"), 168),
     "decode-cluster": (decode(64, 4, "TURN=0", "CLUSTER=8"), 128),
+    "decode-mixed": (decode(64, 4, "MIXED", "CLUSTER=2"), 128),
     **{f"prefill-{dim}": (prefill(dim), 255) for dim in (64, 128, 256)},
+    "prefill-mixed": (prefill(64, "MIXED"), 255),
     "prefill-half": (prefill(64, "HALF", "SOFTCAP", "NARROW=1"), 255),
     **{f"stream-{n}": (stream("bf16", n, 1, "NORM", "GLU"), 128) for n in (1, 2, 4, 8)},
     **{f"stream-{format}": (stream(format, 1, 1, "NORM", "GLU"), 128) for format in FORMATS[3:]},

@@ -75,7 +75,8 @@ def check(
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(
-    ("tokens", "rows"), [(1, 5), (1, 304), (2, 48), (3, 77), (4, 32), (8, 130), (8, 64), (9, 64), (70, 200)]
+    ("tokens", "rows"),
+    [(1, 5), (1, 304), (2, 48), (3, 77), (4, 32), (8, 130), (8, 64), (9, 64), (17, 100), (70, 200), (300, 66)],
 )
 def test_linear(gpu: Any, rng: np.random.Generator, format: str, tokens: int, rows: int) -> None:
     for columns in (256, 1280, 6144) if format in EIGHT_BLOCKS else (33, 576, 4160):

@@ -84,7 +84,7 @@ class CudaDevice(Device):
         if self.capability < OLDEST:
             message = f"'{name}' has compute capability {self.capability / 10}, the kernels need {OLDEST / 10}"
             raise DoesNotFit("device.too-old", message, remedy="compile for another device")
-        self.arch = f"sm_{self.capability}"
+        self.arch = f"sm_{self.capability}{'a' * (self.capability == 90)}"  # Hopper has products that no later GPU has
         self.part = partition_of(self.number).take(name, threads) if threads else None
         self.all_multiprocessors = int(self.device.attributes["MultiProcessorCount"])
         self.multiprocessors = self.part.multiprocessors if self.part else self.all_multiprocessors

@@ -21,6 +21,9 @@ DECODE_KEYS = 4 * 2 * 16
 HEADS_AT_ONCE = 8
 """Heads that a block of ``rope.cu`` turns: one for each warp."""
 
+UNEVEN_BLOCKS = 1536
+"""So many blocks, at least, keep all multiprocessors busy until the end, though contexts differ in length; measured."""
+
 PLAIN_HEADS = 4
 """As ``SHARED_HEADS``, where products are not on tensor cores."""
 
@@ -173,7 +176,7 @@ def attend_fresh(e: Emitter, call: Call, heads: FreshHeads) -> None:
         fits &= heads.normed_by_head and on_tensor_cores(call, attrs)
     if fits and len(q) == e.sequences:
         fresh, (told, defines) = Fresh(address(k), address(v), stride(k), stride(v), heads.q_turn), heads.norm()
-        decode(e, call, attrs, q, y, (fresh, *told), (*heads.defines, *defines))
+        decode(e, call, attrs, q, y, len(q), (fresh, *told), (*heads.defines, *defines))
         return
     turned = e.array(q.shape)
     heads.turn_and_write(call, turned)
@@ -193,17 +196,23 @@ def attention(e: Emitter, call: Call) -> None:
 
 
 def attend_cached(e: Emitter, call: Call, attrs: Any, q: Any, y: Any) -> None:
-    """On tensor cores where sequences have several tokens and the cache is 16 bits wide."""
+    """Tiles of tokens on tensor cores, where sequences have several and the cache is 16 bits wide; else token by token.
+
+    Any of several sequences may have one token only; which do is known on the device.
+    """
     dims = attrs.head_dim, attrs.v_head_dim or attrs.head_dim
     wide = call.cache["k"].itemsize == 2 and max(dims) <= 256 and not any(dim % 16 for dim in dims)
-    if wide and len(q) >= 2 * e.sequences:
-        prefill(e, call, attrs, q, y)
-    else:
-        decode(e, call, attrs, q, y)
+    if not wide or len(q) == e.sequences:
+        decode(e, call, attrs, q, y, len(q))
+        return
+    mixed = ("MIXED",) * (e.sequences > 1)
+    prefill(e, call, attrs, q, y, mixed)
+    if mixed:
+        decode(e, call, attrs, q, y, e.sequences, defines=mixed)
 
 
-def prefill(e: Emitter, call: Call, attrs: Any, q: Any, y: Any) -> None:
-    """Tiles of a sequence's tokens at once."""
+def prefill(e: Emitter, call: Call, attrs: Any, q: Any, y: Any, mixed: Sequence[str]) -> None:
+    """Tiles of a sequence's tokens at once, ``mixed`` if there may be sequences of one token."""
     step, value_dim = e.step, attrs.v_head_dim or attrs.head_dim
     parameters = PrefillParameters(
         address(q), address(y), address(call.cache["k"]), address(call.cache["v"]), address(step.positions),
@@ -213,7 +222,7 @@ def prefill(e: Emitter, call: Call, attrs: Any, q: Any, y: Any) -> None:
     )  # fmt: skip
     rows, keys, blocks = prefill_tile(max(attrs.head_dim, value_dim), bool(attrs.softcap))
     dims = (f"HEAD_DIM={attrs.head_dim}", f"VALUE_DIM={value_dim}", f"ROWS={rows}", f"KEYS={keys}", f"BLOCKS={blocks}")
-    defines = (*dims, *half(call), *softcap(attrs), *e.result_defines())
+    defines = (*dims, *half(call), *softcap(attrs), *mixed, *e.result_defines())
     shared = 2 * ((rows + 2 * keys) * (attrs.head_dim + 8) + 2 * keys * (value_dim + 8))
     tiles = min(len(q), len(q) // rows + e.sequences)
     e.add("prefill", "prefill", (attrs.num_heads, tiles, 1), 2 * rows, parameters, defines=defines, shared=shared)
@@ -235,14 +244,21 @@ def reciprocal(block_size: int) -> int:
 
 
 def decode(
-    e: Emitter, call: Call, attrs: Any, q: Any, y: Any, fresh: Sequence[Structure] = (), turn: Sequence[str] = ()
+    e: Emitter,
+    call: Call,
+    attrs: Any,
+    q: Any,
+    y: Any,
+    rows: int,
+    fresh: Sequence[Structure] = (),
+    defines: Sequence[str] = (),
 ) -> None:
-    """Token by token; with few of them, the context is split among blocks."""
+    """Each of ``rows`` tokens, or sequences of one token, by itself; with few of them, blocks share a context."""
     step, value_dim, group = e.step, attrs.v_head_dim or attrs.head_dim, attrs.num_heads // attrs.num_kv_heads
     source, heads, shape, shared = decode_kernel(call, attrs, group)
-    items = len(y) * attrs.num_kv_heads * -(-group // heads)
-    wanted = max(1, -(-SPLIT_BLOCKS // items)) if items < SPLIT_BLOCKS else 1
+    items = rows * attrs.num_kv_heads * -(-group // heads)
     clusters = e.device.clusters
+    wanted = max(-(-SPLIT_BLOCKS // items), 1 + (clusters and items < UNEVEN_BLOCKS))
     splits = min(MAX_CLUSTER, 1 << (wanted.bit_length() - 1)) if clusters else min(32, wanted)
     merged = splits > 1 and not clusters
     parameters = DecodeParameters(
@@ -255,12 +271,11 @@ def decode(
     blocks = [f"CLUSTER={splits}"] * together
     if together and source == "attention":
         blocks.append(f"SPARSE={int(items * splits <= e.device.multiprocessors)}")
-    defines = (cache_define(call), *shape, *turn, *blocks, *softcap(attrs))
-    defines += e.result_defines()
-    grid, cluster = (items // len(y), len(y), splits), (1, 1, splits) if together else (1, 1, 1)
+    defines = (cache_define(call), *shape, *defines, *blocks, *softcap(attrs), *e.result_defines())
+    grid, cluster = (items // rows, rows, splits), (1, 1, splits) if together else (1, 1, 1)
     e.add(source, source, grid, 128, parameters, *fresh, defines=defines, shared=shared, cluster=cluster)
     if merged:
-        e.add(source, "merge", (attrs.num_heads, len(y), 1), 64, parameters, defines=defines)
+        e.add(source, "merge", (attrs.num_heads, rows, 1), 64, parameters, defines=defines)
 
 
 def decode_kernel(call: Call, attrs: Any, group: int) -> tuple[str, int, tuple[str, ...], int]:

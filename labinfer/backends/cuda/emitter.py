@@ -1,145 +1,60 @@
-"""The writer of a tape's rows: scratch memory, products, and what several ops have in common."""
+"""The writer of products: which kernels make them, from few tokens to many."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import c_uint64
+from ctypes import Structure, c_int, c_uint64
 from functools import cached_property
-from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from labinfer.backends.cuda.arguments import (
     Linear,
     Part,
     Parts,
-    Turn,
     address,
     format_defines,
     narrow_define,
     runs,
     stride,
 )
-from labinfer.backends.cuda.compile import Source
 from labinfer.backends.cuda.cublas import Blas, Product
 from labinfer.backends.cuda.layout import (
     ACTIVATION_CODES,
+    BATCH_ROWS,
     CUBLAS_BYTES,
     STREAM_CHUNK,
+    batch_split,
+    batch_stage_bytes,
+    batch_stages,
+    batch_tokens,
     few_row_bytes,
     few_tokens,
+    fits_batch,
     fits_few,
     fits_stream,
     pitch,
-    rounded,
     stream_blocks,
     stream_slots,
     stream_tile_bytes,
     stream_x_bytes,
 )
-from labinfer.backends.cuda.tape import Row, Runnable
 from labinfer.backends.cuda.weights import CudaWeight
 from labinfer.backends.cuda.workspace import narrow_bytes
-from labinfer.errors import LabinferError
-from labinfer.ops.base import Call, Step
-
-if TYPE_CHECKING:
-    from labinfer.backends.cuda.device import CudaDevice
+from labinfer.backends.cuda.writer import Writer
+from labinfer.ops.base import Call
 
 
-MAX_NORM = 32 << 10
-"""Numbers that a block of ``norm.cu`` keeps at most."""
+class BatchParameters(Structure):
+    """``Parameters`` of ``batch.cu``."""
+
+    _fields_ = (
+        *((name, c_uint64) for name in ("x", "w", "up", "residual", "y")),
+        *((name, c_int) for name in ("tokens", "rows", "columns", "residual_row", "y_row", "function")),
+    )
 
 
-class Emitter:
-    """Writes the rows of one op; ``take`` hands out its scratch memory.
-
-    ``narrow_output``: the format, of 16 bits, in which the op is to leave its result, where it can (then
-    ``leaves_narrow``); the rows lie together in the result's memory. ``narrow_input``: its input lies so.
-    """
-
-    def __init__(
-        self,
-        device: CudaDevice,
-        call: Call,
-        sequences: int,
-        narrow_input: bool = False,
-        narrow_output: str | None = None,
-    ) -> None:
-        self.device, self.call, self.sequences = device, call, sequences
-        self.narrow_input, self.narrow_output, self.leaves_narrow = narrow_input, narrow_output, False
-        self.rows: list[Row | Runnable] = []
-        self.kept: list[Any] = []
-        self.offset = 0
-
-    @property
-    def step(self) -> Step:
-        """The step batch."""
-        if self.call.step is None:
-            raise LabinferError("run.no-step", "this op needs a step batch")
-        return self.call.step
-
-    def take(self, nbytes: int) -> int:
-        """Where so many bytes of the op's planned scratch memory begin, counted from its start."""
-        left = 0 if self.call.workspace is None else self.call.workspace.nbytes
-        size = rounded(nbytes)
-        if self.offset + size > left:
-            message = f"a kernel needs {self.offset + size} bytes of scratch, {left} were planned"
-            raise LabinferError("run.workspace", message)
-        self.offset += size
-        return self.offset - size
-
-    def scratch(self, nbytes: int) -> int:
-        """The address of so many bytes of scratch memory."""
-        return self.take(nbytes) + address(self.call.workspace)
-
-    def array(self, shape: tuple[int, ...], dtype: str = "float32") -> Any:
-        """A device array, of four-byte numbers, over scratch memory."""
-        start = self.take(4 * prod(shape)) // 4
-        return self.call.workspace[start : start + prod(shape)].view(dtype).reshape(shape)
-
-    def add(
-        self,
-        source: str,
-        kernel: str,
-        grid: tuple[int, int, int],
-        threads: int,
-        *arguments: Any,
-        defines: Sequence[str] = (),
-        shared: int = 0,
-        cluster: tuple[int, int, int] = (1, 1, 1),
-    ) -> None:
-        """Append a row."""
-        self.rows.append(Row(Source(source, tuple(defines)), kernel, grid, threads, arguments, shared, cluster))
-
-    def each(self, source: str, kernel: str, tokens: int, width: int, *arguments: Any, defines: Sequence[str] = ()
-             ) -> None:  # fmt: skip
-        """A kernel with a thread for every four of ``width`` numbers of each token."""
-        threads = min(256, -(-width // 128) * 32)
-        self.add(source, kernel, (-(-width // (4 * threads)), tokens, 1), threads, *arguments, defines=defines)
-
-    def copy(self, x: Any, y: Any) -> None:
-        """``y = x``, unless they are one."""
-        if address(x) != address(y):
-            self.each("elementwise", "scale", len(x), x.shape[1], x, stride(x), y, stride(y), x.shape[1], 1.0)
-
-    def rms_norm(self, call: Call, x: Any, y: Any, y_row: int, defines: Sequence[str] = (), rows: Any = None) -> None:
-        """``rms_norm`` of each row of ``x``, or of as many at ``rows`` of it, to ``y``."""
-        width, attrs = x.shape[1], call.attrs
-        n = attrs.group or width
-        if n > MAX_NORM:
-            raise LabinferError("cuda.norm", f"rms_norm of {n} numbers: the kernel takes {MAX_NORM}")
-        threads = min(512 if n <= MAX_NORM // 2 else 1024, -(-n // 128) * 32)
-        grid = (len(x), width // n, 1)
-        arguments = (x, stride(x), rows, call.weights.get("weight"), y, y_row, n, float(attrs.eps), float(attrs.offset))
-        self.add("norm", "rms_norm", grid, threads, *arguments, defines=defines)
-
-    def glu(self, function: str, gate: Any, up: Any, y: Any) -> None:
-        """``y = function(gate) * up``."""
-        n, code = y.shape[1], ACTIVATION_CODES[function]
-        arguments = (gate, stride(gate), up, stride(up), y, stride(y), n, code)
-        self.each("elementwise", "glu", len(y), n, *arguments)
-
-    # Products
+class Emitter(Writer):
+    """Writes the rows of one op, products among them."""
 
     def linear(
         self,
@@ -254,22 +169,29 @@ class Emitter:
     def large(
         self, x: Any, format: str, products: Sequence[Linear], norm: Call | None, residual: Any, rows: Any = None
     ) -> None:
-        """Products by cuBLAS, from activations in 16 bits."""
-        at, workspace = self.narrowed(x, format, norm, rows), self.blas_scratch
-        if residual is not None:
-            self.copy(residual, products[0].y)
+        """Products from activations in 16 bits, the largest by cuBLAS."""
+        at = self.narrowed(x, format, norm, rows)
         for first, count in runs(products):
             w, y = first.weight, first.y
+            if self.device.blas is None or fits_batch(len(x), count, w.columns):
+                self.batch(at, len(x), w, count, y, stride(y), residual)
+                continue
+            if residual is not None:
+                self.copy(residual, y)
             product = Product(len(x), count, pitch(w.columns), format, accumulate=residual is not None)
-            self.rows.append(self.blas.bind(product, at, w.address, address(y), stride(y), workspace))
+            self.rows.append(self.blas.bind(product, at, w.address, address(y), stride(y), self.blas_scratch))
         for each in products:
             if each.bias is not None:
                 arguments = (each.y, stride(each.y), each.bias, each.weight.rows)
                 self.each("elementwise", "add_bias", len(x), each.weight.rows, *arguments)
 
     def large_glu(self, x: Any, gate: CudaWeight, up: CudaWeight, norm: Call, function: str, y: Any) -> None:
-        """A gated unit by cuBLAS; between its two products and the activation, numbers have 16 bits."""
-        at, workspace, format = self.narrowed(x, gate.format, norm), self.blas_scratch, gate.format
+        """A gated unit; with cuBLAS, numbers have 16 bits between its two products and the activation."""
+        at, format = self.narrowed(x, gate.format, norm), gate.format
+        if self.device.blas is None or fits_batch(len(x), 2 * gate.rows, gate.columns):
+            self.batch(at, len(x), gate, gate.rows, y, self.row_of(y), up=up, function=function)
+            return
+        workspace = self.blas_scratch
         made, row = self.scratch(4 * len(x) * gate.rows), 2 * gate.rows
         behind = gate.address + 2 * gate.rows * pitch(gate.columns) == up.address
         product = Product(len(x), row if behind else gate.rows, pitch(gate.columns), format, out=format)
@@ -281,6 +203,35 @@ class Emitter:
         grid = (-(-gate.rows // 2048), len(x), 1)
         self.add("elementwise", "narrow_glu", grid, 256, *arguments, defines=(*half, *self.result_defines()))
 
+    def batch(
+        self,
+        x: int,
+        tokens: int,
+        w: CudaWeight,
+        rows: int,
+        y: Any,
+        y_row: int,
+        residual: Any = None,
+        up: CudaWeight | None = None,
+        function: str | None = None,
+    ) -> None:
+        """``rows`` of ``w`` times x, in 16 bits at an address; with ``up`` a gated unit, which leaves the result."""
+        wide, stages, columns = batch_tokens(tokens), batch_stages(tokens), pitch(w.columns)
+        tiles, blocks = -(-rows // (BATCH_ROWS // 2 if up else BATCH_ROWS)), -(-tokens // wide)
+        split = batch_split(tiles * blocks, columns, self.device.multiprocessors) if self.device.clusters else 1
+        gated = () if up is None else ("GLU", *self.result_defines())
+        parameters = BatchParameters(
+            x, w.address, up.address if up else 0, address(residual), address(y), tokens, rows, columns,
+            stride(residual), y_row, ACTIVATION_CODES[function] if function else 0,
+        )  # fmt: skip
+        half = ["HALF"] * (w.format == "f16")
+        cluster = [f"CLUSTER={split}"] * (split > 1)
+        defines = (f"BATCH={wide}", f"STAGES={stages}", *cluster, *half, *gated)
+        self.add(
+            "batch", "batch", (blocks, tiles, split), 128, parameters, defines=defines, cluster=(1, 1, split),
+            shared=stages * batch_stage_bytes(tokens),
+        )  # fmt: skip
+
     @cached_property
     def blas_scratch(self) -> int:
         """The address of cuBLAS's own scratch memory, which all products of the op share."""
@@ -288,13 +239,13 @@ class Emitter:
 
     @property
     def blas(self) -> Blas:
-        """cuBLAS, where ``is_large`` says that there is one."""
+        """cuBLAS, where there is one."""
         assert self.device.blas is not None
         return self.device.blas
 
     def is_large(self, format: str) -> bool:
-        """Whether products of many tokens with weights in ``format`` are cuBLAS's."""
-        return self.device.blas is not None and format in ("f16", "bf16")
+        """Whether products of many tokens with weights in ``format`` are of activations in 16 bits."""
+        return format in ("f16", "bf16")
 
     def narrowed(self, x: Any, format: str, norm: Call | None, rows: Any = None) -> int:
         """The address of rows of ``x``, normed, in 16 bits."""
@@ -321,15 +272,6 @@ class Emitter:
         few = self.is_few(products, x)
         return weight.format if not few and self.is_large(weight.format) else None
 
-    def result_defines(self) -> tuple[str, ...]:
-        """The macro of a kernel that leaves the result as it is asked for."""
-        self.leaves_narrow = self.narrow_output is not None
-        return (narrow_define(self.narrow_output),) if self.narrow_output else ()
-
-    def row_of(self, y: Any) -> int:
-        """Numbers from row to row of the result."""
-        return int(y.shape[1]) if self.narrow_output else stride(y)
-
     def tiles(
         self,
         x: Any,
@@ -353,24 +295,3 @@ class Emitter:
             256 if plain else 128, x, stride(x), len(y), w.columns, w.memory, w.rows, bias, residual,
             stride(residual), y, stride(y), c_uint64(w.nbytes), bounds, order, count, defines=defines,
         )  # fmt: skip
-
-    # Positions
-
-    def turn(self, call: Call) -> tuple[Turn, int]:
-        """What a rope op does, and the kernel's ``TURN``."""
-        attrs, positions, step = call.attrs, call.inputs[1], call.step
-        factors = call.weights.get("freq_factors")
-        turn = Turn(0, address(factors), address(positions))
-        turn.head_dim, turn.start, turn.half = attrs.head_dim, attrs.rotary_start, attrs.turned // 2
-        turn.interleaved, turn.sequences = int(attrs.style == "interleaved"), self.sequences
-        if attrs.length_dependent:
-            turn.query_start, turn.total_len = address(self.step.query_start), address(self.step.total_len)
-        if attrs.length_dependent and not attrs.recompute_after:
-            turn.trained, turn.rotary_dim = attrs.max_position, attrs.rotary_dim or attrs.turned
-            turn.theta, turn.factor = attrs.theta, attrs.scaling.factor
-            return turn, 2
-        length = int(positions.max()) + 1 if step is None else step.block_table.shape[1] * step.block_size
-        table = self.device.rope_tables.table(attrs, length, call.weights)
-        self.kept.append(table)
-        turn.table, turn.length, turn.trained = address(table), length, attrs.recompute_after or 0
-        return turn, int(bool(attrs.recompute_after))

@@ -46,6 +46,15 @@ STREAM_CHUNK = 2048
 STREAM_SHARED_BYTES = 75_000
 """Shared memory for tiles and activations of a block there: a third of a multiprocessor's."""
 
+BATCH_TOKENS, BATCH_PRODUCTS = 64, 1_700_000_000
+"""Where weights are plain, so many tokens, or with more of them so many products, are ``batch.cu``'s; measured."""
+
+BATCH_ROWS, BATCH_COLUMNS = 64, 64
+"""``ROWS`` and ``COLUMNS`` of ``batch.cu``."""
+
+BATCH_SHARED_BYTES = 1 << 16
+"""Shared memory of a block there: blocks of the next kernel fit beside it; measured."""
+
 CUBLAS_BYTES = 32 << 20
 """cuBLAS's scratch memory, as NVIDIA recommends for Hopper."""
 
@@ -128,6 +137,34 @@ def stream_tile_bytes(format: str, columns: int) -> int:
 def stream_x_bytes(tokens: int) -> int:
     """Bytes of shared memory for the activations that a tile meets."""
     return 2 * tokens * (STREAM_CHUNK + 32)
+
+
+def fits_batch(tokens: int, rows: int, columns: int) -> bool:
+    """Whether such a product is quicker by ``batch.cu`` than by cuBLAS."""
+    return tokens <= BATCH_TOKENS or tokens * rows * columns <= BATCH_PRODUCTS
+
+
+def batch_tokens(tokens: int) -> int:
+    """Tokens that a block there takes."""
+    return 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+
+
+def batch_split(blocks: int, columns: int, processors: int) -> int:
+    """Into how many parts, each for another block, columns are cut where there are so few ``blocks``."""
+    split = 1
+    while split < 8 and blocks * split <= processors and columns // split >= 8 * BATCH_COLUMNS:
+        split *= 2
+    return split
+
+
+def batch_stages(tokens: int) -> int:
+    """Pieces of columns that a block there has room for."""
+    return BATCH_SHARED_BYTES // batch_stage_bytes(tokens)
+
+
+def batch_stage_bytes(tokens: int) -> int:
+    """Bytes of such a piece of weights and activations."""
+    return 2 * BATCH_COLUMNS * (BATCH_ROWS + batch_tokens(tokens))
 
 
 MAX_RANKS = 8

@@ -59,7 +59,7 @@ def version() -> tuple[int, int]:
 
 
 def compile(source: str, name: str, arch: str, defines: Sequence[str]) -> tuple[bytes, str]:
-    """``source`` for ``arch`` (``sm_90``) as a cubin, and what the assembler says of registers and spills."""
+    """``source`` for ``arch`` (``sm_90a``) as a cubin, and what the assembler says of registers and spills."""
     nvrtc, program = library(), ctypes.c_void_p()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), f"{name}.cu".encode(), 0, None, None)
     options = [f"-arch={arch}", "--std=c++17", "--ptxas-options=-v", *(f"-D{define}" for define in defines)]

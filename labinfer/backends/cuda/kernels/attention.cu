@@ -52,6 +52,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention(const
 #ifndef TURN
     pdl_wait();
 #endif
+    if (left_to_prefill(p)) return;
     Item item = item_of(p);
     Eight k[UNROLL], v[UNROLL];
     auto load_keys = [&](int key0, int end) {

@@ -3,7 +3,8 @@
 // divide. Online softmax (Milakov & Gimelshein, arXiv:1805.02867), in base 2. Several parts are joined in the memory of a
 // cluster of CLUSTER blocks, or, without clusters, by `merge` from what they leave in `partials` (Flash-Decoding).
 // SOFTCAP bounds scores. TURN: queries come unturned, and the token's own key and value, not cached yet, are turned and
-// written there; each sequence has one token then.
+// written there; each sequence has one token then. MIXED: y is the sequence, which is left to `prefill.cu` unless it has
+// one token.
 #define WARPS 4
 #define PADDED ((VALUE_DIM + 7) / 8 * 8)
 struct Parameters {
@@ -33,11 +34,24 @@ struct Item {
     int token, sequence, position, kv_head, head0, start, end;
     const int *table;
 };
+// Whether `prefill.cu` takes the sequence that block y is for.
+DEV bool left_to_prefill(const Parameters &p) {
+#ifdef MIXED
+    return get(p.query_start + blockIdx.y + 1) - get(p.query_start + blockIdx.y) != 1;
+#else
+    return false;
+#endif
+}
 DEV Item item_of(const Parameters &p) {
     Item r;
     int chunks = (p.group + HEADS - 1) / HEADS;
-    r.token = blockIdx.y, r.kv_head = blockIdx.x / chunks, r.head0 = blockIdx.x % chunks * HEADS;
-    r.position = get(p.positions + r.token), r.sequence = sequence_of(p.query_start, p.sequences, r.token);
+    r.kv_head = blockIdx.x / chunks, r.head0 = blockIdx.x % chunks * HEADS;
+#ifdef MIXED
+    r.sequence = blockIdx.y, r.token = get(p.query_start + r.sequence);
+#else
+    r.token = blockIdx.y, r.sequence = sequence_of(p.query_start, p.sequences, r.token);
+#endif
+    r.position = get(p.positions + r.token);
     int first = p.window ? max(0, r.position - p.window + 1) : 0, count = r.position + 1 - first;
     int each = (count + p.splits - 1) / p.splits;
     r.start = first + (int)blockIdx.z * each, r.end = min(r.start + each, r.position + 1);
@@ -96,7 +110,7 @@ DEV void join(const Parameters &p, Ends &s, const Item &item) {
 #ifdef CLUSTER
         store_remote(&s.gathered[blockIdx.z][n % OWN], n / OWN, make_float4(v, top, sum, 0.f));
 #else
-        size_t row = (size_t)item.token * p.group * p.kv_heads + head;
+        size_t row = (size_t)blockIdx.y * p.group * p.kv_heads + head;
         if (p.splits == 1) {
             p.y[(size_t)item.token * p.y_row + head * VALUE_DIM + i] = out_of(v / sum);
             continue;
@@ -129,11 +143,15 @@ DEV void join(const Parameters &p, Ends &s, const Item &item) {
 }
 
 #ifndef CLUSTER
-// One block for each head (x) of a token (y).
+// One block for each head (x) of a token, or sequence (y).
 extern "C" __global__ void merge(const __grid_constant__ Parameters p) {
     int token = blockIdx.y, head = blockIdx.x;
     begin();
-    const float *from = p.partials + ((size_t)token * gridDim.x + head) * p.splits * (VALUE_DIM + 2);
+    if (left_to_prefill(p)) return;
+#ifdef MIXED
+    token = get(p.query_start + token);
+#endif
+    const float *from = p.partials + ((size_t)blockIdx.y * gridDim.x + head) * p.splits * (VALUE_DIM + 2);
     float top = -INFINITY, sum = 0.f;
     for (int s = 0; s < p.splits; s++) top = fmaxf(top, get(from + s * (VALUE_DIM + 2) + VALUE_DIM));
     for (int s = 0; s < p.splits; s++) {

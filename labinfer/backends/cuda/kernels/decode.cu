@@ -163,6 +163,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) decode(const __
 #ifndef TURN
     pdl_wait();
 #endif
+    if (left_to_prefill(p)) return;
     Item item = item_of(p);
     int key0 = item.start + warp * KEYS, end = item.end;
     Slot *slots = (Slot *)memory + warp * SLOTS;

@@ -1,6 +1,7 @@
 // Attention of many tokens of a sequence on tensor cores, with a 16-bit cache (FlashAttention-2, Dao, arXiv:2307.08691).
 // A block takes ROWS tokens of one sequence and one head: each warp 16 of them. Keys and values come KEYS at a time
-// through shared memory, the next ones while these are used. Scores are in base 2; SOFTCAP bounds them.
+// through shared memory, the next ones while these are used. Scores are in base 2; SOFTCAP bounds them. MIXED: sequences
+// of one token are left to `decode.cu`.
 #define THREADS (2 * ROWS)
 #define KEPT (HEAD_DIM == 128)  // queries stay in registers, of which there are enough
 #define WIDE (HEAD_DIM + 8)  // 16-bit numbers from row to row: eight rows then lie in different banks
@@ -18,10 +19,6 @@ struct Shared {
     u16 q[ROWS][WIDE], k[2][KEYS][WIDE], v[2][KEYS][VALUE_WIDE];
 };
 
-DEV void ldmatrix(u32 (&r)[4], const void *p) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)) : "memory");
-}
 DEV void ldmatrix_transposed(u32 (&r)[4], const void *p) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)) : "memory");
@@ -35,7 +32,11 @@ DEV Tile find_tile(const int *query_start, int sequences, int tile) {
     int lane = threadIdx.x % 32;
     for (int base = 0; base < sequences; base += 32) {
         int s = base + lane, begin = s < sequences ? get(query_start + s) : 0;
-        int end = s < sequences ? get(query_start + s + 1) : 0, count = (end - begin + ROWS - 1) / ROWS, sum = count;
+        int end = s < sequences ? get(query_start + s + 1) : 0, count = (end - begin + ROWS - 1) / ROWS;
+#ifdef MIXED
+        if (end - begin == 1) count = 0;
+#endif
+        int sum = count;
         #pragma unroll
         for (int o = 1; o < 32; o <<= 1) {
             int other = __shfl_up_sync(FULL, sum, o);
