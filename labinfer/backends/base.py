@@ -292,6 +292,12 @@ class Device(ABC):
         """Numbers of sequences, at most ``limit``, such that their decode steps need all kernels that others do."""
         return (1,)
 
+    def kinds_of_prompt(self, limit: int) -> Sequence[int]:
+        """Numbers of tokens such that steps with a part of one prompt, of at most ``limit`` tokens, need all kernels
+        that theirs do, together with a step of ``limit`` and one token's.
+        """
+        return ()
+
     def program(self, calls: Sequence[tuple[Kernel, Call]]) -> Program:
         """One callable that runs ``calls`` in order; a failing kernel is a ``KernelFailure``.
 

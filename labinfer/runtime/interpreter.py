@@ -237,10 +237,13 @@ class Interpreter:
         return self.bounds[count, limit]
 
     def warm(self, compiling: Callable[[int, int], None]) -> None:
-        """Get the kernels of decode steps and of the largest step ready, and bind the tape of one sequence's decode."""
-        largest = self.limits.max_num_batched_tokens, self.limits.max_logits_rows
-        decodes = self.device.kinds_of_decode(self.max_decodes)
-        self.device.prepare([*((self.calls(n, n), n) for n in decodes), (self.calls(*largest), 1)], compiling)
+        """Get the kernels of steps ready, of decodes, of prompts and of both, and bind the tape of a lone decode."""
+        device, limits = self.device, self.limits
+        decodes = device.kinds_of_decode(self.max_decodes)
+        steps = [(self.calls(n, n), n) for n in decodes]
+        steps += [(self.calls(n, 1), 1) for n in device.kinds_of_prompt(limits.max_num_batched_tokens)]
+        largest = self.calls(limits.max_num_batched_tokens, limits.max_logits_rows)
+        device.prepare([*steps, *((largest, n) for n in decodes)], compiling)
         size = self.bound_for(1, 1)
         self.tapes[size] = self.bind(*size)
 

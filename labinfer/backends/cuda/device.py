@@ -22,11 +22,11 @@ from labinfer.backends.base import Buffer, Device, FunctionTable, Kernel, Lane, 
 from labinfer.backends.cuda import compile, cublas, driver, gpu_number, nvrtc
 from labinfer.backends.cuda.emit import EMITTERS, Emitted, emit_calls
 from labinfer.backends.cuda.launches import LAUNCHES
-from labinfer.backends.cuda.layout import FEW_TOKENS, matrix_bytes
+from labinfer.backends.cuda.layout import BATCH_TOKENS, FEW_TOKENS, matrix_bytes
 from labinfer.backends.cuda.memory import CopyLane, CudaAllocator, PinnedRing, mark
 from labinfer.backends.cuda.partition import partition_of
 from labinfer.backends.cuda.peers import CudaExchange
-from labinfer.backends.cuda.sampler import CudaSampler
+from labinfer.backends.cuda.sampler import SAMPLER, CudaSampler
 from labinfer.backends.cuda.tape import Row, Runnable, Tapes, sequences_of
 from labinfer.backends.cuda.timing import TimedCalls
 from labinfer.backends.cuda.weights import CudaWeight, pack
@@ -273,10 +273,11 @@ class CudaDevice(Device):
     def prepare(
         self, steps: Sequence[tuple[Sequence[tuple[Kernel, Call]], int]], progress: Callable[[int, int], None]
     ) -> None:
-        """Compile what is missing of the kernels that ``steps`` need."""
+        """Compile what is missing of the kernels that ``steps`` need, and of those that choose tokens."""
         self.use()
         rows = [row for calls, sequences in steps for row in self.rows(calls, sequences)[0]]
-        compile.build([row.source for row in rows if isinstance(row, Row)], self.arch, progress)
+        sources = [row.source for row in rows if isinstance(row, Row)]
+        compile.build([SAMPLER, *sources], self.arch, progress)
 
     def decodes_for(self, count: int, limit: int) -> int:
         """The next multiple of 8, of 16 from 64 on; the kernels for few tokens are not given more."""
@@ -286,6 +287,10 @@ class CudaDevice(Device):
     def kinds_of_decode(self, limit: int) -> Sequence[int]:
         """Powers of two: how many tokens kernels are made for, and into how many parts attention is split."""
         return [1 << n for n in range(limit.bit_length())]
+
+    def kinds_of_prompt(self, limit: int) -> Sequence[int]:
+        """Powers of two up to where all products are cuBLAS's or of as many tokens."""
+        return [1 << n for n in range(1, BATCH_TOKENS.bit_length()) if 1 << n <= limit]
 
     def program(self, calls: Sequence[tuple[Kernel, Call]]) -> Program:
         """The calls as one tape for each number of sequences."""

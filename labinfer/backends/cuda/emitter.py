@@ -173,7 +173,7 @@ class Emitter(Writer):
         at = self.narrowed(x, format, norm, rows)
         for first, count in runs(products):
             w, y = first.weight, first.y
-            if self.device.blas is None or fits_batch(len(x), count, w.columns):
+            if self.device.blas is None or fits_batch(len(x), self.sequences, count, w.columns):
                 self.batch(at, len(x), w, count, y, stride(y), residual)
                 continue
             if residual is not None:
@@ -188,7 +188,7 @@ class Emitter(Writer):
     def large_glu(self, x: Any, gate: CudaWeight, up: CudaWeight, norm: Call, function: str, y: Any) -> None:
         """A gated unit; with cuBLAS, numbers have 16 bits between its two products and the activation."""
         at, format = self.narrowed(x, gate.format, norm), gate.format
-        if self.device.blas is None or fits_batch(len(x), 2 * gate.rows, gate.columns):
+        if self.device.blas is None or fits_batch(len(x), self.sequences, 2 * gate.rows, gate.columns):
             self.batch(at, len(x), gate, gate.rows, y, self.row_of(y), up=up, function=function)
             return
         workspace = self.blas_scratch

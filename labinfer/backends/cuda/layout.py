@@ -47,7 +47,9 @@ STREAM_SHARED_BYTES = 75_000
 """Shared memory for tiles and activations of a block there: a third of a multiprocessor's."""
 
 BATCH_TOKENS, BATCH_PRODUCTS = 64, 1_700_000_000
-"""Where weights are plain, so many tokens, or with more of them so many products, are ``batch.cu``'s; measured."""
+"""Where weights are plain, so many tokens are ``batch.cu``'s, and of decode steps, whose attention ends unevenly and
+leaves room for it, so many products; measured.
+"""
 
 BATCH_ROWS, BATCH_COLUMNS = 64, 64
 """``ROWS`` and ``COLUMNS`` of ``batch.cu``."""
@@ -139,9 +141,9 @@ def stream_x_bytes(tokens: int) -> int:
     return 2 * tokens * (STREAM_CHUNK + 32)
 
 
-def fits_batch(tokens: int, rows: int, columns: int) -> bool:
-    """Whether such a product is quicker by ``batch.cu`` than by cuBLAS."""
-    return tokens <= BATCH_TOKENS or tokens * rows * columns <= BATCH_PRODUCTS
+def fits_batch(tokens: int, sequences: int, rows: int, columns: int) -> bool:
+    """Whether such a product, in a step of so many sequences, is quicker by ``batch.cu`` than by cuBLAS."""
+    return tokens <= BATCH_TOKENS or (tokens == sequences and tokens * rows * columns <= BATCH_PRODUCTS)
 
 
 def batch_tokens(tokens: int) -> int:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from labinfer.backends.base import Device
     from labinfer.backends.cuda.device import CudaDevice
 
+SAMPLER = Source("sample")
+"""The kernels."""
+
 DEPTH = 2
 """Steps of a group whose tokens may be on their way to the host."""
 
@@ -35,7 +38,7 @@ class CudaSampler(TokenSampler):
     """
 
     def __init__(self, device: CudaDevice, rows: int, vocab_size: int, groups: int) -> None:
-        self.device, self.vocab_size, self.source = device, vocab_size, Source("sample")
+        self.device, self.vocab_size = device, vocab_size
         words = sampling_words(rows, groups)
         self.buffer, self.capacity = device.allocate(sampling_bytes(rows, groups), "sampling"), words["tokens"]
         self.memory: dict[str, Any] = {}
@@ -58,7 +61,7 @@ class CudaSampler(TokenSampler):
         key = address(token_ids), group
         if key not in self.feeds:
             blocks, arguments = -(-len(token_ids) // 256), (token_ids, len(token_ids), self.made[group])
-            row = Row(self.source, "feed", (blocks, 1, 1), 256, arguments)
+            row = Row(SAMPLER, "feed", (blocks, 1, 1), 256, arguments)
             self.feeds[key] = device.launch(row, overlap=False)
         if device is not self.device:
             device.stream.wait_event(self.events[self.last[group]])
@@ -105,12 +108,12 @@ class CudaSampler(TokenSampler):
         rows: list[Row | Runnable] = []
         if adjusts:
             listed = (at["rules"], at["spans"], at["tokens"], at["numbers"], made)
-            rows.append(Row(self.source, "adjust", (count, 1, 1), 256, (*whole[:2], *listed)))
-        rows.append(Row(self.source, "extremes", (count, parts, 1), 256, (*whole, *extremes)))
+            rows.append(Row(SAMPLER, "adjust", (count, 1, 1), 256, (*whole[:2], *listed)))
+        rows.append(Row(SAMPLER, "extremes", (count, parts, 1), 256, (*whole, *extremes)))
         if draws:
-            rows.append(Row(self.source, "spread", (count, parts, 1), 512, (*whole, at["rules"], *extremes, *sums)))
+            rows.append(Row(SAMPLER, "spread", (count, parts, 1), 512, (*whole, at["rules"], *extremes, *sums)))
         chosen = (*whole, at["rules"], parts, *extremes, *sums, made)
-        rows.append(Row(self.source, "pick", (count, 1, 1), SAMPLE_BINS // 2, chosen))
+        rows.append(Row(SAMPLER, "pick", (count, 1, 1), SAMPLE_BINS // 2, chosen))
         return rows
 
     def close(self) -> None:
