@@ -283,8 +283,8 @@ def workload(folder: Path, bandwidth: float) -> None:
             short = SamplingParams(temperature=0.6, ignore_eos=True, detokenize=False)
             ends = [index // 8 + max(0, index - 248) for index in range(256)]
             each = [replace(short, max_tokens=3 + 3 * end) for end in ends]
-            # each size of a decode step, and prompts of all lengths
-            model.generate([[index] * (100 + 3 * index) for index in range(256)], each)
+            model.generate([[index, 1, 2, 3] for index in range(256)], each)  # each size of a decode step
+            model.generate([[index] * (100 + 3 * index) for index in range(256)], replace(short, max_tokens=1))
             for text in (False, True):
                 prompts, params = requests(text)
                 clock = StepClock(model, device)

@@ -11,7 +11,7 @@ from labinfer.backends.cuda import compile, nvrtc
 from labinfer.backends.cuda.compile import Source
 from labinfer.backends.cuda.emit_attention import prefill_tile
 from labinfer.backends.cuda.emit_exchange import exchange_defines
-from labinfer.backends.cuda.layout import EIGHT_BLOCKS, FORMATS, stream_blocks
+from labinfer.backends.cuda.layout import EIGHT_BLOCKS, FORMATS, batch_stages, stream_blocks
 from labinfer.errors import LabinferError
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
@@ -43,6 +43,10 @@ def decode(dim: int, heads: int, *defines: str) -> Source:
     return Source("decode", (f"HEAD_DIM={dim}", f"VALUE_DIM={dim}", f"HEADS={heads}", "CACHE=2", *defines))
 
 
+def batch(wide: int, *defines: str) -> Source:
+    return Source("batch", (f"BATCH={wide}", f"STAGES={batch_stages(wide)}", *defines))
+
+
 SOURCES = {
     "elementwise": (Source("elementwise"), 40),
     "narrow": (Source("elementwise", ("HALF",)), 40),
@@ -65,12 +69,10 @@ SOURCES = {
         for sparse, budget in ((0, 168), (1, 216))
     },
     "attention-turn": (Source("attention", (*attention(64, 64, 8, 2).defines, "TURN=0")), 168),
-    **{
-        f"batch-{wide}": (Source("batch", (f"BATCH={wide}", "STAGES=4", *more)), 168)
-        for wide, more in ((16, ()), (32, ("HALF",)), (64, ("GLU", "NARROW=2")))
-    },
-    "batch-16-cluster": (Source("batch", ("BATCH=16", "STAGES=6", "CLUSTER=8")), 168),
-    "batch-64-cluster": (Source("batch", ("BATCH=64", "STAGES=4", "CLUSTER=2")), 168),
+    **{f"batch-{wide}": (batch(wide), 168) for wide in (16, 32, 64)},
+    **{f"batch-{wide}-half": (batch(wide, "HALF", "GLU", "NARROW=1"), 168) for wide in (16, 32, 64)},
+    **{f"batch-{wide}-glu": (batch(wide, "GLU", "NARROW=2", "CLUSTER=4"), 168) for wide in (16, 32, 64)},
+    **{f"batch-{wide}-cluster": (batch(wide, "CLUSTER=8"), 168) for wide in (16, 32, 64)},
     "decode-plain": (decode(64, 1, "SOFTCAP"), 128),
     "decode-64": (decode(64, 4, "TURN=0", "NARROW=2"), 128),
     "decode-128": (decode(128, 8, "TURN=0"), 168),
@@ -78,7 +80,9 @@ SOURCES = {
     "decode-norms-cluster": (decode(64, 4, "TURN=0", "NORMS", "CLUSTER=8"), 128),
     "decode-dynamic": (decode(128, 8, "TURN=2", "HALF"), 168),
     "decode-cluster": (decode(64, 4, "TURN=0", "CLUSTER=8"), 128),
-    "decode-mixed": (decode(64, 4, "MIXED", "CLUSTER=2"), 128),
+    "decode-mixed": (decode(64, 4, "MIXED"), 128),
+    "decode-mixed-cluster": (decode(64, 4, "MIXED", "NARROW=2", "CLUSTER=2"), 128),
+    "attention-mixed": (Source("attention", (*attention(64, 64, 8, 2).defines, "MIXED", "CLUSTER=2", "SPARSE=0")), 168),
     **{f"prefill-{dim}": (prefill(dim), 255) for dim in (64, 128, 256)},
     "prefill-mixed": (prefill(64, "MIXED"), 255),
     "prefill-half": (prefill(64, "HALF", "SOFTCAP", "NARROW=1"), 255),

@@ -75,6 +75,27 @@ def test_block_formats_in_steps_of_few_tokens(
     assert np.linalg.norm(found[1] - found[0]) <= 1e-2 * np.linalg.norm(found[0])
 
 
+@pytest.mark.parametrize("together", [12, 20, 40, 64, 100])
+@pytest.mark.parametrize("blas", [True, False])
+@pytest.mark.parametrize("format", ["bf16", "f16"])
+def test_steps_of_many_sequences(
+    manager: Manager, gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, blas: bool, together: int
+) -> None:
+    """Prompts, most of one token, then decode steps; products go from own kernels to cuBLAS, or there is none."""
+    if not blas:
+        monkeypatch.setattr(gpu, "blas", None)
+    path = write_llama(tmp_path / "m.gguf", {}, LARGE | {"width": 1184}, format)
+    prompts, found = [[token] for token in range(3, 3 + together)], []
+    for place in (2, together // 2):
+        prompts[place] = list(range(20 + place))
+    options: dict[str, Any] = {"max_num_batched_tokens": 128, "max_num_seqs": 128, "max_logits_rows": 128}
+    for devices, more in (("reference", {}), ("cuda", {"manager": manager, "kv_dtype": "f16"})):
+        with load(path, devices, **options, **more) as model:
+            made = batched(model, prompts, [[3, 5]] * together)
+            found.append(np.concatenate(made).astype(np.float64))
+    assert np.linalg.norm(found[1] - found[0]) <= 2e-2 * np.linalg.norm(found[0])
+
+
 def test_decoding_on_the_device_gives_the_same_tokens(manager: Manager, gpu: Any) -> None:
     from labinfer.bench.device_decode import decode_on_device
 

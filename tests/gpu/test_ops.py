@@ -76,7 +76,22 @@ def check(
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(
     ("tokens", "rows"),
-    [(1, 5), (1, 304), (2, 48), (3, 77), (4, 32), (8, 130), (8, 64), (9, 64), (17, 100), (70, 200), (300, 66)],
+    [
+        (1, 5),
+        (1, 304),
+        (2, 48),
+        (3, 77),
+        (4, 32),
+        (8, 130),
+        (8, 64),
+        (9, 64),
+        (17, 100),
+        (33, 77),
+        (64, 200),
+        (64, 66),
+        (70, 200),
+        (300, 66),
+    ],
 )
 def test_linear(gpu: Any, rng: np.random.Generator, format: str, tokens: int, rows: int) -> None:
     for columns in (256, 1280, 6144) if format in EIGHT_BLOCKS else (33, 576, 4160):
@@ -85,6 +100,15 @@ def test_linear(gpu: Any, rng: np.random.Generator, format: str, tokens: int, ro
             gpu, "linear", {"out_features": rows}, normal(rng, tokens, columns), weights=weights,
             tolerance=TOLERANCE.get(format, 2e-3),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("format", ["f16", "bf16"])
+def test_linear_without_cublas(
+    gpu: Any, rng: np.random.Generator, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "blas", None)
+    for tokens, rows in ((70, 200), (300, 66)):
+        test_linear(gpu, rng, format, tokens, rows)
 
 
 def vector(gpu: Any, array: np.ndarray) -> tuple[Any, np.ndarray]:
@@ -133,7 +157,13 @@ def cache_of(rng: np.random.Generator, step: Step, width: int, dtype: Any) -> np
     return normal(rng, slots, width).astype(dtype)
 
 
-@pytest.mark.parametrize("sequences", [[(1, 1)], [(300, 1)], [(9, 9)], [(17, 3), (5, 5), (130, 1)], [(200, 140)]])
+@pytest.mark.parametrize(
+    "sequences",
+    [
+        [(1, 1)], [(300, 1)], [(9, 9)], [(17, 3), (5, 5), (130, 1)], [(200, 140)], [(9, 9), (20, 20)],
+        [(7, 1), (40, 20), (70, 1), (150, 140), (9, 1)], [*((n, 1) for n in range(5, 45)), (200, 140), (3, 3)],
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize(
     "shape", [(4, 4, 16, None), (8, 2, 64, None), (6, 1, 20, None), (5, 5, 24, 12), (8, 1, 256, None)]
 )

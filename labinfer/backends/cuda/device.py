@@ -285,11 +285,11 @@ class CudaDevice(Device):
         return min(-(-count // multiple) * multiple, limit)
 
     def kinds_of_decode(self, limit: int) -> Sequence[int]:
-        """Powers of two: how many tokens kernels are made for, and into how many parts attention is split."""
-        return [1 << n for n in range(limit.bit_length())]
+        """Powers of two and ``limit``: how many tokens kernels are for, and into how many parts attention is split."""
+        return sorted({1 << n for n in range(limit.bit_length())} | {limit})
 
     def kinds_of_prompt(self, limit: int) -> Sequence[int]:
-        """Powers of two up to where all products are cuBLAS's or of as many tokens."""
+        """Powers of two up to ``BATCH_TOKENS``: kernels for more are cuBLAS's, or those of the largest step."""
         return [1 << n for n in range(1, BATCH_TOKENS.bit_length()) if 1 << n <= limit]
 
     def program(self, calls: Sequence[tuple[Kernel, Call]]) -> Program:

@@ -224,7 +224,8 @@ def prefill(e: Emitter, call: Call, attrs: Any, q: Any, y: Any, mixed: Sequence[
     dims = (f"HEAD_DIM={attrs.head_dim}", f"VALUE_DIM={value_dim}", f"ROWS={rows}", f"KEYS={keys}", f"BLOCKS={blocks}")
     defines = (*dims, *half(call), *softcap(attrs), *mixed, *e.result_defines())
     shared = 2 * ((rows + 2 * keys) * (attrs.head_dim + 8) + 2 * keys * (value_dim + 8))
-    tiles = min(len(q), len(q) // rows + e.sequences)
+    more = len(q) - e.sequences  # tokens but the first of each sequence
+    tiles = more // rows + min(e.sequences, more)  # at most so many, of sequences of several
     e.add("prefill", "prefill", (attrs.num_heads, tiles, 1), 2 * rows, parameters, defines=defines, shared=shared)
 
 

@@ -173,7 +173,7 @@ class Emitter(Writer):
         at = self.narrowed(x, format, norm, rows)
         for first, count in runs(products):
             w, y = first.weight, first.y
-            if self.device.blas is None or fits_batch(len(x), self.sequences, count, w.columns):
+            if self.is_batch(len(x), count, w.columns):
                 self.batch(at, len(x), w, count, y, stride(y), residual)
                 continue
             if residual is not None:
@@ -188,7 +188,7 @@ class Emitter(Writer):
     def large_glu(self, x: Any, gate: CudaWeight, up: CudaWeight, norm: Call, function: str, y: Any) -> None:
         """A gated unit; with cuBLAS, numbers have 16 bits between its two products and the activation."""
         at, format = self.narrowed(x, gate.format, norm), gate.format
-        if self.device.blas is None or fits_batch(len(x), self.sequences, 2 * gate.rows, gate.columns):
+        if self.is_batch(len(x), 2 * gate.rows, gate.columns):
             self.batch(at, len(x), gate, gate.rows, y, self.row_of(y), up=up, function=function)
             return
         workspace = self.blas_scratch
@@ -203,6 +203,12 @@ class Emitter(Writer):
         grid = (-(-gate.rows // 2048), len(x), 1)
         self.add("elementwise", "narrow_glu", grid, 256, *arguments, defines=(*half, *self.result_defines()))
 
+    def is_batch(self, tokens: int, rows: int, columns: int) -> bool:
+        """Whether a product with plain weights, of more than few tokens, is made by ``batch.cu``."""
+        if self.device.blas is None:
+            return True
+        return self.device.clusters and fits_batch(tokens, self.sequences, rows, columns)
+
     def batch(
         self,
         x: int,
@@ -216,7 +222,7 @@ class Emitter(Writer):
         function: str | None = None,
     ) -> None:
         """``rows`` of ``w`` times x, in 16 bits at an address; with ``up`` a gated unit, which leaves the result."""
-        wide, stages, columns = batch_tokens(tokens), batch_stages(tokens), pitch(w.columns)
+        wide, stages, columns = batch_tokens(tokens), batch_stages(batch_tokens(tokens)), pitch(w.columns)
         tiles, blocks = -(-rows // (BATCH_ROWS // 2 if up else BATCH_ROWS)), -(-tokens // wide)
         split = batch_split(tiles * blocks, columns, self.device.multiprocessors) if self.device.clusters else 1
         gated = () if up is None else ("GLU", *self.result_defines())
@@ -229,7 +235,7 @@ class Emitter(Writer):
         defines = (f"BATCH={wide}", f"STAGES={stages}", *cluster, *half, *gated)
         self.add(
             "batch", "batch", (blocks, tiles, split), 128, parameters, defines=defines, cluster=(1, 1, split),
-            shared=stages * batch_stage_bytes(tokens),
+            shared=stages * batch_stage_bytes(wide),
         )  # fmt: skip
 
     @cached_property
@@ -281,7 +287,7 @@ class Emitter(Writer):
         residual: Any = None,
         experts: tuple[Any, Any, int] | None = None,
     ) -> None:
-        """A product by our own kernels, for any number of tokens.
+        """A product of any number of tokens with weights in blocks or float32, or with those of experts.
 
         ``experts``: bounds, the order of x's rows (or None) and their number, for a stack of matrices; see ``moe.cu``.
         """

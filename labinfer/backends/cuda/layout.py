@@ -35,7 +35,7 @@ ALIGNMENT = 256
 """Bytes: what weights and scratch memory are rounded up to."""
 
 FEW_TOKENS = 8
-"""So many tokens go through the kernel that reads weights straight into fragments; more through tiles."""
+"""So many tokens go through the kernel that reads weights straight into fragments, or by bulk copies."""
 
 FEW_SHARED_BYTES = 100_000
 """Activations of such a product that a block can keep in shared memory, beside another block's."""
@@ -48,7 +48,7 @@ STREAM_SHARED_BYTES = 75_000
 
 BATCH_TOKENS, BATCH_PRODUCTS = 64, 1_700_000_000
 """Where weights are plain, so many tokens are ``batch.cu``'s, and of decode steps, whose attention ends unevenly and
-leaves room for it, so many products; measured.
+leaves room for it, so many products; measured on an H100.
 """
 
 BATCH_ROWS, BATCH_COLUMNS = 64, 64
@@ -159,14 +159,14 @@ def batch_split(blocks: int, columns: int, processors: int) -> int:
     return split
 
 
-def batch_stages(tokens: int) -> int:
-    """Pieces of columns that a block there has room for."""
-    return BATCH_SHARED_BYTES // batch_stage_bytes(tokens)
+def batch_stages(wide: int) -> int:
+    """Pieces of columns that a block there has room for, which takes ``wide`` tokens."""
+    return BATCH_SHARED_BYTES // batch_stage_bytes(wide)
 
 
-def batch_stage_bytes(tokens: int) -> int:
+def batch_stage_bytes(wide: int) -> int:
     """Bytes of such a piece of weights and activations."""
-    return 2 * BATCH_COLUMNS * (BATCH_ROWS + batch_tokens(tokens))
+    return 2 * BATCH_COLUMNS * (BATCH_ROWS + wide)
 
 
 MAX_RANKS = 8

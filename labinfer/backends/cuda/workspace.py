@@ -41,7 +41,7 @@ def _linear(bounds: KernelBounds) -> int:
 
 
 def _products(bounds: KernelBounds, tokens: int) -> int:
-    """Activations in 16 bits and cuBLAS's own, where the step can have more tokens than the kernel for few takes."""
+    """Activations in 16 bits and cuBLAS's own, where steps can have more tokens than the kernel for few takes."""
     columns = max(shape[-1] for _, shape in _matrices(bounds))
     formats = {format for format, _ in _matrices(bounds)}
     plain = {"f16", "bf16"} & formats

@@ -44,15 +44,15 @@ template <class Number> DEV Eight bring(bool inside, Cached *to, Number number) 
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention(const __grid_constant__ Parameters p FRESH) {
     __shared__ __align__(16) Ends shared;
-#ifdef CLUSTER
-    cluster_arrive();
-#endif
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, d = 8 * (lane % LANES);
     pdl_trigger();
 #ifndef TURN
     pdl_wait();
 #endif
     if (left_to_prefill(p)) return;
+#ifdef CLUSTER
+    cluster_arrive();
+#endif
     Item item = item_of(p);
     Eight k[UNROLL], v[UNROLL];
     auto load_keys = [&](int key0, int end) {

@@ -67,8 +67,9 @@ DEV void ask_x(Stage &s, const Parameters &p, int start) {
 
 typedef float Sums[SIXTEENS][EIGHTS][4];
 #ifdef TOGETHER
+static_assert(COLUMNS == 64 && sizeof(Stage) % 1024 == 0, "the order of rows in shared memory");
 // What the warps together are told of rows in such an order, eight of them 1024 bytes apart from the next eight.
-DEV u64 described(const void *p) { return shared_address(p) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62; }
+DEV u64 described(const void *p) { return (shared_address(p) & 0x3ffff) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62; }
 // d += a b for 64 rows, 64 tokens and 16 columns.
 DEV void mma_together(float (&d)[8][4], u64 a, u64 b) {
 #define FOUR(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])

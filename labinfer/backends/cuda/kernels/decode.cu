@@ -155,15 +155,15 @@ DEV void keep(u16 *shared, u16 *cache, const float (&v)[8]) {
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) decode(const __grid_constant__ Parameters p FRESH) {
     extern __shared__ __align__(128) u8 memory[];
     __shared__ Shared s;
-#ifdef CLUSTER
-    cluster_arrive();
-#endif
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, d = threadIdx.x % UNITS * 8;
     pdl_trigger();
 #ifndef TURN
     pdl_wait();
 #endif
     if (left_to_prefill(p)) return;
+#ifdef CLUSTER
+    cluster_arrive();
+#endif
     Item item = item_of(p);
     int key0 = item.start + warp * KEYS, end = item.end;
     Slot *slots = (Slot *)memory + warp * SLOTS;

@@ -13,7 +13,7 @@ struct Parameters {
     const int *positions, *query_start, *block_table;
     int q_row, y_row, table_row, sequences, group, kv_heads, block_size, window;
     float scale, softcap;
-    u32 reciprocal;  // as in attention.cu
+    u32 reciprocal;  // as in attention.cuh
 };
 struct Shared {
     u16 q[ROWS][WIDE], k[2][KEYS][WIDE], v[2][KEYS][VALUE_WIDE];
@@ -24,14 +24,15 @@ DEV void ldmatrix_transposed(u32 (&r)[4], const void *p) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)) : "memory");
 }
 
-// Which sequence, and which of its tokens, a tile of queries is: a warp looks at 32 sequences at once.
+// Which sequence, and which of its tokens, a tile of queries is, counted from the end: the last of a long prompt has the
+// most keys, and blocks without a tile come last. A warp looks at 32 sequences at once.
 struct Tile {
     int sequence, first, end;
 };
 DEV Tile find_tile(const int *query_start, int sequences, int tile) {
     int lane = threadIdx.x % 32;
-    for (int base = 0; base < sequences; base += 32) {
-        int s = base + lane, begin = s < sequences ? get(query_start + s) : 0;
+    for (int base = (sequences - 1) / 32 * 32; base >= 0; base -= 32) {
+        int s = base + 31 - lane, begin = s < sequences ? get(query_start + s) : 0;
         int end = s < sequences ? get(query_start + s + 1) : 0, count = (end - begin + ROWS - 1) / ROWS;
 #ifdef MIXED
         if (end - begin == 1) count = 0;
@@ -45,8 +46,8 @@ DEV Tile find_tile(const int *query_start, int sequences, int tile) {
         u32 found = __ballot_sync(FULL, tile < sum);
         if (found) {
             int who = __ffs(found) - 1, before = __shfl_sync(FULL, sum - count, who);
-            begin = __shfl_sync(FULL, begin, who), end = __shfl_sync(FULL, end, who);
-            return {base + who, begin + (tile - before) * ROWS, end};
+            begin = __shfl_sync(FULL, begin, who), end = __shfl_sync(FULL, end, who), count = __shfl_sync(FULL, count, who);
+            return {base + 31 - who, begin + (count - 1 - (tile - before)) * ROWS, end};
         }
         tile -= __shfl_sync(FULL, sum, 31);
     }
@@ -170,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) prefill(const __gr
     Shared &s = *(Shared *)memory;
     int head = blockIdx.x, kv_head = head / p.group, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     begin();
-    Tile tile = find_tile(p.query_start, p.sequences, gridDim.y - 1 - blockIdx.y);  // the longest first
+    Tile tile = find_tile(p.query_start, p.sequences, blockIdx.y);
     if (tile.sequence < 0) return;
     int count = min(ROWS, tile.end - tile.first), position0 = get(p.positions + tile.first), last = position0 + count;
     int from = p.window ? max(0, position0 - p.window + 1) / KEYS * KEYS : 0;

@@ -143,7 +143,7 @@ DEV void ldmatrix(u32 (&r)[4], const void *p) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)) : "memory");
 }
 
-// Clusters (sm_90): blocks that can write to each other's shared memory.
+// Clusters (sm_90): blocks that can read and write each other's shared memory.
 #if __CUDA_ARCH__ >= 900
 DEV void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 DEV void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
